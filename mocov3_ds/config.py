@@ -1,0 +1,355 @@
+"""Every knob of a run, the recipes, and the one parser.
+
+Each fact has one owner. What is DeepSpeed's (ZeRO, offload, precision, clipping, the optimizer and
+its parameters) is read from a plain DeepSpeed JSON; what is ours (data, views, architecture, batch,
+schedule, saving, evaluation) from `Config`. Precedence: recipe < `--deepspeed_config` < flags.
+The learning rate of the JSON's optimizer block is the paper's *base* rate: per 256 images.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mocov3_ds.model.vit import PAPER_SHAPES, Positions, VitShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the samples come from."""
+
+    shards: str = ""
+    """folder or URL of the training shards (with manifest.json); empty = drawn sample images"""
+    probe_shards: str = ""
+    """labelled held-out shards for the k-NN monitor; empty = none (drawn ones without `shards`)"""
+    threads: int = 4
+    """decode threads of each rank"""
+    lanes: int = 64
+    """parallel sample sequences that make up the order; part of what fixes the global batches"""
+    max_bad_samples: int = 0
+    """unreadable samples (of this rank) after which the run stops; each is counted and listed"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """The two random views of an image (BYOL's asymmetric recipe, as the paper uses it)."""
+
+    image_size: int = 224
+    """side of a view, pixels"""
+    crop_min: float = 0.08
+    """smallest crop, as a share of the image area"""
+    crop_max: float = 1.0
+    """largest crop, as a share of the image area"""
+    blur_p: tuple[float, float] = (1.0, 0.1)
+    """probability of the blur in view 1 and view 2"""
+    solarise_p: tuple[float, float] = (0.0, 0.2)
+    """probability of solarisation in view 1 and view 2"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The Vision Transformer and its heads."""
+
+    patch_size: int = 16
+    """side of a patch, pixels"""
+    dim: int = 768
+    """embedding width; the MLP is four times as wide"""
+    depth: int = 12
+    """blocks"""
+    heads: int = 12
+    """attention heads (the paper's ViT-S has 12)"""
+    hidden: int = 4096
+    """hidden width of projector and predictor"""
+    out: int = 256
+    """output width of projector and predictor"""
+    positions: Positions = "sincos"
+    """fixed 2-D sin-cos positions, or none (Sec. 6.2)"""
+    patch_lr: float = 0.0
+    """learning rate of the patch projection relative to the others; 0 freezes it (Sec. 4.3)"""
+    drop_path: float = 0.0
+    """stochastic depth rate of the last block"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MocoConfig:
+    """The contrastive game."""
+
+    temperature: float = 0.2
+    """softmax temperature T"""
+    momentum: float = 0.99
+    """momentum of the key encoder at the start"""
+    momentum_schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine reaches 1 at the end"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """When the run's state is written."""
+
+    every_steps: int = 500
+    """steps between checkpoints (one is always written at the end)"""
+    keep: int = 2
+    """newest checkpoints that stay on disk"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig:
+    """The k-NN monitor (Wu et al.'s weighted vote, as the paper watches its runs)."""
+
+    every_steps: int = 50
+    """steps between dense evaluations on the queue of recent training features; 0 = none"""
+    k: int = 200
+    """neighbours that vote (fewer when the bank is smaller)"""
+    temperature: float = 0.07
+    """a neighbour votes with exp(similarity / temperature)"""
+    bank: int = 0
+    """training features compared against; 0 = a tenth of the training samples, 4096 at least"""
+    probes: int = 5000
+    """held-out images that are classified, the same ones each time"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Pretrain a Vision Transformer with MoCo v3 on DeepSpeed.
+
+    Without arguments: a two-minute run on drawn sample images, any machine. The same command again
+    continues where the run folder ends.
+    """
+
+    recipe: str = "tiny"
+    """named starting point: tiny, cifar10, vit_s16, vit_b16, vit_l16, vit_h14 (and *_lamb)"""
+    name: str = ""
+    """run folder below `runs`; empty = the recipe's name"""
+    runs: Path = Path("runs")
+    """folder of all runs"""
+    batch: int = 4096
+    """global batch: images per step over all ranks"""
+    chunk: int = 0
+    """images per backbone pass (exact at any value, memory falls with it); 0 = all of the rank's"""
+    key_block: int = 0
+    """keys per block of the loss (exact at any value); 0 = all"""
+    epochs: float = 300.0
+    """passes over the training samples"""
+    warmup_epochs: float = 40.0
+    """epochs of linear warm-up"""
+    stop_after_steps: int = 0
+    """end early, as a kill would, with a checkpoint; 0 = run to the end of the schedule"""
+    decay: Literal["all", "matrices"] = "all"
+    """weight decay on all trained tensors (the reference) or not on biases, norms, class token"""
+    seed: int = 0
+    """of the initialisation, the order of samples and the views"""
+    deterministic: bool = False
+    """refuse operations without a reproducible implementation (GPU; the CPU always reproduces)"""
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moco: MocoConfig = field(default_factory=MocoConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    deepspeed_config: Path | None = None
+    """DeepSpeed JSON; its optimizer block is honoured, batch sizes are derived from `batch`"""
+    ds: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """one value of the DeepSpeed JSON, e.g. --ds zero_optimization.stage=2 (repeatable)"""
+
+    @property
+    def folder(self) -> Path:
+        """Where this run lives."""
+        return self.runs / (self.name or self.recipe)
+
+    @property
+    def vit(self) -> VitShape:
+        """Size of the backbone."""
+        model = self.model
+        return VitShape(
+            image_size=self.views.image_size,
+            patch_size=model.patch_size,
+            dim=model.dim,
+            depth=model.depth,
+            heads=model.heads,
+        )
+
+
+def engine_defaults(
+    optimizer: str, stage: int, precision: str, **parameters: Any
+) -> dict[str, Any]:
+    """A DeepSpeed JSON of ours as a dict; `ds_configs/` holds the same as files."""
+    config: dict[str, Any] = {
+        "optimizer": {"type": optimizer, "params": parameters},
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,
+    }
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    return config
+
+
+def _paper(shape: str, **changes: Any) -> Config:
+    vit = PAPER_SHAPES[shape]
+    model = ModelConfig(patch_size=vit.patch_size, dim=vit.dim, depth=vit.depth, heads=vit.heads)
+    return Config(recipe=shape, model=model, **changes)
+
+
+_ADAMW = engine_defaults("AdamW", 1, "bf16", lr=1.5e-4, betas=[0.9, 0.999], weight_decay=0.1)
+_LAMB = engine_defaults("Lamb", 1, "bf16", lr=5e-4, betas=[0.9, 0.999], weight_decay=1e-3)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named starting point: our knobs, DeepSpeed's, and what the paper reports."""
+
+    config: Config
+    engine: Mapping[str, Any]
+    paper: str = ""
+
+
+# arXiv 2104.02057: Sec. 5 (recipe), Tables 1-3 (accuracy); base rate and decay from CONFIG.md of
+# the authors' code; LAMB values from Sec. 4.1, Fig. 3 (100 epochs). All at 224 px, batch 4096.
+RECIPES: dict[str, Recipe] = {
+    "tiny": Recipe(
+        Config(
+            recipe="tiny",
+            batch=256,
+            epochs=12,
+            warmup_epochs=2,
+            views=ViewConfig(image_size=32, crop_min=0.3, blur_p=(0.5, 0.1)),
+            model=ModelConfig(patch_size=8, dim=128, depth=4, heads=4, hidden=512, out=128),
+            save=SaveConfig(every_steps=50),
+            knn=KnnConfig(every_steps=20, bank=2048, probes=1000),
+        ),
+        engine_defaults("AdamW", 1, "fp32", lr=1.5e-3, betas=[0.9, 0.999], weight_decay=0.1),
+    ),
+    "cifar10": Recipe(
+        Config(
+            recipe="cifar10",
+            batch=512,
+            epochs=100,
+            warmup_epochs=5,
+            views=ViewConfig(image_size=32, crop_min=0.2, blur_p=(0.0, 0.0)),
+            model=ModelConfig(patch_size=4, dim=192, depth=6, heads=6, hidden=1024, out=256),
+            save=SaveConfig(every_steps=100),
+            knn=KnnConfig(every_steps=20, bank=5120, probes=10000),
+        ),
+        engine_defaults("AdamW", 1, "fp32", lr=5e-4, betas=[0.9, 0.999], weight_decay=0.1),
+    ),
+    "vit_s16": Recipe(_paper("vit_s16"), _ADAMW, "linear probe 72.5 %"),
+    "vit_b16": Recipe(_paper("vit_b16"), _ADAMW, "linear probe 76.5 %"),
+    "vit_l16": Recipe(_paper("vit_l16"), _ADAMW, "linear probe 77.6 %"),
+    "vit_h14": Recipe(_paper("vit_h14"), _ADAMW, "linear probe 78.1 %"),
+    "vit_b16_lamb": Recipe(
+        dataclasses.replace(_paper("vit_b16"), recipe="vit_b16_lamb", epochs=100),
+        _LAMB,
+        "linear probe 72.5 % after 100 epochs, trained patch projection",
+    ),
+    "vit_l16_lamb": Recipe(
+        dataclasses.replace(_paper("vit_l16"), recipe="vit_l16_lamb"), _LAMB, "not in the paper"
+    ),
+    "vit_h14_lamb": Recipe(
+        dataclasses.replace(_paper("vit_h14"), recipe="vit_h14_lamb"), _LAMB, "not in the paper"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A resolved command line."""
+
+    config: Config
+    engine: dict[str, Any]
+    """the DeepSpeed JSON with overrides applied, still with its optimizer block"""
+
+    def as_json(self) -> dict[str, Any]:
+        """All knobs as plain JSON values."""
+        config = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
+        del config["deepspeed_config"], config["ds"]
+        return {"config": config, "deepspeed": self.engine}
+
+
+def parse(argv: Sequence[str] | None = None) -> Run:
+    """Read the command line; `--recipe X --help` shows the defaults of recipe X.
+
+    Raises:
+        ValueError: unknown recipe, unreadable JSON, a malformed `--ds`.
+        SystemExit: tyro's own messages (unknown flag, wrong type, --help).
+    """
+    arguments = _without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
+    recipe = _recipe(arguments)
+    config = tyro.cli(Config, default=recipe.config, args=arguments, prog="train.py")
+    engine = dict(json.loads(json.dumps(recipe.engine)))
+    if config.deepspeed_config is not None:
+        own = read_json(config.deepspeed_config)
+        engine = {"optimizer": engine["optimizer"]} | own
+    return Run(config, with_overrides(engine, config.ds))
+
+
+def _without_launcher_flags(arguments: list[str]) -> list[str]:
+    """Drop `--local_rank N`, appended by the deepspeed launcher; LOCAL_RANK says the same."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
+
+
+def _recipe(arguments: list[str]) -> Recipe:
+    name = "tiny"
+    for position, argument in enumerate(arguments):
+        if argument == "--recipe" and position + 1 < len(arguments):
+            name = arguments[position + 1]
+        elif argument.startswith("--recipe="):
+            name = argument.partition("=")[2]
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"no recipe {name!r}{hint}; there are {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: missing file, not JSON, not an object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no DeepSpeed config {path}; see ds_configs/.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object.")
+    return value
+
+
+def with_overrides(engine: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b=value` settings; a value is read as JSON, else taken as text.
+
+    Raises:
+        ValueError: no `=`, or a path through something that is not an object.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(engine))
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        if not separator or not dotted:
+            raise ValueError(f"--ds {override!r} is not of the form key.sub=value.")
+        *path, leaf = dotted.split(".")
+        node = result
+        for key in path:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--ds {override!r}: {key!r} holds {node!r}, not an object.")
+        try:
+            node[leaf] = json.loads(text)
+        except json.JSONDecodeError:
+            node[leaf] = text
+    return result

@@ -1,0 +1,1 @@
+"""The only rooms that know other ranks exist: `ranks` (torch.distributed), `engine` and `zero`."""

@@ -1,0 +1,105 @@
+"""Weighted k-NN on class-token features: the paper's monitor (Sec. 4), on all ranks.
+
+Dense form: a queue of recent training features (already computed by the step) is the bank, a fixed
+set of held-out images is classified every few tens of steps. Full form: `mocov3 knn RUN`, the whole
+training split as the bank. Each rank holds a part of the bank; the k nearest of a probe are found on
+each rank and merged, which is the same as searching one joined bank.
+
+The vote is Wu et al.'s (arXiv 1805.01978): a neighbour of cosine s votes exp(s / T) for its class.
+
+Shape suffixes: N = bank of this rank, P = probes, D = features, R = ranks, K = neighbours,
+C = classes, B = rank batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mocov3_ds.distributed import ranks
+
+
+def nearest(bank_ND: Tensor, labels_N: Tensor, probes_PD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine and label of the k nearest bank rows of each probe, over the banks of all ranks.
+
+    Args:
+        bank_ND: unit rows of this rank; each rank must hold the same number of rows.
+        labels_N: int64.
+        probes_PD: unit rows, the same on each rank.
+        k: at most the joined bank's rows are returned.
+
+    Returns:
+        (P, K) similarities, descending, and (P, K) labels; the same on each rank.
+    """
+    similarity_PN = probes_PD @ bank_ND.T
+    near_PK, index_PK = similarity_PN.topk(min(k, len(bank_ND)), dim=1)
+    near_PRK = ranks.all_gather_stack(near_PK).transpose(0, 1).flatten(1)
+    label_PRK = ranks.all_gather_stack(labels_N[index_PK]).transpose(0, 1).flatten(1)
+    near_PK, index_PK = near_PRK.topk(min(k, near_PRK.shape[1]), dim=1)
+    return near_PK, label_PRK.gather(1, index_PK)
+
+
+def vote(near_PK: Tensor, label_PK: Tensor, classes: int, temperature: float) -> Tensor:
+    """Class of each probe (P,): the largest sum of exp(similarity / temperature)."""
+    weight_PK = ((near_PK - near_PK[:, :1]) / temperature).exp()  # the shift cancels in the argmax
+    score_PC = near_PK.new_zeros(len(near_PK), classes).scatter_add_(1, label_PK, weight_PK)
+    return score_PC.argmax(1)
+
+
+def knn_accuracy(
+    bank_ND: Tensor,
+    labels_N: Tensor,
+    probes_PD: Tensor,
+    targets_P: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.07,
+    block: int = 1024,
+) -> float:
+    """Share of probes whose weighted vote is right, in percent.
+
+    Args:
+        bank_ND: features of this rank's part of the bank (normalised here).
+        labels_N: their labels, int64, >= 0.
+        probes_PD: features to classify, the same on each rank.
+        targets_P: their labels.
+        k: neighbours.
+        temperature: of the vote.
+        block: probes compared at a time; bounds the memory of the similarities.
+    """
+    bank_ND = F.normalize(bank_ND.float(), dim=1)
+    classes = 1 + int(ranks.all_reduce_max(torch.stack([labels_N.max(), targets_P.max()]).max()))
+    right = 0
+    for probes, targets in zip(
+        torch.split(probes_PD, block), torch.split(targets_P, block), strict=True
+    ):
+        near_PK, label_PK = nearest(bank_ND, labels_N, F.normalize(probes.float(), dim=1), k)
+        right += int((vote(near_PK, label_PK, classes, temperature) == targets).sum())
+    return 100.0 * right / len(targets_P)
+
+
+class FeatureQueue:
+    """The last features that training computed on this rank, with their labels, first in first out.
+
+    All ranks push batches of the same size, so the queues fill alike.
+    """
+
+    def __init__(self, capacity: int, dim: int, device: torch.device | str = "cpu") -> None:
+        self.features_ND = torch.zeros(capacity, dim, device=device)
+        self.labels_N = torch.full((capacity,), -1, dtype=torch.int64, device=device)
+        self.pushed = 0
+
+    def __len__(self) -> int:
+        return min(self.pushed, len(self.labels_N))
+
+    def push(self, features_BD: Tensor, labels_B: Tensor) -> None:
+        """Take the newest rows; the oldest leave."""
+        capacity = len(self.labels_N)
+        features_BD, labels_B = features_BD[-capacity:], labels_B[-capacity:]
+        rows = torch.arange(self.pushed, self.pushed + len(labels_B), device=labels_B.device)
+        self.features_ND[rows % capacity] = features_BD.float()
+        self.labels_N[rows % capacity] = labels_B
+        self.pushed += len(labels_B)
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Features and labels pushed so far (at most the capacity)."""
+        return self.features_ND[: len(self)], self.labels_N[: len(self)]

@@ -1,0 +1,83 @@
+"""Base encoder of MoCo v3 (arXiv 2104.02057, Alg. 1): backbone, projector, predictor.
+
+A query is `predictor(projector(backbone(view)))`; a key is made by the momentum encoder, which has
+no predictor (`momentum.py`).
+
+Shape suffixes: B = images, C H W = image, D = backbone features, P = projector and predictor
+output.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mocov3_ds.model.heads import build_predictor, build_projector
+from mocov3_ds.model.vit import Positions, VitShape, build_vit
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderShape:
+    """All that fixes the architecture of base and momentum encoder."""
+
+    vit: VitShape
+    hidden: int = 4096
+    out: int = 256
+    positions: Positions = "sincos"
+    train_patch_projection: bool = False
+    drop_path: float = 0.0
+
+
+class BaseEncoder(nn.Module):
+    """The trained network; its three parts keep their own state-dict prefixes."""
+
+    def __init__(self, shape: EncoderShape) -> None:
+        super().__init__()
+        self.backbone = build_vit(
+            shape.vit,
+            positions=shape.positions,
+            train_patch_projection=shape.train_patch_projection,
+            drop_path=shape.drop_path,
+        )
+        self.projector = build_projector(shape.vit.dim, shape.hidden, shape.out)
+        self.predictor = build_predictor(shape.out, shape.hidden)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Queries (B, P) of one view, in a single pass."""
+        q_BP: Tensor = self.predictor(self.projector(self.backbone(x_BCHW)))
+        return q_BP
+
+
+def chunked_features(
+    backbone: nn.Module, x_BCHW: Tensor, chunk: int = 0, keep_last: bool = False
+) -> Tensor:
+    """Class-token features (B, D) of a whole rank batch, activations of one chunk at a time.
+
+    A ViT body has LayerNorm only, so its rows do not know each other and the backbone may see the
+    batch in pieces; projector, batch norm and loss must not. With gradients on, each chunk is a
+    non-reentrant checkpoint region: its activations are recomputed when the backward reaches it,
+    with the same random draws. Exact at each ZeRO stage, unlike hand-cached feature gradients.
+
+    Args:
+        backbone: maps (b, C, H, W) to (b, D) row by row.
+        x_BCHW: the rank's whole batch of one view.
+        chunk: images per piece; 0 or >= B runs one plain pass.
+        keep_last: keep the activations of the last chunk. The backward starts there, so this costs
+            no memory at the peak and saves one forward of a chunk.
+    """
+    if chunk <= 0 or chunk >= len(x_BCHW):
+        features_BD: Tensor = backbone(x_BCHW)
+        return features_BD
+    pieces = torch.split(x_BCHW, chunk)
+    features = []
+    for index, piece in enumerate(pieces):
+        kept = keep_last and index == len(pieces) - 1
+        if torch.is_grad_enabled() and not kept:
+            features.append(checkpoint(backbone, piece, use_reentrant=False))
+        else:
+            features.append(backbone(piece))
+        # chunks must not share one autocast cast of a weight: their gradients would be summed in
+        # the low precision (error growing with the square root of the number of chunks)
+        torch.clear_autocast_cache()
+    return torch.cat(features)

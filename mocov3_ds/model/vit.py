@@ -1,0 +1,139 @@
+"""A timm Vision Transformer made MoCo v3's (arXiv 2104.02057).
+
+What the paper changes: fixed 2-D sin-cos positions, a patch projection that stays at its random
+initialisation (Sec. 4.3), its own initialisation, and 12 heads in ViT-S. Weights keep timm's names,
+so `timm.create_model(...).load_state_dict(...)` takes them.
+
+Shape suffixes: B = images, C H W = image, N = tokens (class token first), D = embedding.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+Positions = Literal["sincos", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitShape:
+    """Size of a Vision Transformer; the MLP is four times as wide as the embedding."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+
+
+# Table 2 of the paper; ViT-S has 12 heads there (6 in DeiT).
+PAPER_SHAPES = {
+    "vit_s16": VitShape(dim=384, depth=12, heads=12),
+    "vit_b16": VitShape(dim=768, depth=12, heads=12),
+    "vit_l16": VitShape(dim=1024, depth=24, heads=16),
+    "vit_h14": VitShape(patch_size=14, dim=1280, depth=32, heads=16),
+}
+
+
+def build_vit(
+    shape: VitShape,
+    *,
+    positions: Positions = "sincos",
+    train_patch_projection: bool = False,
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """Make the backbone; `backbone(x_BCHW)` gives class-token features (B, D) after the last norm.
+
+    Args:
+        shape: sizes; `image_size` must be a multiple of `patch_size`, `dim` of 4 and of `heads`.
+        positions: fixed 2-D sin-cos, or none (ablation of Sec. 6.2).
+        train_patch_projection: False keeps the random patch projection, the paper's cure for
+            instability.
+        drop_path: stochastic depth rate of the last block (0 in the paper's pretraining).
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+    _check(shape)
+    vit = VisionTransformer(
+        img_size=shape.image_size,
+        patch_size=shape.patch_size,
+        embed_dim=shape.dim,
+        depth=shape.depth,
+        num_heads=shape.heads,
+        num_classes=0,
+        global_pool="token",
+        pos_embed="learn" if positions == "sincos" else "none",
+        drop_path_rate=drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        weight_init="skip",
+    )
+    _initialise(vit)
+    if positions == "sincos":
+        grid = shape.image_size // shape.patch_size
+        assert vit.pos_embed is not None
+        vit.pos_embed.data.copy_(sincos_positions(grid, shape.dim))
+        vit.pos_embed.requires_grad_(False)
+    vit.patch_embed.proj.requires_grad_(train_patch_projection)
+    return vit
+
+
+def sincos_positions(grid: int, dim: int) -> Tensor:
+    """Fixed 2-D positions (1, 1 + grid * grid, dim), fp32; the class token's row is zero.
+
+    Token (h, w) holds [sin w, cos w, sin h, cos h] over dim / 4 frequencies 10000^(-i / (dim / 4)).
+    The axis that the reference names w runs slowest over the tokens (old `ij` meshgrid): kept, so
+    that published weights mean the same here.
+    """
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim / 2)
+    slow = waves[:, None].expand(grid, grid, dim // 2)
+    fast = waves[None, :].expand(grid, grid, dim // 2)
+    tokens = torch.cat([slow, fast], dim=2).reshape(1, grid * grid, dim)
+    return torch.cat([torch.zeros(1, 1, dim), tokens.float()], dim=1)
+
+
+def resize_positions(pos_1ND: Tensor, image_size: int, patch_size: int) -> Tensor:
+    """The same fixed positions for another image size (they have a closed form)."""
+    return sincos_positions(image_size // patch_size, pos_1ND.shape[-1]).to(pos_1ND)
+
+
+def _check(shape: VitShape) -> None:
+    if shape.image_size % shape.patch_size:
+        raise ValueError(
+            f"image size {shape.image_size} is not a multiple of the patch size "
+            f"{shape.patch_size}; choose e.g. {math.ceil(shape.image_size / shape.patch_size)} x "
+            f"{shape.patch_size} = "
+            f"{math.ceil(shape.image_size / shape.patch_size) * shape.patch_size}."
+        )
+    if shape.dim % shape.heads or shape.dim % 4:
+        raise ValueError(
+            f"embedding {shape.dim} must be a multiple of the {shape.heads} heads and of 4 "
+            "(two sines and two cosines per frequency)."
+        )
+
+
+def _initialise(vit: VisionTransformer) -> None:
+    """Xavier-uniform linears, q, k and v each on their own; zero biases; class token N(0, 1e-6)."""
+    for name, module in vit.named_modules():
+        if isinstance(module, nn.Linear):
+            fan_out, fan_in = module.weight.shape
+            if name.endswith("qkv"):
+                fan_out //= 3
+            bound = math.sqrt(6.0 / (fan_out + fan_in))
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    projection = vit.patch_embed.proj
+    pixels = projection.weight[0].numel()
+    bound = math.sqrt(6.0 / (pixels + projection.out_channels))
+    nn.init.uniform_(projection.weight, -bound, bound)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+    assert vit.cls_token is not None
+    nn.init.normal_(vit.cls_token, std=1e-6)

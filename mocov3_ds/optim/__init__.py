@@ -1,0 +1,1 @@
+"""Optimizers that stay exact per tensor on any sharding, and the schedules."""

@@ -1,0 +1,23 @@
+"""Schedules as pure functions of the step (arXiv 2104.02057, Sec. 5; half-cosines of the code)."""
+
+import math
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int) -> float:
+    """Linear warm-up from exactly 0 at step 0 to `peak`, then half a cosine down to 0."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def encoder_momentum(step: int, *, start: float, total_steps: int, cosine: bool = True) -> float:
+    """Momentum of the key encoder: `start` at step 0, 1 at the end, along half a cosine."""
+    if not cosine:
+        return start
+    return 1.0 - 0.5 * (1 + math.cos(math.pi * step / total_steps)) * (1.0 - start)
+
+
+def scaled_rate(base_rate: float, global_batch: int) -> float:
+    """The linear rule: rates are stated per 256 images."""
+    return base_rate * global_batch / 256

@@ -1,0 +1,98 @@
+"""Sizes, positions and initialisation of the Vision Transformer."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, build_vit, sincos_positions
+from tests import reference
+
+TINY = VitShape(image_size=32, patch_size=8, dim=48, depth=2, heads=4)
+
+
+def test_positions_equal_the_closed_form() -> None:
+    grid, dim = 3, 16
+    ours = sincos_positions(grid, dim)[0].double()
+    assert torch.equal(ours[0], torch.zeros(dim, dtype=torch.float64))
+    for row in range(grid):
+        for column in range(grid):
+            token = ours[1 + row * grid + column]
+            # fp32 rounding of values up to 1
+            torch.testing.assert_close(
+                token, reference.position(row, column, dim), atol=1e-7, rtol=0
+            )
+
+
+# Table 2 of the paper: blocks, width, heads, parameters in millions
+@pytest.mark.parametrize(
+    ("name", "depth", "dim", "heads", "millions"),
+    [
+        ("vit_s16", 12, 384, 12, 22),
+        ("vit_b16", 12, 768, 12, 86),
+        ("vit_l16", 24, 1024, 16, 304),
+        ("vit_h14", 32, 1280, 16, 632),
+    ],
+)
+def test_sizes_are_those_of_the_paper(
+    name: str, depth: int, dim: int, heads: int, millions: int
+) -> None:
+    with torch.device("meta"):
+        vit = build_vit(PAPER_SHAPES[name])
+    assert (len(vit.blocks), vit.embed_dim) == (depth, dim)
+    assert vit.blocks[0].attn.num_heads == heads
+    assert vit.blocks[0].mlp.fc1.out_features == 4 * dim
+    weights = sum(p.numel() for p in vit.parameters())
+    assert abs(weights / 1e6 - millions) < 0.01 * millions  # the paper rounds, with a classifier
+
+
+def test_initialisation_is_the_papers() -> None:
+    torch.manual_seed(0)
+    vit = build_vit(VitShape(image_size=32, patch_size=8, dim=192, depth=1, heads=4))
+    qkv = vit.blocks[0].attn.qkv
+    bound = math.sqrt(6 / (192 + 192))  # each of q, k, v on its own
+    assert 0.95 * bound < qkv.weight.abs().max() <= bound
+    fc1 = vit.blocks[0].mlp.fc1
+    bound = math.sqrt(6 / (192 + 768))
+    assert 0.95 * bound < fc1.weight.abs().max() <= bound
+    bound = math.sqrt(6 / (3 * 8 * 8 + 192))
+    assert 0.95 * bound < vit.patch_embed.proj.weight.abs().max() <= bound
+    for bias in (qkv.bias, fc1.bias, vit.patch_embed.proj.bias):
+        assert not bias.any()
+    assert 0 < vit.cls_token.abs().max() < 1e-5
+    assert vit.norm.eps == 1e-6
+
+
+def test_frozen_tensors() -> None:
+    frozen = {n for n, p in build_vit(TINY).named_parameters() if not p.requires_grad}
+    assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    trained = build_vit(TINY, train_patch_projection=True)
+    assert {n for n, p in trained.named_parameters() if not p.requires_grad} == {"pos_embed"}
+
+
+def test_without_positions_tokens_do_not_know_their_place() -> None:
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 32, 32)
+    upside_down = torch.cat([image[:, :, 8 * i : 8 * i + 8] for i in (3, 2, 1, 0)], dim=2)
+    with torch.no_grad():
+        blind = build_vit(TINY, positions="none").eval()
+        torch.testing.assert_close(blind(image), blind(upside_down), atol=1e-5, rtol=1e-5)
+        seeing = build_vit(TINY).eval()
+        assert (seeing(image) - seeing(upside_down)).abs().max() > 1e-3
+
+
+def test_weights_load_into_timm() -> None:
+    ours = build_vit(PAPER_SHAPES["vit_s16"]).eval()
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12).eval()
+    theirs.load_state_dict(ours.state_dict())
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(image), theirs(image), atol=1e-5, rtol=1e-5)
+
+
+def test_sizes_that_do_not_divide_are_told() -> None:
+    with pytest.raises(ValueError, match="image size 30 is not a multiple of the patch size 8"):
+        build_vit(VitShape(image_size=30, patch_size=8, dim=48, depth=1, heads=4))
+    with pytest.raises(ValueError, match="embedding 50 must be a multiple"):
+        build_vit(VitShape(image_size=32, patch_size=8, dim=50, depth=1, heads=4))
