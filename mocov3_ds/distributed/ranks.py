@@ -8,6 +8,7 @@ Shape suffixes: B = rows of this rank, G = rows of all ranks.
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -159,6 +160,24 @@ def broadcast_object(obj: Any, source: int = 0) -> Any:
     box = [obj if rank() == source else None]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def first_does(work: Callable[[], Any]) -> Any:
+    """Let rank 0 do `work` while the others wait, and give each rank its (picklable) result.
+
+    Raises:
+        ValueError: what `work` raised on rank 0, on every rank, so that none waits for ever.
+    """
+    outcome: tuple[Any, str | None] = (None, None)
+    if is_first():
+        try:
+            outcome = (work(), None)
+        except (ValueError, OSError) as error:
+            outcome = (None, str(error))
+    result, trouble = broadcast_object(outcome)
+    if trouble is not None:
+        raise ValueError(trouble)
+    return result
 
 
 def gather_objects(obj: Any) -> list[Any]:

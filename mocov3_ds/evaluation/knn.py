@@ -1,7 +1,7 @@
 """Weighted k-NN on class-token features: the paper's monitor (Sec. 4), on all ranks.
 
-Dense form: a queue of recent training features (already computed by the step) is the bank, a fixed
-set of held-out images is classified every few tens of steps. Full form: `mocov3 knn RUN`, the whole
+Dense form: a queue of recent training features (already computed by the step) is the bank, a
+fixed set of held-out images is classified every few tens of steps. Full form: `mocov3 knn RUN`, the whole
 training split as the bank. Each rank holds a part of the bank; the k nearest of a probe are found on
 each rank and merged, which is the same as searching one joined bank.
 
@@ -103,3 +103,14 @@ class FeatureQueue:
     def filled(self) -> tuple[Tensor, Tensor]:
         """Features and labels pushed so far (at most the capacity)."""
         return self.features_ND[: len(self)], self.labels_N[: len(self)]
+
+    def oldest_first(self) -> tuple[Tensor, Tensor]:
+        """The same in the order they were pushed."""
+        features_ND, labels_N = self.filled()
+        shift = -(self.pushed % len(self.labels_N)) if self.pushed > len(self.labels_N) else 0
+        return features_ND.roll(shift, 0), labels_N.roll(shift, 0)
+
+    def refill(self, features_ND: Tensor, labels_N: Tensor, pushed: int) -> None:
+        """Become the queue that gave these rows (oldest first) after `pushed` rows in all."""
+        self.pushed = max(pushed - len(labels_N), 0)
+        self.push(features_ND.to(self.features_ND), labels_N.to(self.labels_N))

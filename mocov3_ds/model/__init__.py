@@ -1,1 +1,1 @@
-"""What is learned: Vision Transformer, heads, momentum encoder, loss. Knows no engine, no config."""
+"""What is learned: encoder, heads, momentum encoder, loss. Knows no engine and no config."""

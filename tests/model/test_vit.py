@@ -44,7 +44,7 @@ def test_sizes_are_those_of_the_paper(
     assert vit.blocks[0].attn.num_heads == heads
     assert vit.blocks[0].mlp.fc1.out_features == 4 * dim
     weights = sum(p.numel() for p in vit.parameters())
-    assert abs(weights / 1e6 - millions) < 0.01 * millions  # the paper rounds, with a classifier
+    assert abs(weights / 1e6 - millions) < max(0.5, 0.01 * millions)  # rounded there
 
 
 def test_initialisation_is_the_papers() -> None:

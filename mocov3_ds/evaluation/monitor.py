@@ -1,0 +1,89 @@
+"""The k-NN monitor of a training run: dense on the way, full at both ends.
+
+Shape suffixes: B = rank batch, C H W = image, D = features, P = probes, N = bank of this rank.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mocov3_ds.distributed import ranks
+from mocov3_ds.evaluation.features import Prepare, extract, join
+from mocov3_ds.evaluation.knn import FeatureQueue, knn_accuracy
+
+Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
+"""(crops_BCHW uint8, labels_B, ids_B) of this rank"""
+
+
+class KnnMonitor:
+    """Watches the features of the base encoder against held-out labelled images.
+
+    Args:
+        probes: this rank's part of the held-out images; kept as uint8.
+        bank: opens this rank's part of the fixed training subset that the full evaluation uses.
+        capacity: rows of this rank's queue of recent training features.
+        dim: feature width.
+        k: neighbours that vote.
+        temperature: of the vote.
+        prepare: uint8 crops to what the network takes.
+        device: where features live.
+    """
+
+    def __init__(
+        self,
+        *,
+        probes: Batches,
+        bank: Callable[[], Batches],
+        capacity: int,
+        dim: int,
+        k: int,
+        temperature: float,
+        prepare: Prepare,
+        device: torch.device,
+    ) -> None:
+        self._probes = list(probes)
+        self._bank = bank
+        self.queue = FeatureQueue(capacity, dim, device)
+        self._vote = {"k": k, "temperature": temperature}
+        self._prepare = prepare
+
+    def push(self, features_BD: Tensor, labels_B: Tensor) -> None:
+        """Remember the features of a training step."""
+        self.queue.push(features_BD, labels_B.to(features_BD.device))
+
+    def _probe_features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+        features_PD, targets_P, _ = join(*extract(backbone, self._probes, self._prepare))
+        return features_PD, targets_P
+
+    def dense(self, backbone: nn.Module) -> float:
+        """Accuracy in percent with the queue as the bank."""
+        probes_PD, targets_P = self._probe_features(backbone)
+        return knn_accuracy(*self.queue.filled(), probes_PD, targets_P, **self._vote)
+
+    def full(self, backbone: nn.Module) -> float:
+        """Accuracy in percent with centre crops of the fixed training subset as the bank."""
+        probes_PD, targets_P = self._probe_features(backbone)
+        features_ND, labels_N, _ = extract(backbone, self._bank(), self._prepare)
+        return knn_accuracy(features_ND, labels_N, probes_PD, targets_P, **self._vote)
+
+    def chance(self) -> float:
+        """Accuracy in percent of always naming the most frequent class of this rank's probes."""
+        targets = torch.cat([labels for _, labels, _ in self._probes])
+        return 100.0 * float(targets.bincount().max()) / len(targets)
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """The queues of all ranks joined, oldest rows first, so that any world size can re-cut it."""
+        features_ND, labels_N = self.queue.oldest_first()
+        yield "queue.features", ranks.all_gather_stack(features_ND).transpose(0, 1).flatten(0, 1)
+        yield "queue.labels", ranks.all_gather_stack(labels_N).transpose(0, 1).flatten()
+        yield "queue.pushed", torch.tensor(self.queue.pushed * ranks.world_size())
+
+    def load_full_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take this rank's part of what `full_state` gave."""
+        mine = slice(ranks.rank(), None, ranks.world_size())
+        self.queue.refill(
+            tensors["queue.features"][mine],
+            tensors["queue.labels"][mine],
+            int(tensors["queue.pushed"]) // ranks.world_size(),
+        )
