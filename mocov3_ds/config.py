@@ -353,3 +353,30 @@ def with_overrides(engine: Mapping[str, Any], overrides: Sequence[str]) -> dict[
         except json.JSONDecodeError:
             node[leaf] = text
     return result
+
+
+def from_json(tree: Mapping[str, Any]) -> Config:
+    """The `Config` of a run from its `config.json`.
+
+    Raises:
+        ValueError: the file is of another version of the program.
+    """
+    try:
+        config: Config = _filled(Config(), tree["config"])
+        return config
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"config.json was written by version {tree.get('version')} of mocov3-ds and is not "
+            f"understood by this one ({error})."
+        ) from None
+
+
+def _filled(default: Any, tree: Mapping[str, Any]) -> Any:
+    values = {}
+    for name, value in tree.items():
+        current = getattr(default, name)
+        if dataclasses.is_dataclass(current):
+            values[name] = _filled(current, value)
+        else:
+            values[name] = type(current)(value)
+    return dataclasses.replace(default, **values)

@@ -7,8 +7,8 @@ each rank and merged, which is the same as searching one joined bank.
 
 The vote is Wu et al.'s (arXiv 1805.01978): a neighbour of cosine s votes exp(s / T) for its class.
 
-Shape suffixes: N = bank of this rank, P = probes, D = features, R = ranks, K = neighbours,
-C = classes, B = rank batch.
+Shape suffixes: N = bank of this rank, P = probes, D = features, K = neighbours, X = neighbours
+of all ranks, C = classes, B = rank batch.
 """
 
 import torch
@@ -22,20 +22,22 @@ def nearest(bank_ND: Tensor, labels_N: Tensor, probes_PD: Tensor, k: int) -> tup
     """Cosine and label of the k nearest bank rows of each probe, over the banks of all ranks.
 
     Args:
-        bank_ND: unit rows of this rank; each rank must hold the same number of rows.
+        bank_ND: unit rows of this rank; ranks may hold different numbers of rows.
         labels_N: int64.
         probes_PD: unit rows, the same on each rank.
-        k: at most the joined bank's rows are returned.
+        k: neighbours wanted; where the joined bank is smaller, the rest has similarity -inf.
 
     Returns:
         (P, K) similarities, descending, and (P, K) labels; the same on each rank.
     """
-    similarity_PN = probes_PD @ bank_ND.T
-    near_PK, index_PK = similarity_PN.topk(min(k, len(bank_ND)), dim=1)
-    near_PRK = ranks.all_gather_stack(near_PK).transpose(0, 1).flatten(1)
-    label_PRK = ranks.all_gather_stack(labels_N[index_PK]).transpose(0, 1).flatten(1)
-    near_PK, index_PK = near_PRK.topk(min(k, near_PRK.shape[1]), dim=1)
-    return near_PK, label_PRK.gather(1, index_PK)
+    found = min(k, len(bank_ND))
+    near_PK, index_PK = (probes_PD @ bank_ND.T).topk(found, dim=1)
+    near_PK = F.pad(near_PK, (0, k - found), value=-torch.inf)
+    label_PK = F.pad(labels_N[index_PK], (0, k - found))
+    near_PX = ranks.all_gather_stack(near_PK).transpose(0, 1).flatten(1)
+    label_PX = ranks.all_gather_stack(label_PK).transpose(0, 1).flatten(1)
+    near_PK, index_PK = near_PX.topk(k, dim=1)
+    return near_PK, label_PX.gather(1, index_PK)
 
 
 def vote(near_PK: Tensor, label_PK: Tensor, classes: int, temperature: float) -> Tensor:

@@ -1,0 +1,73 @@
+"""What is derived for DeepSpeed, what is refused, and what each shipped JSON says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mocov3_ds.config import RECIPES
+from mocov3_ds.distributed.engine import compute_dtype, engine_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+def test_batch_sizes_are_derived_and_clipping_is_off() -> None:
+    config = engine_config({}, global_batch=4096, world_size=8)
+    assert config["train_batch_size"] == 4096
+    assert config["train_micro_batch_size_per_gpu"] == 512
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["gradient_clipping"] == 0.0
+    assert config["zero_optimization"]["stage"] == 1
+
+
+def test_agreeing_and_auto_values_pass() -> None:
+    given = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": "auto"}
+    assert engine_config(given, global_batch=64, world_size=2)["train_batch_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"train_batch_size": 128},
+            "train_batch_size = 128, but --batch 64 on 2 ranks makes it 64",
+        ),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4"),
+        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'; did you mean"),
+        ({"scheduler": {}}, "'scheduler' has no effect here"),
+        ({"zero_optimization": {"stage": 4}}, "stage is 4"),
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "fp16 at ZeRO stage 0"),
+    ],
+)
+def test_refused(given: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        engine_config(given, global_batch=64, world_size=2)
+
+
+def test_indivisible_batch_names_the_neighbours() -> None:
+    with pytest.raises(ValueError, match="batch 100 does not divide over 3 ranks; .* 99 or 102"):
+        engine_config({}, global_batch=100, world_size=3)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_each_file_is_what_its_name_says(path: Path) -> None:
+    config = json.loads(path.read_text())
+    stage, optimizer, precision, offload = re.fullmatch(
+        r"zero(\d)_(\w+?)_(bf16|fp16|fp32)(_offload)?", path.stem
+    ).groups()  # type: ignore[union-attr]
+    assert config["zero_optimization"]["stage"] == int(stage)
+    assert config["optimizer"]["type"].lower() == optimizer
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    assert compute_dtype(config) == dtype
+    assert ("offload_optimizer" in config["zero_optimization"]) == bool(offload)
+    engine_config(config, global_batch=8, world_size=2)
+
+
+@pytest.mark.parametrize("recipe", ["vit_s16", "vit_b16", "vit_l16", "vit_h14"])
+def test_files_and_recipes_agree(recipe: str) -> None:
+    path = next(p for p in CONFIGS if p.stem == "zero1_adamw_bf16")
+    file, own = json.loads(path.read_text()), dict(RECIPES[recipe].engine)
+    assert file["optimizer"]["params"].pop("eps") == 1e-8  # AdamW's own default
+    assert file == own
