@@ -33,12 +33,13 @@ def position(h: int, w: int, dim: int) -> Tensor:
 
 
 def as_plain_batch_norm(module: nn.Module) -> nn.Module:
-    """The same heads with torch's own one-process BatchNorm1d."""
+    """The same heads, sharing their parameters, with torch's own one-process BatchNorm1d."""
     plain = nn.Sequential()
     for name, child in module.named_children():
         if hasattr(child, "running_mean"):
             norm = nn.BatchNorm1d(len(child.running_mean), affine=child.weight is not None)
-            norm.load_state_dict(child.state_dict())
+            norm = norm.to(child.running_mean.dtype)
+            norm.weight, norm.bias = child.weight, child.bias
             plain.add_module(name, norm)
         else:
             plain.add_module(name, child)

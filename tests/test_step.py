@@ -1,0 +1,179 @@
+"""The whole step on real gloo ranks: N ranks, any ZeRO stage and any chunk equal one plain process."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.engine import engine_config, full_tensors, start_engine
+from mocov3_ds.model.moco import BaseEncoder, EncoderShape
+from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.model.vit import VitShape
+from mocov3_ds.step import QueriesToLoss, train_step
+from tests import reference
+from tests.ranks_pool import run_ranks
+
+SHAPE = EncoderShape(
+    vit=VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3), hidden=20, out=12
+)
+BATCH, STEPS, LR, MOMENTUM = 12, 4, 3e-3, 0.9
+
+
+class Sgd(torch.optim.SGD):
+    """Elementwise, so each sharding is exact: what differs is the step under test."""
+
+    def attach(self, engine: Any) -> None:
+        pass
+
+
+def smooth(encoder: torch.nn.Module) -> None:
+    """Softplus for ReLU: a unit at its kink may flip on rounding and hide what is tested."""
+    for head in (encoder.projector, getattr(encoder, "predictor", None)):
+        for name, child in list(head.named_children()) if head is not None else []:
+            if isinstance(child, torch.nn.ReLU):
+                setattr(head, name, torch.nn.Softplus())
+
+
+def start() -> tuple[BaseEncoder, MomentumEncoder]:
+    torch.manual_seed(0)
+    base, momentum = BaseEncoder(SHAPE), MomentumEncoder(SHAPE)
+    smooth(base)
+    smooth(momentum)
+    return base, momentum
+
+
+def views(step: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 3, 16, 16, generator=g), torch.randn(BATCH, 3, 16, 16, generator=g)
+
+
+def plain_run() -> dict[str, Any]:
+    """fp64, one process, reference.moco_step."""
+    base, momentum = start()
+    momentum.start_from(base.state_dict())
+    base, momentum = base.double(), momentum.double()
+    trained = [p for p in base.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=LR, momentum=0.9)
+    losses = []
+    for step in range(STEPS):
+        x1, x2 = (x.double() for x in views(step))
+        loss = reference.moco_step(base, momentum, x1, x2, m=MOMENTUM, temperature=0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    state = {n: p.detach() for n, p in base.named_parameters()}
+    return {"losses": losses, "base": state, "momentum": dict(momentum.named_parameters())}
+
+
+def engine_runs(cases: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+    """For each (ZeRO stage, chunk, key block): the same run through the engine on this many ranks."""
+    return [engine_run(*case) for case in cases]
+
+
+def engine_run(stage: int, chunk: int, key_block: int) -> dict[str, Any]:
+    base, momentum = start()
+    model = QueriesToLoss(base, temperature=0.2, chunk=chunk, key_block=key_block)
+    optimizer = Sgd([p for p in model.parameters() if p.requires_grad], lr=LR, momentum=0.9)
+    config = engine_config(
+        {"zero_optimization": {"stage": stage}}, global_batch=BATCH, world_size=ranks.world_size()
+    )
+    engine = start_engine(model, optimizer, config)
+    momentum.start_from(dict(full_tensors(engine.module.base)))
+    momentum.follow(engine.module.base)
+    frozen = {n: t.clone() for n, t in full_tensors(engine.module.base) if "patch_embed" in n}
+    rows = BATCH // ranks.world_size()
+    mine = slice(ranks.rank() * rows, (ranks.rank() + 1) * rows)
+    losses = []
+    for step in range(STEPS):
+        x1, x2 = views(step)
+        result = train_step(engine, momentum, x1[mine], x2[mine], momentum=MOMENTUM, chunk=chunk)
+        losses.append(result.loss)
+    tensors = {n: t.clone() for n, t in full_tensors(engine.module.base)}
+    out = {
+        "losses": losses,
+        "base": tensors,
+        "momentum": copy.deepcopy(dict(momentum.full_state())),
+        "frozen": all(torch.equal(tensors[n], t) for n, t in frozen.items()),
+        "tracked": int(engine.module.base.projector[1].num_batches_tracked),
+    }
+    engine.destroy()
+    return out
+
+
+def movement_error(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
+    """max over tensors of |ours - plain| / |plain - start|, after fp32's rounding of the weights.
+
+    A norm's weight is 1 and moves by some 1e-3 here, so that half a unit in its last place, made at
+    each of the steps, is 1e-4 of the movement: taken off before the comparison.
+    """
+    begin = {n: p.detach().double() for n, p in start()[0].named_parameters()}
+    worst = 0.0
+    for name, target in plain.items():
+        moved = (target - begin[name]).norm()
+        # norm.bias sits before a bias-free linear and a batch norm, a key bias before a softmax:
+        # their true gradient is zero and what moves them is rounding noise
+        if moved < 1e-9 or name == "backbone.norm.bias" or name.endswith("qkv.bias"):
+            continue
+        rounding = STEPS * 2**-24 * target.norm()
+        difference = (ours[name].double() - target).norm() - rounding
+        worst = max(worst, float(difference / moved))
+    return worst
+
+
+# (ZeRO stage, chunk, key block): whole batch, uneven chunks, single images
+CASES = [(stage, chunk, block) for stage in (0, 1, 2, 3) for chunk, block in ((0, 0), (5, 7))]
+CASES += [(1, 1, 1), (3, 1, 0)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_equals_one_plain_process(world_size: int) -> None:
+    plain = plain_run()
+    for parts in run_ranks(world_size, engine_runs, CASES)[:1]:
+        for case, ours in zip(CASES, parts, strict=True):
+            # fp32 against fp64: measured 1e-6 to 7e-6 of the movement
+            assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-5), case
+            assert movement_error(ours["base"], plain["base"]) < 2e-5, case
+            assert movement_error(ours["momentum"], plain["momentum"]) < 2e-5, case
+            assert ours["frozen"], case
+            assert ours["tracked"] == 2 * STEPS, case  # heads are never run twice on a view
+
+
+def digest(stage: int) -> dict[str, Any]:
+    return engine_run(stage, 0, 0)["momentum"]
+
+
+def test_momentum_encoder_is_bit_equal_on_all_ranks() -> None:
+    first, second = run_ranks(2, digest, 3)
+    for name, tensor in first.items():
+        if "running" not in name:
+            assert torch.equal(tensor, second[name]), name
+
+
+def nan_on_one_rank(stage: int) -> str:
+    base, momentum = start()
+    model = QueriesToLoss(base, temperature=0.2)
+    optimizer = Sgd([p for p in model.parameters() if p.requires_grad], lr=LR)
+    config = engine_config(
+        {"zero_optimization": {"stage": stage}}, global_batch=BATCH, world_size=2
+    )
+    engine = start_engine(model, optimizer, config)
+    momentum.start_from(dict(full_tensors(engine.module.base)))
+    momentum.follow(engine.module.base)
+    x1, x2 = (x[:6].clone() for x in views(0))
+    if ranks.rank() == 1:
+        x1[0, 0, 0, 0] = float("nan")
+    try:
+        train_step(engine, momentum, x1, x2, momentum=MOMENTUM)
+    except FloatingPointError as error:
+        finite = all(t.isfinite().all() for _, t in full_tensors(engine.module.base))
+        return f"{error}; weights finite: {finite}"
+    return "no error"
+
+
+def test_nan_on_one_rank_stops_both_before_the_weights_move() -> None:
+    for words in run_ranks(2, nan_on_one_rank, 1):
+        assert words == "the loss is nan; weights finite: True"
