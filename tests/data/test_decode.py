@@ -1,4 +1,4 @@
-"""Decoding: the pixels of torchvision on Pillow, odd files, and a reason for each unreadable one."""
+"""Decoding: torchvision's pixels, odd files, and a reason for each unreadable one."""
 
 import io
 import struct

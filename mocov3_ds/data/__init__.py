@@ -1,0 +1,1 @@
+"""Shards, their order, and the samples and views that come out of them."""
