@@ -1,8 +1,8 @@
-"""The run's whole state on disk: written aside and renamed, free of any layout, verified on reading.
+"""The run's whole state on disk: written aside, renamed, free of any layout, verified on reading.
 
     RUN/config.json                      the resolved configuration, before step 0
     RUN/checkpoints/step-00000500/       one folder a step
-        base-0.safetensors ...           base encoder: fp32 weights, frozen tensors, buffers, by name
+        base-0.safetensors ...           base encoder: fp32 weights, frozen tensors, buffers
         momentum-0.safetensors ...       momentum encoder, fp32
         optimizer-0.safetensors ...      "exp_avg/NAME" and the like, whole tensors
         extra-0.safetensors              what the k-NN monitor remembers
@@ -136,7 +136,7 @@ class Checkpoint:
         for name in self.state["files"]:
             group = name.rpartition("-")[0]
             file = safe_open(str(folder / name), framework="pt")
-            self._where.setdefault(group, {}).update(dict.fromkeys(file.keys(), file))
+            self._where.setdefault(group, {}).update(dict.fromkeys(list(file.keys()), file))
 
     @property
     def step(self) -> int:

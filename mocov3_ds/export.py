@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import timm
 import torch
@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from mocov3_ds import checkpoint
 from mocov3_ds.encoder import Which, load_encoder, read_run
-
-Layout = Literal["timm"]
 
 
 def export(run: Path, out: Path, *, which: Which = "base") -> float:
@@ -37,7 +35,7 @@ def export(run: Path, out: Path, *, which: Which = "base") -> float:
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "model.safetensors"
     save_file(encoder.state_dict(), str(weights), metadata={"format": "pt"})
-    sizes = {
+    sizes: dict[str, Any] = {
         "img_size": config.views.image_size,
         "patch_size": config.model.patch_size,
         "embed_dim": config.model.dim,
@@ -56,14 +54,14 @@ def export(run: Path, out: Path, *, which: Which = "base") -> float:
         difference = float((again(images_BCHW) - encoder(images_BCHW)).abs().max())
     if difference > 1e-5:
         raise ValueError(
-            f"the exported encoder's features differ by {difference:.2g} (at most 1e-5 is rounding);"
-            f" {weights} should not be used."
+            f"the exported encoder's features differ by {difference:.2g} (rounding is below 1e-5); "
+            f"{weights} should not be used."
         )
     (out / "README.md").write_text(_card(run, which, sizes))
     return difference
 
 
-def _card(run: Path, which: Which, sizes: dict[str, object]) -> str:
+def _card(run: Path, which: Which, sizes: dict[str, Any]) -> str:
     step = checkpoint.newest(run)
     assert step is not None
     return f"""# {run.name}: MoCo v3 {which} encoder after {step.step} steps

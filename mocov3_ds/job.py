@@ -3,9 +3,8 @@
 Shape suffixes: V = the two views, B = rank batch, C H W = image.
 """
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

@@ -18,13 +18,12 @@ if (
 
 import torch
 
-from mocov3_ds import checkpoint
 from mocov3_ds.config import Run, parse
 from mocov3_ds.data.stream import Batch
 from mocov3_ds.distributed import ranks
+from mocov3_ds.job import Job, build_job
 from mocov3_ds.monitor.report import Report, memory_gib
 from mocov3_ds.optim.schedule import encoder_momentum, learning_rate
-from mocov3_ds.job import Job, build_job
 from mocov3_ds.step import train_step
 
 

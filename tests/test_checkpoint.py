@@ -97,7 +97,7 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     before = (run / "config.json").read_text()
     with pytest.raises(ValueError, match=r"epochs is 3 there, 5 here.*--name"):
         checkpoint.claim_folder(run, resolved(epochs=5), "data")
-    with pytest.raises(ValueError, match=r"model.dim is 16 there, 32 here"):
+    with pytest.raises(ValueError, match=r"model\.dim is 16 there, 32 here"):
         checkpoint.claim_folder(run, resolved(model={"dim": 32}), "data")
     with pytest.raises(ValueError, match="training shards is data there, other here"):
         checkpoint.claim_folder(run, resolved(), "other")
@@ -107,6 +107,6 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and holds no config.json"):
+    with pytest.raises(ValueError, match=r"is not empty and holds no config\.json"):
         checkpoint.claim_folder(tmp_path, resolved(), "data")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]

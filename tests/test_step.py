@@ -1,4 +1,4 @@
-"""The whole step on real gloo ranks: N ranks, any ZeRO stage and any chunk equal one plain process."""
+"""The step on real gloo ranks: N ranks, any ZeRO stage, any chunk equal one plain process."""
 
 import copy
 from typing import Any
@@ -70,7 +70,7 @@ def plain_run() -> dict[str, Any]:
 
 
 def engine_runs(cases: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """For each (ZeRO stage, chunk, key block): the same run through the engine on this many ranks."""
+    """For each (ZeRO stage, chunk, key block): the same run through the engine."""
     return [engine_run(*case) for case in cases]
 
 

@@ -1,9 +1,9 @@
 """Weighted k-NN on class-token features: the paper's monitor (Sec. 4), on all ranks.
 
 Dense form: a queue of recent training features (already computed by the step) is the bank, a
-fixed set of held-out images is classified every few tens of steps. Full form: `mocov3 knn RUN`, the whole
-training split as the bank. Each rank holds a part of the bank; the k nearest of a probe are found on
-each rank and merged, which is the same as searching one joined bank.
+fixed set of held-out images is classified every few tens of steps. Full form: `mocov3 knn RUN`,
+the whole training split as the bank. Each rank holds a part of the bank; the k nearest of a probe
+are found on each rank and merged, which is the same as searching one joined bank.
 
 The vote is Wu et al.'s (arXiv 1805.01978): a neighbour of cosine s votes exp(s / T) for its class.
 

@@ -45,7 +45,7 @@ class KnnMonitor:
         self._probes = list(probes)
         self._bank = bank
         self.queue = FeatureQueue(capacity, dim, device)
-        self._vote = {"k": k, "temperature": temperature}
+        self._k, self._temperature = k, temperature
         self._prepare = prepare
 
     def push(self, features_BD: Tensor, labels_B: Tensor) -> None:
@@ -59,13 +59,16 @@ class KnnMonitor:
     def dense(self, backbone: nn.Module) -> float:
         """Accuracy in percent with the queue as the bank."""
         probes_PD, targets_P = self._probe_features(backbone)
-        return knn_accuracy(*self.queue.filled(), probes_PD, targets_P, **self._vote)
+        return self._accuracy(*self.queue.filled(), probes_PD, targets_P)
 
     def full(self, backbone: nn.Module) -> float:
         """Accuracy in percent with centre crops of the fixed training subset as the bank."""
         probes_PD, targets_P = self._probe_features(backbone)
         features_ND, labels_N, _ = extract(backbone, self._bank(), self._prepare)
-        return knn_accuracy(features_ND, labels_N, probes_PD, targets_P, **self._vote)
+        return self._accuracy(features_ND, labels_N, probes_PD, targets_P)
+
+    def _accuracy(self, bank: Tensor, labels: Tensor, probes: Tensor, targets: Tensor) -> float:
+        return knn_accuracy(bank, labels, probes, targets, k=self._k, temperature=self._temperature)
 
     def chance(self) -> float:
         """Accuracy in percent of always naming the most frequent class of this rank's probes."""
@@ -73,7 +76,7 @@ class KnnMonitor:
         return 100.0 * float(targets.bincount().max()) / len(targets)
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """The queues of all ranks joined, oldest rows first, so that any world size can re-cut it."""
+        """The queues of all ranks joined, oldest rows first: any world size can re-cut them."""
         features_ND, labels_N = self.queue.oldest_first()
         yield "queue.features", ranks.all_gather_stack(features_ND).transpose(0, 1).flatten(0, 1)
         yield "queue.labels", ranks.all_gather_stack(labels_N).transpose(0, 1).flatten()

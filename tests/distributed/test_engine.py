@@ -47,7 +47,7 @@ def test_refused(given: dict[str, object], words: str) -> None:
 
 
 def test_indivisible_batch_names_the_neighbours() -> None:
-    with pytest.raises(ValueError, match="batch 100 does not divide over 3 ranks; .* 99 or 102"):
+    with pytest.raises(ValueError, match=r"batch 100 does not divide over 3 ranks; .* 99 or 102"):
         engine_config({}, global_batch=100, world_size=3)
 
 
