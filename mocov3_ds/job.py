@@ -86,22 +86,24 @@ class Job:
         }
         if self.monitor is not None:
             groups["extra"] = self.monitor.full_state()
-        state = {"optimizer_steps": self.optimizer.step_count}
+        state = {
+            "optimizer_steps": self.optimizer.step_count,
+            "loss_scale": self.optimizer.loss_scale(),
+        }
         checkpoint.save(self.config.folder, self.step, groups, state, keep=self.config.save.keep)
 
     def _base_tensors(self, trained: set[str]) -> Iterator[tuple[str, Tensor]]:
         """fp32 masters of the trained tensors, the engine's own copy of the frozen ones."""
-        for name, state in self.optimizer.full_state():
+        for name, state in self.optimizer.full_state("weight"):
             yield name.removeprefix("base."), state["weight"]
         for name, tensor in full_tensors(self.engine.module.base):
             if name not in trained:
                 yield name, tensor
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, state in self.optimizer.full_state():
+        for name, state in self.optimizer.full_state(*self.optimizer.moments):
             for key, tensor in state.items():
-                if key != "weight":
-                    yield f"{key}/{name}", tensor
+                yield f"{key}/{name}", tensor
 
     def summary(self) -> str:
         """One paragraph on what is about to run."""
@@ -280,14 +282,13 @@ def _restore(job: Job, saved: Checkpoint) -> None:
     """Optimizer, momentum encoder and k-NN queue as they were."""
 
     def optimizer_state(name: str) -> dict[str, Tensor]:
-        state = {"weight": saved.tensor("base", name.removeprefix("base."))}
-        for entry in saved.names("optimizer"):
-            key, _, tensor_name = entry.partition("/")
-            if tensor_name == name:
-                state[key] = saved.tensor("optimizer", entry)
-        return state
+        moments = {
+            key: saved.tensor("optimizer", f"{key}/{name}") for key in job.optimizer.moments
+        }
+        return {"weight": saved.tensor("base", name.removeprefix("base.")), **moments}
 
     job.optimizer.load_full_state(optimizer_state, saved.state["optimizer_steps"])
+    job.optimizer.load_loss_scale(saved.state["loss_scale"])
     job.momentum_encoder.load_full_state(saved.group("momentum"))
     if job.monitor is not None and saved.names("extra"):
         job.monitor.load_full_state(saved.group("extra"))

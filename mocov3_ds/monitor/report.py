@@ -26,6 +26,7 @@ class Report:
 
     def __init__(self, folder: Path, *, steps_done: int, total_steps: int, speaks: bool) -> None:
         self.speaks = speaks
+        self._shown: dict[str, str] = {}
         if not speaks:
             return
         self._path = folder / "metrics.jsonl"
@@ -47,8 +48,6 @@ class Report:
                 self._shown[name] = f"{row[key]:.4g}"
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update(1)
-
-    _shown: dict[str, str] = {}  # noqa: RUF012
 
     def values(self, step: int, **values: float) -> None:
         """Log values that belong to no training step, such as an accuracy before the first."""
