@@ -1,1 +1,7 @@
 """Optimizers that stay exact per tensor on any sharding, and the schedules."""
+
+from mocov3_ds.optim.adamw import AdamW
+from mocov3_ds.optim.lamb import Lamb
+from mocov3_ds.optim.rules import Rule
+
+__all__ = ["AdamW", "Lamb", "Rule"]

@@ -1,0 +1,206 @@
+"""What a sharded data set is: `manifest.json` and `index.bin` beside plain WebDataset tars.
+
+    train/manifest.json      format, how it was made, class names, and per shard: name, bytes,
+                             samples, sha256; the size and sha256 of the index
+    train/index.bin          one 32-byte row a sample, in shard order: where its image lies and its
+                             crc32, label and size, so that any sample can be read by range, checked
+                             before use, and labelled without opening its `.cls`
+    train/train-000000.tar   KEY.jpg, KEY.cls, ... as any WebDataset reader opens them
+
+`manifest.json` is written last: where it lies, the set is complete. A sample's id is its row.
+
+Shape suffixes: N = samples.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocov3_ds.data import storage
+
+NAME, INDEX_NAME = "manifest.json", "index.bin"
+FORMAT, VERSION = "mocov3-ds shards", 1
+
+ROW = np.dtype(
+    [
+        ("offset", "<u8"),  # of the image's first byte in its shard; its header ends there
+        ("size", "<u4"),  # bytes of the image
+        ("crc32", "<u4"),  # zlib.crc32 of the image's bytes
+        ("label", "<i4"),  # -1 = none
+        ("width", "<u2"),  # pixels; 0 = not known
+        ("height", "<u2"),
+        ("reserved", "<u8"),  # zero
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a set."""
+
+    name: str
+    """file name beside the manifest"""
+    bytes: int
+    samples: int
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """A sharded data set: its shards, and where each sample lies in them."""
+
+    url: str
+    """folder of the manifest and the shards"""
+    shards: tuple[Shard, ...]
+    index_N: NDArray[np.void] = field(repr=False)
+    """rows of dtype `ROW`, shard after shard"""
+    classes: tuple[str, ...] = ()
+    """names by label; empty = not known"""
+    made: Mapping[str, Any] = field(default_factory=dict)
+    """how the set was made: program version, options, seed, source"""
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return len(self.index_N)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def labelled(self) -> bool:
+        """Whether every sample has a label."""
+        return bool((self.index_N["label"] >= 0).all())
+
+    @cached_property
+    def first_S(self) -> NDArray[np.int64]:
+        """Id of the first sample of each shard, and N behind the last, (shards + 1,)."""
+        counts = [shard.samples for shard in self.shards]
+        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    @cached_property
+    def digest(self) -> str:
+        """What identifies the samples and their order, whatever the folder is called."""
+        whole = hashlib.sha256(self.index_N.tobytes())
+        for shard in self.shards:
+            whole.update(f"{shard.name} {shard.bytes} {shard.sha256}\n".encode())
+        return whole.hexdigest()
+
+    def shard_url(self, shard: int) -> str:
+        """URL of a shard by its number."""
+        return storage.join(self.url, self.shards[shard].name)
+
+
+def write(
+    url: str,
+    shards: Sequence[Shard],
+    index_N: NDArray[np.void],
+    *,
+    classes: Sequence[str] = (),
+    made: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Put `index.bin` and then, as the mark of completeness, `manifest.json` into a folder.
+
+    Args:
+        url: folder of the shards, which are there already.
+        shards: in name order.
+        index_N: rows of dtype `ROW`, shard after shard.
+        classes: names by label.
+        made: how the set was made, JSON values.
+    """
+    manifest = Manifest(url, tuple(shards), index_N, tuple(classes), dict(made or {}))
+    rows = index_N.tobytes()
+    storage.write(storage.join(url, INDEX_NAME), rows)
+    tree = {
+        "format": FORMAT,
+        "version": VERSION,
+        "samples": manifest.samples,
+        "bytes": manifest.bytes,
+        "classes": list(classes),
+        "made": manifest.made,
+        "index": {
+            "name": INDEX_NAME,
+            "bytes": len(rows),
+            "sha256": hashlib.sha256(rows).hexdigest(),
+        },
+        "shards": [vars(shard) for shard in shards],
+    }
+    storage.write(storage.join(url, NAME), json.dumps(tree, indent=1).encode())
+    return manifest
+
+
+def load(url: str) -> Manifest:
+    """Read and check a manifest; nothing in it is trusted.
+
+    Args:
+        url: folder that holds `manifest.json`, or that file.
+
+    Raises:
+        ValueError: no manifest there, not one of ours, of a later version, or at odds with itself.
+    """
+    url = url.removesuffix("/" + NAME).rstrip("/") or "/"
+    try:
+        text = storage.read(storage.join(url, NAME))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{url} holds no {NAME}; make shards with python -m data_prep shard SOURCE {url}, or "
+            f"describe tars that are there with python -m data_prep index {url}."
+        ) from None
+    try:
+        tree = json.loads(text)
+        if tree["format"] != FORMAT:
+            raise ValueError(f"format is {tree['format']!r}")
+        if tree["version"] > VERSION:
+            raise ValueError(
+                f"version {tree['version']} is later than this program's {VERSION}; update it"
+            )
+        shards = tuple(_shard(entry) for entry in tree["shards"])
+        rows = storage.read(storage.join(url, INDEX_NAME))
+        if hashlib.sha256(rows).hexdigest() != tree["index"]["sha256"]:
+            raise ValueError(f"{INDEX_NAME} is not the one that was written with it")
+        index_N = np.frombuffer(rows, dtype=ROW)
+        classes = tuple(str(name) for name in tree["classes"])
+        manifest = Manifest(url, shards, index_N, classes, dict(tree["made"]))
+        _check(manifest)
+    except FileNotFoundError as error:
+        raise ValueError(f"{url}/{NAME} names files that are not there: {error}.") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{url}/{NAME} cannot be used: {error}.") from None
+    return manifest
+
+
+def _shard(entry: Mapping[str, Any]) -> Shard:
+    shard = Shard(
+        str(entry["name"]), int(entry["bytes"]), int(entry["samples"]), str(entry["sha256"])
+    )
+    if shard.name in ("", ".", "..") or any(c in shard.name for c in "/\\\0") or "://" in shard.name:
+        raise ValueError(f"shard name {shard.name!r} is not a plain file name")
+    if shard.bytes < 0 or shard.samples < 0:
+        raise ValueError(f"shard {shard.name} has {shard.bytes} bytes and {shard.samples} samples")
+    return shard
+
+
+def _check(manifest: Manifest) -> None:
+    if int(manifest.first_S[-1]) != manifest.samples:
+        raise ValueError(
+            f"its shards count {int(manifest.first_S[-1])} samples, its index {manifest.samples}"
+        )
+    if not manifest.samples:
+        raise ValueError("it holds no samples")
+    if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
+        raise ValueError("it names a shard twice")
+    room_N = np.repeat(
+        np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64),
+        [shard.samples for shard in manifest.shards],
+    )
+    end_N = manifest.index_N["offset"] + manifest.index_N["size"]
+    if bool((manifest.index_N["offset"] < 512).any() or (end_N > room_N).any()):
+        raise ValueError("its index points outside the shards")

@@ -1,0 +1,276 @@
+"""DeepSpeed's partitions as segments: the attribute names of five wrapper classes, nothing else.
+
+`engine.optimizer` is one of
+
+    our optimizer itself                 stage 0, fp32: whole parameters
+    FP16_UnfusedOptimizer                stage 0, bf16: whole fp32 clones
+    DeepSpeedZeroOptimizer               stages 1 and 2: the concatenation of a group, cut evenly
+    BF16_Optimizer                       stage 1, bf16 with fp32 gradient accumulation: the same
+    DeepSpeedZeroOptimizer_Stage3        stage 3: each tensor cut and padded by itself
+
+Read from DeepSpeed 0.19. Each description is compared with the model's own weights before it is
+used, so another layout is an error and never a wrong trust ratio. `_hp_mapping`, DeepSpeed's own
+fragment table, is not used: it is wrong with `round_robin_gradients`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm
+from torch import Tensor
+
+from mocov3_ds.distributed import ranks
+from mocov3_ds.optim.segments import Flat, Segment, Shape, cut, run_on, whole
+
+Names = Mapping[Tensor, str]
+
+
+def layout(engine: Any, names: Names | None = None) -> list[Flat]:
+    """Describe every flat tensor that the engine's base optimizer is given on this rank.
+
+    All ranks must call. Padding is made zero on the way.
+
+    Args:
+        engine: what `deepspeed.initialize` returned, before its first step.
+        names: name of each trained model parameter; by default the engine module's own names.
+
+    Raises:
+        ValueError: a combination under which whole-tensor norms cannot be exact, with the remedy.
+        RuntimeError: this DeepSpeed lays tensors out in a way we do not know.
+    """
+    wrapper = engine.optimizer
+    _refuse(engine, wrapper)
+    if names is None:
+        names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    kind = type(wrapper).__name__
+    if isinstance(wrapper, torch.optim.Optimizer):
+        drafts = _own(wrapper, names)
+    elif kind in _LAYOUTS:
+        drafts = _LAYOUTS[kind](wrapper, names)
+    else:
+        raise ValueError(
+            f"DeepSpeed wraps the optimizer in {kind}, whose partitions are not known here; use "
+            "ZeRO stage 0, 1, 2 or 3 without ZenFlow, SuperOffload or MiCS."
+        )
+    flats = [flat for flat, _ in drafts]
+    for flat in flats:
+        if flat.tensor.dtype != torch.float32:
+            raise ValueError(
+                f"the optimizer is given {flat.tensor.dtype} weights and needs fp32 masters; "
+                "remove bf16_master_weights_and_grads, or convert the model to fp32 beforehand."
+            )
+    _compare(drafts)
+    for flat in flats:
+        flat.clear_gaps()
+    return flats
+
+
+def refresh(engine: Any) -> None:
+    """Make the model's weights what the fp32 masters say; all ranks must call."""
+    wrapper = engine.optimizer
+    kind = type(wrapper).__name__
+    if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        wrapper.update_lp_params()
+    elif kind == "FP16_UnfusedOptimizer":
+        for copies, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for copy, master in zip(copies, masters, strict=True):
+                copy.data.copy_(master.data)
+    elif kind == "DeepSpeedZeroOptimizer_Stage3":
+        _refresh_stage3(wrapper)
+
+
+def _refresh_stage3(wrapper: Any) -> None:
+    wrapper.checkpoint_event_prologue()  # persistent parameters are partitioned, too
+    if len(wrapper.persistent_parameters) > 0:
+        wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+    for number, master in enumerate(wrapper.fp32_partitioned_groups_flat):
+        wrapper.fp16_partitioned_groups_flat[number].data.copy_(master.data)
+        wrapper._unflatten_partitioned_parameters(number)
+    wrapper.checkpoint_event_epilogue()
+
+
+_SCALE_KEYS = (
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+)
+
+
+def loss_scale(engine: Any) -> dict[str, float]:
+    """State of fp16 loss scaling as plain numbers; empty when nothing is scaled."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None or not getattr(scaler, "dynamic", False):
+        return {}
+    return {key: getattr(scaler, key) for key in _SCALE_KEYS}
+
+
+def load_loss_scale(engine: Any, state: Mapping[str, float]) -> None:
+    """Continue loss scaling where `loss_scale` found it; nothing happens without scaling."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if scaler is None or not getattr(scaler, "dynamic", False):
+        return
+    for key in _SCALE_KEYS:
+        if key in state:
+            setattr(scaler, key, state[key])
+
+
+def base_optimizer(engine: Any) -> Any:
+    """The optimizer that the user gave to `deepspeed.initialize`."""
+    wrapper = engine.optimizer
+    return wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer
+
+
+def _refuse(engine: Any, wrapper: Any) -> None:
+    """Combinations that would be approximations."""
+    kind = type(wrapper).__name__
+    if kind == "FP16_UnfusedOptimizer" and wrapper.low_precision_dtype == torch.float16:
+        raise ValueError(
+            "fp16 at ZeRO stage 0 is computed wrongly by DeepSpeed (the loss scale is divided out "
+            "but never applied); use zero_optimization.stage 1."
+        )
+    if getattr(wrapper, "model_parallel_group", None) is not None or engine.mpu is not None:
+        raise ValueError(
+            "tensor (model) parallelism cuts a tensor once more than this optimizer sums over; "
+            "use data parallelism (ZeRO) alone."
+        )
+    if getattr(engine, "has_moe_layers", False):
+        raise ValueError(
+            "mixture-of-experts layers need DeepSpeed parameter groups of their own, which this "
+            "optimizer does not make; use a dense model."
+        )
+    if getattr(engine, "pipeline_parallelism", False):
+        raise ValueError(
+            "pipeline parallelism puts different tensors on different ranks, which this optimizer "
+            "does not follow; use data parallelism (ZeRO) alone."
+        )
+    if getattr(wrapper, "torch_autocast_gradscaler", None) is not None:
+        raise ValueError(
+            "torch_autocast in float16 may skip the step on one rank and not on another; use "
+            "torch_autocast in bfloat16, or fp16.enabled."
+        )
+    if getattr(wrapper, "swap_optimizer", False) or getattr(
+        wrapper, "params_in_nvme_and_cpu", False
+    ):
+        raise ValueError(
+            "offload to NVMe takes weights and moments away between steps; use "
+            'offload_optimizer.device "cpu".'
+        )
+    if getattr(wrapper, "offload_optimizer", False) and wrapper.partial_offload != 1.0:
+        raise ValueError(
+            f"offload_optimizer.ratio {wrapper.partial_offload} makes DeepSpeed update the part "
+            "that stays on the GPU with its own AdamW; use ratio 1.0."
+        )
+
+
+Draft = tuple[Flat, list[Tensor]]  # a flat and the model's parameters in the order of its names
+
+
+def _own(wrapper: torch.optim.Optimizer, names: Names) -> list[Draft]:
+    parameters = [p for group in wrapper.param_groups for p in group["params"]]
+    return [(whole(names[p], p), [p]) for p in parameters]
+
+
+def _unfused(wrapper: Any, names: Names) -> list[Draft]:
+    pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+    return [
+        (whole(names[copy], master), [copy])
+        for copies, masters in pairs
+        for copy, master in zip(copies, masters, strict=True)
+    ]
+
+
+def _stage_1_2(wrapper: Any, names: Names) -> list[Draft]:
+    drafts = []
+    for i, flat in enumerate(wrapper.single_partition_of_fp32_groups):
+        parameters = list(wrapper.round_robin_bit16_groups[i])
+        offsets = list(wrapper.round_robin_bit16_offsets[i])
+        group = wrapper.real_dp_process_group[i]
+        drafts.append((_even_cut(flat, parameters, offsets, group, names), parameters))
+    return drafts
+
+
+def _bf16(wrapper: Any, names: Names) -> list[Draft]:
+    drafts = []
+    for i, flat in enumerate(wrapper.fp32_groups_flat_partition):
+        parameters = list(wrapper.bf16_groups[i])
+        offsets = run_on([_shape(parameter) for parameter in parameters])
+        group = wrapper.real_dp_process_group[i]
+        drafts.append((_even_cut(flat, parameters, offsets, group, names), parameters))
+    return drafts
+
+
+def _even_cut(
+    flat: Tensor, parameters: Sequence[Tensor], offsets: Sequence[int], group: Any, names: Names
+) -> Flat:
+    own_names = tuple(names[parameter] for parameter in parameters)
+    shapes = tuple(_shape(parameter) for parameter in parameters)
+    low = comm.get_rank(group) * flat.numel()
+    segments = cut(own_names, shapes, offsets, low, low + flat.numel())
+    return Flat(flat, own_names, shapes, segments, sharded=True, group=group)
+
+
+def _stage_3(wrapper: Any, names: Names) -> list[Draft]:
+    drafts = []
+    for i, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
+        parameters = list(wrapper.fp16_groups[i])
+        group = wrapper._get_sub_group_process_group(i)
+        own_names = tuple(names[parameter] for parameter in parameters)
+        segments, offset = [], 0
+        for index, parameter in enumerate(parameters):
+            padded = parameter.ds_tensor.ds_numel
+            start = comm.get_rank(group) * padded
+            length = min(padded, math.prod(_shape(parameter)) - start)
+            if length > 0:
+                segments.append(Segment(own_names[index], index, start, length, offset))
+            offset += padded
+        shapes = tuple(_shape(parameter) for parameter in parameters)
+        layout_of_rank = Flat(flat, own_names, shapes, tuple(segments), sharded=True, group=group)
+        drafts.append((layout_of_rank, parameters))
+    return drafts
+
+
+_LAYOUTS = {
+    "FP16_UnfusedOptimizer": _unfused,
+    "DeepSpeedZeroOptimizer": _stage_1_2,
+    "BF16_Optimizer": _bf16,
+    "DeepSpeedZeroOptimizer_Stage3": _stage_3,
+}
+
+
+def _shape(parameter: Tensor) -> Shape:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _compare(drafts: Sequence[Draft]) -> None:
+    """Check content and cover of each flat, with one verdict for all ranks."""
+    wrong = 0
+    for flat, parameters in drafts:
+        wrong += sum(not _same(flat, segment, parameters) for segment in flat.segments)
+        device = parameters[0].device
+        covered = torch.tensor(flat.covered(), dtype=torch.int64, device=device)
+        if flat.sharded:
+            ranks.all_reduce_sum(covered, flat.group)
+        wrong += sum(
+            count != math.prod(shape)
+            for count, shape in zip(covered.tolist(), flat.shapes, strict=True)
+        )
+    verdict = torch.tensor(wrong, dtype=torch.int64, device=drafts[0][1][0].device)
+    if int(ranks.all_reduce_max(verdict)) > 0:
+        raise RuntimeError(
+            f"this DeepSpeed lays out its partitions in a way that is not known here ({wrong} "
+            "tensors differ on this rank); please report the versions and the DeepSpeed config."
+        )
+
+
+def _same(flat: Flat, segment: Segment, parameters: Sequence[Tensor]) -> bool:
+    """Whether a segment of the fp32 flat holds, rounded, what the model's parameter holds."""
+    parameter = parameters[segment.index]
+    if hasattr(parameter, "ds_tensor"):
+        there = parameter.ds_tensor.detach().view(-1)[: segment.length]
+    else:
+        there = parameter.detach().reshape(-1)[segment.start : segment.start + segment.length]
+    here = segment.of(flat.view()).to(there.dtype)
+    return torch.equal(here.to(there.device), there)

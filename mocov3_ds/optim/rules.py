@@ -1,0 +1,52 @@
+"""What holds for one tensor and not for all: weight decay, learning rate, trust ratio.
+
+DeepSpeed gets a single parameter group, whatever the number of rules: one flat tensor, one kernel
+plan, one all-reduce a step, and no rule can be lost when a checkpoint is loaded. Rules are found
+by name and *full* shape, since under `deepspeed.zero.Init` each parameter looks one-dimensional.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_TOKENS = ("cls_token", "pos_embed", "reg_token", "dist_token", "mask_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one tensor is updated.
+
+    Attributes:
+        decay: multiple of the optimizer's weight decay; `True` is 1, `False` is 0.
+        lr_multiplier: multiple of the learning rate, above 0 (freeze a tensor instead of 0).
+        adapt: whether LAMB and LARS scale its step by the trust ratio.
+    """
+
+    decay: float = 1.0
+    lr_multiplier: float = 1.0
+    adapt: bool = True
+
+
+RuleFor = Callable[[str, tuple[int, ...]], Rule]
+
+
+def vit_rule(name: str, shape: tuple[int, ...]) -> Rule:
+    """Default: matrices decay and adapt; biases, norms, tokens and position tables do neither."""
+    matrix = len(shape) > 1 and not name.endswith(_TOKENS)
+    return Rule(decay=matrix, adapt=matrix)
+
+
+def checked(rule: Rule, name: str) -> Rule:
+    """The rule itself.
+
+    Raises:
+        ValueError: a decay below 0, or a learning rate multiple that is not above 0.
+    """
+    if not (math.isfinite(rule.decay) and rule.decay >= 0):
+        raise ValueError(f"the rule of {name!r} has decay {rule.decay}; it must be 0 or above.")
+    if not (math.isfinite(rule.lr_multiplier) and rule.lr_multiplier > 0):
+        raise ValueError(
+            f"the rule of {name!r} has lr_multiplier {rule.lr_multiplier}; it must be above 0. "
+            "To keep a tensor as it is, set requires_grad=False before the optimizer is built."
+        )
+    return rule

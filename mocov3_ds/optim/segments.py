@@ -1,0 +1,138 @@
+"""Which slice of which named tensor lies where on this rank: pure description, knows no engine.
+
+ZeRO hands an optimizer one-dimensional fp32 tensors that are cut without regard for parameter
+boundaries. `Flat` says what is inside such a tensor, so that whatever must be known per parameter
+(norms, trust ratios, weight decay, checkpoints) can be computed segment by segment and summed over
+the ranks. `mocov3_ds.distributed.zero` builds the description from a DeepSpeed engine.
+
+Legend: S = tensors of a flat.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of elements that belong to one named tensor.
+
+    Attributes:
+        name: the tensor's name.
+        index: its place in `Flat.names`, the same on each rank.
+        start: first element inside the whole tensor, flattened.
+        length: number of elements, at least 1.
+        offset: first element inside the flat tensor of this rank.
+    """
+
+    name: str
+    index: int
+    start: int
+    length: int
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The segment's elements of a flat tensor (a view)."""
+        return flat[self.offset : self.offset + self.length]
+
+
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """One tensor as the optimizer sees it, with the segments that lie in it on this rank.
+
+    Attributes:
+        tensor: fp32 master weights; one-dimensional when sharded.
+        names: every tensor that has elements in this flat on *any* rank of the group, in the same
+            order on each of them.
+        shapes: their full shapes.
+        segments: what is here; empty on a rank that holds padding only.
+        sharded: whether the rest is on other ranks of `group`.
+        group: process group over which the tensors are cut; means nothing unless `sharded`.
+    """
+
+    tensor: Tensor
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    segments: tuple[Segment, ...]
+    sharded: bool = False
+    group: Any = field(default=None, repr=False)
+
+    def view(self, tensor: Tensor | None = None) -> Tensor:
+        """The flat tensor, or a state tensor beside it, as one dimension without a copy."""
+        return (self.tensor if tensor is None else tensor).detach().view(-1)
+
+    def covered(self) -> list[int]:
+        """Elements of each tensor that are on this rank, (S,)."""
+        counts = [0] * len(self.names)
+        for segment in self.segments:
+            counts[segment.index] += segment.length
+        return counts
+
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """(first, behind last) of each run of padding."""
+        end = 0
+        for segment in sorted(self.segments, key=lambda segment: segment.offset):
+            if segment.offset > end:
+                yield end, segment.offset
+            end = segment.offset + segment.length
+        if end < self.tensor.numel():
+            yield end, self.tensor.numel()
+
+    def clear_gaps(self) -> None:
+        """Make the padding zero; ZeRO-3 leaves whatever the allocator returned in it."""
+        flat = self.view()
+        for first, behind in self.gaps():
+            flat[first:behind] = 0
+
+
+def whole(name: str, tensor: Tensor) -> Flat:
+    """A tensor that is not cut at all.
+
+    Raises:
+        ValueError: its elements do not lie in order (a transposed view, channels_last).
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name!r} is not contiguous; make it so before training.")
+    shape = tuple(tensor.shape)
+    segment = Segment(name, index=0, start=0, length=tensor.numel(), offset=0)
+    return Flat(tensor, (name,), (shape,), (segment,))
+
+
+def cut(
+    names: Sequence[str], shapes: Sequence[Shape], offsets: Sequence[int], low: int, high: int
+) -> tuple[Segment, ...]:
+    """Segments of the tensors that fall into elements `low` to `high` of their concatenation.
+
+    Args:
+        names: tensors in the order in which they were laid out.
+        shapes: their full shapes.
+        offsets: where each starts in the concatenation (gaps between tensors are padding).
+        low: first element of this rank.
+        high: behind the last element of this rank.
+    """
+    segments = []
+    for index, (name, shape, offset) in enumerate(zip(names, shapes, offsets, strict=True)):
+        first, behind = max(offset, low), min(offset + math.prod(shape), high)
+        if first < behind:
+            segments.append(Segment(name, index, first - offset, behind - first, first - low))
+    return tuple(segments)
+
+
+def run_on(shapes: Sequence[Shape]) -> list[int]:
+    """Offsets of tensors laid out back to back."""
+    offsets, end = [], 0
+    for shape in shapes:
+        offsets.append(end)
+        end += math.prod(shape)
+    return offsets
+
+
+def bits(x: Tensor) -> Tensor:
+    """fp32 tensor as int32: summing parts that are zero elsewhere keeps each bit (-0.0, NaN)."""
+    return x.view(torch.int32)

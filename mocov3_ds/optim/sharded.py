@@ -1,0 +1,509 @@
+"""What AdamW, LAMB and LARS share: rules by name, segments, signals, layout-free state.
+
+    optimizer = Lamb(model.named_parameters(), lr=2e-3)     here: names, full shapes, rules
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    optimizer.attach(engine)                                here: which segments lie on this rank
+
+A step sweeps once over the segments (moments, direction, partial square sums of weight, direction
+and gradient), adds the sums of all ranks in one small all-reduce, and applies. Each rank takes part
+in the all-reduce, also one that holds nothing but padding.
+
+DeepSpeed calls `step` once per flat tensor (stages 1 to 3) or once for all (stage 0), and once more
+with zero gradients while it is being built (stage 0, bf16); that last call changes nothing here.
+
+Legend: S = tensors that one call of `step` updates.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mocov3_ds.distributed import ranks
+from mocov3_ds.optim.rules import Rule, RuleFor, checked, vit_rule
+from mocov3_ds.optim.segments import Flat, Segment, bits, whole
+
+NamedParameters = Iterable[tuple[str, Tensor]]
+
+WEIGHT, UPDATE, GRADIENT = 0, 1, 2  # rows of the square sums
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """What the last step measured on the way, per tensor and over all ranks.
+
+    Attributes:
+        names: the tensors, in the optimizer's order.
+        grad_norm_S: of the gradient that the optimizer was given (after clipping, unscaled).
+        update_norm_S: of the direction before learning rate and trust ratio; decay is in it.
+        weight_norm_S: of the fp32 weight before the step.
+        trust_ratio_S: factor on the direction; 1 where a tensor does not adapt.
+        rate_S: learning rate that applied to each tensor.
+    """
+
+    names: tuple[str, ...]
+    grad_norm_S: Tensor
+    update_norm_S: Tensor
+    weight_norm_S: Tensor
+    trust_ratio_S: Tensor
+    rate_S: Tensor
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Tensor name -> value of each signal; waits for the device once."""
+        table = torch.stack(
+            [self.grad_norm_S, self.update_norm_S, self.weight_norm_S, self.trust_ratio_S]
+        )
+        keys = ("grad_norm", "update_norm", "weight_norm", "trust_ratio")
+        columns = table.T.tolist()
+        return {
+            name: dict(zip(keys, column, strict=True))
+            for name, column in zip(self.names, columns, strict=True)
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One flat tensor of a plan.
+
+    Attributes:
+        flat: what lies in it.
+        first: row of its first tensor among the S of the plan.
+        rules: of the tensors of the flat.
+    """
+
+    flat: Flat
+    first: int
+    rules: tuple[Rule, ...]
+
+    def row(self, segment: Segment) -> int:
+        """Row of a segment's tensor among the S of the plan."""
+        return self.first + segment.index
+
+
+@dataclass(eq=False)
+class Plan:
+    """Everything one call of `step` updates, with its tables on the device of the flats."""
+
+    shares: list[Share]
+    names: tuple[str, ...]
+    adapt_S: Tensor
+    multiplier_S: Tensor
+    norms_S: list[Tensor]
+    ratio_S: Tensor
+    rate_S: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the flats are."""
+        return self.adapt_S.device
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers that stay exact per tensor on any sharding.
+
+    Subclasses give `moments` (state tensors beside each weight), `_sweep` and `_apply`.
+
+    Args:
+        named_parameters: `model.named_parameters()`. Frozen and empty tensors are left out.
+        defaults: hyper-parameters of the one parameter group.
+        rule: (name, full shape) -> `Rule`.
+
+    Raises:
+        ValueError: tensors without names, names given twice, nothing to train, complex tensors,
+            an impossible rule or hyper-parameter.
+    """
+
+    moments: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        named_parameters: NamedParameters,
+        defaults: dict[str, Any],
+        rule: RuleFor = vit_rule,
+    ) -> None:
+        trained = _trained(named_parameters)
+        self._names = {parameter: name for name, parameter in trained.items()}
+        self._shapes = {name: _full_shape(parameter) for name, parameter in trained.items()}
+        self._rules = {
+            name: checked(rule(name, shape), name) for name, shape in self._shapes.items()
+        }
+        self._flats: dict[Tensor, Flat] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._engine: Any = None
+        self._meeting_place: torch.device | None = None
+        super().__init__(list(trained.values()), defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor adds a group.
+
+        Raises:
+            ValueError: on any later call.
+        """
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__} keeps one parameter group; give a rule(name, shape) for "
+                "what differs between tensors."
+            )
+        super().add_param_group(param_group)
+
+    def attach(self, engine: Any = None) -> None:
+        """Learn which segments are on this rank; all ranks must call, before the first step.
+
+        Args:
+            engine: what `deepspeed.initialize` returned, given this optimizer. Without one the
+                model's own parameters are updated, whole, as by any PyTorch optimizer.
+
+        Raises:
+            ValueError: an engine of another optimizer, or one under which the step cannot be exact.
+        """
+        flats = self._plain_flats() if engine is None else self._engine_flats(engine)
+        missing = sorted({*self._shapes} - {name for flat in flats for name in flat.names})
+        if missing:
+            raise ValueError(
+                f"{len(missing)} tensors of the optimizer are not in the engine's model, e.g. "
+                f"{missing[0]!r}; build both from the same module."
+            )
+        self._engine = engine
+        self._flats = {flat.tensor: flat for flat in flats}
+        self._plans = {}
+        for flat in flats:
+            # here and not at the first step: DeepSpeed links state fragments after the first
+            # group's step and does not find those of the others otherwise
+            state = self.state[flat.tensor]
+            state.setdefault("step", 0)
+            for key in self.moments:
+                if key not in state:
+                    state[key] = torch.zeros_like(flat.tensor, requires_grad=False)
+        self._meeting_place = None if engine is None else torch.device(engine.device)
+
+    def _plain_flats(self) -> list[Flat]:
+        flats = [whole(name, parameter) for parameter, name in self._names.items()]
+        for flat in flats:
+            if flat.tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"{flat.names[0]!r} is {flat.tensor.dtype}; without an engine that keeps fp32 "
+                    "masters the weights themselves must be fp32."
+                )
+        return flats
+
+    def _engine_flats(self, engine: Any) -> list[Flat]:
+        # imported here: that room imports `optim.segments`, and needs DeepSpeed
+        from mocov3_ds.distributed import zero
+
+        if zero.base_optimizer(engine) is not self:
+            raise ValueError(
+                "the engine was built with another optimizer; call "
+                "deepspeed.initialize(model=model, optimizer=optimizer, config=config) without an "
+                "optimizer block in the config, then optimizer.attach(engine)."
+            )
+        return zero.layout(engine, self._names)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the coming steps."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps done; steps that fp16 skipped are not counted."""
+        return max((self.state[flat]["step"] for flat in self._flats), default=0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every tensor that DeepSpeed presents in `param_groups`.
+
+        The gradient buffers are used as scratch space.
+
+        Raises:
+            ValueError: `attach` was not called, or a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            tensors = group["params"]
+            if not self._flats:
+                _check_nothing_to_do(tensors, type(self).__name__)
+            elif any(tensor.grad is not None for tensor in tensors):
+                self._step_tensors(tensors, group)
+        return loss
+
+    def _step_tensors(self, tensors: list[Tensor], group: Mapping[str, Any]) -> None:
+        plan = self._plan(tensors)
+        for share in plan.shares:
+            self.state[share.flat.tensor]["step"] += 1
+        sums_3S = torch.zeros(3, len(plan.names), device=plan.device)
+        for share in plan.shares:
+            self._sweep(share, _gradient(share.flat), group, sums_3S)
+        self._reduce(plan, sums_3S)
+        plan.norms_S = list(sums_3S.sqrt().unbind())
+        plan.ratio_S = self._ratio(plan, group)
+        plan.rate_S = plan.multiplier_S * group["lr"]
+        for share in plan.shares:
+            self._apply(share, _gradient(share.flat), plan, group)
+
+    @abstractmethod
+    def _sweep(
+        self, share: Share, gradient: Tensor, group: Mapping[str, Any], sums_3S: Tensor
+    ) -> None:
+        """First pass over one flat: add its square sums to `sums_3S` (rows WEIGHT, UPDATE, ...)."""
+
+    @abstractmethod
+    def _apply(self, share: Share, gradient: Tensor, plan: Plan, group: Mapping[str, Any]) -> None:
+        """Second pass: move the weights, now that norms and ratios are known."""
+
+    def _ratio(self, plan: Plan, group: Mapping[str, Any]) -> Tensor:
+        """Trust ratio of each tensor, (S,); 1 unless a subclass says otherwise."""
+        return torch.ones_like(plan.adapt_S, dtype=torch.float32)
+
+    def _plan(self, tensors: list[Tensor]) -> Plan:
+        key = tuple(id(tensor) for tensor in tensors)
+        if key not in self._plans:
+            self._plans[key] = self._new_plan([self._flats[tensor] for tensor in tensors])
+        return self._plans[key]
+
+    def _new_plan(self, flats: list[Flat]) -> Plan:
+        shares: list[Share] = []
+        names: list[str] = []
+        for flat in flats:
+            rules = tuple(self._rules[name] for name in flat.names)
+            shares.append(Share(flat, len(names), rules))
+            names += flat.names
+        rules_S = [self._rules[name] for name in names]
+        device = flats[0].tensor.device
+        ones_S = torch.ones(len(names), device=device)
+        return Plan(
+            shares=shares,
+            names=tuple(names),
+            adapt_S=torch.tensor([rule.adapt for rule in rules_S], device=device),
+            multiplier_S=torch.tensor([rule.lr_multiplier for rule in rules_S], device=device),
+            norms_S=[ones_S * 0] * 3,
+            ratio_S=ones_S,
+            rate_S=ones_S * 0,
+        )
+
+    def _reduce(self, plan: Plan, sums_3S: Tensor) -> None:
+        """Add the sums of the other ranks; whether to is a fact that all ranks share."""
+        shards = [share.flat for share in plan.shares if share.flat.sharded]
+        if not shards:
+            return
+        assert all(flat.group is shards[0].group for flat in shards) and len(shards) == len(
+            plan.shares
+        ), "one call of step updates tensors of one process group"
+        there = sums_3S.to(self._meeting_place or sums_3S.device)
+        sums_3S.copy_(ranks.all_reduce_sum(there, shards[0].group))
+
+    def signals(self) -> Signals | None:
+        """Norms and ratios of the last step, without communication; None before the first."""
+        plans = self._plans.values()
+        if not plans:
+            return None
+        order = {name: row for row, name in enumerate(n for plan in plans for n in plan.names)}
+        rows = torch.tensor([order[name] for name in self._shapes if name in order])
+        rows = rows.to(next(iter(plans)).device)
+
+        def all_of(columns: Iterable[Tensor]) -> Tensor:
+            return torch.cat(list(columns))[rows]
+
+        return Signals(
+            names=tuple(name for name in self._shapes if name in order),
+            grad_norm_S=all_of(plan.norms_S[GRADIENT] for plan in plans),
+            update_norm_S=all_of(plan.norms_S[UPDATE] for plan in plans),
+            weight_norm_S=all_of(plan.norms_S[WEIGHT] for plan in plans),
+            trust_ratio_S=all_of(plan.ratio_S for plan in plans),
+            rate_S=all_of(plan.rate_S for plan in plans),
+        )
+
+    def grad_norm(self) -> float:
+        """Norm of the whole gradient of the last step, as the optimizer was given it."""
+        signals = self.signals()
+        return 0.0 if signals is None else float(signals.grad_norm_S.norm())
+
+    def full_state(self, *keys: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Name and whole state of each tensor, one at a time; all ranks must iterate together.
+
+        Args:
+            keys: some of "weight" and `moments`; all of them by default.
+
+        Yields:
+            the name, and key -> fp32 tensor of the full shape, on each rank. It needs no layout:
+            any world size and ZeRO stage can load it.
+        """
+        self._require_attached()
+        where = {
+            name: (flat, index)
+            for flat in self._flats.values()
+            for index, name in enumerate(flat.names)
+        }
+        for name in self._shapes:
+            flat, index = where[name]
+            yield name, {key: self._gather(flat, index, key) for key in keys or self._keys}
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        return ("weight", *self.moments)
+
+    def _tensor(self, flat: Flat, key: str) -> Tensor:
+        return flat.view(None if key == "weight" else self.state[flat.tensor][key])
+
+    def _gather(self, flat: Flat, index: int, key: str) -> Tensor:
+        shape = flat.shapes[index]
+        source = self._tensor(flat, key)
+        full = torch.zeros(math.prod(shape), device=self._meeting_place or source.device)
+        for segment in flat.segments:
+            if segment.index == index:
+                full[segment.start : segment.start + segment.length] = segment.of(source)
+        if flat.sharded:
+            ranks.all_reduce_sum(bits(full), flat.group)
+        return full.view(shape)
+
+    @torch.no_grad()
+    def load_full_state(self, get: Callable[[str], Mapping[str, Tensor]], step_count: int) -> None:
+        """Continue from whole tensors; each rank cuts its own segments. All ranks must call.
+
+        Weights go into the fp32 masters, and the engine's low-precision copies follow. With the
+        same world size and stage the run goes on bit for bit.
+
+        Args:
+            get: name -> key -> whole tensor, as `full_state` yielded it.
+            step_count: optimizer steps done.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape.
+        """
+        self._require_attached()
+        for flat in self._flats.values():
+            self.state[flat.tensor]["step"] = step_count
+            for index, (name, shape) in enumerate(zip(flat.names, flat.shapes, strict=True)):
+                segments = [segment for segment in flat.segments if segment.index == index]
+                if segments:
+                    state = _checked_state(get(name), name, shape, self._keys)
+                    self._scatter(flat, segments, state)
+        if self._engine is not None:
+            from mocov3_ds.distributed import zero
+
+            zero.refresh(self._engine)
+
+    def _scatter(self, flat: Flat, segments: list[Segment], state: Mapping[str, Tensor]) -> None:
+        for key in self._keys:
+            whole_tensor, target = state[key].reshape(-1), self._tensor(flat, key)
+            for segment in segments:
+                source = whole_tensor[segment.start : segment.start + segment.length]
+                segment.of(target).copy_(source)
+
+    def loss_scale(self) -> dict[str, float]:
+        """State of the engine's fp16 loss scaling as plain numbers; empty when there is none."""
+        if self._engine is None:
+            return {}
+        from mocov3_ds.distributed import zero
+
+        return zero.loss_scale(self._engine)
+
+    def load_loss_scale(self, state: Mapping[str, float]) -> None:
+        """Continue loss scaling where `loss_scale` found it."""
+        if self._engine is not None:
+            from mocov3_ds.distributed import zero
+
+            zero.load_loss_scale(self._engine, state)
+
+    def _require_attached(self) -> None:
+        if not self._flats:
+            raise ValueError(_not_attached(type(self).__name__))
+
+
+def _trained(named_parameters: NamedParameters) -> dict[str, Tensor]:
+    trained: dict[str, Tensor] = {}
+    for entry in named_parameters:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise ValueError(
+                "the optimizer needs names beside its tensors: give model.named_parameters(), not "
+                "model.parameters() or parameter groups."
+            )
+        name, parameter = entry
+        if name in trained:
+            raise ValueError(f"two tensors are called {name!r}; names must be unique.")
+        if parameter.is_complex():
+            raise ValueError(f"{name!r} is complex; train its real view (torch.view_as_real).")
+        if parameter.requires_grad and math.prod(_full_shape(parameter)) > 0:
+            trained[name] = parameter
+    if not trained:
+        raise ValueError("the optimizer was given no tensor that requires a gradient.")
+    return trained
+
+
+def _full_shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _gradient(flat: Flat) -> Tensor:
+    """Gradient of a flat tensor in one dimension; zeros where a tensor took no part in the loss."""
+    tensor = flat.tensor
+    if tensor.grad is None:
+        tensor.grad = torch.zeros_like(tensor)
+    elif tensor.grad.layout != torch.strided:
+        raise ValueError(
+            f"the gradient of {flat.names[0]!r} is sparse; build the layer with sparse=False and "
+            "remove sparse_gradients from the DeepSpeed config."
+        )
+    elif not tensor.grad.is_contiguous():
+        tensor.grad = tensor.grad.contiguous()
+    return tensor.grad.view(-1)
+
+
+def _check_nothing_to_do(tensors: list[Tensor], kind: str) -> None:
+    """Before `attach`, DeepSpeed's own call with zero gradients is fine and nothing else is."""
+    for tensor in tensors:
+        if tensor.grad is not None and bool(tensor.grad.any()):
+            raise ValueError(_not_attached(kind))
+
+
+def _not_attached(kind: str) -> str:
+    return (
+        f"{kind} does not know its tensors' segments yet; call optimizer.attach(engine) after "
+        "deepspeed.initialize (or optimizer.attach() without DeepSpeed)."
+    )
+
+
+def _checked_state(
+    state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], keys: Iterable[str]
+) -> Mapping[str, Tensor]:
+    for key in keys:
+        if key not in state:
+            raise ValueError(
+                f"the saved state of {name!r} has no {key!r}; it was written by another optimizer."
+            )
+        if tuple(state[key].shape) != shape:
+            raise ValueError(
+                f"the saved {key} of {name!r} has shape {tuple(state[key].shape)}, the model's "
+                f"tensor {shape}."
+            )
+    return state
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """`value` as a float within [low, high).
+
+    Raises:
+        ValueError: it is no number, or outside.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}; it must be a number.")
+    if not low <= value < high and not (value == high == math.inf):
+        raise ValueError(f"{name} is {value}; it must be at least {low} and below {high}.")
+    return float(value)
+
+
+def pair_of_betas(betas: Any) -> tuple[float, float]:
+    """Decay rates of the moments, each within [0, 1).
+
+    Raises:
+        ValueError: not two numbers, or outside.
+    """
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}; it must be two numbers, e.g. [0.9, 0.999].")
+    return number("betas[0]", betas[0], 0, 1), number("betas[1]", betas[1], 0, 1)

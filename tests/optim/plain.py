@@ -1,0 +1,84 @@
+"""LAMB, LARS and a small odd-sized model, written plainly: whole tensors, one process, fp32.
+
+LAMB: arXiv 1904.00962, Algorithm 2, with bias-corrected moments and decay inside the direction.
+LARS: arXiv 1708.03888, Algorithm 1.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def lamb_step(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    t: int,
+    *,
+    lr: float,
+    wd: float,
+    adapt: bool,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    bias_correction: bool = True,
+    grad_averaging: bool = True,
+    low: float = 0.0,
+    high: float = float("inf"),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step, t counted from 1; returns (w, m, v)."""
+    m = b1 * m + ((1 - b1) if grad_averaging else 1.0) * g
+    v = b2 * v + (1 - b2) * g * g
+    c1, c2 = (1 - b1**t, 1 - b2**t) if bias_correction else (1.0, 1.0)
+    u = (m / c1) / ((v / c2).sqrt() + eps) + wd * w
+    ratio = torch.ones(())
+    if adapt and w.norm() > 0 and u.norm() > 0:
+        ratio = (w.norm() / u.norm()).clamp(low, high)
+    return w - lr * ratio * u, m, v
+
+
+def lars_step(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    *,
+    lr: float,
+    wd: float,
+    adapt: bool,
+    momentum: float = 0.9,
+    coefficient: float = 1e-3,
+    eps: float = 1e-8,
+    nesterov: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step; returns (w, m)."""
+    ratio = torch.ones(())
+    if adapt and w.norm() > 0 and g.norm() > 0:
+        ratio = coefficient * w.norm() / (g.norm() + wd * w.norm() + eps)
+    d = ratio * (g + wd * w)
+    m = momentum * m + d
+    return w - lr * (d + momentum * m if nesterov else m), m
+
+
+class OddModel(nn.Module):
+    """Sizes that no partition boundary respects, one tensor over several ranks, scales far apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(11, 7)
+        self.token = nn.Parameter(torch.empty(1, 1, 7))
+        self.wide = nn.Linear(7, 301)
+        self.norm = nn.LayerNorm(301)
+        self.narrow = nn.Linear(301, 3)
+        self.scale = nn.Parameter(torch.empty(1))
+        self.out = nn.Linear(3, 5, bias=False)
+        generator = torch.Generator().manual_seed(7)
+        for index, parameter in enumerate(self.parameters()):
+            size = 10.0 ** (-2 + index % 4)
+            parameter.data.normal_(std=size, generator=generator)
+        self.scale.data.fill_(0.7)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.frozen(x)[:, None] + self.token
+        h = torch.tanh(self.norm(self.wide(torch.tanh(h[:, 0]))))
+        return self.out(torch.tanh(self.narrow(h)) * self.scale)
