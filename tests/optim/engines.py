@@ -95,7 +95,7 @@ def start(case: Case, rule_for: Any = rule) -> tuple[Any, Any]:
 
 
 def batches(case: Case, steps: int, seed: int = 1) -> Any:
-    """(x, y) micro-batches of this rank, step by step; the global batch does not depend on ranks."""
+    """(x, y) micro-batches of this rank, step by step, out of a batch that knows no ranks."""
     generator = torch.Generator().manual_seed(seed)
     dtype = DTYPES[case.precision]
     for _ in range(steps):
@@ -130,10 +130,13 @@ def stop(engine: Any) -> None:
     gc.collect()
 
 
-def movement_error(ours: dict[str, Tensor], want: dict[str, Tensor], first: dict[str, Tensor]) -> float:
+def movement_error(
+    ours: dict[str, Tensor], want: dict[str, Tensor], first: dict[str, Tensor]
+) -> float:
     """Largest error of any tensor relative to how far it moved."""
     errors = [
-        float((ours[n] - want[n]).norm() / (want[n] - first[n]).norm().clamp_min(1e-30)) for n in want
+        float((ours[n] - want[n]).norm() / (want[n] - first[n]).norm().clamp_min(1e-30))
+        for n in want
     ]
     return max(error if error == error else float("inf") for error in errors)
 
@@ -182,7 +185,7 @@ def compare(case: Case, rule_for: Any = rule) -> dict[str, Any]:
                     n: safe_get_full_grad(p).detach().float().clone().view(witness.w[n].shape)
                     for n, p in named.items()
                 }
-                scale = getattr(engine.optimizer, "loss_scale", 1.0)
+                scale = engine.optimizer.loss_scale if case.precision == "fp16" else 1.0
             engine.step()
         if getattr(engine.optimizer, "overflow", False):
             continue
@@ -195,10 +198,19 @@ def compare(case: Case, rule_for: Any = rule) -> dict[str, Any]:
     state = dict(optimizer.full_state())
     result = {
         "wrapper": type(engine.optimizer).__name__,
-        "weights": movement_error({n: s["weight"] for n, s in state.items()}, witness.w, witness.first),
-        "m": max(float((s["exp_avg"] - witness.m[n]).norm() / witness.m[n].norm().clamp_min(1e-30)) for n, s in state.items()),
-        "v": max(float((s["exp_avg_sq"] - witness.v[n]).norm() / witness.v[n].norm().clamp_min(1e-30)) for n, s in state.items()),
-        "steps": optimizer.step_count, "done": witness.t,
+        "weights": movement_error(
+            {n: s["weight"] for n, s in state.items()}, witness.w, witness.first
+        ),
+        "m": max(
+            float((s["exp_avg"] - witness.m[n]).norm() / witness.m[n].norm().clamp_min(1e-30))
+            for n, s in state.items()
+        ),
+        "v": max(
+            float((s["exp_avg_sq"] - witness.v[n]).norm() / witness.v[n].norm().clamp_min(1e-30))
+            for n, s in state.items()
+        ),
+        "steps": optimizer.step_count,
+        "done": witness.t,
         "ratios": optimizer.signals().trust_ratio_S.tolist(),
     }
     stop(engine)

@@ -60,7 +60,7 @@ def lars_step(
 
 
 class OddModel(nn.Module):
-    """Sizes that no partition boundary respects, one tensor over several ranks, scales far apart."""
+    """Sizes that no partition boundary respects, tensors over several ranks, scales far apart."""
 
     def __init__(self) -> None:
         super().__init__()
