@@ -136,7 +136,7 @@ class Checkpoint:
         for name in self.state["files"]:
             group = name.rpartition("-")[0]
             file = safe_open(str(folder / name), framework="pt")
-            self._where.setdefault(group, {}).update(dict.fromkeys(list(file.keys()), file))
+            self._where.setdefault(group, {}).update(dict.fromkeys(_names(file), file))
 
     @property
     def step(self) -> int:
@@ -164,6 +164,11 @@ class Checkpoint:
     def group(self, group: str) -> dict[str, Tensor]:
         """All tensors of a group by name."""
         return {name: self.tensor(group, name) for name in self.names(group)}
+
+
+def _names(file: Any) -> list[str]:
+    names: list[str] = file.keys()
+    return names
 
 
 def newest(run: Path) -> Checkpoint | None:

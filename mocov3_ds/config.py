@@ -131,9 +131,13 @@ class Config:
     batch: int = 4096
     """global batch: images per step over all ranks"""
     chunk: int = 0
-    """images per backbone pass (exact at any value, memory falls with it); 0 = all of the rank's"""
+    """images per backbone pass (exact at any value, memory falls with it); 0 = measure what fits"""
+    keep_chunks: int = 0
+    """chunks that keep their activations, trading memory for time (chosen when chunk is 0)"""
+    recompute_blocks: bool = False
+    """recompute each block in the backward: less memory inside a chunk, or instead of chunks"""
     key_block: int = 0
-    """keys per block of the loss (exact at any value); 0 = all"""
+    """keys per block of the loss (exact at any value); 0 = all where 512 MiB hold the logits"""
     epochs: float = 300.0
     """passes over the training samples"""
     warmup_epochs: float = 40.0

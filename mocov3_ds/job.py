@@ -5,14 +5,14 @@ Shape suffixes: V = the two views, B = rank batch, C H W = image.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mocov3_ds import checkpoint
+from mocov3_ds import checkpoint, fit
 from mocov3_ds.checkpoint import Checkpoint
 from mocov3_ds.config import Config, Run
 from mocov3_ds.data import manifest as manifests
@@ -20,10 +20,16 @@ from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.stream import Batch, Stream, evaluation_batches
 from mocov3_ds.data.views import ViewSpec, normalise, photometric
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import compute_dtype, engine_config, full_tensors, start_engine
+from mocov3_ds.distributed.engine import (
+    compute_dtype,
+    engine_config,
+    full_tensors,
+    gradient_bytes,
+    start_engine,
+)
 from mocov3_ds.evaluation.monitor import KnnMonitor
 from mocov3_ds.model.loss import chance_loss
-from mocov3_ds.model.moco import BaseEncoder, EncoderShape
+from mocov3_ds.model.moco import BaseEncoder, Chunks, EncoderShape
 from mocov3_ds.model.momentum import MomentumEncoder
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.optim.rules import Rule
@@ -89,6 +95,7 @@ class Job:
         state = {
             "optimizer_steps": self.optimizer.step_count,
             "loss_scale": self.optimizer.loss_scale(),
+            "chunks": {**asdict(self.engine.module.chunks), "world_size": ranks.world_size()},
         }
         checkpoint.save(self.config.folder, self.step, groups, state, keep=self.config.save.keep)
 
@@ -119,9 +126,15 @@ class Job:
             f"{self.stream.batches_per_epoch} steps an epoch "
             f"({self.stream.remainder} samples left over each time), "
             f"{type(self.optimizer).__name__} at peak lr {self.peak_rate:.3g}, ZeRO-{stage}, "
-            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {self._passes()}, "
             f"steps {self.step} to {self.total_steps}"
         )
+
+    def _passes(self) -> str:
+        chunks: Chunks = self.engine.module.chunks
+        if not chunks.size:
+            return "each view in one pass"
+        return f"chunks of {chunks.size} images ({chunks.kept} kept)"
 
     def what_next(self) -> str:
         """Last words: where things lie and what can be done with them."""
@@ -169,11 +182,12 @@ def build_job(run: Run, device: torch.device) -> Job:
     saved = checkpoint.newest(config.folder)
     if saved is not None:
         load_base(base, saved)
+    base.backbone.set_grad_checkpointing(config.recompute_blocks)
+    rank_batch = config.batch // ranks.world_size()
     model = QueriesToLoss(
         base,
         temperature=config.moco.temperature,
-        chunk=config.chunk,
-        key_block=config.key_block,
+        key_block=config.key_block or fit.fitting_key_block(rank_batch, config.batch),
     )
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(run.engine.get("optimizer"), trained, partial(_rule, config))
@@ -181,6 +195,7 @@ def build_job(run: Run, device: torch.device) -> Job:
     momentum_encoder = MomentumEncoder(shape, device=device, dtype=dtype)
     momentum_encoder.start_from(dict(full_tensors(engine.module.base)))
     momentum_encoder.follow(engine.module.base)
+    model.chunks = _chunks(config, engine, momentum_encoder, saved)
     spec = ViewSpec(
         crop_min=config.views.crop_min,
         crop_max=config.views.crop_max,
@@ -218,6 +233,30 @@ def build_job(run: Run, device: torch.device) -> Job:
     if saved is not None:
         _restore(job, saved)
     return job
+
+
+def _chunks(
+    config: Config, engine: Any, encoder: MomentumEncoder, saved: Checkpoint | None
+) -> Chunks:
+    """Chunks as given, as in the last sitting on as many ranks (same bits), or as memory allows."""
+    world, batch = ranks.world_size(), config.batch // ranks.world_size()
+    if config.chunk:
+        return Chunks(size=config.chunk if config.chunk < batch else 0, kept=config.keep_chunks)
+    before = saved.state["chunks"] if saved is not None else {}
+    if before.get("world_size") == world:
+        return Chunks(size=before["size"], kept=before["kept"])
+    size, parameter = config.views.image_size, next(encoder.parameters())
+    room = fit.measure_room(
+        encoder,
+        torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device),
+        batch=batch,
+        global_batch=config.batch,
+        gradient_bytes=gradient_bytes(engine),
+        recompute_blocks=config.recompute_blocks,
+    )
+    chunks = fit.fitting_chunks(room, batch)
+    _log.info("%s for %s", chunks, room)
+    return chunks
 
 
 def encoder_shape(config: Config) -> EncoderShape:
@@ -282,9 +321,7 @@ def _restore(job: Job, saved: Checkpoint) -> None:
     """Optimizer, momentum encoder and k-NN queue as they were."""
 
     def optimizer_state(name: str) -> dict[str, Tensor]:
-        moments = {
-            key: saved.tensor("optimizer", f"{key}/{name}") for key in job.optimizer.moments
-        }
+        moments = {key: saved.tensor("optimizer", f"{key}/{name}") for key in job.optimizer.moments}
         return {"weight": saved.tensor("base", name.removeprefix("base.")), **moments}
 
     job.optimizer.load_full_state(optimizer_state, saved.state["optimizer_steps"])

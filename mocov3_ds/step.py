@@ -11,6 +11,7 @@ Shape suffixes: B = rank batch, G = global batch, C H W = image, D = backbone fe
 output.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.model.loss import contrastive_loss
-from mocov3_ds.model.moco import BaseEncoder, chunked_features
+from mocov3_ds.model.moco import BaseEncoder, Chunks, chunked_features
 from mocov3_ds.model.momentum import MomentumEncoder
 
 Keys = Callable[[], tuple[Tensor, Tensor]]
@@ -34,17 +35,24 @@ class QueriesToLoss(nn.Module):
     """
 
     def __init__(
-        self, base: BaseEncoder, *, temperature: float, chunk: int = 0, key_block: int = 0
+        self,
+        base: BaseEncoder,
+        *,
+        temperature: float,
+        chunks: Chunks | None = None,
+        key_block: int = 0,
     ) -> None:
         super().__init__()
         self.base = base
-        self.temperature, self.chunk, self.key_block = temperature, chunk, key_block
+        self.chunks = chunks or Chunks()
+        self.temperature, self.key_block = temperature, key_block
 
     def forward(self, x1_BCHW: Tensor, x2_BCHW: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
         """Loss of this rank's queries (scalar) and the features (B, D) of view 1, detached."""
-        base = self.base
-        features1_BD = chunked_features(base.backbone, x1_BCHW, self.chunk)
-        features2_BD = chunked_features(base.backbone, x2_BCHW, self.chunk, keep_last=True)
+        base, size = self.base, self.chunks.size
+        kept1, kept2 = kept_of_each_view(self.chunks, len(x1_BCHW))
+        features1_BD = chunked_features(base.backbone, x1_BCHW, size, kept1)
+        features2_BD = chunked_features(base.backbone, x2_BCHW, size, kept2)
         q1_BP = base.predictor(base.projector(features1_BD))
         q2_BP = base.predictor(base.projector(features2_BD))
         k1_BP, k2_BP = keys()
@@ -55,6 +63,13 @@ class QueriesToLoss(nn.Module):
         k_GP = ranks.all_gather_cat(k_BP)
         first_key = ranks.rank() * len(q_BP)
         return contrastive_loss(q_BP, k_GP, first_key, self.temperature, self.key_block)
+
+
+def kept_of_each_view(chunks: Chunks, batch: int) -> tuple[int, int]:
+    """Chunks of view 1 and view 2 that keep their activations, counted from the end of each."""
+    of_a_view = math.ceil(batch / chunks.size) if chunks.size else 1
+    kept = min(chunks.kept + 1, 2 * of_a_view)
+    return max(kept - of_a_view, 0), min(kept, of_a_view)
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,6 @@ def train_step(
     x2_BCHW: Tensor,
     *,
     momentum: float,
-    chunk: int = 0,
 ) -> StepResult:
     """Queries, momentum move, keys, loss, backward and optimizer step on one global batch.
 
@@ -84,11 +98,11 @@ def train_step(
         x1_BCHW: first views of this rank's part, in the engine's dtype.
         x2_BCHW: second views.
         momentum: of the momentum encoder, this step.
-        chunk: images per backbone pass of the keys; 0 = all at once.
 
     Raises:
         FloatingPointError: the loss is not finite; nothing was stepped.
     """
+    chunk = engine.module.chunks.size
 
     def keys() -> tuple[Tensor, Tensor]:
         momentum_encoder.finish()

@@ -75,9 +75,7 @@ def one_step(job: Job, report: Report, last: int) -> None:
     job.optimizer.set_lr(lr)
     # stochastic depth draws from the step's own seed, so a resumed run repeats an unbroken one
     torch.manual_seed(hash((config.seed, job.step, ranks.rank())) % 2**63)
-    result = train_step(
-        job.engine, job.momentum_encoder, x1_BCHW, x2_BCHW, momentum=momentum, chunk=config.chunk
-    )
+    result = train_step(job.engine, job.momentum_encoder, x1_BCHW, x2_BCHW, momentum=momentum)
     job.step += 1
     row = {
         "step": job.step,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import engine_config, full_tensors, start_engine
-from mocov3_ds.model.moco import BaseEncoder, EncoderShape
+from mocov3_ds.model.moco import BaseEncoder, Chunks, EncoderShape
 from mocov3_ds.model.momentum import MomentumEncoder
 from mocov3_ds.model.vit import VitShape
 from mocov3_ds.step import QueriesToLoss, train_step
@@ -69,14 +69,15 @@ def plain_run() -> dict[str, Any]:
     return {"losses": losses, "base": state, "momentum": dict(momentum.named_parameters())}
 
 
-def engine_runs(cases: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """For each (ZeRO stage, chunk, key block): the same run through the engine."""
+def engine_runs(cases: list[tuple[int, Chunks, int, bool]]) -> list[dict[str, Any]]:
+    """For each (ZeRO stage, chunks, key block, recomputed blocks): the run through the engine."""
     return [engine_run(*case) for case in cases]
 
 
-def engine_run(stage: int, chunk: int, key_block: int) -> dict[str, Any]:
+def engine_run(stage: int, chunks: Chunks, key_block: int, recompute: bool) -> dict[str, Any]:
     base, momentum = start()
-    model = QueriesToLoss(base, temperature=0.2, chunk=chunk, key_block=key_block)
+    base.backbone.set_grad_checkpointing(recompute)
+    model = QueriesToLoss(base, temperature=0.2, chunks=chunks, key_block=key_block)
     optimizer = Sgd([p for p in model.parameters() if p.requires_grad], lr=LR, momentum=0.9)
     config = engine_config(
         {"zero_optimization": {"stage": stage}}, global_batch=BATCH, world_size=ranks.world_size()
@@ -90,7 +91,7 @@ def engine_run(stage: int, chunk: int, key_block: int) -> dict[str, Any]:
     losses = []
     for step in range(STEPS):
         x1, x2 = views(step)
-        result = train_step(engine, momentum, x1[mine], x2[mine], momentum=MOMENTUM, chunk=chunk)
+        result = train_step(engine, momentum, x1[mine], x2[mine], momentum=MOMENTUM)
         losses.append(result.loss)
     tensors = {n: t.clone() for n, t in full_tensors(engine.module.base)}
     out = {
@@ -124,9 +125,12 @@ def movement_error(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
     return worst
 
 
-# (ZeRO stage, chunk, key block): whole batch, uneven chunks, single images
-CASES = [(stage, chunk, block) for stage in (0, 1, 2, 3) for chunk, block in ((0, 0), (5, 7))]
-CASES += [(1, 1, 1), (3, 1, 0)]
+# (ZeRO stage, chunks, key block, recomputed blocks)
+WHOLE, UNEVEN, SINGLE = Chunks(), Chunks(size=5), Chunks(size=1)
+CASES = [(stage, *how, False) for stage in (0, 1, 2, 3) for how in ((WHOLE, 0), (UNEVEN, 7))]
+CASES += [(1, SINGLE, 1, False), (3, SINGLE, 0, False)]
+CASES += [(1, Chunks(size=2, kept=2), 0, True), (3, Chunks(size=2, kept=2), 0, True)]
+CASES += [(2, WHOLE, 0, True)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -143,7 +147,7 @@ def test_equals_one_plain_process(world_size: int) -> None:
 
 
 def digest(stage: int) -> dict[str, Any]:
-    return engine_run(stage, 0, 0)["momentum"]
+    return engine_run(stage, WHOLE, 0, False)["momentum"]
 
 
 def test_momentum_encoder_is_bit_equal_on_all_ranks() -> None:

@@ -155,6 +155,20 @@ def start_engine(model: nn.Module, optimizer: Any, config: Mapping[str, Any]) ->
     return engine
 
 
+def gradient_bytes(engine: Any) -> int:
+    """Memory that backward and optimizer step allocate on a rank beside the activations.
+
+    The whole gradient lives in the network's dtype until it is reduced (at stages 0 to 3), the part
+    that the optimizer takes is fp32, and two buckets are in flight.
+    """
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+    size, stage = trained[0].element_size(), engine.zero_optimization_stage()
+    shards = int(engine.dp_world_size) if stage else 1
+    bucket = int(engine.zero_reduce_bucket_size()) if stage else 0
+    return numbers * size + 4 * numbers // shards + 2 * min(bucket, numbers) * size
+
+
 def gathered(parameters: Iterable[nn.Parameter]) -> Any:
     """Context in which partitioned (ZeRO-3) parameters are whole; a plain one otherwise."""
     parameters = list(parameters)

@@ -49,9 +49,18 @@ class BaseEncoder(nn.Module):
         return q_BP
 
 
-def chunked_features(
-    backbone: nn.Module, x_BCHW: Tensor, chunk: int = 0, keep_last: bool = False
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Chunks:
+    """How a rank's batch goes through the backbone."""
+
+    size: int = 0
+    """images per pass; 0 or >= the rank's batch is one pass that keeps its activations"""
+    kept: int = 0
+    """chunks, counted from the end of the second view, that keep their activations for the backward
+    instead of computing them again; the very last chunk always does, which costs no memory"""
+
+
+def chunked_features(backbone: nn.Module, x_BCHW: Tensor, chunk: int = 0, kept: int = 0) -> Tensor:
     """Class-token features (B, D) of a whole rank batch, activations of one chunk at a time.
 
     A ViT body has LayerNorm only, so its rows do not know each other and the backbone may see the
@@ -63,8 +72,8 @@ def chunked_features(
         backbone: maps (b, C, H, W) to (b, D) row by row.
         x_BCHW: the rank's whole batch of one view.
         chunk: images per piece; 0 or >= B runs one plain pass.
-        keep_last: keep the activations of the last chunk. The backward starts there, so this costs
-            no memory at the peak and saves one forward of a chunk.
+        kept: chunks at the end that keep their activations. The backward starts there, so one of
+            them in the last view costs no memory at the peak and saves the forward of a chunk.
     """
     if chunk <= 0 or chunk >= len(x_BCHW):
         features_BD: Tensor = backbone(x_BCHW)
@@ -72,8 +81,7 @@ def chunked_features(
     pieces = torch.split(x_BCHW, chunk)
     features = []
     for index, piece in enumerate(pieces):
-        kept = keep_last and index == len(pieces) - 1
-        if torch.is_grad_enabled() and not kept:
+        if torch.is_grad_enabled() and index < len(pieces) - kept:
             features.append(checkpoint(backbone, piece, use_reentrant=False))
         else:
             features.append(backbone(piece))
