@@ -54,7 +54,7 @@ def two_crops(
     Raises:
         UnreadableImage: with the reason; `out` may be partly written.
     """
-    image = _pixels(data)
+    image = rgb(data)
     for (top, left, height, width), flip, view_CHW in zip(boxes, flips, out, strict=True):
         crop = image.crop((left, top, left + width, top + height))
         crop = crop.resize(view_CHW.shape[:0:-1], Image.Resampling.BILINEAR)
@@ -79,7 +79,7 @@ def centre_crop(data: bytes, size: int, resize: int) -> NDArray[np.uint8]:
     """
     if size > resize:
         raise ValueError(f"a centre crop of {size} pixels needs resize >= {size}, got {resize}.")
-    image = _pixels(data)
+    image = rgb(data)
     short, long = sorted(image.size)
     scaled = (resize, int(resize * long / short))
     width, height = scaled if image.width <= image.height else scaled[::-1]
@@ -114,8 +114,12 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _pixels(data: bytes) -> Image.Image:
-    """Decode to RGB."""
+def rgb(data: bytes) -> Image.Image:
+    """The whole image in RGB, as the views see it.
+
+    Raises:
+        UnreadableImage: with the reason.
+    """
     with _open(data) as image:
         try:
             image.load()
