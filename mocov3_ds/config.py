@@ -32,8 +32,12 @@ class DataConfig:
     """decode threads of each rank"""
     lanes: int = 64
     """parallel sample sequences that make up the order; part of what fixes the global batches"""
+    pool: int = 32768
+    """samples that are shuffled together at any time over all ranks, held as stored bytes; part of
+    what fixes the global batches"""
     max_bad_samples: int = 0
-    """unreadable samples (of this rank) after which the run stops; each is counted and listed"""
+    """unreadable samples (of this rank) that a run may replace by others; each is counted and listed
+    in bad_samples.jsonl, one more stops the run"""
 
 
 @dataclass(frozen=True, kw_only=True)

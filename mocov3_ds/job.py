@@ -219,8 +219,10 @@ def build_job(run: Run, device: torch.device) -> Job:
             seed=config.seed,
             position=saved.step if saved else 0,
             lanes=config.data.lanes,
+            pool=config.data.pool,
             threads=config.data.threads,
             bad_sample_budget=config.data.max_bad_samples,
+            bad_samples=config.folder / "bad_samples.jsonl",
             pin=device.type == "cuda",
         ),
         monitor=_monitor(config, spec, train_shards, probe_shards, device, dtype),
@@ -370,6 +372,7 @@ def _monitor(
         rank=ranks.rank(),
         world_size=world,
         threads=config.data.threads,
+        bad_sample_budget=config.data.max_bad_samples,
     )
 
     def prepare(crops_BCHW: Tensor) -> Tensor:

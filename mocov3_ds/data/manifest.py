@@ -81,7 +81,7 @@ class Manifest:
         return bool((self.index_N["label"] >= 0).all())
 
     @cached_property
-    def first_S(self) -> NDArray[np.int64]:
+    def first_S(self) -> NDArray[np.int64]:  # noqa: N802 - a shape suffix
         """Id of the first sample of each shard, and N behind the last, (shards + 1,)."""
         counts = [shard.samples for shard in self.shards]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -181,7 +181,11 @@ def _shard(entry: Mapping[str, Any]) -> Shard:
     shard = Shard(
         str(entry["name"]), int(entry["bytes"]), int(entry["samples"]), str(entry["sha256"])
     )
-    if shard.name in ("", ".", "..") or any(c in shard.name for c in "/\\\0") or "://" in shard.name:
+    if (
+        shard.name in ("", ".", "..")
+        or any(c in shard.name for c in "/\\\0")
+        or "://" in shard.name
+    ):
         raise ValueError(f"shard name {shard.name!r} is not a plain file name")
     if shard.bytes < 0 or shard.samples < 0:
         raise ValueError(f"shard {shard.name} has {shard.bytes} bytes and {shard.samples} samples")

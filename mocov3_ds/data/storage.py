@@ -11,6 +11,7 @@ half a file: a written one appears under its name when it is complete.
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ class Writer(Protocol):
         ...
 
 
+class Truncated(OSError):  # noqa: N818 - it says what the file is
+    """A file ends before the bytes that were asked for."""
+
+
 def is_local(url: str) -> bool:
     """Whether a URL names a file or folder of this machine."""
     return "://" not in url or url.startswith("file://")
@@ -48,18 +53,33 @@ def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}"
 
 
-def read(url: str, start: int = 0, end: int | None = None) -> bytes:
+def read(
+    url: str,
+    start: int = 0,
+    end: int | None = None,
+    *,
+    fresh: bool = False,
+    stop: threading.Event | None = None,
+) -> bytes:
     """Bytes `start` to `end` (exclusive; None = all) of a file.
+
+    Args:
+        url: of the file.
+        start: first byte.
+        end: last byte + 1.
+        fresh: from the store itself, past any cache.
+        stop: set it to give up waiting for a store that does not answer.
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: it is shorter than `end`, or cannot be read.
+        Truncated: it is shorter than `end`.
+        OSError: it cannot be read.
     """
     with _path(url).open("rb") as file:
         file.seek(start)
         data = file.read() if end is None else file.read(end - start)
     if end is not None and len(data) != end - start:
-        raise OSError(f"{url} ends at byte {start + len(data)}, before byte {end}")
+        raise Truncated(f"{url} ends at byte {start + len(data)}, before byte {end}")
     return data
 
 
@@ -68,7 +88,8 @@ def chunks(url: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: it is shorter than `end`, or cannot be read.
+        Truncated: it is shorter than `end`.
+        OSError: it cannot be read.
     """
     at = start
     with _path(url).open("rb") as file:
@@ -80,17 +101,27 @@ def chunks(url: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
             at += len(block)
             yield block
     if end is not None and at != end:
-        raise OSError(f"{url} ends at byte {at}, before byte {end}")
+        raise Truncated(f"{url} ends at byte {at}, before byte {end}")
 
 
-def open_read(url: str) -> BinaryIO:
+def open_read(
+    url: str, start: int = 0, end: int | None = None, *, stop: threading.Event | None = None
+) -> BinaryIO:
     """A binary file to read and seek in, for `tarfile` and the like; close it.
+
+    Args:
+        url: of the file.
+        start: place it opens at; `tell` and `seek` count from the file's own first byte.
+        end: where reading will end, so that a store need not send more.
+        stop: set it to give up waiting for a store that does not answer.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it cannot be read.
     """
-    return _path(url).open("rb", buffering=BLOCK)
+    file = _path(url).open("rb", buffering=BLOCK)
+    file.seek(start)
+    return file
 
 
 def size(url: str) -> int:
