@@ -36,8 +36,8 @@ class DataConfig:
     """samples that are shuffled together at any time over all ranks, held as stored bytes; part of
     what fixes the global batches"""
     max_bad_samples: int = 0
-    """unreadable samples (of this rank) that a run may replace by others; each is counted and listed
-    in bad_samples.jsonl, one more stops the run"""
+    """unreadable samples (of this rank) that a run may replace by others; each is counted and
+    listed in bad_samples.jsonl, one more stops the run"""
 
 
 @dataclass(frozen=True, kw_only=True)
