@@ -80,6 +80,8 @@ class StepResult:
     """mean over all ranks"""
     features_BD: Tensor
     """backbone features of view 1 on this rank, detached"""
+    applied: bool
+    """False where fp16 overflowed: the weights stayed, the loss scale was lowered"""
 
 
 def train_step(
@@ -115,4 +117,4 @@ def train_step(
         raise FloatingPointError(f"the loss is {mean_loss}")
     engine.backward(loss)
     engine.step()
-    return StepResult(mean_loss, features_BD)
+    return StepResult(mean_loss, features_BD, applied=bool(engine.was_step_applied()))

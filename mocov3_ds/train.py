@@ -86,6 +86,7 @@ def one_step(job: Job, report: Report, last: int) -> None:
         "lr": lr,
         "momentum": momentum,
         "grad_norm": job.optimizer.grad_norm(),
+        "applied": result.applied,
         **watch(job, batch, result.features_BD, job.step == last),
     }
     seconds = time.perf_counter() - started
