@@ -228,7 +228,7 @@ def test_one_reduction_a_step_and_no_gather_for_the_momentum_encoder() -> None:
         # batch norm's backward sums and padding
         assert trained <= reduced < 1.15 * trained, (case, moved)
     # without persistence ZeRO-3 gathers for each chunk, with it once a step: the test has power
-    assert moved["all_gather_into_tensor"][1] > 5 * trained
+    assert moved["all_gather_into_tensor"][1] > 2 * trained
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
