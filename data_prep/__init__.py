@@ -1,0 +1,1 @@
+"""Turn images, however they are stored, into WebDataset shards with a manifest."""

@@ -1,0 +1,138 @@
+"""The command line of data_prep."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from data_prep import engines
+from data_prep import shard as sharding
+from data_prep import verify as verifying
+from data_prep.sources import open_source
+from mocov3_ds.data import storage
+
+Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+Url = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
+
+
+def shard(
+    source: Source,
+    destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+    /,
+    *,
+    split: str = "",
+    under: str = "",
+    shard_size: str = "1000",
+    seed: int = 0,
+    classes: Path | None = None,
+    labels: Path | None = None,
+    resize: int = 0,
+    quality: int = 90,
+    reencode: bool = False,
+    check: sharding.images.Check = "header",
+    workers: int = 0,
+) -> None:
+    """Make WebDataset shards with a manifest.
+
+    SRC is a folder of class folders, ILSVRC2012_img_train.tar (never unpacked), a tar of images or
+    of webdataset samples, or a folder of such tars. DST is a folder or an object-store URL. A run
+    that was killed goes on when the same command is given again; finished shards are checked and
+    kept. The result depends on images and options alone: same bytes with any number of workers.
+
+        python -m data_prep shard imagenet/train shards --split train --shard-size 256MB
+        python -m data_prep shard ILSVRC2012_img_train.tar s3://bucket/imagenet --split train
+        python -m data_prep shard ILSVRC2012_img_val.tar shards --split val --labels val.txt
+
+    Args:
+        source: what to shard.
+        destination: where the set goes.
+        split: name of the split: the set goes to DST/SPLIT, its shards are SPLIT-000000.tar, ...
+        under: take only what lies in this folder of SRC.
+        shard_size: samples (1000) or bytes of source images (256MB) of each shard, about.
+        seed: of the order of the images over all shards.
+        classes: file that names the classes, one a line, which numbers them; default sorted names.
+        labels: file with the label of each image (`IMAGE CLASS` lines, or a class a line in the
+            order of the images' names; numbers from 1 as in ImageNet's kit need --classes).
+        resize: shrink images whose shorter side is longer than this, as JPEG; 0 keeps all bytes.
+        quality: of the JPEG of resized images.
+        reencode: with --resize, write smaller images again as JPEG, too.
+        check: `header` finds broken headers and cut files, `decode` also damaged pixels (20 x CPU).
+        workers: processes; 0 = one a core.
+    """
+    listing = open_source(source, under=under, classes=classes, labels=labels)
+    options = sharding.Options(
+        shard_size=shard_size,
+        seed=seed,
+        resize=resize,
+        quality=quality,
+        reencode=reencode,
+        check=check,
+        split=split,
+    )
+    url = storage.join(destination, split) if split else destination
+    summary = sharding.shard(
+        listing, url, options, workers=workers or engines.default_workers(), source=source
+    )
+    print(summary)
+    print(f"check:  python -m data_prep verify {url}")
+    print(f"train:  deepspeed mocov3_ds/train.py --recipe RECIPE --data.shards {url}")
+
+
+def verify(url: Url, /, *, decode: bool = True, json: bool = False, workers: int = 0) -> int:
+    """Hold every byte of a set against its manifest; exit code 1 if anything is wrong.
+
+    Digests, counts, index, readability of every image, and the spread of labels; images and keys
+    that occur twice are told, too.
+
+    Args:
+        url: folder of the set.
+        decode: decode every image; --no-decode looks at headers only.
+        json: print one JSON object.
+        workers: processes; 0 = one a core.
+    """
+    verdict = verifying.verify(url, workers=workers or engines.default_workers(), decode_all=decode)
+    print(verdict.as_json() if json else verdict)
+    return 0 if verdict.sound else 1
+
+
+def index(
+    url: Url, /, *, classes: Path | None = None, replace: bool = False, workers: int = 0
+) -> None:
+    """Write the manifest of tars that others made, so that they can be streamed and verified.
+
+    Samples are an image (KEY.jpg, .png, ...) with its label in KEY.cls or KEY.json. A tar that is
+    cut or damaged is refused; nothing but the manifest and its index is written.
+
+    Args:
+        url: folder of the tars.
+        classes: file that names the classes, one a line.
+        replace: write a new manifest where one is.
+        workers: processes; 0 = one a core.
+    """
+    from data_prep.sources import read_names
+
+    made = verifying.index(
+        url,
+        workers=workers or engines.default_workers(),
+        classes=[] if classes is None else read_names(classes),
+        replace=replace,
+    )
+    print(f"{made.url}: {made.samples} samples in {len(made.shards)} shards, manifest written")
+
+
+def main() -> int:
+    """Entry point of `python -m data_prep`."""
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            {"shard": shard, "verify": verify, "index": index},
+            prog="python -m data_prep",
+            description="Images in any form to shards that can be streamed, and checks on them.",
+        )
+    except (ValueError, OSError) as error:
+        print(f"data_prep: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("data_prep: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return int(code or 0)
