@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from data_prep import engines
+from data_prep import engines, images
 from data_prep import shard as sharding
 from data_prep import verify as verifying
 from data_prep.sources import open_source
@@ -30,7 +30,7 @@ def shard(
     resize: int = 0,
     quality: int = 90,
     reencode: bool = False,
-    check: sharding.images.Check = "header",
+    check: images.Check = "header",
     workers: int = 0,
 ) -> None:
     """Make WebDataset shards with a manifest.

@@ -1,10 +1,10 @@
 """What there is to shard: a list of images by name, and where the bytes of each lie.
 
-    folder of class folders           labels by sorted folder name, as torchvision's ImageFolder
-    ILSVRC2012_img_train.tar          a tar of one tar a class; only headers are read, nothing unpacked
-    any other tar, or a folder of them    webdataset samples (KEY.jpg, KEY.cls or KEY.json) or images
-                                      in class folders
-Names, labels and order come out the same whichever form the same images have, so the shards do too.
+    folder of class folders     labels by sorted folder name, as torchvision's ImageFolder
+    ILSVRC2012_img_train.tar    a tar of one tar a class: only headers are read, nothing is unpacked
+    another tar, or several     webdataset samples (KEY.jpg, KEY.cls or KEY.json), or class folders
+
+Names, labels and order come out the same whichever form the images have, so the shards do too.
 Classes may also be given by a file: one name a line (`classes`), or one label an image (`labels`).
 
 Shape suffixes: N = images, M = members of an archive.
@@ -119,7 +119,7 @@ class Listing:
     def digest(self) -> str:
         """What identifies the images: names, sizes, labels and class names."""
         whole = hashlib.sha256(
-            "\n".join((*self.classes, "", *self.names)).encode("utf-8", "replace")
+            "\n".join((*self.classes, "", *self.names)).encode("utf-8", "surrogateescape")
         )
         whole.update(self.size_N.tobytes() + self.label_N.tobytes() + self.json_N2[:, 1].tobytes())
         return whole.hexdigest()
@@ -319,7 +319,7 @@ def _folder_class(name: str) -> str | None:
 
 
 class Window:
-    """Bytes `start` to `end` of a file as a `tar.ByteSource`, without copying or moving a cursor."""
+    """Bytes `start` to `end` of an open file as a `tar.ByteSource`."""
 
     def __init__(self, descriptor: int, start: int, end: int) -> None:
         self.descriptor, self.start, self.end, self.at = descriptor, start, end, start
@@ -334,6 +334,10 @@ class Window:
         """Go to a byte of the window."""
         self.at = self.start + position
 
+    def bytes_of(self, member: tar.Member) -> bytes:
+        """A member's bytes, wherever reading is."""
+        return os.pread(self.descriptor, member.size, self.start + member.offset)
+
 
 def _list_tar(found: _Found, path: Path, number: int, prefix: str) -> None:
     """Read the headers of an archive, and of the archives in it."""
@@ -346,9 +350,7 @@ def _list_tar(found: _Found, path: Path, number: int, prefix: str) -> None:
         elif any(member.name.endswith((".cls", ".json")) for member in members):
             for sample in samples_of(members):
                 image, name = sample.image, f"{prefix}{sample.image.name}"
-                label = read_label(
-                    sample, lambda m: os.pread(file.fileno(), m.size, m.offset), path
-                )
+                label = read_label(sample, window.bytes_of, path)
                 extra = (sample.json.offset, sample.json.size) if sample.json else (0, 0)
                 found.add(name, number, image.offset, image.size, label, extra)
         else:
@@ -567,7 +569,8 @@ def key_of(name: str) -> str:
         folders.pop()
     key = _ODD.sub("_", "_".join([*folders, stem]))
     if len(key) > _LONGEST_KEY:
-        key = f"{key[: _LONGEST_KEY - 17]}-{hashlib.sha256(name.encode('utf-8', 'replace')).hexdigest()[:16]}"
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        key = f"{key[: _LONGEST_KEY - len(digest) - 1]}-{digest}"
     return key
 
 

@@ -179,7 +179,7 @@ def _name(head: bytes) -> str:
 
 
 def _pax(data: bytes, where: str) -> dict[str, str]:
-    """Records of a pax header: `LENGTH KEY=VALUE\\n`, the length counting itself."""
+    """Records of a pax header: lines `LENGTH KEY=VALUE`, the length counting itself."""
     records, at = {}, 0
     while at < len(data):
         length, _, _ = data[at : at + 20].partition(b" ")

@@ -1,7 +1,8 @@
 """Read a set's shards to the last byte and hold them against the manifest, or make one.
 
-`verify` reads what `shard` or `index` described and says everything that is wrong. `index` describes
-tars that others wrote. Both read each shard once, in order, from any URL, several shards at a time.
+`verify` reads what `shard` or `index` described and says everything that is wrong. `index`
+describes tars that others wrote. Both read each shard once, in order, from any URL, several shards
+at a time.
 
 Shape suffixes: N = samples, S = shards.
 """
@@ -245,9 +246,7 @@ def verify(url: str, *, workers: int, decode_all: bool = True, quiet: bool = Fal
     made = manifest.load(url)
     names = {shard.name: number for number, shard in enumerate(made.shards)}
     problems: list[Problem] = []
-    present = [
-        shard.name for shard in made.shards if storage.exists(storage.join(made.url, shard.name))
-    ]
+    present = [name for name in names if storage.exists(storage.join(made.url, name))]
     problems += [Problem(name, "", "is missing") for name in names if name not in {*present}]
     scans: dict[str, Scan] = {}
     with Progress("verify", made.samples, quiet=quiet) as progress:
