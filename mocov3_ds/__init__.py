@@ -1,3 +1,18 @@
 """MoCo v3 pretraining of Vision Transformers at huge batch sizes on DeepSpeed."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mocov3_ds.encoder import load_encoder
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "load_encoder"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and timm only where an encoder is wanted."""
+    if name == "load_encoder":
+        from mocov3_ds.encoder import load_encoder
+
+        return load_encoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

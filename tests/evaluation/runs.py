@@ -1,0 +1,56 @@
+"""Small runs, shards and weights for tests of what is done with a trained encoder."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mocov3_ds import checkpoint
+from mocov3_ds.config import RECIPES, Run, ViewConfig
+from mocov3_ds.job import encoder_shape
+from mocov3_ds.model.moco import BaseEncoder
+from mocov3_ds.model.momentum import MomentumEncoder
+
+SIZE, DIM, HEADS = 16, 32, 4
+
+
+def make_run(
+    folder: Path, *, train: str = "", val: str = "", seed: int = 0, step: int = 7, **model: object
+) -> Path:
+    """A run folder with one checkpoint, as training leaves it, weights at random."""
+    recipe = RECIPES["tiny"]
+    config = replace(
+        recipe.config,
+        runs=folder.parent,
+        name=folder.name,
+        views=ViewConfig(image_size=SIZE),
+        data=replace(recipe.config.data, shards=train, probe_shards=val),
+        model=replace(
+            recipe.config.model,
+            **({"patch_size": 4, "dim": DIM, "depth": 2, "heads": HEADS, "hidden": 8} | model),
+        ),
+    )
+    torch.manual_seed(seed)
+    base = BaseEncoder(encoder_shape(config))
+    momentum = MomentumEncoder(encoder_shape(config))
+    shaken = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for name, parameter in base.named_parameters():
+        if parameter.requires_grad:  # the two encoders share what is frozen
+            shaken[name] += 0.05 * torch.randn_like(shaken[name])
+    momentum.start_from(shaken)
+    checkpoint.claim_folder(folder, Run(config, dict(recipe.engine)).as_json(), "data")
+    checkpoint.save(
+        folder,
+        step,
+        {"base": list(base.state_dict().items()), "momentum": list(momentum.full_state())},
+        {"optimizer_steps": step},
+        keep=1,
+    )
+    return folder
+
+
+def settings(run: Path) -> dict[str, object]:
+    """What is written in a run's config.json."""
+    tree: dict[str, object] = json.loads((run / "config.json").read_text())
+    return tree
