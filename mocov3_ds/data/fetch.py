@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocov3_ds.data import storage
+from mocov3_ds.data.cache import Cache
 from mocov3_ds.data.manifest import Manifest
 
 GAP = 256 << 10
@@ -27,13 +28,18 @@ class Unreadable:
 
 
 def fetch(
-    manifest: Manifest, ids_M: NDArray[np.int64], stop: threading.Event | None = None
+    manifest: Manifest,
+    ids_M: NDArray[np.int64],
+    *,
+    cache: Cache | None = None,
+    stop: threading.Event | None = None,
 ) -> Iterator[tuple[int, bytes | Unreadable]]:
     """Read samples, neighbours in a shard by one request.
 
     Args:
         manifest: of the set.
         ids_M: any order.
+        cache: keeps what comes from a store on the local disk.
         stop: set it to give up waiting for a store that does not answer.
 
     Yields:
@@ -53,7 +59,8 @@ def fetch(
     for run in np.split(np.arange(len(places)), np.flatnonzero(apart) + 1):
         if not len(run):
             continue
-        url = manifest.shard_url(int(shard[run[0]]))
+        number = int(shard[run[0]])
+        url, digest = manifest.shard_url(number), manifest.shards[number].sha256
         of_run = places[run]
         wanted = zip(
             of_run.tolist(),
@@ -62,9 +69,12 @@ def fetch(
             rows_M["crc32"][of_run].tolist(),
             strict=True,
         )
-        last = int(end[run].max())
-        with storage.open_read(url, int(begin[run[0]]), last, stop=stop) as file:
-            at = int(begin[run[0]])
+        at, last = int(begin[run[0]]), int(end[run].max())
+        if cache is not None and not storage.is_local(url):
+            opened = cache.open_read(url, at, digest, manifest.shards[number].bytes, stop=stop)
+        else:
+            opened = storage.open_read(url, at, last, stop=stop)
+        with opened as file:
             for place, low, high, crc32 in wanted:
                 if at != low:
                     file.seek(low)
@@ -76,6 +86,8 @@ def fetch(
                 if zlib.crc32(data) == crc32 and len(data) == high - low:
                     yield place, data
                 else:
+                    if cache is not None:
+                        cache.forget(digest, low, high)
                     yield place, _again(url, low, high, crc32, stop)
 
 
@@ -83,7 +95,8 @@ def fetch_one(
     manifest: Manifest, sample_id: int, stop: threading.Event | None = None
 ) -> bytes | Unreadable:
     """Read one sample; see `fetch`."""
-    return next(fetch(manifest, np.array([sample_id]), stop))[1]
+    ((_, data),) = fetch(manifest, np.array([sample_id]), stop=stop)
+    return data
 
 
 def key_of(manifest: Manifest, sample_id: int) -> tuple[str, str]:
@@ -103,11 +116,11 @@ def key_of(manifest: Manifest, sample_id: int) -> tuple[str, str]:
 def _again(
     url: str, begin: int, end: int, crc32: int, stop: threading.Event | None
 ) -> bytes | Unreadable:
-    """Read a sample that came out wrong, past any cache, in case the store has it right."""
+    """Read a sample that came out wrong from the store, which may have it right."""
     reason = ""
     for _ in range(_ATTEMPTS - 1):
         try:
-            data = storage.read(url, begin, end, fresh=True, stop=stop)
+            data = storage.read(url, begin, end, stop=stop)
         except storage.Truncated:
             reason = "shard ends early"
             continue

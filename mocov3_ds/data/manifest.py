@@ -14,6 +14,7 @@ Shape suffixes: N = samples.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,10 @@ from mocov3_ds.data import storage
 
 NAME, INDEX_NAME = "manifest.json", "index.bin"
 FORMAT, VERSION = "mocov3-ds shards", 1
+
+MANIFEST_LIMIT = 1 << 30
+"""Bytes of the largest manifest that is read: some millions of shards."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 ROW = np.dtype(
     [
@@ -148,7 +153,7 @@ def load(url: str) -> Manifest:
     """
     url = url.removesuffix("/" + NAME).rstrip("/") or "/"
     try:
-        text = storage.read(storage.join(url, NAME))
+        text = _read_at_most(storage.join(url, NAME), MANIFEST_LIMIT)
     except FileNotFoundError:
         raise ValueError(
             f"{url} holds no {NAME}; make shards with python -m data_prep shard SOURCE {url}, or "
@@ -163,7 +168,13 @@ def load(url: str) -> Manifest:
                 f"version {tree['version']} is later than this program's {VERSION}; update it"
             )
         shards = tuple(_shard(entry) for entry in tree["shards"])
-        rows = storage.read(storage.join(url, INDEX_NAME))
+        count = sum(shard.samples for shard in shards)
+        if int(tree["index"]["bytes"]) != count * ROW.itemsize:
+            raise ValueError(
+                f"{INDEX_NAME} is said to have {tree['index']['bytes']} bytes where {count} "
+                f"samples need {count * ROW.itemsize}"
+            )
+        rows = _read_at_most(storage.join(url, INDEX_NAME), count * ROW.itemsize)
         if hashlib.sha256(rows).hexdigest() != tree["index"]["sha256"]:
             raise ValueError(f"{INDEX_NAME} is not the one that was written with it")
         index_N = np.frombuffer(rows, dtype=ROW)
@@ -172,9 +183,21 @@ def load(url: str) -> Manifest:
         _check(manifest)
     except FileNotFoundError as error:
         raise ValueError(f"{url}/{NAME} names files that are not there: {error}.") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except storage.StorageError:
+        raise
+    except KeyError as error:
+        raise ValueError(f"{url}/{NAME} cannot be used: it has no entry {error}.") from None
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{url}/{NAME} cannot be used: {error}.") from None
     return manifest
+
+
+def _read_at_most(url: str, limit: int) -> bytes:
+    """A whole file, unless it is larger than it can honestly be."""
+    found = storage.size(url)
+    if found > limit:
+        raise ValueError(f"{url} has {found} bytes, {limit} at most are read.")
+    return storage.read(url)
 
 
 def _shard(entry: Mapping[str, Any]) -> Shard:
@@ -187,8 +210,11 @@ def _shard(entry: Mapping[str, Any]) -> Shard:
         or "://" in shard.name
     ):
         raise ValueError(f"shard name {shard.name!r} is not a plain file name")
-    if shard.bytes < 0 or shard.samples < 0:
+    # the smallest sample is a header and a block; the largest shard any store holds is 50 TiB
+    if not 0 <= shard.samples <= shard.bytes // 1024 or shard.bytes > 50 << 40:
         raise ValueError(f"shard {shard.name} has {shard.bytes} bytes and {shard.samples} samples")
+    if not _SHA256.fullmatch(shard.sha256):
+        raise ValueError(f"shard {shard.name} has no sha256 but {shard.sha256!r}")
     return shard
 
 
@@ -205,6 +231,7 @@ def _check(manifest: Manifest) -> None:
         np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64),
         [shard.samples for shard in manifest.shards],
     )
-    end_N = manifest.index_N["offset"] + manifest.index_N["size"]
-    if bool((manifest.index_N["offset"] < 512).any() or (end_N > room_N).any()):
+    offset_N, size_N = manifest.index_N["offset"], manifest.index_N["size"]
+    # in this order nothing wraps around
+    if bool(((offset_N < 512) | (offset_N > room_N) | (size_N > room_N - offset_N)).any()):
         raise ValueError("its index points outside the shards")

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mocov3_ds.data import decode, views
+from mocov3_ds.data.cache import Cache
 from mocov3_ds.data.decode import UnreadableImage
 from mocov3_ds.data.fetch import Unreadable, fetch, fetch_one, key_of
 from mocov3_ds.data.lanes import Order, Piece, spread
@@ -85,6 +86,7 @@ class Stream:
         threads: that decode; 0 = the caller decodes inside `next`.
         bad_sample_budget: unreadable samples of this rank after which the run stops.
         bad_samples: file that gets a JSON line for each of them; None = none.
+        cache: keeps what comes from a store on the local disk.
         pin: page-locked buffers, for copies to a CUDA device.
 
     Raises:
@@ -109,6 +111,7 @@ class Stream:
         threads: int = 4,
         bad_sample_budget: int = 0,
         bad_samples: Path | None = None,
+        cache: Cache | None = None,
         pin: bool = False,
     ) -> None:
         sizes = tuple(shard.samples for shard in manifest.shards)
@@ -116,7 +119,7 @@ class Stream:
         self.skipped: Counter[str] = Counter()
         """distinct unreadable samples met by this rank, by reason"""
         self._manifest, self._views, self._rank = manifest, views, rank
-        self._image_size, self._pin = image_size, pin
+        self._image_size, self._pin, self._cache = image_size, pin, cache
         self._rank_batch = global_batch // world_size
         self._pieces = self.order.pieces(position, rank, world_size)
         self._look_ahead()
@@ -232,7 +235,9 @@ class Stream:
     def _read_ahead(self) -> None:
         while (piece := self._take_piece()) is not None:
             batches, rows = piece.batch_M.tolist(), piece.row_M.tolist()
-            for place, data in fetch(self._manifest, piece.id_M, self._stop):
+            for place, data in fetch(
+                self._manifest, piece.id_M, cache=self._cache, stop=self._stop
+            ):
                 if self._ended():
                     return
                 with self._lock:
@@ -467,6 +472,7 @@ def evaluation_batches(
     threads: int,
     limit: int | None = None,
     bad_sample_budget: int = 0,
+    cache: Cache | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Centre crops of all samples, each on one rank, once.
 
@@ -480,6 +486,7 @@ def evaluation_batches(
         threads: that decode; 0 = the caller decodes.
         limit: a fixed subset of this many samples, spread evenly over the set.
         bad_sample_budget: unreadable samples that are left out with a warning.
+        cache: keeps what comes from a store on the local disk.
 
     Yields:
         crops_BCHW uint8, labels_B int64 and ids_B int64; the tensors are the caller's.
@@ -503,7 +510,7 @@ def evaluation_batches(
 
     def read(ids: NDArray[np.int64]) -> list[bytes | Unreadable]:
         data: list[bytes | Unreadable] = [b""] * len(ids)
-        for place, sample in fetch(manifest, ids, stop):
+        for place, sample in fetch(manifest, ids, cache=cache, stop=stop):
             data[place] = sample
         return data
 
