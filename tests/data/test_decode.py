@@ -1,4 +1,7 @@
-"""Decoding: torchvision's pixels, odd files, and a reason for each unreadable one."""
+"""Decoding: torchvision's pixels, odd files, and a reason for each unreadable one.
+
+Each test runs with each decoder that is there; simplejpeg with torch's resize has a tolerance.
+"""
 
 import io
 import struct
@@ -13,8 +16,28 @@ from torchvision.transforms import functional as tv
 from mocov3_ds.data import decode
 from mocov3_ds.data.decode import UnreadableImage, centre_crop, size_of, two_crops
 
+DECODERS = ("native", "simplejpeg", "pillow")
 RNG = np.random.default_rng(0)
-BOXES = [(10, 20, 90, 110), (0, 0, 97, 131)]
+BOXES = [(5, 20, 90, 110), (0, 0, 97, 131)]
+
+
+@pytest.fixture(autouse=True, params=DECODERS)
+def decoder(request, monkeypatch):
+    monkeypatch.setenv("MOCOV3_DS_DECODER", request.param)
+    decode._choice.cache_clear()
+    absent = decode._absence(request.param)
+    if absent:
+        pytest.skip(f"{request.param}: {absent}")
+    yield request.param
+    decode._choice.cache_clear()
+
+
+def assert_pixels(got, expected):
+    if decode.backend() == "simplejpeg":
+        gap = np.abs(got.astype(int) - expected)
+        assert gap.max() <= 2 and gap.mean() < 0.1, (gap.max(), gap.mean())
+    else:
+        np.testing.assert_array_equal(got, expected)
 
 
 def picture(height=97, width=131):
@@ -53,9 +76,17 @@ def decoded(data):
 @pytest.mark.parametrize("size", [32, 224])
 def test_two_crops_are_torchvisions(subsampling, size):
     data = stored(picture(), quality=90, subsampling=subsampling)
-    np.testing.assert_array_equal(
-        crops_of(data, size=size), reference_crops(decoded(data), size=size)
-    )
+    assert_pixels(crops_of(data, size=size), reference_crops(decoded(data), size=size))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_plain_jpegs_do_not_need_pillow(decoder, mode, progressive, monkeypatch):
+    data = stored(picture().convert(mode), progressive=progressive)
+    expected = reference_crops(decoded(data))
+    if decoder != "pillow":
+        monkeypatch.delattr(decode, "rgb")
+    assert_pixels(crops_of(data), expected)
 
 
 def test_views_share_no_pixels_with_their_neighbours_in_a_batch():
@@ -73,27 +104,27 @@ def test_size_is_height_and_width():
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_jpeg_modes_become_rgb_as_pillow_converts_them(mode):
     data = stored(picture().convert(mode))
-    np.testing.assert_array_equal(crops_of(data), reference_crops(decoded(data)))
+    assert_pixels(crops_of(data), reference_crops(decoded(data)))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1"])
 def test_png_modes_become_rgb(mode):
     image = picture().convert(mode)
     data = stored(image, "PNG")  # also the PNG that ImageNet names .JPEG: contents decide
-    np.testing.assert_array_equal(crops_of(data), reference_crops(image.convert("RGB")))
+    assert_pixels(crops_of(data), reference_crops(image.convert("RGB")))
 
 
 def test_palette_with_transparency_keeps_its_colours():
     image = picture().convert("P")
     data = stored(image, "PNG", transparency=bytes(range(256)))
-    np.testing.assert_array_equal(crops_of(data), reference_crops(image.convert("RGB")))
+    assert_pixels(crops_of(data), reference_crops(image.convert("RGB")))
 
 
 def test_16_bit_grey_is_scaled_not_clipped():
     deep = (np.mgrid[:97, :131][1] * 500).astype(np.uint16)
     data = stored(Image.fromarray(deep), "PNG")
     expected = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
-    np.testing.assert_array_equal(crops_of(data), reference_crops(expected))
+    assert_pixels(crops_of(data), reference_crops(expected))
 
 
 def test_exif_rotation_is_ignored_as_the_reference_does():
@@ -101,7 +132,7 @@ def test_exif_rotation_is_ignored_as_the_reference_does():
     exif[0x0112] = 6
     data = stored(picture(), exif=exif)
     assert size_of(data) == (97, 131)
-    np.testing.assert_array_equal(crops_of(data), reference_crops(decoded(data)))
+    assert_pixels(crops_of(data), reference_crops(decoded(data)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(97, 131), (131, 97), (40, 300), (64, 64)])
@@ -157,3 +188,31 @@ def test_a_program_is_never_started_for_a_postscript_file():
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     with pytest.raises(UnreadableImage, match="not an image"):
         size_of(data)
+
+
+# --------------------------------------------------------------------------------- the decoders
+
+
+@pytest.mark.parametrize("name", ["native", "simplejpeg"])
+def test_a_decoder_that_is_forced_but_absent_is_refused_with_its_reason(name, monkeypatch):
+    monkeypatch.setenv("MOCOV3_DS_DECODER", name)
+    monkeypatch.setattr(decode, "_absence", lambda _: "it is away")
+    decode._choice.cache_clear()
+    with pytest.raises(ValueError, match=f"DECODER={name} cannot run: it is away; unset"):
+        decode.backend()
+
+
+def test_an_unknown_decoder_is_refused(monkeypatch):
+    monkeypatch.setenv("MOCOV3_DS_DECODER", "fastest")
+    decode._choice.cache_clear()
+    with pytest.raises(ValueError, match="fastest is none of native, simplejpeg, pillow"):
+        decode.backend()
+
+
+def test_the_next_decoder_runs_and_the_log_says_why(monkeypatch):
+    monkeypatch.delenv("MOCOV3_DS_DECODER")
+    absent = {"native": "no compiler", "simplejpeg": "not installed", "pillow": ""}
+    monkeypatch.setattr(decode, "_absence", absent.get)
+    decode._choice.cache_clear()
+    assert decode.backend() == "pillow"
+    assert decode.about() == "pillow; not native: no compiler; not simplejpeg: not installed"

@@ -1,0 +1,46 @@
+"""One stored sample to its two views' crops and parameter rows: size, draw and decode in one call.
+
+The extension does all three in one pass over the bytes, without the interpreter; other decoders go
+through `decode.size_of`, `views.draw` and `decode.two_crops`. The result is the same.
+
+Shape suffixes: V = the two views, C H W = crop, P = parameters of a view.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocov3_ds.data import decode, native, views
+
+
+def make_pair(
+    data: bytes,
+    spec: views.ViewSpec,
+    seed: int,
+    epoch: int,
+    sample_id: int,
+    crops_VCHW: NDArray[np.uint8],
+    params_VP: NDArray[np.float32],
+) -> None:
+    """Write the crops and the parameter rows of a sample.
+
+    Args:
+        data: bytes of the stored image.
+        spec: distribution of the views.
+        seed: of the run.
+        epoch: pass over the data.
+        sample_id: of the sample in its manifest.
+        crops_VCHW: (2, 3, S, S) uint8, written; any strides.
+        params_VP: (2, P) float32, written; any strides.
+
+    Raises:
+        decode.UnreadableImage: with the reason; the outputs may be partly written.
+    """
+    direct = params_VP.flags.c_contiguous and crops_VCHW.strides[3] == 1
+    if direct and decode.backend() == "native":
+        key = (seed, epoch, sample_id)
+        verdict = native.pair(data, spec, key, crops_VCHW, params_VP, decode.MAX_PIXELS)
+        if verdict == native.READ:
+            return
+    height, width = decode.size_of(data)
+    boxes, flips, params_VP[:] = views.draw(spec, seed, epoch, sample_id, height, width)
+    decode.two_crops(data, boxes, flips, crops_VCHW)
