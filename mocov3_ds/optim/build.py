@@ -8,22 +8,32 @@ would be ignored.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from mocov3_ds.optim.adamw import AdamW
+from mocov3_ds.optim.arguments import NamedParameters, number
 from mocov3_ds.optim.lamb import Lamb
+from mocov3_ds.optim.lars import Lars
 from mocov3_ds.optim.rules import RuleFor, vit_rule
-from mocov3_ds.optim.sharded import NamedParameters, ShardedOptimizer, number
+from mocov3_ds.optim.sharded import ShardedOptimizer
 
-_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction")
+_ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "backend")
+_TRUST_KEYS = ("trust_clip", "always_adapt", "min_coeff", "max_coeff")
+_LAMB_KEYS = (*_ADAM_KEYS, *_TRUST_KEYS, "grad_averaging", "flat")
+_LARS_KEYS = (
+    *("lr", "momentum", "weight_decay", "trust_coeff", "eps", "nesterov", "backend"),
+    *_TRUST_KEYS,
+)
 _KINDS: dict[str, tuple[type[ShardedOptimizer], tuple[str, ...]]] = {
     "adamw": (AdamW, _ADAM_KEYS),
     "adam": (AdamW, _ADAM_KEYS),
-    "lamb": (Lamb, _ADAM_KEYS),
-    "fusedlamb": (Lamb, _ADAM_KEYS),
+    "lamb": (Lamb, _LAMB_KEYS),
+    "fusedlamb": (Lamb, _LAMB_KEYS),
+    "lars": (Lars, _LARS_KEYS),
 }
-_TYPES = "AdamW, Adam (as AdamW), Lamb, FusedLamb"
+_TYPES = "AdamW, Adam (as AdamW), Lamb, FusedLamb (as Lamb), Lars"
 _HINTS = {
     "max_grad_norm": "use the DeepSpeed config's gradient_clipping",
     "torch_adam": "there is one implementation; remove it",
@@ -50,7 +60,23 @@ def build_optimizer(
     for key in parameters:
         if key not in known:
             raise ValueError(_unknown_key(key, known, (block or {})["type"]))
-    return optimizer_class(named_parameters, rule=rule, **parameters)
+    return optimizer_class(named_parameters, rule=rule, **_with_trust_clip(parameters))
+
+
+def _with_trust_clip(parameters: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's `min_coeff` and `max_coeff` as our `trust_clip`."""
+    bounds = {key: parameters.pop(key) for key in ("min_coeff", "max_coeff") if key in parameters}
+    if bounds and "trust_clip" in parameters:
+        raise ValueError(
+            f"the optimizer block has trust_clip and {' and '.join(bounds)}; trust_clip is both, "
+            "keep one of them."
+        )
+    if bounds:
+        parameters["trust_clip"] = (
+            bounds.get("min_coeff", 0.0),
+            bounds.get("max_coeff", math.inf),
+        )
+    return parameters
 
 
 def base_rate(block: Mapping[str, Any] | None) -> float:

@@ -4,113 +4,42 @@
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     optimizer.attach(engine)                                here: which segments lie on this rank
 
-A step sweeps once over the segments (moments, direction, partial square sums of weight, direction
-and gradient), adds the sums of all ranks in one small all-reduce, and applies. Each rank takes part
-in the all-reduce, also one that holds nothing but padding.
+A step sweeps once over the segments (moments, direction, square sums of weight, direction and
+gradient), adds the sums of all ranks in one small all-reduce, and moves the weights. Each rank
+takes part in the all-reduce, also one that holds nothing but padding.
 
 DeepSpeed calls `step` once per flat tensor (stages 1 to 3) or once for all (stage 0), and once more
 with zero gradients while it is being built (stage 0, bf16); that last call changes nothing here.
 
-Legend: S = tensors that one call of `step` updates.
+Legend: S = tensors that one call of `step` updates; 3 = weight, direction, gradient.
 """
 
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.optim.rules import Rule, RuleFor, checked, vit_rule
+from mocov3_ds.optim.arguments import NamedParameters, full_shape, trained_tensors
+from mocov3_ds.optim.kernels import BACKENDS, Kernels, kernels_for
+from mocov3_ds.optim.plan import Plan, Share, Signals, plan_of, signals_of
+from mocov3_ds.optim.rules import RuleFor, checked, vit_rule
 from mocov3_ds.optim.segments import Flat, Segment, bits, whole
-
-NamedParameters = Iterable[tuple[str, Tensor]]
-
-WEIGHT, UPDATE, GRADIENT = 0, 1, 2  # rows of the square sums
-
-
-@dataclass(frozen=True, eq=False)
-class Signals:
-    """What the last step measured on the way, per tensor and over all ranks.
-
-    Attributes:
-        names: the tensors, in the optimizer's order.
-        grad_norm_S: of the gradient that the optimizer was given (after clipping, unscaled).
-        update_norm_S: of the direction before learning rate and trust ratio; decay is in it.
-        weight_norm_S: of the fp32 weight before the step.
-        trust_ratio_S: factor on the direction; 1 where a tensor does not adapt.
-        rate_S: learning rate that applied to each tensor.
-    """
-
-    names: tuple[str, ...]
-    grad_norm_S: Tensor
-    update_norm_S: Tensor
-    weight_norm_S: Tensor
-    trust_ratio_S: Tensor
-    rate_S: Tensor
-
-    def rows(self) -> dict[str, dict[str, float]]:
-        """Tensor name -> value of each signal; waits for the device once."""
-        table = torch.stack(
-            [self.grad_norm_S, self.update_norm_S, self.weight_norm_S, self.trust_ratio_S]
-        )
-        keys = ("grad_norm", "update_norm", "weight_norm", "trust_ratio")
-        columns = table.T.tolist()
-        return {
-            name: dict(zip(keys, column, strict=True))
-            for name, column in zip(self.names, columns, strict=True)
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class Share:
-    """One flat tensor of a plan.
-
-    Attributes:
-        flat: what lies in it.
-        first: row of its first tensor among the S of the plan.
-        rules: of the tensors of the flat.
-    """
-
-    flat: Flat
-    first: int
-    rules: tuple[Rule, ...]
-
-    def row(self, segment: Segment) -> int:
-        """Row of a segment's tensor among the S of the plan."""
-        return self.first + segment.index
-
-
-@dataclass(eq=False)
-class Plan:
-    """Everything one call of `step` updates, with its tables on the device of the flats."""
-
-    shares: list[Share]
-    names: tuple[str, ...]
-    adapt_S: Tensor
-    multiplier_S: Tensor
-    norms_S: list[Tensor]
-    ratio_S: Tensor
-    rate_S: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        """Where the flats are."""
-        return self.adapt_S.device
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that stay exact per tensor on any sharding.
 
-    Subclasses give `moments` (state tensors beside each weight), `_sweep` and `_apply`.
+    Subclasses give `moments` (state tensors beside each weight), `_sweep` and `_move`.
 
     Args:
         named_parameters: `model.named_parameters()`. Frozen and empty tensors are left out.
         defaults: hyper-parameters of the one parameter group.
         rule: (name, full shape) -> `Rule`.
+        backend: which kernels do the arithmetic; see `kernels`.
 
     Raises:
         ValueError: tensors without names, names given twice, nothing to train, complex tensors,
@@ -124,13 +53,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         named_parameters: NamedParameters,
         defaults: dict[str, Any],
         rule: RuleFor = vit_rule,
+        backend: str = "auto",
     ) -> None:
-        trained = _trained(named_parameters)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
+        trained = trained_tensors(named_parameters)
         self._names = {parameter: name for name, parameter in trained.items()}
-        self._shapes = {name: _full_shape(parameter) for name, parameter in trained.items()}
+        self._shapes = {name: full_shape(parameter) for name, parameter in trained.items()}
         self._rules = {
             name: checked(rule(name, shape), name) for name, shape in self._shapes.items()
         }
+        self._backend = backend
         self._flats: dict[Tensor, Flat] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._engine: Any = None
@@ -167,6 +100,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"{len(missing)} tensors of the optimizer are not in the engine's model, e.g. "
                 f"{missing[0]!r}; build both from the same module."
             )
+        for device in {flat.tensor.device for flat in flats}:
+            kernels_for(self._backend, device)
         self._engine = engine
         self._flats = {flat.tensor: flat for flat in flats}
         self._plans = {}
@@ -216,7 +151,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every tensor that DeepSpeed presents in `param_groups`.
 
-        The gradient buffers are used as scratch space.
+        The gradient buffers are used as scratch space. A tensor without a gradient counts as one
+        whose gradient is zero, at every stage: it took no part in the loss and still decays.
 
         Raises:
             ValueError: `attach` was not called, or a gradient is sparse.
@@ -235,89 +171,71 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _step_tensors(self, tensors: list[Tensor], group: Mapping[str, Any]) -> None:
         plan = self._plan(tensors)
-        for share in plan.shares:
-            self.state[share.flat.tensor]["step"] += 1
-        sums_3S = torch.zeros(3, len(plan.names), device=plan.device)
-        for share in plan.shares:
-            self._sweep(share, _gradient(share.flat), group, sums_3S)
-        self._reduce(plan, sums_3S)
-        plan.norms_S = list(sums_3S.sqrt().unbind())
-        plan.ratio_S = self._ratio(plan, group)
+        gradients = [_gradient(share.flat) for share in plan.shares]
+        kernels = kernels_for(self._backend, plan.device)
         plan.rate_S = plan.multiplier_S * group["lr"]
-        for share in plan.shares:
-            self._apply(share, _gradient(share.flat), plan, group)
+        own_sums_3S = torch.zeros_like(plan.norms_3S)
+        for share, gradient in zip(plan.shares, gradients, strict=True):
+            self.state[share.flat.tensor]["step"] += 1
+            self._sweep(kernels, share, gradient, group, own_sums_3S, plan.rate_S)
+        plan.norms_3S = self._summed(plan, own_sums_3S).sqrt()
+        plan.ratio_S = self._ratio(plan, group, own_sums_3S)
+        for share, gradient in zip(plan.shares, gradients, strict=True):
+            self._move(kernels, share, gradient, group, plan)
 
     @abstractmethod
     def _sweep(
-        self, share: Share, gradient: Tensor, group: Mapping[str, Any], sums_3S: Tensor
+        self,
+        kernels: Kernels,
+        share: Share,
+        gradient: Tensor,
+        group: Mapping[str, Any],
+        sums_3S: Tensor,
+        rate_S: Tensor,
     ) -> None:
-        """First pass over one flat: add its square sums to `sums_3S` (rows WEIGHT, UPDATE, ...)."""
+        """First pass over one flat: add its square sums to `sums_3S`."""
 
     @abstractmethod
-    def _apply(self, share: Share, gradient: Tensor, plan: Plan, group: Mapping[str, Any]) -> None:
+    def _move(
+        self,
+        kernels: Kernels,
+        share: Share,
+        gradient: Tensor,
+        group: Mapping[str, Any],
+        plan: Plan,
+    ) -> None:
         """Second pass: move the weights, now that norms and ratios are known."""
 
-    def _ratio(self, plan: Plan, group: Mapping[str, Any]) -> Tensor:
+    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_sums_3S: Tensor) -> Tensor:
         """Trust ratio of each tensor, (S,); 1 unless a subclass says otherwise."""
-        return torch.ones_like(plan.adapt_S, dtype=torch.float32)
+        return torch.ones_like(plan.rate_S)
+
+    def _views(self, share: Share) -> tuple[Tensor, ...]:
+        """Weights and moments of a flat, each as one dimension."""
+        state = self.state[share.flat.tensor]
+        return share.flat.view(), *(share.flat.view(state[key]) for key in self.moments)
 
     def _plan(self, tensors: list[Tensor]) -> Plan:
         key = tuple(id(tensor) for tensor in tensors)
         if key not in self._plans:
-            self._plans[key] = self._new_plan([self._flats[tensor] for tensor in tensors])
+            self._plans[key] = plan_of([self._flats[tensor] for tensor in tensors], self._rules)
         return self._plans[key]
 
-    def _new_plan(self, flats: list[Flat]) -> Plan:
-        shares: list[Share] = []
-        names: list[str] = []
-        for flat in flats:
-            rules = tuple(self._rules[name] for name in flat.names)
-            shares.append(Share(flat, len(names), rules))
-            names += flat.names
-        rules_S = [self._rules[name] for name in names]
-        device = flats[0].tensor.device
-        ones_S = torch.ones(len(names), device=device)
-        return Plan(
-            shares=shares,
-            names=tuple(names),
-            adapt_S=torch.tensor([rule.adapt for rule in rules_S], device=device),
-            multiplier_S=torch.tensor([rule.lr_multiplier for rule in rules_S], device=device),
-            norms_S=[ones_S * 0] * 3,
-            ratio_S=ones_S,
-            rate_S=ones_S * 0,
-        )
-
-    def _reduce(self, plan: Plan, sums_3S: Tensor) -> None:
+    def _summed(self, plan: Plan, sums_3S: Tensor) -> Tensor:
         """Add the sums of the other ranks; whether to is a fact that all ranks share."""
         shards = [share.flat for share in plan.shares if share.flat.sharded]
         if not shards:
-            return
+            return sums_3S
         assert all(flat.group is shards[0].group for flat in shards) and len(shards) == len(
             plan.shares
         ), "one call of step updates tensors of one process group"
-        there = sums_3S.to(self._meeting_place or sums_3S.device)
-        sums_3S.copy_(ranks.all_reduce_sum(there, shards[0].group))
+        there = sums_3S.to(self._meeting_place or sums_3S.device, copy=True)
+        return ranks.all_reduce_sum(there, shards[0].group).to(sums_3S.device)
 
     def signals(self) -> Signals | None:
         """Norms and ratios of the last step, without communication; None before the first."""
-        plans = self._plans.values()
-        if not plans:
-            return None
-        order = {name: row for row, name in enumerate(n for plan in plans for n in plan.names)}
-        rows = torch.tensor([order[name] for name in self._shapes if name in order])
-        rows = rows.to(next(iter(plans)).device)
-
-        def all_of(columns: Iterable[Tensor]) -> Tensor:
-            return torch.cat(list(columns))[rows]
-
-        return Signals(
-            names=tuple(name for name in self._shapes if name in order),
-            grad_norm_S=all_of(plan.norms_S[GRADIENT] for plan in plans),
-            update_norm_S=all_of(plan.norms_S[UPDATE] for plan in plans),
-            weight_norm_S=all_of(plan.norms_S[WEIGHT] for plan in plans),
-            trust_ratio_S=all_of(plan.ratio_S for plan in plans),
-            rate_S=all_of(plan.rate_S for plan in plans),
-        )
+        plans = list(self._plans.values())
+        return signals_of(plans, list(self._shapes)) if plans else None
 
     def grad_norm(self) -> float:
         """Norm of the whole gradient of the last step, as the optimizer was given it."""
@@ -374,27 +292,27 @@ class ShardedOptimizer(torch.optim.Optimizer):
             step_count: optimizer steps done.
 
         Raises:
-            ValueError: a tensor is missing or has another shape.
+            ValueError: a tensor is missing or has another shape; nothing is changed then.
         """
         self._require_attached()
         for flat in self._flats.values():
+            for segment in flat.segments:
+                _check_state(
+                    get(segment.name), segment.name, flat.shapes[segment.index], self._keys
+                )
+        for flat in self._flats.values():
             self.state[flat.tensor]["step"] = step_count
-            for index, (name, shape) in enumerate(zip(flat.names, flat.shapes, strict=True)):
-                segments = [segment for segment in flat.segments if segment.index == index]
-                if segments:
-                    state = _checked_state(get(name), name, shape, self._keys)
-                    self._scatter(flat, segments, state)
+            for segment in flat.segments:
+                self._scatter(flat, segment, get(segment.name))
         if self._engine is not None:
             from mocov3_ds.distributed import zero
 
             zero.refresh(self._engine)
 
-    def _scatter(self, flat: Flat, segments: list[Segment], state: Mapping[str, Tensor]) -> None:
+    def _scatter(self, flat: Flat, segment: Segment, state: Mapping[str, Tensor]) -> None:
         for key in self._keys:
-            whole_tensor, target = state[key].reshape(-1), self._tensor(flat, key)
-            for segment in segments:
-                source = whole_tensor[segment.start : segment.start + segment.length]
-                segment.of(target).copy_(source)
+            source = state[key].reshape(-1)[segment.start : segment.start + segment.length]
+            segment.of(self._tensor(flat, key)).copy_(source)
 
     def loss_scale(self) -> dict[str, float]:
         """State of the engine's fp16 loss scaling as plain numbers; empty when there is none."""
@@ -414,30 +332,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _require_attached(self) -> None:
         if not self._flats:
             raise ValueError(_not_attached(type(self).__name__))
-
-
-def _trained(named_parameters: NamedParameters) -> dict[str, Tensor]:
-    trained: dict[str, Tensor] = {}
-    for entry in named_parameters:
-        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise ValueError(
-                "the optimizer needs names beside its tensors: give model.named_parameters(), not "
-                "model.parameters() or parameter groups."
-            )
-        name, parameter = entry
-        if name in trained:
-            raise ValueError(f"two tensors are called {name!r}; names must be unique.")
-        if parameter.is_complex():
-            raise ValueError(f"{name!r} is complex; train its real view (torch.view_as_real).")
-        if parameter.requires_grad and math.prod(_full_shape(parameter)) > 0:
-            trained[name] = parameter
-    if not trained:
-        raise ValueError("the optimizer was given no tensor that requires a gradient.")
-    return trained
-
-
-def _full_shape(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _gradient(flat: Flat) -> Tensor:
@@ -469,9 +363,9 @@ def _not_attached(kind: str) -> str:
     )
 
 
-def _checked_state(
+def _check_state(
     state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], keys: Iterable[str]
-) -> Mapping[str, Tensor]:
+) -> None:
     for key in keys:
         if key not in state:
             raise ValueError(
@@ -482,28 +376,3 @@ def _checked_state(
                 f"the saved {key} of {name!r} has shape {tuple(state[key].shape)}, the model's "
                 f"tensor {shape}."
             )
-    return state
-
-
-def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    """`value` as a float within [low, high).
-
-    Raises:
-        ValueError: it is no number, or outside.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is {value!r}; it must be a number.")
-    if not low <= value < high and not (value == high == math.inf):
-        raise ValueError(f"{name} is {value}; it must be at least {low} and below {high}.")
-    return float(value)
-
-
-def pair_of_betas(betas: Any) -> tuple[float, float]:
-    """Decay rates of the moments, each within [0, 1).
-
-    Raises:
-        ValueError: not two numbers, or outside.
-    """
-    if not isinstance(betas, list | tuple) or len(betas) != 2:
-        raise ValueError(f"betas is {betas!r}; it must be two numbers, e.g. [0.9, 0.999].")
-    return number("betas[0]", betas[0], 0, 1), number("betas[1]", betas[1], 0, 1)

@@ -1,0 +1,379 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""Triton kernels of the two passes: one launch a pass over all segments of a flat tensor.
+
+A flat is cut into blocks of at most `_BLOCK` elements, each inside one segment, so that padding is
+never read or written. Pass 1 writes three partial square sums a block; `_reduce` adds those of each
+segment in a fixed order, without atomics, so that equal runs are bit-equal. Loads are vectorised
+where all offsets and lengths of the flat are multiples of 4 (true for the usual ViT on any power of
+two of ranks; an odd size costs speed, not correctness).
+
+Roots and divisions are the correctly rounded ones. With TRITON_INTERPRET=1 in the environment
+before triton is imported, the same code runs on the CPU, slowly, for tests.
+
+Legend: N = blocks of a flat, K = its segments here; 3 = sums of weight, direction and gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from mocov3_ds.optim.kernels import AdamTerms, Kernels, LarsTerms
+from mocov3_ds.optim.plan import Share
+
+_BLOCK = 2048
+_REDUCE = 1024
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A flat's blocks and segments on the device.
+
+    Attributes:
+        offsets_N: first element of each block, int64.
+        lengths_N: its elements, int32.
+        rows_N: its tensor's row among the S of the plan, int32.
+        decays_N: multiple of the weight decay, fp32.
+        first_K: first block of each segment, int32.
+        behind_K: the block behind its last, int32.
+        rows_K: its tensor's row, int32.
+        partial_3N: room for the partial sums, fp32.
+        aligned: whether each offset and length is a multiple of 4.
+    """
+
+    offsets_N: Tensor
+    lengths_N: Tensor
+    rows_N: Tensor
+    decays_N: Tensor
+    first_K: Tensor
+    behind_K: Tensor
+    rows_K: Tensor
+    partial_3N: Tensor
+    aligned: bool
+
+    @property
+    def blocks(self) -> int:
+        """N."""
+        return len(self.offsets_N)
+
+
+_tables: WeakKeyDictionary[Share, _Table] = WeakKeyDictionary()
+
+
+def _table(share: Share) -> _Table:
+    if share not in _tables:
+        _tables[share] = _new_table(share)
+    return _tables[share]
+
+
+def _new_table(share: Share) -> _Table:
+    device = share.flat.tensor.device
+    segments = share.flat.segments
+    assert len({segment.index for segment in segments}) == len(segments), "two runs of one tensor"
+    blocks: list[tuple[int, int, int, float]] = []
+    spans: list[tuple[int, int, int]] = []
+    for segment in segments:
+        first, row = len(blocks), share.row(segment)
+        for start in range(0, segment.length, _BLOCK):
+            length = min(_BLOCK, segment.length - start)
+            blocks.append((segment.offset + start, length, row, share.decay(segment)))
+        spans.append((first, len(blocks), row))
+
+    def column(rows: list[Any], place: int, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([row[place] for row in rows], dtype=dtype, device=device)
+
+    return _Table(
+        offsets_N=column(blocks, 0, torch.int64),
+        lengths_N=column(blocks, 1, torch.int32),
+        rows_N=column(blocks, 2, torch.int32),
+        decays_N=column(blocks, 3, torch.float32),
+        first_K=column(spans, 0, torch.int32),
+        behind_K=column(spans, 1, torch.int32),
+        rows_K=column(spans, 2, torch.int32),
+        partial_3N=torch.empty(3, len(blocks), device=device),
+        aligned=all(s.offset % 4 == 0 and s.length % 4 == 0 for s in segments),
+    )
+
+
+@triton.jit
+def _place(offsets, lengths, rows, decays, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements of this program's block, which of them exist, and its tensor's row and decay."""
+    block = tl.program_id(0)
+    start, length = tl.load(offsets + block), tl.load(lengths + block)
+    if ALIGNED:  # both hints are needed for 16-byte loads under a mask
+        start, length = tl.multiple_of(start, 4), tl.multiple_of(length, 4)
+    lane = tl.arange(0, BLOCK)
+    return start + lane, lane < length, tl.load(rows + block), tl.load(decays + block)
+
+
+@triton.jit
+def _store_sums(partial, n_blocks, w, u, g):
+    block = tl.program_id(0)
+    tl.store(partial + block, tl.sum(w * w, axis=0))
+    tl.store(partial + n_blocks + block, tl.sum(u * u, axis=0))
+    tl.store(partial + 2 * n_blocks + block, tl.sum(g * g, axis=0))
+
+
+@triton.jit
+def adam_pass(
+    w_,
+    g_,
+    m_,
+    v_,
+    rate,
+    offsets,
+    lengths,
+    rows,
+    decays,
+    partial,
+    n_blocks,
+    beta1,
+    beta2,
+    gain,
+    gain2,
+    bias1,
+    bias2,
+    eps,
+    weight_decay,
+    MOVE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Moments, direction and partial sums of a block; moves w (MOVE) or leaves u in g."""
+    at, here, row, decay = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + at, mask=here, other=0.0)
+    g = tl.load(g_ + at, mask=here, other=0.0)
+    m = tl.load(m_ + at, mask=here, other=0.0)
+    v = tl.load(v_ + at, mask=here, other=0.0)
+    m = beta1 * m + gain * g
+    v = beta2 * v + gain2 * g * g
+    u = tl.div_rn(tl.div_rn(m, bias1), tl.sqrt_rn(tl.div_rn(v, bias2)) + eps)
+    u += (weight_decay * decay) * w
+    u = tl.where(here, u, 0.0)
+    _store_sums(partial, n_blocks, w, u, g)
+    tl.store(m_ + at, m, mask=here)
+    tl.store(v_ + at, v, mask=here)
+    if MOVE:
+        tl.store(w_ + at, w - tl.load(rate + row) * u, mask=here)
+    else:
+        tl.store(g_ + at, u, mask=here)
+
+
+@triton.jit
+def move_pass(
+    w_,
+    u_,
+    rate,
+    offsets,
+    lengths,
+    rows,
+    decays,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Move the weights: w <- w - rate u."""
+    at, here, row, _ = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + at, mask=here)
+    u = tl.load(u_ + at, mask=here)
+    tl.store(w_ + at, w - tl.load(rate + row) * u, mask=here)
+
+
+@triton.jit
+def lars_norms_pass(
+    w_,
+    g_,
+    offsets,
+    lengths,
+    rows,
+    decays,
+    partial,
+    n_blocks,
+    weight_decay,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partial sums of a block."""
+    at, here, _, decay = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + at, mask=here, other=0.0)
+    g = tl.load(g_ + at, mask=here, other=0.0)
+    _store_sums(partial, n_blocks, w, g + (weight_decay * decay) * w, g)
+
+
+@triton.jit
+def lars_move_pass(
+    w_,
+    g_,
+    m_,
+    ratio,
+    rate,
+    offsets,
+    lengths,
+    rows,
+    decays,
+    weight_decay,
+    momentum,
+    NESTEROV: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Momentum and weights: m <- momentum m + ratio (g + decay w), then w."""
+    at, here, row, decay = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + at, mask=here)
+    g = tl.load(g_ + at, mask=here)
+    m = tl.load(m_ + at, mask=here)
+    d = tl.load(ratio + row) * (g + (weight_decay * decay) * w)
+    m = momentum * m + d
+    tl.store(m_ + at, m, mask=here)
+    if NESTEROV:
+        m = d + momentum * m
+    tl.store(w_ + at, w - tl.load(rate + row) * m, mask=here)
+
+
+@triton.jit
+def reduce_pass(partial, first, behind, rows, sums, n_blocks, n_rows, WIDTH: tl.constexpr):
+    """Add a segment's partial sums in a fixed order; program (segment, which of the 3 sums)."""
+    segment, which = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(first + segment), tl.load(behind + segment)
+    lane = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), dtype=tl.float32)
+    for block in range(start, end, WIDTH):
+        total += tl.load(
+            partial + which * n_blocks + block + lane, mask=block + lane < end, other=0.0
+        )
+    tl.store(sums + which * n_rows + tl.load(rows + segment), tl.sum(total, axis=0))
+
+
+def check(device: torch.device) -> None:
+    """Whether the kernels run there.
+
+    Raises:
+        ValueError: not on a CUDA device, and not in Triton's interpreter either.
+    """
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(f"backend 'triton' needs a CUDA device, the weights are on {device}.")
+
+
+def _options(table: _Table) -> dict[str, Any]:
+    # fused multiply-adds: off in the sums would cost nothing either, but the default is to change
+    return {"ALIGNED": table.aligned, "BLOCK": _BLOCK, "num_warps": 8, "enable_fp_fusion": True}
+
+
+def _reduce(table: _Table, sums_3S: Tensor) -> None:
+    reduce_pass[(len(table.first_K), 3)](
+        table.partial_3N,
+        table.first_K,
+        table.behind_K,
+        table.rows_K,
+        sums_3S,
+        table.blocks,
+        sums_3S.shape[1],
+        WIDTH=_REDUCE,
+    )
+
+
+def _adam(
+    share: Share,
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    terms: AdamTerms,
+    sums_3S: Tensor,
+    rate_S: Tensor | None,
+) -> None:
+    table = _table(share)
+    if table.blocks == 0:
+        return
+    adam_pass[(table.blocks,)](
+        w,
+        g,
+        m,
+        v,
+        sums_3S if rate_S is None else rate_S,  # unread without MOVE
+        table.offsets_N,
+        table.lengths_N,
+        table.rows_N,
+        table.decays_N,
+        table.partial_3N,
+        table.blocks,
+        terms.beta1,
+        terms.beta2,
+        terms.gain,
+        1 - terms.beta2,
+        terms.bias1,
+        terms.bias2,
+        terms.eps,
+        terms.weight_decay,
+        MOVE=rate_S is not None,
+        **_options(table),
+    )
+    _reduce(table, sums_3S)
+
+
+def _move(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
+    table = _table(share)
+    if table.blocks:
+        move_pass[(table.blocks,)](
+            w,
+            u,
+            rate_S,
+            table.offsets_N,
+            table.lengths_N,
+            table.rows_N,
+            table.decays_N,
+            **_options(table),
+        )
+
+
+def _lars_norms(share: Share, w: Tensor, g: Tensor, terms: LarsTerms, sums_3S: Tensor) -> None:
+    table = _table(share)
+    if table.blocks == 0:
+        return
+    lars_norms_pass[(table.blocks,)](
+        w,
+        g,
+        table.offsets_N,
+        table.lengths_N,
+        table.rows_N,
+        table.decays_N,
+        table.partial_3N,
+        table.blocks,
+        terms.weight_decay,
+        **_options(table),
+    )
+    _reduce(table, sums_3S)
+
+
+def _lars_move(
+    share: Share,
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    terms: LarsTerms,
+    ratio_S: Tensor,
+    rate_S: Tensor,
+) -> None:
+    table = _table(share)
+    if table.blocks:
+        lars_move_pass[(table.blocks,)](
+            w,
+            g,
+            m,
+            ratio_S,
+            rate_S,
+            table.offsets_N,
+            table.lengths_N,
+            table.rows_N,
+            table.decays_N,
+            terms.weight_decay,
+            terms.momentum,
+            NESTEROV=terms.nesterov,
+            **_options(table),
+        )
+
+
+TRITON = Kernels(_adam, _move, _lars_norms, _lars_move)
