@@ -1,0 +1,161 @@
+"""The embedded sample images: drawn, labelled, sharded on first use; no download, no data set.
+
+Ten classes: five shapes, each filled with stripes or chequers in a pair of opposite hues. Half of
+the filling has one hue and half the other, so the mean colour of an image says nothing of its
+class. Place, size, angle, pattern width, light, contrast and background are drawn anew for
+each image; they are what a trained encoder must learn to look through.
+
+Shape suffixes: H W = image (`SIZE`), 3 = RGB.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_prep.shard import Options, shard
+from data_prep.sources import open_source
+from mocov3_ds.data import manifest, storage
+
+SIZE = 40
+"""Side of an image, pixels."""
+
+SPLITS = {"train": 4096, "test": 1000}
+"""Images of each split, drawn from random streams of their own."""
+
+SHAPES = ("disc", "square", "triangle", "ring", "cross")
+PATTERNS = ("striped", "chequered")
+CLASSES = tuple(f"{pattern}_{shape}" for pattern in PATTERNS for shape in SHAPES)
+
+Plane = NDArray[np.float32]
+
+
+def ensure_samples(folder: Path) -> tuple[str, str]:
+    """Shards of the sample images, made if they are not there.
+
+    Several processes may do this at once: each works aside, the first to finish puts the whole
+    folder in place, the others drop theirs.
+
+    Args:
+        folder: where they are or will be.
+
+    Returns:
+        URLs of the training and the test split.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    urls = [str(folder / split) for split in SPLITS]
+    if not all(storage.exists(storage.join(url, manifest.NAME)) for url in urls):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
+            for stream, (split, count) in enumerate(SPLITS.items()):
+                images = Path(aside) / "images" / split
+                draw_split(images, stream, count)
+                shards = str(Path(aside) / "shards" / split)
+                options = Options(shard_size="512", split=split)
+                shard(open_source(str(images)), shards, options, workers=1, quiet=True)
+            try:
+                (Path(aside) / "shards").rename(folder)
+            except OSError:
+                # another process was first
+                if not all(storage.exists(storage.join(url, manifest.NAME)) for url in urls):
+                    raise
+    return urls[0], urls[1]
+
+
+def draw_split(folder: Path, stream: int, count: int) -> None:
+    """Draw a class-folder tree of PNG files.
+
+    Args:
+        folder: to make.
+        stream: number of the random stream; the same one gives the same images.
+        count: images, dealt to the classes in turn.
+    """
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+    for number in range(count):
+        label = number % len(CLASSES)
+        image_HW3 = draw(label, np.random.default_rng([stream, number]))
+        path = folder / CLASSES[label] / f"{number:05d}.png"
+        Image.fromarray(image_HW3).save(path, compress_level=1)
+
+
+_Y_HW, _X_HW = ((np.mgrid[0:SIZE, 0:SIZE] + 0.5) / SIZE * 2 - 1).astype(np.float32)
+
+
+def draw(label: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """One image of a class.
+
+    Args:
+        label: index into `CLASSES`.
+        rng: of everything else.
+
+    Returns:
+        (SIZE, SIZE, 3) uint8.
+    """
+    pattern, shape = divmod(label, len(SHAPES))
+    # background: a slope of light, faintly coloured
+    slope_x, slope_y = rng.uniform(-0.25, 0.25, 2)
+    light_HW = np.clip(rng.uniform(0.2, 0.8) + slope_x * _X_HW + slope_y * _Y_HW, 0, 1)
+    back_HW3 = light_HW[..., None] * _rgb(rng.uniform(), rng.uniform(0, 0.15), 1.0)
+    # figure: the shape somewhere near the middle, filled with a pattern of two opposite hues
+    across, down = rng.uniform(-0.2, 0.2, 2)
+    radius = rng.uniform(0.65, 0.95)
+    inside_HW = _shape(
+        SHAPES[shape],
+        *_turned((_X_HW - across) / radius, (_Y_HW - down) / radius, rng.uniform(-0.3, 0.3)),
+        SIZE / 2 * radius,
+    )
+    width = rng.uniform(9, 14)
+    turned_x, turned_y = _turned(_X_HW * width, _Y_HW * width, rng.uniform(0, np.pi))
+    shift_x, shift_y = rng.uniform(0, 2 * np.pi, 2)
+    waves_HW = np.sin(turned_x + shift_x)
+    if PATTERNS[pattern] == "chequered":
+        waves_HW = waves_HW * np.sin(turned_y + shift_y)
+    hue, saturation, value = (
+        shape / 10 + rng.normal(0, 0.02),
+        rng.uniform(0.4, 0.9),
+        rng.uniform(0.6, 1),
+    )
+    fill_HW3 = np.where(
+        waves_HW[..., None] > 0,
+        _rgb(hue, saturation, value),
+        _rgb(hue + 0.5, saturation, value),
+    )
+    image_HW3 = back_HW3 + inside_HW[..., None] * (fill_HW3 - back_HW3)
+    # the camera: contrast, exposure, noise
+    image_HW3 = ((image_HW3 - 0.5) * rng.uniform(0.5, 1) + 0.5) * rng.uniform(0.4, 1)
+    noisy_HW3 = image_HW3 * 255 + rng.normal(0, 5, image_HW3.shape)
+    pixels_HW3: NDArray[np.uint8] = noisy_HW3.clip(0, 255).astype(np.uint8)
+    return pixels_HW3
+
+
+def _turned(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
+    cos, sin = np.cos(angle, dtype=np.float32), np.sin(angle, dtype=np.float32)
+    return cos * x + sin * y, cos * y - sin * x
+
+
+def _shape(name: str, x: Plane, y: Plane, pixels: float) -> Plane:
+    """How much of each pixel lies in a shape of radius 1; the edge is `1 / pixels` wide."""
+    radius = np.hypot(x, y)
+    if name == "disc":
+        outside = radius - 1
+    elif name == "square":
+        outside = np.maximum(abs(x), abs(y)) - 0.85
+    elif name == "triangle":
+        outside = np.maximum(abs(x) * 0.866 + y * 0.5, -y) - 0.55
+    elif name == "ring":
+        outside = abs(radius - 0.75) - 0.25
+    else:
+        bar = np.maximum(abs(x) - 1, abs(y) - 0.3)
+        outside = np.minimum(bar, np.maximum(abs(y) - 1, abs(x) - 0.3))
+    return np.clip(0.5 - outside * pixels, 0, 1)
+
+
+def _rgb(hue: float, saturation: float, value: float) -> NDArray[np.float64]:
+    """Colour (3,) in [0, 1] of hue (1 = full turn), saturation and value."""
+    k = (np.array([5.0, 3.0, 1.0]) + hue * 6) % 6
+    return value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)
