@@ -20,6 +20,8 @@ def make_pair(
     sample_id: int,
     crops_VCHW: NDArray[np.uint8],
     params_VP: NDArray[np.float32],
+    *,
+    augment: bool = False,
 ) -> None:
     """Write the crops and the parameter rows of a sample.
 
@@ -31,16 +33,19 @@ def make_pair(
         sample_id: of the sample in its manifest.
         crops_VCHW: (2, 3, S, S) uint8, written; any strides.
         params_VP: (2, P) float32, written; any strides.
+        augment: also do the colour work here, so that the device only normalises.
 
     Raises:
         decode.UnreadableImage: with the reason; the outputs may be partly written.
     """
-    direct = params_VP.flags.c_contiguous and crops_VCHW.strides[3] == 1
+    direct = params_VP.flags.c_contiguous and crops_VCHW[0].flags.c_contiguous
     if direct and decode.backend() == "native":
         key = (seed, epoch, sample_id)
-        verdict = native.pair(data, spec, key, crops_VCHW, params_VP, decode.MAX_PIXELS)
+        verdict = native.pair(data, spec, key, crops_VCHW, params_VP, decode.MAX_PIXELS, augment)
         if verdict == native.READ:
             return
     height, width = decode.size_of(data)
     boxes, flips, params_VP[:] = views.draw(spec, seed, epoch, sample_id, height, width)
     decode.two_crops(data, boxes, flips, crops_VCHW)
+    if augment:
+        views.augment(crops_VCHW, params_VP)

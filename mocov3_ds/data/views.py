@@ -20,11 +20,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from mocov3_ds.data import native
 
 Box = tuple[int, int, int, int]
 
@@ -46,7 +49,7 @@ _ATTEMPTS = 10
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER, _GREY, _BLUR, _SIGMA, _SOLARISE = range(20, 29)
 _FACTORS = 29  # four places
 _MASK = (1 << 64) - 1
-_LOG_RATIO = math.log(RATIO[1])  # = -log(RATIO[0])
+_LOG_RATIO = float.fromhex("0x1.269621134db91p-2")  # log(4/3), the same on any machine
 _TAYLOR = tuple(1 / math.factorial(n) for n in range(13, -1, -1))
 
 
@@ -156,6 +159,32 @@ def photometric(
         (B, C, H, W) of `dtype` on the crops' device.
     """
     assert crops_BCHW.dtype == torch.uint8 and params_BP.shape == (len(crops_BCHW), PARAMETERS)
+    if crops_BCHW.device.type == "cpu" and native.ready() and dtype in _NATIVE_KINDS:
+        return _photometric_native(crops_BCHW, params_BP, mean, std, dtype)
+    return photometric_torch(crops_BCHW, params_BP, mean, std, dtype)
+
+
+def augment(crops_BCHW: NDArray[np.uint8], params_BP: NDArray[np.float32]) -> None:
+    """The colour work of `photometric` alone, in place, in CPU memory; any strides."""
+    if native.ready():
+        whole_BCHW = np.ascontiguousarray(crops_BCHW)
+        rows_BP, none_C = np.ascontiguousarray(params_BP), np.zeros(3, np.float32)
+        native.photometric(whole_BCHW, rows_BP, none_C, none_C, "none", 0)
+    else:
+        x_BCHW = torch.from_numpy(crops_BCHW).float()
+        whole_BCHW = _augment(x_BCHW, torch.from_numpy(params_BP)).numpy()
+    if whole_BCHW is not crops_BCHW:
+        crops_BCHW[:] = whole_BCHW
+
+
+def photometric_torch(
+    crops_BCHW: Tensor,
+    params_BP: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`photometric` in torch operations: on any device, and what the faster ones must equal."""
     out_BCHW = torch.empty(crops_BCHW.shape, dtype=dtype, device=crops_BCHW.device)
     rows = len(crops_BCHW)
     if crops_BCHW.device.type == "cpu":  # keep the intermediate images in the core's cache
@@ -265,6 +294,10 @@ def _draw_row(key: int, spec: ViewSpec, view: int) -> tuple[float, ...]:
 # Pixels are whole numbers 0 .. 255 in float32; every intermediate whole number stays below 2^24,
 # so float32 is exact wherever Pillow computes with integers.
 
+_NATIVE_KINDS: dict[torch.dtype, Literal["float32", "bfloat16"]] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+}
 _CACHED_VALUES = 1 << 20  # 4 MiB of float32: what a core's cache can hold; measured best
 
 
@@ -297,9 +330,31 @@ def _rows(mask_B: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor
         yield rows_R, rows_R.to(device, non_blocking=True)
 
 
-def _normalise(x_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Of a channel's pixel to its normalised value, float32 (C,) each."""
     scale_C = torch.tensor([1 / (255 * s) for s in std])
-    shift_C = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    return scale_C, torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+
+
+def _photometric_native(
+    crops_BCHW: Tensor,
+    params_BP: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`photometric` in the extension."""
+    out_BCHW = torch.empty(crops_BCHW.shape, dtype=dtype)
+    work_BCHW = crops_BCHW.contiguous() if not crops_BCHW.is_contiguous() else crops_BCHW.clone()
+    scale_C, shift_C = (t.numpy() for t in _scale_and_shift(mean, std))
+    rows_BP = params_BP.contiguous().numpy()
+    kind = _NATIVE_KINDS[dtype]
+    native.photometric(work_BCHW.numpy(), rows_BP, scale_C, shift_C, kind, out_BCHW.data_ptr())
+    return out_BCHW
+
+
+def _normalise(x_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    scale_C, shift_C = _scale_and_shift(mean, std)
     scale_C, shift_C = (t.to(x_BCHW.device, non_blocking=True) for t in (scale_C, shift_C))
     return x_BCHW.mul_(scale_C.view(3, 1, 1)).add_(shift_C.view(3, 1, 1))
 
@@ -345,7 +400,9 @@ def _hue(x_RCHW: Tensor, turn: Tensor) -> Tensor:
     )  # 0 at the maximum, 1 at the minimum
     sector = torch.where(green == 1, 5 - red, 3 + green)
     sector = torch.where(green == 0, torch.where(red == 1, 3 - blue, 1 + red), sector)
-    sector = torch.where(red == 0, blue - green, sector).div_(6)
+    sector = torch.where(red == 0, blue - green, sector)
+    # A device divides by a number through its rounded reciprocal, by a tensor exactly.
+    sector.div_(torch.full((), 6.0, device=x_RCHW.device))
     hue = torch.where(sector < 0, sector + 1, sector).mul_(255).floor_().add_(turn)
     hue = torch.where(hue >= 256, hue - 256, hue).mul_(6)  # in 1/255 of a sector from here on
     saturation = chroma.mul(255).div_(value.clamp(min=1)).floor_()

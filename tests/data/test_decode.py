@@ -15,9 +15,9 @@ from torchvision.transforms import functional as tv
 
 from mocov3_ds.data import decode
 from mocov3_ds.data.decode import UnreadableImage, centre_crop, size_of, two_crops
+from tests.data.pictures import picture, stored
 
 DECODERS = ("native", "simplejpeg", "pillow")
-RNG = np.random.default_rng(0)
 BOXES = [(5, 20, 90, 110), (0, 0, 97, 131)]
 
 
@@ -38,20 +38,6 @@ def assert_pixels(got, expected):
         assert gap.max() <= 2 and gap.mean() < 0.1, (gap.max(), gap.mean())
     else:
         np.testing.assert_array_equal(got, expected)
-
-
-def picture(height=97, width=131):
-    """Smooth colours with edges, so that resampling and chroma handling show."""
-    y, x = np.mgrid[:height, :width]
-    channels = [x * 255 / width, y * 255 / height, 127 + 120 * np.sin(x * y / 300)]
-    pixels = np.stack(channels, -1) + RNG.normal(0, 12, (height, width, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def stored(image, kind="JPEG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def crops_of(data, boxes=BOXES, flips=(False, True), size=64):

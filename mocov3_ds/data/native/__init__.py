@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,16 +66,7 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: it cannot be used here; the message is the reason.
     """
-    here = Path(__file__).parent
-    built = [here / f"_library{s}" for s in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((p for p in built if p.exists()), None)
-    if path is None:
-        raise RuntimeError(_NOT_BUILT)
-    try:
-        loaded = ctypes.CDLL(str(path))
-        _declare(loaded)
-    except (OSError, AttributeError) as error:
-        raise RuntimeError(f"{path.name} does not load: {error}") from error
+    loaded = colour_library()
     tried = _libjpegs()
     for libjpeg in tried:
         if loaded.mocov3_open_library(libjpeg.encode(), _pillow_weighs_tall_rows_first()):
@@ -86,6 +77,35 @@ def library() -> ctypes.CDLL:
                 f"decoding with {libjpeg} differs from Pillow by up to {difference} of 255"
             )
     raise RuntimeError(f"no libjpeg-turbo of ABI 62, 70 or 80 among {tried or 'no file'}")
+
+
+@cache
+def colour_library() -> ctypes.CDLL:
+    """The library, for what needs no libjpeg.
+
+    Raises:
+        RuntimeError: it was not built or does not load.
+    """
+    here = Path(__file__).parent
+    built = [here / f"_library{s}" for s in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((p for p in built if p.exists()), None)
+    if path is None:
+        raise RuntimeError(_NOT_BUILT)
+    try:
+        loaded = ctypes.CDLL(str(path))
+        _declare(loaded)
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"{path.name} does not load: {error}") from error
+    return loaded
+
+
+def ready() -> bool:
+    """Whether `photometric` and `draw` can be called."""
+    try:
+        colour_library()
+    except RuntimeError:
+        return False
+    return True
 
 
 def crops(
@@ -139,8 +159,12 @@ def pair(
     out: NDArray[np.uint8],
     rows: NDArray[np.float32],
     max_pixels: int,
+    augment: bool,
 ) -> int:
-    """Draw the views of a sample (key: seed, epoch, sample) and crop them. Returns the verdict."""
+    """Draw the views of a sample (key: seed, epoch, sample) and crop them. Returns the verdict.
+
+    Rows of `out` are contiguous; if `augment`, which also does the colour work, each view is.
+    """
     seed, epoch, sample = (k & _MASK for k in key)
     verdict: int = library().mocov3_views(
         data,
@@ -154,6 +178,7 @@ def pair(
         out.ctypes.data,
         *out.strides[:3],
         rows.ctypes.data,
+        augment,
     )
     return verdict
 
@@ -164,12 +189,37 @@ def draw(
     """`views.draw`."""
     boxes, flips = (c_int * 8)(), (c_int * 2)()
     rows = np.empty((2, 10), np.float32)
-    library().mocov3_draw(
+    colour_library().mocov3_draw(
         pack(spec), *(k & _MASK for k in key), height, width, boxes, flips, rows.ctypes.data
     )
     first = (boxes[0], boxes[1], boxes[2], boxes[3])
     second = (boxes[4], boxes[5], boxes[6], boxes[7])
     return [first, second], [bool(f) for f in flips], rows
+
+
+def photometric(
+    images_BCHW: NDArray[np.uint8],
+    rows_BP: NDArray[np.float32],
+    scale_C: NDArray[np.float32],
+    shift_C: NDArray[np.float32],
+    kind: Literal["float32", "bfloat16", "none"],
+    out: int,
+) -> None:
+    """Colour work in place, then scale and shift to `out`, an address; all arrays contiguous."""
+    count, _, height, width = images_BCHW.shape
+    failed = colour_library().mocov3_photometric(
+        images_BCHW.ctypes.data,
+        rows_BP.ctypes.data,
+        count,
+        height,
+        width,
+        scale_C.ctypes.data,
+        shift_C.ctypes.data,
+        ("float32", "bfloat16", "none").index(kind),
+        out,
+    )
+    if failed:
+        raise MemoryError
 
 
 def _declare(loaded: ctypes.CDLL) -> None:
@@ -180,7 +230,10 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.mocov3_crops.argtypes = (*image, POINTER(Crop), c_int)
     loaded.mocov3_size.argtypes = (*image, POINTER(c_int))
     strides = (c_int64,) * 3
-    loaded.mocov3_views.argtypes = (*image, *spec_and_key, c_int, c_void_p, *strides, c_void_p)
+    crops = (c_int, c_void_p, *strides)
+    loaded.mocov3_views.argtypes = (*image, *spec_and_key, *crops, c_void_p, c_int)
+    images = (c_void_p, c_void_p, c_int64, c_int, c_int)
+    loaded.mocov3_photometric.argtypes = (*images, c_void_p, c_void_p, c_int, c_void_p)
     boxes_flips_rows = (POINTER(c_int), POINTER(c_int), c_void_p)
     loaded.mocov3_draw.argtypes = (*spec_and_key, c_int, c_int, *boxes_flips_rows)
     loaded.mocov3_draw.restype = None

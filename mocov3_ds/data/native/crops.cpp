@@ -14,8 +14,9 @@
 #include "draw.h"
 #include "jpeg_library.h"
 #include "kernels.h"
+#include "photometric.h"
 
-#if HAS_AVX2_KERNELS
+#if X86_KERNELS
 #include <immintrin.h>
 #endif
 
@@ -44,14 +45,15 @@ namespace plain {
 #include "resample_kernels.h"
 #undef AVX2
 }  // namespace plain
-#if HAS_AVX2_KERNELS
+#if X86_KERNELS
 BEGIN_AVX2
 namespace avx2 {
 #define AVX2 1
 #include "resample_kernels.h"
 #undef AVX2
 }  // namespace avx2
-END_AVX2
+END_KERNELS
+namespace avx512 = avx2;
 #endif
 
 jpeg::Library library;
@@ -237,18 +239,12 @@ bool prepare(Plan& plan, const Crop* crops, int image_width) {
 }
 
 void weigh_columns(const Axis& axis, const uint8_t* pixels, uint8_t* out, size_t plane) {
-#if HAS_AVX2_KERNELS
-  if (use_avx2()) return avx2::weigh_columns(axis, pixels, out, plane);
-#endif
-  plain::weigh_columns(axis, pixels, out, plane);
+  ON_THIS_CPU(weigh_columns(axis, pixels, out, plane));
 }
 
 void weigh_rows(const Axis& axis, int y, const uint8_t* rows, size_t stride, size_t count,
                 uint8_t* out) {
-#if HAS_AVX2_KERNELS
-  if (use_avx2()) return avx2::weigh_rows(axis, y, rows, stride, count, out);
-#endif
-  plain::weigh_rows(axis, y, rows, stride, count, out);
+  ON_THIS_CPU(weigh_rows(axis, y, rows, stride, count, out));
 }
 
 // Takes `count` decoded rows, the first of which is row `y` of the image; column 0 of the strip is
@@ -492,11 +488,12 @@ EXPORT int mocov3_size(const uint8_t* bytes, int64_t size,
 }
 
 // The two views of a sample: drawn for the size of the image, cropped to size x size at `out`
-// (strides in bytes), parameter rows (2, 10) at `rows`.
+// (strides in bytes), parameter rows (2, 10) at `rows`. If `augmented`, each crop must be contiguous
+// and its colours are changed as its row says.
 EXPORT int mocov3_views(
     const uint8_t* bytes, int64_t length, int64_t most_pixels, const views::Spec* spec,
     uint64_t seed, uint64_t epoch, uint64_t sample_id, int size, uint8_t* out, int64_t view_stride,
-    int64_t plane_stride, int64_t row_stride, float* rows) {
+    int64_t plane_stride, int64_t row_stride, float* rows, int augmented) {
   Crop crops[2] = {};
   for (int view = 0; view < 2; view++) {
     Crop& crop = crops[view];
@@ -505,8 +502,13 @@ EXPORT int mocov3_views(
     crop.row = row_stride;
     crop.out = out + view * view_stride;
   }
-  return read(bytes, size_t(length), most_pixels,
-              {crops, 2, spec, views::key_of(seed, epoch, sample_id), rows});
+  Verdict verdict = read(bytes, size_t(length), most_pixels,
+                         {crops, 2, spec, views::key_of(seed, epoch, sample_id), rows});
+  if (!augmented) return verdict;
+  for (int view = 0; view < 2 && verdict == READ; view++)
+    if (!views::augment(crops[view].out, size, size, rows + view * views::PARAMETERS))
+      verdict = NO_MEMORY;
+  return verdict;
 }
 
 // Boxes (2, 4), flips (2) and parameter rows (2, 10) of a sample.

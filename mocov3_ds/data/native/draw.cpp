@@ -5,9 +5,6 @@
 namespace views {
 namespace {
 
-enum { BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, BOX_RADIUS, BOX_WEIGHT, BOX_EDGE,
-       SOLARISE };
-
 // Purposes: places in the sequence of a view.
 enum { TOP = 20, LEFT, FLIP, JITTER, ORDER_OF, GREY_OF, BLUR, SIGMA, SOLARISE_OF, FACTORS };
 constexpr int ATTEMPTS = 10;

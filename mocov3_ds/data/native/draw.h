@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "parameters.h"
+
 namespace views {
 
 struct Box {
@@ -17,8 +19,6 @@ struct Spec {
   double blur_p[2], blur_sigma[2], solarise_p[2];
   double flip_p;
 };
-
-constexpr int PARAMETERS = 10;
 
 // Box, flip and parameter row of view 0 or 1 of a sample.
 void draw(const Spec& spec, uint64_t sample_key, int view, int height, int width, Box* box,

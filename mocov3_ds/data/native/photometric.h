@@ -1,0 +1,11 @@
+#pragma once
+
+#include <cstdint>
+
+namespace views {
+
+// Jitter, grey, blur and solarisation of a planar image (3, height, width) in place, as its parameter
+// row says. False: no memory.
+bool augment(uint8_t* image, int height, int width, const float* row);
+
+}  // namespace views

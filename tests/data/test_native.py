@@ -1,0 +1,235 @@
+"""The extension: Pillow's pixels for any box, size and instruction set; refusals; flat memory."""
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from mocov3_ds.data import decode, native, pairs, views
+from tests.data.pictures import picture, stored
+
+SPEC = views.ViewSpec()
+SOURCES = Path(native.__file__).parent
+MOST = 1 << 26
+
+pytestmark = pytest.mark.skipif(
+    bool(decode._absence("native")), reason="the extension cannot run here"
+)
+
+
+def native_crops(data, boxes, flips=(False, False), size=32):
+    out = np.zeros((2, 3, size, size), np.uint8)
+    verdict = native.crops(data, boxes, flips, out, MOST)
+    return verdict, out
+
+
+def pillow_crops(data, boxes, flips=(False, False), size=32):
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    views_ = []
+    for (top, left, height, width), flip in zip(boxes, flips, strict=True):
+        crop = image.crop((left, top, left + width, top + height))
+        pixels = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+        views_.append((pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1))
+    return np.stack(views_)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_any_box_gives_pillows_pixels(subsampling, progressive):
+    """Boxes at and near block borders and image edges; crops enlarged, shrunk, tall and flat."""
+    rng = np.random.default_rng(subsampling)
+    for height, width in ((97, 131), (64, 48), (33, 210), (200, 17), (1, 1), (8, 9)):
+        data = stored(
+            picture(height, width), quality=88, subsampling=subsampling, progressive=progressive
+        )
+        for _ in range(25):
+            boxes = []
+            for _ in range(2):
+                h, w = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
+                boxes.append(
+                    (int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
+                )
+            flips, size = [bool(f) for f in rng.integers(0, 2, 2)], int(rng.integers(1, 71))
+            verdict, got = native_crops(data, boxes, flips, size)
+            assert verdict == native.READ
+            np.testing.assert_array_equal(got, pillow_crops(data, boxes, flips, size))
+
+
+def test_strongly_shrunk_boxes_give_pillows_pixels():
+    """Many taps: more than a vector holds, fewer at the borders than next to them."""
+    data = stored(picture(900, 1100), quality=90)
+    for size in (1, 3, 5, 7, 16):
+        boxes = [(0, 0, 900, 1100), (100, 30, 800, 1000)]
+        verdict, got = native_crops(data, boxes, size=size)
+        assert verdict == native.READ
+        np.testing.assert_array_equal(got, pillow_crops(data, boxes, size=size))
+
+
+@pytest.mark.parametrize(
+    "box", [(-1, 0, 9, 9), (0, -1, 9, 9), (90, 0, 9, 9), (0, 125, 9, 9), (0, 0, 0, 9), (0, 0, 9, 0)]
+)
+def test_boxes_outside_the_image_are_not_read(box):
+    assert native_crops(stored(picture()), [box, (0, 0, 9, 9)])[0] != native.READ
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 50, 1000, 3000])
+def test_bytes_that_stop_early_are_not_read(cut):
+    """Also when what is missing lies below both boxes."""
+    data = stored(picture(), quality=95)
+    assert native_crops(data, [(0, 0, 9, 9)] * 2)[0] == native.READ
+    assert native_crops(data[:-cut], [(0, 0, 9, 9)] * 2)[0] != native.READ
+    assert native_crops(data + b"tail", [(0, 0, 9, 9)] * 2)[0] == native.READ
+
+
+def test_too_many_pixels_are_not_read():
+    out = np.zeros((2, 3, 8, 8), np.uint8)
+    boxes, flips = [(0, 0, 9, 9)] * 2, [False] * 2
+    assert native.crops(stored(picture()), boxes, flips, out, 97 * 131) == native.READ
+    assert native.crops(stored(picture()), boxes, flips, out, 97 * 131 - 1) != native.READ
+    assert native.size_of(stored(picture()), 97 * 131 - 1) is None
+
+
+def digest_of_all_kernels():
+    """Of crops and colours that go through every loop."""
+    total = hashlib.sha256()
+    for seed, (height, width, size) in enumerate([(97, 131, 33), (300, 80, 64), (40, 60, 50)]):
+        data = stored(picture(height, width, seed))
+        out, rows = np.zeros((2, 3, size, size), np.uint8), np.zeros((2, 10), np.float32)
+        for sample in range(24):
+            pairs.make_pair(data, SPEC, 0, 0, sample, out, rows, augment=True)
+            total.update(out)
+            total.update(rows)
+            for dtype in (torch.float32, torch.bfloat16):
+                x = views.photometric(
+                    torch.from_numpy(out), torch.from_numpy(rows), SPEC.mean, SPEC.std, dtype
+                )
+                total.update(x.view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    here = "import sys; sys.path[:0] = sys.argv[1:]; from tests.data import test_native as t; "
+    program = here + "print(t.digest_of_all_kernels())"
+    expected = digest_of_all_kernels()
+    root = str(Path(__file__).parents[2])
+    for cpu in ("plain", "avx2", "avx512"):
+        environment = {**os.environ, "MOCOV3_DS_CPU": cpu, "CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run(
+            [sys.executable, "-c", program, root],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert run.stdout.split()[-1] == expected, cpu
+
+
+def test_threads_do_not_disturb_each_other():
+    images = [stored(picture(60 + 7 * i, 150 - 5 * i, seed=i)) for i in range(12)]
+
+    def one(i):
+        out, rows = np.zeros((2, 3, 40, 40), np.uint8), np.zeros((2, 10), np.float32)
+        pairs.make_pair(images[i % 12], SPEC, 0, 0, i, out, rows, augment=True)
+        return out.tobytes() + rows.tobytes()
+
+    alone = [one(i) for i in range(48)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(48))) == alone
+
+
+def test_memory_is_given_back():
+    """Thousands of good, damaged and large images: the process grows by less than one of them."""
+    good, large = stored(picture(200, 250)), stored(picture(2000, 2400), quality=50)
+    damaged = good[:1500] + bytes(300) + good[1800:]
+    out, rows = np.zeros((2, 3, 32, 32), np.uint8), np.zeros((2, 10), np.float32)
+
+    def round_of(count):
+        for i in range(count):
+            for data in (good, damaged, good[:2000], b"\xff\xd8\xff"):
+                native.pair(data, SPEC, (0, 0, i), out, rows, MOST, True)
+        native.pair(large, SPEC, (0, 0, 0), out, rows, MOST, False)
+
+    round_of(200)
+    before = psutil.Process().memory_info().rss
+    round_of(1500)
+    assert psutil.Process().memory_info().rss - before < 4 << 20
+
+
+def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    native.colour_library.cache_clear()
+    native.library.cache_clear()
+    try:
+        assert not native.ready()
+        with pytest.raises(RuntimeError, match="was not built"):
+            native.library()
+        assert "was not built" in decode._absence("native")
+    finally:
+        monkeypatch.undo()
+        native.colour_library.cache_clear()
+        native.library.cache_clear()
+
+
+@pytest.mark.skipif(
+    not shutil.which("g++") or not Path("/usr/include/jpeglib.h").exists(),
+    reason="needs g++ and libjpeg's headers",
+)
+def test_our_declarations_agree_with_libjpegs_headers(tmp_path):
+    names = {
+        "error": "err",
+        "source": "src",
+        "width": "image_width",
+        "components": "num_components",
+        "stored_colours": "jpeg_color_space",
+        "colours": "out_color_space",
+        "dct_method": "dct_method",
+        "fancy_upsampling": "do_fancy_upsampling",
+        "output_width": "output_width",
+        "output_channels": "output_components",
+        "row": "output_scanline",
+    }
+    checks = [
+        f"static_assert(offsetof(jpeg::Decompressor, {ours}) == "
+        f"offsetof(jpeg_decompress_struct, {theirs}));"
+        for ours, theirs in names.items()
+    ]
+    checks += [
+        "static_assert(offsetof(jpeg::ErrorManager, parameters) == "
+        "offsetof(jpeg_error_mgr, msg_parm));",
+        "static_assert(sizeof(jpeg::ErrorManager) >= sizeof(jpeg_error_mgr));",
+        "static_assert(sizeof(jpeg::Decompressor) >= sizeof(jpeg_decompress_struct));",
+        "static_assert(int(jpeg::GREY) == JCS_GRAYSCALE && int(jpeg::RGB) == JCS_RGB && "
+        "int(jpeg::YCC) == JCS_YCbCr && int(jpeg::RGBX) == JCS_EXT_RGBX);",
+    ]
+    program = tmp_path / "layout.cpp"
+    headers = '#include <cstdio>\n#include <jpeglib.h>\n#include "jpeg_library.h"\n'
+    program.write_text(headers + "\n".join(checks) + "\nint main() {}\n")
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++17",
+            "-Wno-invalid-offsetof",
+            f"-I{SOURCES}",
+            "-c",
+            program,
+            "-o",
+            tmp_path / "layout.o",
+        ],
+        check=True,
+    )
+
+
+def test_the_build_made_a_library_for_this_interpreter():
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert (SOURCES / f"_library{suffix}").exists()
