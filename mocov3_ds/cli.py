@@ -4,16 +4,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from mocov3_ds.data import manifest as manifests
-from mocov3_ds.data.stream import evaluation_batches
-from mocov3_ds.data.views import ViewSpec, normalise
 from mocov3_ds.distributed import ranks
-from mocov3_ds.encoder import Which, load_encoder, read_run
-from mocov3_ds.evaluation.features import extract, join
+from mocov3_ds.encoder import Which, build, read_weights
+from mocov3_ds.evaluation import results
+from mocov3_ds.evaluation.features import split_features
 from mocov3_ds.evaluation.knn import knn_accuracy
+from mocov3_ds.evaluation.look import look as draw_pictures
+from mocov3_ds.evaluation.samples import labelled_splits, split_urls
+from mocov3_ds.export import Format
 from mocov3_ds.export import export as export_encoder
 
 RunFolder = Annotated[Path, tyro.conf.Positional]
@@ -23,86 +23,148 @@ def knn(
     run: RunFolder,
     /,
     *,
-    shards: str = "",
-    probe_shards: str = "",
+    train: str = "",
+    val: str = "",
     which: Which = "base",
     k: int = 200,
     temperature: float = 0.07,
+    image_size: int = 0,
+    heads: int = 0,
     batch: int = 256,
     threads: int = 4,
+    out: Path | None = None,
 ) -> None:
-    """Weighted k-NN accuracy of a run's encoder, with the whole training split as the bank.
+    """Weighted k-NN accuracy of an encoder, with the whole training split as the bank.
 
     Works on all ranks: `torchrun --nproc-per-node 8 -m mocov3_ds.cli knn RUN`.
 
     Args:
-        run: run folder.
-        shards: training shards; empty = those of the run.
-        probe_shards: labelled shards to classify; empty = those of the run.
+        run: run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder).
+        train: labelled training shards; empty = those of the run.
+        val: labelled shards to classify; empty = the run's probe shards.
         which: base or momentum encoder.
         k: neighbours that vote.
         temperature: a neighbour votes with exp(similarity / temperature).
+        image_size: side of a crop, pixels; 0 = as pretrained.
+        heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
         batch: images per forward pass of a rank.
         threads: decode threads of a rank.
+        out: folder of results.json; empty = RUN, or FILE-evaluation.
     """
     device = ranks.start()
-    config = read_run(run)
-    encoder = load_encoder(run, which).to(device)
-    splits = [shards or config.data.shards, probe_shards or config.data.probe_shards]
-    if not config.data.shards and not shards:
-        folder = config.runs / "sample-images"
-        splits = [str(folder / "train"), str(folder / "test")]
-    if not all(splits):
-        raise ValueError("the run names no labelled probe shards; give --probe_shards FOLDER.")
-    spec, size = ViewSpec(), config.views.image_size
-
-    def prepare(crops_BCHW: torch.Tensor) -> torch.Tensor:
-        return normalise(crops_BCHW.to(device), spec.mean, spec.std, torch.float32)
-
-    joined = []
-    for url in splits:
-        batches = evaluation_batches(
-            manifests.load(url),
-            image_size=size,
-            resize=round(size * 256 / 224),
-            batch=batch,
-            rank=ranks.rank(),
-            world_size=ranks.world_size(),
-            threads=threads,
-        )
-        joined.append(join(*extract(encoder, batches, prepare)))
-    (bank_ND, labels_N, _), (probes_PD, targets_P, _) = joined
+    if min(k, batch) < 1 or temperature <= 0:
+        raise ValueError(f"k {k}, batch {batch}, temperature {temperature} must be positive.")
+    weights = read_weights(run, which, heads=heads)
+    splits = labelled_splits(*split_urls(weights, train, val))
+    size = image_size or weights.shape.image_size
+    encoder = build(weights, image_size=size).to(device)
+    (bank_ND, labels_N, _), (probes_PD, targets_P, _) = (
+        split_features(encoder, split, image_size=size, batch=batch, threads=threads)
+        for split in (splits.train, splits.val)
+    )
     mine = slice(ranks.rank(), None, ranks.world_size())
     accuracy = knn_accuracy(
         bank_ND[mine], labels_N[mine], probes_PD, targets_P, k=k, temperature=temperature
     )
     if ranks.is_first():
+        folder = out or results.folder_of(weights.path)
+        entry = {
+            "top1": accuracy,
+            "encoder": weights.title,
+            "k": k,
+            "temperature": temperature,
+            "image_size": size,
+            "bank_images": len(labels_N),
+            "val_images": len(targets_P),
+            "step": weights.saved.step if weights.saved is not None else None,
+            "train": splits.train.digest,
+            "val": splits.val.digest,
+        }
+        results.record(folder, "knn", which, entry)
         print(
-            f"k-NN (k = {k}, T = {temperature}) of the {which} encoder: {accuracy:.2f} % of "
-            f"{len(targets_P)} probes, bank of {len(labels_N)}"
+            f"k-NN (k = {k}, T = {temperature}) of {weights.title}: {accuracy:.2f} % of "
+            f"{len(targets_P)} held-out images, bank of {len(labels_N)}"
         )
+        print(f"{results.HEADER}\n{results.table_line(folder, which)}")
     ranks.stop()
 
 
-def export(run: RunFolder, /, *, out: Path | None = None, which: Which = "base") -> None:
-    """Write the encoder for timm (safetensors, sizes, a README), features checked.
+def export(
+    run: RunFolder,
+    /,
+    *,
+    to: Format = "timm",
+    which: Which = "base",
+    out: Path | None = None,
+    image_size: int = 0,
+    heads: int = 0,
+) -> None:
+    """Write an encoder for another program, with a model card, its features checked there.
 
     Args:
-        run: run folder.
-        out: folder to make; empty = RUN/export-timm.
+        run: run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder).
+        to: program that shall load it: timm, DeiT, transformers (hf) or the published MoCo v3 code.
         which: base or momentum encoder.
+        out: folder to make; empty = RUN-TO-WHICH beside the run.
+        image_size: side of an image, pixels; 0 = as pretrained.
+        heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
     """
-    folder = out or run / f"export-timm-{which}"
-    difference = export_encoder(run, folder, which=which)
+    folder = out or run.parent / f"{run.resolve().name}-{to}-{which}"
+    difference = export_encoder(run, folder, to=to, which=which, image_size=image_size, heads=heads)
     print(
         f"{folder}: same features within {difference:.1e}; {folder / 'README.md'} says how to load"
     )
 
 
+def look(
+    run: RunFolder,
+    /,
+    *,
+    which: Which = "base",
+    train: str = "",
+    val: str = "",
+    images: int = 8,
+    neighbours: int = 8,
+    bank: int = 10000,
+    heads: int = 0,
+    threads: int = 4,
+    out: Path | None = None,
+) -> None:
+    """Draw what an encoder sees: attention maps, nearest neighbours, a histogram of similarities.
+
+    Args:
+        run: run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder).
+        which: base or momentum encoder.
+        train: labelled training shards; empty = those of the run.
+        val: labelled held-out shards; empty = the run's probe shards.
+        images: held-out images that are shown.
+        neighbours: training images beside each.
+        bank: training images that are searched, spread evenly over their set.
+        heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
+        threads: decode threads.
+        out: folder of the pictures; empty = RUN/look-WHICH, or FILE-evaluation/look-WHICH.
+    """
+    for path in draw_pictures(
+        run,
+        out or results.folder_of(run) / f"look-{which}",
+        which=which,
+        train=train,
+        val=val,
+        images=images,
+        neighbours=neighbours,
+        bank=bank,
+        heads=heads,
+        threads=threads,
+    ):
+        print(path)
+
+
 def main() -> int:
     """Entry point of the `mocov3` command."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"knn": knn, "export": export}, prog="mocov3")
+        tyro.extras.subcommand_cli_from_dict(
+            {"knn": knn, "export": export, "look": look}, prog="mocov3"
+        )
     except ValueError as error:
         if ranks.is_first():
             print(f"mocov3: error: {error}", file=sys.stderr)

@@ -4,10 +4,14 @@ Shape suffixes: B = images, C H W = image, D = features, N = samples of this ran
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.stream import evaluation_batches
+from mocov3_ds.data.views import ViewSpec, normalise
 from mocov3_ds.distributed import ranks
 
 Prepare = Callable[[Tensor], Tensor]
@@ -63,6 +67,51 @@ def join(features_ND: Tensor, labels_N: Tensor, ids_N: Tensor) -> tuple[Tensor, 
     features_GD, labels_G, ids_G = gather(features_ND), gather(labels_N), gather(ids_N)
     order = ids_G.argsort()
     return features_GD[order], labels_G[order], ids_G[order]
+
+
+def split_features(
+    backbone: nn.Module,
+    manifest: Manifest,
+    *,
+    image_size: int,
+    batch: int = 256,
+    threads: int = 4,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (N, D), labels and ids of the centre crops of a whole split, the same on each rank.
+
+    Args:
+        backbone: its device is used.
+        manifest: of the split.
+        image_size: side of a crop, pixels; the shorter side is resized to 256/224 of it before.
+        batch: images per forward pass of a rank.
+        threads: decode threads of a rank.
+        limit: a fixed subset of this many samples, spread evenly over the set.
+
+    Raises:
+        ValueError: fewer samples than ranks, an unreadable sample.
+    """
+    world, samples = ranks.world_size(), min(limit or manifest.samples, manifest.samples)
+    if samples < world:
+        raise ValueError(
+            f"{manifest.url} gives {samples} samples to {world} ranks; use fewer ranks."
+        )
+    batches = evaluation_batches(
+        manifest,
+        image_size=image_size,
+        resize=round(image_size * 256 / 224),
+        batch=batch,
+        rank=ranks.rank(),
+        world_size=world,
+        threads=threads,
+        limit=limit,
+    )
+    prepare = partial(_prepare, device=_device(backbone), spec=ViewSpec())
+    return join(*extract(backbone, batches, prepare))
+
+
+def _prepare(crops_BCHW: Tensor, device: torch.device, spec: ViewSpec) -> Tensor:
+    return normalise(crops_BCHW.to(device), spec.mean, spec.std, torch.float32)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -14,10 +14,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -31,8 +31,17 @@ from mocov3_ds.data.views import ViewSpec, normalise
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoder import Which, build, read_weights
 from mocov3_ds.evaluation import results
+from mocov3_ds.evaluation.protocol import (
+    Precision,
+    accelerator_for,
+    check,
+    differences,
+    plain,
+    watched,
+)
 from mocov3_ds.evaluation.samples import (
     Splits,
+    UnreadableSample,
     centre_crop,
     epoch_order,
     labelled_splits,
@@ -41,8 +50,6 @@ from mocov3_ds.evaluation.samples import (
     reader,
     split_urls,
 )
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _MEAN, _STD = ViewSpec().mean, ViewSpec().std
 
@@ -230,28 +237,6 @@ def linear(config: LinearConfig) -> dict[str, Any]:
     return entry
 
 
-def check(batch: int, micro_batch: int, epochs: int, precision: str) -> None:
-    """Refuse sizes that cannot be.
-
-    Raises:
-        ValueError: with the numbers.
-    """
-    if min(batch, micro_batch, epochs) < 1:
-        raise ValueError(
-            f"batch {batch}, micro_batch {micro_batch} and epochs {epochs} must be 1 at least."
-        )
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("fp16 needs a GPU; use --precision fp32 or bf16.")
-
-
-def accelerator_for(precision: Precision) -> Accelerator:
-    """Run on the GPUs of this launch, or on its CPUs with gloo."""
-    gpu = torch.cuda.is_available()
-    if precision == "auto":
-        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
-    return Accelerator(cpu=not gpu, mixed_precision="no" if precision == "fp32" else precision)
-
-
 def _prepare(config: LinearConfig) -> tuple[_Probe, dict[str, Any], str, Path]:
     check(config.batch, config.micro_batch, config.epochs, config.precision)
     if not config.learning_rates or min(config.learning_rates) <= 0:
@@ -265,7 +250,7 @@ def _prepare(config: LinearConfig) -> tuple[_Probe, dict[str, Any], str, Path]:
         len(config.learning_rates), splits.classes, weights.shape.dim, config.seed
     )
     settings = {
-        **_plain(config),
+        **plain(config, _FREE),
         "image_size": size,
         "step": weights.saved.step if weights.saved is not None else None,
         "train": splits.train.digest,
@@ -277,13 +262,6 @@ def _prepare(config: LinearConfig) -> tuple[_Probe, dict[str, Any], str, Path]:
 
 
 _FREE = ("run", "out", "train", "val", "micro_batch", "workers", "stop_after_epochs")
-
-
-def _plain(config: LinearConfig) -> dict[str, Any]:
-    """Settings that decide the numbers, as JSON values."""
-    values = {k: v for k, v in asdict(config).items() if k not in _FREE}
-    plain: dict[str, Any] = json.loads(json.dumps(values))
-    return plain
 
 
 def _train_epoch(probe: _Probe) -> Tensor:
@@ -358,17 +336,10 @@ def accuracy(probe: _Probe) -> Tensor:
     ]
     batches = reader(val, centre_crop(probe.size), order_N, passes, workers=config.workers)
     right_L = torch.zeros(len(config.learning_rates), device=probe.accelerator.device)
-    for crops_BCHW, labels_B, _ in _watched(batches, len(passes), "held-out images"):
+    for crops_BCHW, labels_B, _ in watched(batches, len(passes), "held-out images"):
         guess_LB = probe.bank.logits(probe.features(crops_BCHW)).argmax(2)
         right_L += (guess_LB == labels_B.to(guess_LB.device)).sum(1)
     return 100.0 * ranks.all_reduce_sum(right_L.double()).cpu() / val.samples
-
-
-def _watched(batches: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-    watched: Iterable[Any] = tqdm(
-        batches, total=total, desc=what, disable=not ranks.is_first(), leave=False
-    )
-    return watched
 
 
 def _save(probe: _Probe, path: Path, settings: Mapping[str, Any]) -> None:
@@ -405,15 +376,6 @@ def _resume(probe: _Probe, path: Path, settings: Mapping[str, Any]) -> None:
     probe.epochs_done = epochs_done
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """Settings that are not the same, in words; empty = none."""
-    return ", ".join(
-        f"{key} is {theirs.get(key)} there, {ours.get(key)} here"
-        for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key)
-    )
-
-
 def _report(entry: Mapping[str, Any], config: LinearConfig, folder: Path) -> None:
     print("base lr   top-1")  # noqa: T201
     for rate, top1 in entry["top1_by_learning_rate"].items():
@@ -431,7 +393,7 @@ def main() -> int:
     try:
         linear(tyro.cli(LinearConfig, prog="python -m mocov3_ds.evaluation.linear"))
     except ValueError as error:
-        if ranks.is_first():
+        if ranks.is_first() or isinstance(error, UnreadableSample):
             print(f"linear: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     finally:

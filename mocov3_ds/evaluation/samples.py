@@ -34,6 +34,10 @@ Pixels = Callable[[bytes, int, int, int], Tensor]
 """(bytes, sample id, epoch, place in the epoch) -> one image, (C, H, W)"""
 
 
+class UnreadableSample(ValueError):  # noqa: N818 - it says what the sample is
+    """A sample cannot be read; only the rank that met it knows, so that rank must say so."""
+
+
 @dataclass(frozen=True)
 class Splits:
     """Labelled shards to learn from and to be judged by."""
@@ -153,7 +157,7 @@ def reader(
         pin: page-locked memory, for copies to a CUDA device.
 
     Raises:
-        ValueError: an unreadable sample.
+        UnreadableSample: with its place and the reason.
     """
     apart = workers > 0 and not storage.is_local(manifest.url)  # network clients do not survive
     loader: DataLoader[Any] = DataLoader(  # a fork
@@ -165,9 +169,9 @@ def reader(
     )
     try:
         yield from loader
-    except ValueError as error:  # from a worker it comes with the worker's traceback
-        sentence = str(error).strip().splitlines()[-1]
-        raise ValueError(sentence.removeprefix("ValueError: ")) from None
+    except UnreadableSample as error:  # from a worker it comes with the worker's traceback
+        sentence = str(error).strip().splitlines()[-1].rpartition("UnreadableSample: ")[2]
+        raise UnreadableSample(sentence) from None
 
 
 def random_crop(size: int, crop_min: float, seed: int) -> Pixels:
@@ -245,7 +249,7 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
             image_CHW = self.pixels(data, sample, self.epoch, place)
         except UnreadableImage as error:
             shard, key = key_of(self.manifest, sample)
-            raise ValueError(
+            raise UnreadableSample(
                 f"sample {key} in {shard} of {self.manifest.url} is unreadable ({error}); "
                 "python -m data_prep verify lists the damage."
             ) from None
