@@ -1,27 +1,34 @@
-"""Train `OddModel` under DeepSpeed beside a plain optimizer that is fed the same reduced gradients.
+"""Train `OddModel` under DeepSpeed beside plain optimizers that are fed the same reduced gradients.
 
 Everything here runs on a rank of `tests.ranks_pool.run_ranks`.
 """
 
+import contextlib
 import gc
-from collections.abc import Callable
+import json
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
+import timm.optim
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.optim import AdamW, Lamb
-from mocov3_ds.optim.rules import Rule
+from mocov3_ds.optim import AdamW, Lamb, Lars
+from mocov3_ds.optim.rules import Rule, RuleFor
+from tests import reference
 from tests.optim import plain
 
 STEPS = 11
 BATCH = 12
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS: dict[str, Any] = {"lamb": Lamb, "adamw": AdamW, "lars": Lars}
+RATES = {"lamb": 2e-2, "adamw": 0.1, "lars": 4.0}
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,15 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     clip: float = 0.0
     accumulate: int = 1
+    sharded_init: bool = False
+    unused: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"stage {self.stage}", self.precision, self.optimizer]
+        parts += [json.dumps(x) for x in (self.options, self.zero, self.config) if x]
+        parts += ["clip"] * bool(self.clip) + ["accumulate"] * (self.accumulate > 1)
+        parts += ["zero.Init"] * self.sharded_init + ["unused"] * self.unused
+        return " ".join(parts)
 
 
 def rule(name: str, shape: tuple[int, ...]) -> Rule:
@@ -44,14 +60,6 @@ def rule(name: str, shape: tuple[int, ...]) -> Rule:
     fast = 2.0 if name == "out.weight" else 1.0
     decay = 0.5 if name == "narrow.weight" else float(matrix)
     return Rule(decay=decay, lr_multiplier=fast, adapt=matrix)
-
-
-def adapt_all(name: str, shape: tuple[int, ...]) -> Rule:
-    """Every tensor adapts, also the one of one element."""
-    return Rule(decay=float(len(shape) > 1), adapt=True)
-
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {"lamb": Lamb, "adamw": AdamW}
 
 
 def quiet() -> None:
@@ -83,18 +91,48 @@ def ds_config(case: Case) -> dict[str, Any]:
     return config | case.config
 
 
-def start(case: Case, rule_for: Any = rule) -> tuple[Any, Any]:
+def start(case: Case, rule_for: RuleFor = rule) -> tuple[Any, Any]:
     """Engine and attached optimizer of a case."""
-    quiet()
-    model = plain.OddModel()
-    options = {"lr": 5e-3, "weight_decay": 0.1} | case.options
-    optimizer = OPTIMIZERS[case.optimizer](model.named_parameters(), rule=rule_for, **options)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(case))
+    engine, optimizer = start_unattached(case, rule_for)
     optimizer.attach(engine)
     return engine, optimizer
 
 
-def batches(case: Case, steps: int, seed: int = 1) -> Any:
+def start_unattached(case: Case, rule_for: RuleFor = rule) -> tuple[Any, Any]:
+    quiet()
+    config = ds_config(case)
+    model = (
+        sharded_model(case, config) if case.sharded_init else plain.odd_model(unused=case.unused)
+    )
+    # rates at which 11 steps move each tensor far enough to stand out of fp32's rounding
+    options = {"lr": RATES[case.optimizer], "weight_decay": 0.1} | case.options
+    optimizer = OPTIMIZERS[case.optimizer](model.named_parameters(), rule=rule_for, **options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine, optimizer
+
+
+def sharded_model(case: Case, config: dict[str, Any]) -> torch.nn.Module:
+    """The same model, cut over the ranks while it is made."""
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = plain.OddModel(unused=case.unused)
+    named = dict(model.named_parameters())
+    values = plain.odd_values({name: tuple(p.ds_shape) for name, p in named.items()})
+    for name, parameter in named.items():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(values[name])
+    return model
+
+
+def stop(engine: Any) -> None:
+    """Give an engine's hooks and memory back."""
+    engine.destroy()
+    gc.collect()
+
+
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(case: Case, steps: int, seed: int = 1) -> Iterator[list[Batch]]:
     """(x, y) micro-batches of this rank, step by step, out of a batch that knows no ranks."""
     generator = torch.Generator().manual_seed(seed)
     dtype = DTYPES[case.precision]
@@ -111,9 +149,9 @@ def backward(engine: Any, x: Tensor, y: Tensor) -> float:
     return float(loss.detach())
 
 
-def train(engine: Any, case: Case, steps: int = STEPS, seed: int = 1) -> None:
+def train(engine: Any, data: Sequence[list[Batch]] | Iterator[list[Batch]]) -> None:
     """Steps without a witness."""
-    for micro_batches in batches(case, steps, seed):
+    for micro_batches in data:
         for x, y in micro_batches:
             backward(engine, x, y)
             engine.step()
@@ -121,97 +159,152 @@ def train(engine: Any, case: Case, steps: int = STEPS, seed: int = 1) -> None:
 
 def weights(optimizer: Any) -> dict[str, Tensor]:
     """Full fp32 masters by name."""
-    return {name: state["weight"].clone() for name, state in optimizer.full_state()}
+    return {name: state["weight"].clone() for name, state in optimizer.full_state("weight")}
 
 
-def stop(engine: Any) -> None:
-    """Give an engine's hooks and memory back."""
-    engine.destroy()
-    gc.collect()
+class Witness:
+    """Whole-tensor optimizers beside the engine: the written-out formula, and a library's."""
+
+    def __init__(self, case: Case, optimizer: Any, rule_for: RuleFor) -> None:
+        self.case = case
+        self.options = dict(optimizer.param_groups[0])
+        self.first = weights(optimizer)
+        self.w = {n: w.clone() for n, w in self.first.items()}
+        self.m = {n: torch.zeros_like(w) for n, w in self.w.items()}
+        self.v = {n: torch.zeros_like(w) for n, w in self.w.items()}
+        self.ratio: dict[str, float] = {}
+        self.rules = {n: rule_for(n, tuple(w.shape)) for n, w in self.w.items()}
+        self.t = 0
+        self.library = {n: torch.nn.Parameter(w.clone()) for n, w in self.first.items()}
+        self.library_optimizer = self._library_optimizer()
+
+    def _library_optimizer(self) -> torch.optim.Optimizer:
+        """Options that timm spells as ours; differences are spelled out in test_lamb.py."""
+        groups = [
+            {
+                "params": [self.library[n]],
+                "lr": self.options["lr"] * rule_n.lr_multiplier,
+                "weight_decay": self.options["weight_decay"] * rule_n.decay,
+            }
+            for n, rule_n in self.rules.items()
+        ]
+        if self.case.optimizer == "lamb":
+            always = self.options["always_adapt"]
+            return timm.optim.Lamb(groups, max_grad_norm=None, always_adapt=always, foreach=False)
+        if self.case.optimizer == "lars":
+            return timm.optim.Lars(groups, momentum=self.options["momentum"])
+        return torch.optim.AdamW(groups, eps=self.options["eps"])
+
+    def step(self, gradients: dict[str, Tensor]) -> None:
+        self.t += 1
+        for n, g in gradients.items():
+            self.library[n].grad = g.clone()
+            self._plain_step(n, g)
+        self.library_optimizer.step()
+
+    def _plain_step(self, n: str, g: Tensor) -> None:
+        rule_n = self.rules[n]
+        lr = self.options["lr"] * rule_n.lr_multiplier
+        wd = self.options["weight_decay"] * rule_n.decay
+        if self.case.optimizer == "adamw":
+            self.w[n], self.m[n], self.v[n] = reference.adamw_step(
+                self.w[n], g, self.m[n], self.v[n], self.t, lr=lr, wd=wd
+            )
+            return
+        adapt = rule_n.adapt or self.options["always_adapt"]
+        if self.case.optimizer == "lamb":
+            self.w[n], self.m[n], self.v[n] = plain.lamb_step(
+                self.w[n], g, self.m[n], self.v[n], self.t, lr=lr, wd=wd, adapt=adapt
+            )
+        else:
+            self.w[n], self.m[n] = plain.lars_step(
+                self.w[n], g, self.m[n], lr=lr, wd=wd, adapt=adapt
+            )
+
+
+def largest_error(
+    ours: dict[str, Tensor], want: dict[str, Tensor], scale: dict[str, Tensor]
+) -> float:
+    """max over tensors of |ours - want| / |scale|; what is not finite is infinitely wrong."""
+    errors = [float((ours[n] - want[n]).norm() / scale[n].norm().clamp_min(1e-30)) for n in want]
+    return max(error if error == error else float("inf") for error in errors)
 
 
 def movement_error(
     ours: dict[str, Tensor], want: dict[str, Tensor], first: dict[str, Tensor]
 ) -> float:
     """Largest error of any tensor relative to how far it moved."""
-    errors = [
-        float((ours[n] - want[n]).norm() / (want[n] - first[n]).norm().clamp_min(1e-30))
-        for n in want
-    ]
-    return max(error if error == error else float("inf") for error in errors)
+    return largest_error(ours, want, {n: want[n] - first[n] for n in want})
 
 
-class Witness:
-    """Plain whole-tensor optimizers beside the engine: the written-out formula, and a library's."""
-
-    def __init__(self, case: Case, optimizer: Any, rule_for: Any) -> None:
-        self.case, self.rule_for, self.group = case, rule_for, optimizer.param_groups[0]
-        self.w = weights(optimizer)
-        self.first = {n: w.clone() for n, w in self.w.items()}
-        self.m = {n: torch.zeros_like(w) for n, w in self.w.items()}
-        self.v = {n: torch.zeros_like(w) for n, w in self.w.items()}
-        self.t = 0
-
-    def step(self, gradients: dict[str, Tensor]) -> None:
-        self.t += 1
-        for n, g in gradients.items():
-            rule_n = self.rule_for(n, tuple(g.shape))
-            common = {
-                "lr": self.group["lr"] * rule_n.lr_multiplier,
-                "wd": self.group["weight_decay"] * rule_n.decay,
-            }
-            if self.case.optimizer == "lamb":
-                self.w[n], self.m[n], self.v[n] = plain.lamb_step(
-                    self.w[n], g, self.m[n], self.v[n], self.t, adapt=rule_n.adapt, **common
-                )
-            if self.case.optimizer == "adamw":
-                from tests import reference
-
-                self.w[n], self.m[n], self.v[n] = reference.adamw_step(
-                    self.w[n], g, self.m[n], self.v[n], self.t, **common
-                )
-
-
-def compare(case: Case, rule_for: Any = rule) -> dict[str, Any]:
-    """Errors of the engine's weights and moments against the witness."""
+def compare(case: Case, rule_for: RuleFor = rule) -> dict[str, Any]:
+    """Errors of the engine's weights and moments against the witnesses."""
+    warnings.filterwarnings("ignore")  # DeepSpeed's own
     engine, optimizer = start(case, rule_for)
     witness = Witness(case, optimizer, rule_for)
     named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
     for micro_batches in batches(case, STEPS):
-        for index, (x, y) in enumerate(micro_batches):
+        for x, y in micro_batches[:-1]:
             backward(engine, x, y)
-            if index == len(micro_batches) - 1:
-                gradients = {
-                    n: safe_get_full_grad(p).detach().float().clone().view(witness.w[n].shape)
-                    for n, p in named.items()
-                }
-                scale = engine.optimizer.loss_scale if case.precision == "fp16" else 1.0
             engine.step()
-        if getattr(engine.optimizer, "overflow", False):
-            continue
-        gradients = {n: g / scale for n, g in gradients.items()}
-        if case.clip:
-            norm = torch.sqrt(sum(g.double().square().sum() for g in gradients.values()))
-            factor = max(1.0, float((norm + 1e-6) / case.clip))
-            gradients = {n: g / factor for n, g in gradients.items()}
-        witness.step(gradients)
+        backward(engine, *micro_batches[-1])
+        scale = engine.optimizer.loss_scale if case.precision == "fp16" else 1.0
+        gradients = {n: _full_gradient(p, witness.w[n].shape) for n, p in named.items()}
+        engine.step()
+        if not getattr(engine.optimizer, "overflow", False):
+            witness.step(_clipped({n: g / scale for n, g in gradients.items()}, case.clip))
     state = dict(optimizer.full_state())
+    ours = {n: s["weight"] for n, s in state.items()}
+    first, second = optimizer.moments[0], optimizer.moments[-1]
+    signals = optimizer.signals().rows()
     result = {
+        "case": str(case),
         "wrapper": type(engine.optimizer).__name__,
-        "weights": movement_error(
-            {n: s["weight"] for n, s in state.items()}, witness.w, witness.first
+        "plain": movement_error(ours, witness.w, witness.first),
+        "library": movement_error(
+            ours, {n: p.detach() for n, p in witness.library.items()}, witness.first
         ),
-        "m": max(
-            float((s["exp_avg"] - witness.m[n]).norm() / witness.m[n].norm().clamp_min(1e-30))
-            for n, s in state.items()
-        ),
-        "v": max(
-            float((s["exp_avg_sq"] - witness.v[n]).norm() / witness.v[n].norm().clamp_min(1e-30))
-            for n, s in state.items()
-        ),
-        "steps": optimizer.step_count,
-        "done": witness.t,
-        "ratios": optimizer.signals().trust_ratio_S.tolist(),
+        "moment": largest_error({n: s[first] for n, s in state.items()}, witness.m, witness.m),
+        "square": largest_error({n: s[second] for n, s in state.items()}, witness.v, witness.v)
+        if len(optimizer.moments) == 2
+        else 0.0,
+        "steps": (optimizer.step_count, witness.t),
+        "signals": signals,
+        "low": _low_precision_error(engine, ours),
     }
     stop(engine)
     return result
+
+
+def _full_gradient(parameter: Tensor, shape: torch.Size) -> Tensor:
+    gradient = safe_get_full_grad(parameter)
+    assert gradient is not None
+    return gradient.detach().float().clone().view(shape)
+
+
+def _clipped(gradients: dict[str, Tensor], clip: float) -> dict[str, Tensor]:
+    if not clip:
+        return gradients
+    norm = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
+    return {n: g / max(1.0, (norm + 1e-6) / clip) for n, g in gradients.items()}
+
+
+def _low_precision_error(engine: Any, masters: dict[str, Tensor]) -> float:
+    """Whether the network's own weights are the masters, rounded: 0 if they are."""
+    worst = 0.0
+    for name, parameter in engine.module.named_parameters():
+        if name in masters:
+            gather = hasattr(parameter, "ds_id")
+            with (
+                deepspeed.zero.GatheredParameters([parameter])
+                if gather
+                else contextlib.nullcontext()
+            ):
+                want = masters[name].to(parameter.dtype)
+                worst = max(worst, float((parameter.detach() - want).abs().max()))
+    return worst
+
+
+def errors(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """`compare` of each case, in one set of processes."""
+    return [compare(case) for case in cases]

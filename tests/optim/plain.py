@@ -62,7 +62,7 @@ def lars_step(
 class OddModel(nn.Module):
     """Sizes that no partition boundary respects, tensors over several ranks, scales far apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, unused: bool = False) -> None:
         super().__init__()
         self.frozen = nn.Linear(11, 7)
         self.token = nn.Parameter(torch.empty(1, 1, 7))
@@ -70,15 +70,32 @@ class OddModel(nn.Module):
         self.norm = nn.LayerNorm(301)
         self.narrow = nn.Linear(301, 3)
         self.scale = nn.Parameter(torch.empty(1))
+        if unused:
+            self.idle = nn.Linear(13, 3)
         self.out = nn.Linear(3, 5, bias=False)
-        generator = torch.Generator().manual_seed(7)
-        for index, parameter in enumerate(self.parameters()):
-            size = 10.0 ** (-2 + index % 4)
-            parameter.data.normal_(std=size, generator=generator)
-        self.scale.data.fill_(0.7)
         self.frozen.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.frozen(x)[:, None] + self.token
         h = torch.tanh(self.norm(self.wide(torch.tanh(h[:, 0]))))
         return self.out(torch.tanh(self.narrow(h)) * self.scale)
+
+
+_STD = {"wide.weight": 0.3, "narrow.weight": 0.01, "out.weight": 3.0, "norm.weight": 1.0}
+
+
+def odd_values(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Weights whose deviations differ by up to 300, so that true trust ratios do, too."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.randn(shape, generator=generator) * _STD.get(name, 0.1)
+        for name, shape in shapes.items()
+    }
+
+
+def odd_model(*, unused: bool = False) -> OddModel:
+    """The model with its odd weights."""
+    model = OddModel(unused=unused)
+    values = odd_values({name: tuple(p.shape) for name, p in model.named_parameters()})
+    model.load_state_dict(values)
+    return model
