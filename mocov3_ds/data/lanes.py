@@ -179,11 +179,16 @@ class Epoch:
         shift = _key(order.seed, _LEFT_OUT) % order.samples
         begin = (shift + self.epoch * order.remainder) % order.samples
         end = begin + order.remainder
-        out = [(begin, min(end, order.samples)), (0, max(0, end - order.samples))]
-        borders = np.unique(np.concatenate([borders, *map(np.array, out)]))
+        if order.remainder:
+            out = [(begin, min(end, order.samples)), (0, max(0, end - order.samples))]
+            borders = np.concatenate([borders, *map(np.array, out)])
+        else:
+            out = []
+        borders = np.unique(borders)
         low_K, high_K = borders[:-1], borders[1:]
-        kept_K = ~np.logical_or.reduce([(low_K >= a) & (high_K <= b) for a, b in out])
-        low_K, high_K = low_K[kept_K], high_K[kept_K]
+        for first, last in out:
+            kept_K = (low_K < first) | (high_K > last)
+            low_K, high_K = low_K[kept_K], high_K[kept_K]
         drawn_K = _permutation(len(low_K), _key(order.seed, _SHARDS, self.epoch))
         low_K, high_K = low_K[drawn_K], high_K[drawn_K]
         return low_K, np.concatenate([[0], np.cumsum(high_K - low_K)])

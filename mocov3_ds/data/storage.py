@@ -94,7 +94,7 @@ def read(
             data = raw.read() if end is None else _read_full(raw, end - start)
     else:
         with _Ranged(url, start, end, stop) as ranged:
-            data = ranged.readall() if end is None else _read_full(ranged, end - start)
+            data = _read_rest(ranged) if end is None else _read_full(ranged, end - start)
     if end is not None and len(data) != end - start:
         raise Truncated(f"{url} ends at byte {start + len(data)}, before byte {end}")
     return data
@@ -279,6 +279,14 @@ def _read_full(raw: io.RawIOBase, count: int) -> bytes:
     view.release()
     del data[at:]
     return bytes(data)
+
+
+def _read_rest(raw: io.RawIOBase) -> bytes:
+    """All bytes to the end of the file."""
+    buffer, blocks = bytearray(BLOCK), []
+    while got := raw.readinto(buffer):
+        blocks.append(bytes(memoryview(buffer)[:got]))
+    return b"".join(blocks)
 
 
 class _Ranged(io.RawIOBase):

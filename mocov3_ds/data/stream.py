@@ -40,6 +40,8 @@ from mocov3_ds.data.views import PARAMETERS, ViewSpec
 
 READ_AHEAD = 256 << 20
 """Encoded bytes that a rank may hold beyond its share of the shuffle pool."""
+BATCHES_AHEAD = 8
+"""Batches whose bytes are fetched before they are decoded."""
 READERS = 4
 """Reading threads of a rank; they wait more than they work."""
 RING = 3
@@ -252,7 +254,8 @@ class Stream:
         with self._lock:
             while not self._ended():
                 piece, size = self._next_piece, self._next_size
-                if piece.first <= self._to_decode or self._held + size <= self._room:
+                ahead, room = piece.first - self._to_decode, self._room - self._held
+                if ahead <= 0 or (ahead <= BATCHES_AHEAD and size <= room):
                     self._held += size
                     self._announce(piece)
                     self._look_ahead()
