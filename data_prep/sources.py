@@ -200,7 +200,7 @@ def open_source(
     _refuse_odd(found, source, under)
     names = [] if classes is None else read_names(classes)
     if labels is not None:
-        _apply_labels(found, labels, names)
+        names = _apply_labels(found, labels, names)
     return _sorted(found, [str(file) for file in files], root, names, source)
 
 
@@ -229,8 +229,8 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _apply_labels(found: _Found, path: Path, classes: Sequence[str]) -> None:
-    """Take the labels from a file.
+def _apply_labels(found: _Found, path: Path, classes: list[str]) -> list[str]:
+    """Take the labels from a file; returns the class names in the order that numbers them.
 
     Three forms are read. `IMAGE CLASS` a line, blank or comma between (the image by its name with
     or without ending; a header line and what follows is left out, so Kaggle's LOC_val_solution.csv
@@ -263,7 +263,7 @@ def _apply_labels(found: _Found, path: Path, classes: Sequence[str]) -> None:
         first = 1
     if not all(token.isdigit() for token in tokens):
         found.label = list(tokens)
-        return
+        return classes
     if first and not classes:
         raise ValueError(
             f"{path} numbers the classes in an order of its own, which need not be that of the "
@@ -275,8 +275,9 @@ def _apply_labels(found: _Found, path: Path, classes: Sequence[str]) -> None:
         raise ValueError(
             f"{path} holds class {max(numbers) + first}, the class file has {len(classes)} names."
         )
-    # by name, so that they are numbered like the training set's, whose names are sorted
     found.label = [classes[number] for number in numbers] if classes else list(numbers)
+    # the training set numbers its folders by sorted name, whatever order the kit has
+    return sorted(classes) if first else classes
 
 
 def _stem(name: str) -> str:
