@@ -58,7 +58,8 @@ def class_attention(vit: VisionTransformer, images_BCHW: Tensor) -> Tensor:
     q_BHD, k_BHND = q[:, 0], k.transpose(1, 2)
     score_BHN = torch.einsum("bhd,bhnd->bhn", q_BHD, k_BHND) * (dim // heads) ** -0.5
     grid = round((tokens - 1) ** 0.5)
-    return score_BHN.softmax(2)[:, :, 1:].reshape(batch, heads, grid, grid)
+    weight_BHGG: Tensor = score_BHN.softmax(2)[:, :, 1:].reshape(batch, heads, grid, grid)
+    return weight_BHGG
 
 
 def look(
@@ -185,7 +186,7 @@ def similarity_picture(features_PD: Tensor, labels_P: Tensor) -> Image.Image:
     same = (labels_P[:, None] == labels_P)[upper].cpu().numpy()
     groups = [("different classes", cosines[~same], _OTHER), ("same class", cosines[same], _SAME)]
     low = min(float(cosines.min()), 0.0) if len(cosines) else 0.0
-    edges = np.linspace(np.floor(low * 10) / 10, 1.0, 81)
+    edges = np.linspace(np.floor(low * 5) / 5, 1.0, 81)
     return _histogram(edges, [group for group in groups if len(group[1])])
 
 

@@ -1,16 +1,19 @@
 """Small runs, shards and weights for tests of what is done with a trained encoder."""
 
-import json
+import io
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from mocov3_ds import checkpoint
 from mocov3_ds.config import RECIPES, Run, ViewConfig
 from mocov3_ds.job import encoder_shape
 from mocov3_ds.model.moco import BaseEncoder
 from mocov3_ds.model.momentum import MomentumEncoder
+from tests.data.sets import make_set
 
 SIZE, DIM, HEADS = 16, 32, 4
 
@@ -50,7 +53,19 @@ def make_run(
     return folder
 
 
-def settings(run: Path) -> dict[str, object]:
-    """What is written in a run's config.json."""
-    tree: dict[str, object] = json.loads((run / "config.json").read_text())
-    return tree
+def coloured(number: int) -> bytes:
+    """A noisy image whose colour leans towards its class, number % 3."""
+    rng = np.random.default_rng(number)
+    lean = np.roll([5.0, -2.5, -2.5], number % 3)
+    pixels = np.clip(128 + lean + rng.normal(0, 60, (20, 20 + number % 4, 3)), 0, 255)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_splits(folder: Path, train: int = 61, val: int = 37) -> tuple[str, str]:
+    """Labelled shards of three classes; sizes that few numbers divide."""
+    urls = str(folder / "train"), str(folder / "val")
+    make_set(urls[0], [train // 2, train - train // 2], coloured, 3)
+    make_set(urls[1], [val], lambda number: coloured(number + 1000 * 3), 3)
+    return urls

@@ -1,0 +1,192 @@
+"""The linear probe against torch's SGD, alone and as a whole; ranks; resume; bad input."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mocov3_ds.data import manifest as manifests
+from mocov3_ds.data.views import ViewSpec, normalise
+from mocov3_ds.encoder import load_encoder
+from mocov3_ds.evaluation import results
+from mocov3_ds.evaluation.linear import HeadBank, LinearConfig, cosine, linear
+from mocov3_ds.evaluation.samples import centre_crop, epoch_order, random_crop, reader
+from tests.evaluation.runs import make_run, make_splits
+
+RATES = (0.1, 3.0, 40.0)
+
+
+def settings(folder: Path, **changes: Any) -> LinearConfig:
+    config = LinearConfig(
+        run=folder / "run",
+        epochs=3,
+        batch=16,
+        learning_rates=RATES,
+        micro_batch=5,
+        workers=0,
+        crop_min=0.4,
+    )
+    return replace(config, **changes)
+
+
+def prepare(folder: Path) -> Path:
+    train, val = make_splits(folder)
+    return make_run(folder / "run", train=train, val=val)
+
+
+def test_gradients_equal_autograd() -> None:
+    torch.manual_seed(0)
+    bank = HeadBank(*(torch.randn(s, dtype=torch.float64) for s in [(2, 5, 7), (2, 5)] * 2))
+    x, labels = torch.randn(9, 7, dtype=torch.float64), torch.randint(5, (9,))
+    weight = bank.weight_LCD.clone().requires_grad_()
+    bias = bank.bias_LC.clone().requires_grad_()
+    losses = [F.cross_entropy(x @ weight[i].T + bias[i], labels, reduction="sum") for i in range(2)]
+    sum(losses).backward()
+    grads = torch.zeros_like(bank.weight_LCD), torch.zeros_like(bank.bias_LC)
+    for part in (slice(0, 4), slice(4, 9)):  # micro-batches add up
+        bank.add_gradient(x[part], labels[part], *grads)
+    torch.testing.assert_close(grads[0], weight.grad)
+    torch.testing.assert_close(grads[1], bias.grad)
+    again = bank.add_gradient(x, labels, *grads)
+    torch.testing.assert_close(again, torch.stack(losses).detach())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_each_head_equals_torchs_sgd(decay: float) -> None:
+    bank = HeadBank.start(len(RATES), 4, 6, seed=1)
+    rate_L = torch.tensor(RATES)
+    layers = []
+    for rate in RATES:
+        layer = torch.nn.Linear(6, 4)
+        layer.weight.data, layer.bias.data = bank.weight_LCD[0].clone(), bank.bias_LC[0].clone()
+        layers.append((layer, torch.optim.SGD(layer.parameters(), rate, 0.9, weight_decay=decay)))
+    torch.manual_seed(2)
+    for _ in range(6):
+        x, labels = torch.randn(8, 6), torch.randint(4, (8,))
+        grads = torch.zeros_like(bank.weight_LCD), torch.zeros_like(bank.bias_LC)
+        bank.add_gradient(x, labels, *grads)
+        bank.step(grads[0] / 8, grads[1] / 8, rate_L=rate_L, momentum=0.9, weight_decay=decay)
+        for layer, sgd in layers:
+            sgd.zero_grad()
+            F.cross_entropy(layer(x), labels).backward()
+            sgd.step()
+    for head, (layer, _) in enumerate(layers):
+        torch.testing.assert_close(bank.weight_LCD[head], layer.weight, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(bank.bias_LC[head], layer.bias, atol=2e-5, rtol=1e-4)
+
+
+def plain_probe(folder: Path, rate: float) -> tuple[float, Tensor]:
+    """The protocol once more, with torch's layer and SGD, one rate, whole batches."""
+    config = settings(folder)
+    encoder, spec = load_encoder(config.run), ViewSpec()
+    train, val = (manifests.load(str(folder / name)) for name in ("train", "val"))
+
+    @torch.no_grad()
+    def features(crops: Tensor) -> Tensor:
+        return encoder(normalise(crops, spec.mean, spec.std, torch.float32))
+
+    layer = torch.nn.Linear(32, 3)
+    layer.weight.data = HeadBank.start(1, 3, 32, seed=0).weight_LCD[0].clone()
+    layer.bias.data.zero_()
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.9)
+    step, per_epoch = 0, math.ceil(61 / 16)
+    for epoch in range(3):
+        order = epoch_order(61, 0, epoch)
+        for start in range(0, 61, 16):
+            places = range(start, min(start + 16, 61))
+            pixels = random_crop(16, 0.4, 0)
+            ((crops, labels, _),) = reader(train, pixels, order, [places], epoch=epoch)
+            peak = rate * 16 / 256
+            sgd.param_groups[0]["lr"] = peak * (1 + math.cos(math.pi * step / (3 * per_epoch))) / 2
+            sgd.zero_grad()
+            F.cross_entropy(layer(features(crops)), labels).backward()
+            sgd.step()
+            step += 1
+    ((crops, labels, _),) = reader(val, centre_crop(16), epoch_order(37, 0, 0), [range(37)])
+    right = (layer(features(crops)).argmax(1) == labels).sum()
+    return 100 * float(right) / 37, layer.weight.detach()
+
+
+def test_the_whole_probe_equals_a_plain_one(tmp_path: Path) -> None:
+    run = prepare(tmp_path)
+    entry = linear(settings(tmp_path))
+    weight_LCD = load_file(run / "linear-base.safetensors")["weight_LCD"]
+    plain = [plain_probe(tmp_path, rate) for rate in RATES]
+    for head, (_, weight) in enumerate(plain):
+        torch.testing.assert_close(weight_LCD[head], weight, atol=1e-4, rtol=1e-3)
+    top1 = [accuracy for accuracy, _ in plain]
+    assert list(entry["top1_by_learning_rate"].values()) == pytest.approx(top1)
+    assert entry["top1"] == pytest.approx(max(top1))
+    assert entry["best_learning_rate"] == RATES[top1.index(max(top1))]
+    assert len({*top1}) > 1  # the rates can be told apart
+    assert 34 < max(top1) < 100
+    (found,) = results.read(run).values()
+    assert found["top1"] == entry["top1"]
+    assert found["encoder"] == "run (base encoder, step 7)"
+
+
+def test_a_stopped_probe_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    run = prepare(tmp_path)
+    whole = linear(settings(tmp_path, out=tmp_path / "whole"))
+    stopped = linear(settings(tmp_path, stop_after_epochs=1))
+    assert stopped["epochs_done"] == 1
+    assert not (run / "results.json").exists()
+    entry = linear(settings(tmp_path, micro_batch=16, workers=2))  # may change on the way
+    assert entry["top1_by_learning_rate"] == whole["top1_by_learning_rate"]
+    states = [load_file(f / "linear-base.safetensors") for f in (run, tmp_path / "whole")]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], atol=1e-5, rtol=1e-4)
+    again = linear(settings(tmp_path))  # a finished one is judged again
+    assert again["top1"] == entry["top1"]
+    with pytest.raises(ValueError, match=r"batch is 16 there, 8 here\. Give --out"):
+        linear(settings(tmp_path, batch=8))
+    (run / "linear-base.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"is no linear probe of ours .* move it away"):
+        linear(settings(tmp_path))
+
+
+def test_resumed_bits_are_those_of_an_unbroken_probe(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    linear(settings(tmp_path, out=tmp_path / "a"))
+    for last in (1, 2, 0):
+        linear(settings(tmp_path, out=tmp_path / "b", stop_after_epochs=last))
+    a, b = (load_file(tmp_path / f / "linear-base.safetensors") for f in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_rate_that_diverges_hurts_no_other(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    alone = linear(settings(tmp_path, learning_rates=(3.0,), out=tmp_path / "a"))
+    both = linear(settings(tmp_path, learning_rates=(3.0, 1e38), out=tmp_path / "b"))
+    assert both["top1_by_learning_rate"]["3"] == alone["top1"]
+    assert both["top1"] >= alone["top1"]
+
+
+def test_cosine_ends() -> None:
+    assert cosine(0, 10) == 1.0
+    assert cosine(5, 10) == pytest.approx(0.5)
+    assert cosine(10, 10) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batch": 0}, "batch 0, micro_batch 5 and epochs 3 must be 1 at least"),
+        ({"learning_rates": ()}, "must be positive, one at least"),
+        ({"learning_rates": (1.0, -1.0)}, "must be positive"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"image_size": 15}, "image size 15 is not a multiple of the patch size 4"),
+        ({"run": Path("nowhere")}, "there is no nowhere"),
+    ],
+)
+def test_bad_settings_are_told(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    run = prepare(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        linear(settings(tmp_path, **change))
+    assert not list(run.glob("linear*"))
