@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
@@ -161,6 +162,10 @@ def photometric(
     assert crops_BCHW.dtype == torch.uint8 and params_BP.shape == (len(crops_BCHW), PARAMETERS)
     if crops_BCHW.device.type == "cpu" and native.ready() and dtype in _NATIVE_KINDS:
         return _photometric_native(crops_BCHW, params_BP, mean, std, dtype)
+    if crops_BCHW.device.type == "cuda" and find_spec("triton"):
+        from mocov3_ds.data import photometric_triton
+
+        return photometric_triton.photometric(crops_BCHW, params_BP, mean, std, dtype)
     return photometric_torch(crops_BCHW, params_BP, mean, std, dtype)
 
 
@@ -330,7 +335,7 @@ def _rows(mask_B: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor
         yield rows_R, rows_R.to(device, non_blocking=True)
 
 
-def _scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Of a channel's pixel to its normalised value, float32 (C,) each."""
     scale_C = torch.tensor([1 / (255 * s) for s in std])
     return scale_C, torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
@@ -346,7 +351,7 @@ def _photometric_native(
     """`photometric` in the extension."""
     out_BCHW = torch.empty(crops_BCHW.shape, dtype=dtype)
     work_BCHW = crops_BCHW.contiguous() if not crops_BCHW.is_contiguous() else crops_BCHW.clone()
-    scale_C, shift_C = (t.numpy() for t in _scale_and_shift(mean, std))
+    scale_C, shift_C = (t.numpy() for t in scale_and_shift(mean, std))
     rows_BP = params_BP.contiguous().numpy()
     kind = _NATIVE_KINDS[dtype]
     native.photometric(work_BCHW.numpy(), rows_BP, scale_C, shift_C, kind, out_BCHW.data_ptr())
@@ -354,7 +359,7 @@ def _photometric_native(
 
 
 def _normalise(x_BCHW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    scale_C, shift_C = _scale_and_shift(mean, std)
+    scale_C, shift_C = scale_and_shift(mean, std)
     scale_C, shift_C = (t.to(x_BCHW.device, non_blocking=True) for t in (scale_C, shift_C))
     return x_BCHW.mul_(scale_C.view(3, 1, 1)).add_(shift_C.view(3, 1, 1))
 

@@ -61,5 +61,5 @@ def test_a_pair_fits_into_strided_buffers():
 @pytest.mark.parametrize("data", [b"", b"text", stored(picture())[:900]])
 def test_unreadable_bytes_say_why(data):
     crops, rows = np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 10), np.float32)
-    with pytest.raises(UnreadableImage, match="empty file|not an image|truncated"):
+    with pytest.raises(UnreadableImage, match=r"empty file|not an image|truncated"):
         make_pair(data, SPEC, 0, 0, 0, crops, rows)
