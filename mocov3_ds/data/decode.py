@@ -28,10 +28,8 @@ from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch.nn import functional
 
 from mocov3_ds.data import native
 
@@ -193,6 +191,7 @@ def _simplejpeg_crops(
 ) -> bool:
     """Whether simplejpeg and torch have made the crops."""
     import simplejpeg
+    import torch  # here: who only reads images is spared its start
 
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -203,7 +202,7 @@ def _simplejpeg_crops(
         return False
     image_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)  # channels last: faster
     for (top, left, tall, wide), flip, view_CHW in zip(boxes, flips, out, strict=True):
-        crop_1CHW = functional.interpolate(
+        crop_1CHW = torch.nn.functional.interpolate(
             image_1CHW[:, :, top : top + tall, left : left + wide],
             size=view_CHW.shape[1:],
             mode="bilinear",
