@@ -38,11 +38,11 @@ def make_pair(
     Raises:
         decode.UnreadableImage: with the reason; the outputs may be partly written.
     """
-    direct = params_VP.flags.c_contiguous and crops_VCHW[0].flags.c_contiguous
-    if direct and decode.backend() == "native":
-        key = (seed, epoch, sample_id)
-        verdict = native.pair(data, spec, key, crops_VCHW, params_VP, decode.MAX_PIXELS, augment)
+    if decode.backend() == "native" and crops_VCHW[0].flags.c_contiguous:
+        key, rows_VP = (seed, epoch, sample_id), np.empty(params_VP.shape, np.float32)
+        verdict = native.pair(data, spec, key, crops_VCHW, rows_VP, decode.MAX_PIXELS, augment)
         if verdict == native.READ:
+            params_VP[:] = rows_VP
             return
     height, width = decode.size_of(data)
     boxes, flips, params_VP[:] = views.draw(spec, seed, epoch, sample_id, height, width)
