@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.data import auto_augment
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from timm.models.vision_transformer import VisionTransformer
@@ -411,7 +412,18 @@ def training_transform(config: FinetuneConfig, size: int) -> Callable[[Image.Ima
         re_mode="pixel",
         re_count=1,
     )
+    for step in getattr(transform, "transforms", ()):
+        for op in getattr(step, "ops", ()):
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = _posterize
     return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """RandAugment at full strength keeps 0 bits: black, which Pillow from 13 on refuses to make."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 # ----------------------------------------------------------------------------------------- judging
