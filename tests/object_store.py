@@ -1,0 +1,90 @@
+"""An S3 server of the test session on loopback, in a process of its own.
+
+`serve(folder)` starts moto's server and points the environment at it; see `tests/fault_proxy.py`
+for one that fails on purpose in front of it.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from mocov3_ds.data import stores
+
+
+class Server:
+    """moto's S3 server; its objects live in its memory."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            assert self._process.poll() is None, "the S3 server ended at once"
+            time.sleep(0.05)
+        raise TimeoutError("the S3 server did not start")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def environment(endpoint: str, **limits: float) -> Iterator[None]:
+    """Point boto3 at an endpoint; `limits` are those of `patience.Limits`, e.g. stall_s=0.5."""
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    settings |= {f"MOCOV3_STORAGE_{name.upper()}": str(x) for name, x in limits.items()}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    known = dict(stores._stores)
+    stores._stores.clear()
+    try:
+        yield
+    finally:
+        stores._stores.clear()
+        stores._stores.update(known)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def make_bucket(name: str) -> None:
+    """Make a bucket at the endpoint of the environment."""
+    import boto3
+
+    client = boto3.session.Session().client("s3")
+    client.create_bucket(Bucket=name)
+    client.close()
