@@ -86,7 +86,6 @@ def knn(
             f"{len(targets_P)} held-out images, bank of {len(labels_N)}"
         )
         print(f"{results.HEADER}\n{results.table_line(folder, which)}")
-    ranks.stop()
 
 
 def export(
@@ -169,6 +168,8 @@ def main() -> int:
         if ranks.is_first():
             print(f"mocov3: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        ranks.stop()
     return 0
 
 

@@ -25,13 +25,16 @@ def judge(folder: Path) -> dict[str, Any]:
         learning_rate=1e-3,
     )
     found = {"linear": linear(probe), "finetune": finetune(tuning)}
-    cli.knn(folder / "run", k=5, batch=4, out=out)  # leaves the process group
+    cli.knn(folder / "run", k=5, batch=4, out=out)
     return found
 
 
 def test_three_ranks_equal_one(tmp_path: Path) -> None:
     test_linear.prepare(tmp_path)
-    alone = judge(tmp_path)
+    try:
+        alone = judge(tmp_path)
+    finally:
+        ranks.stop()  # k-NN joined a group of one
     for together in run_ranks(3, judge, tmp_path):
         assert together["linear"] == alone["linear"]
         assert together["finetune"]["top1"] == alone["finetune"]["top1"]
