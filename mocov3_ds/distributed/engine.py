@@ -10,6 +10,7 @@ unless the reuse distance is 0.
 import difflib
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -94,6 +95,12 @@ def engine_config(
             "fp16 at ZeRO stage 0 is computed wrongly by DeepSpeed (the loss scale is divided out "
             "but never applied); use --ds zero_optimization.stage=1."
         )
+    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
+    if ratio != 1.0:
+        raise ValueError(
+            f"zero_optimization.offload_optimizer.ratio is {ratio}, under which DeepSpeed updates "
+            "part of the weights with an AdamW of its own; remove it."
+        )
     derived = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": global_batch // world_size,
@@ -147,6 +154,8 @@ def start_engine(model: nn.Module, optimizer: Any, config: Mapping[str, Any]) ->
     speaker = logging.getLogger("DeepSpeed")
     speaker.setLevel(logging.WARNING)
     speaker.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    # DeepSpeed calls torch.distributed by names that torch has renamed
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     if get_accelerator().device_name() == "cpu":
         # skips a 75 s compilation of a collective that only inference uses
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
