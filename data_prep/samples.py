@@ -1,7 +1,7 @@
 """The embedded sample images: drawn, labelled, sharded on first use; no download, no data set.
 
 Ten classes: five shapes, each filled with stripes or chequers in a pair of opposite hues. Half of
-the filling has one hue and half the other, so the mean colour of an image says nothing of its
+the filling has one hue and half the other, so the mean colour of an image hardly tells its
 class. Place, size, angle, pattern width, light, contrast and background are drawn anew for
 each image; they are what a trained encoder must learn to look through.
 
@@ -45,7 +45,8 @@ def ensure_samples(folder: Path) -> tuple[str, str]:
         URLs of the training and the test split.
 
     Raises:
-        OSError: the folder cannot be written.
+        ValueError: the folder holds something else.
+        OSError: it cannot be written.
     """
     urls = [str(folder / split) for split in SPLITS]
     if not all(storage.exists(storage.join(url, manifest.NAME)) for url in urls):
@@ -59,10 +60,12 @@ def ensure_samples(folder: Path) -> tuple[str, str]:
                 shard(open_source(str(images)), shards, options, workers=1, quiet=True)
             try:
                 (Path(aside) / "shards").rename(folder)
-            except OSError:
-                # another process was first
+            except OSError:  # something is there: of another process that was first, or foreign
                 if not all(storage.exists(storage.join(url, manifest.NAME)) for url in urls):
-                    raise
+                    raise ValueError(
+                        f"{folder} is where the sample images go, and holds something else; "
+                        "remove it, or choose another --runs."
+                    ) from None
     return urls[0], urls[1]
 
 
@@ -99,35 +102,29 @@ def draw(label: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     pattern, shape = divmod(label, len(SHAPES))
     # background: a slope of light, faintly coloured
     slope_x, slope_y = rng.uniform(-0.25, 0.25, 2)
-    light_HW = np.clip(rng.uniform(0.2, 0.8) + slope_x * _X_HW + slope_y * _Y_HW, 0, 1)
-    back_HW3 = light_HW[..., None] * _rgb(rng.uniform(), rng.uniform(0, 0.15), 1.0)
+    light_HW = np.clip(rng.uniform(0.1, 0.9) + slope_x * _X_HW + slope_y * _Y_HW, 0, 1)
+    back_HW3 = light_HW[..., None] * _rgb(rng.uniform(), rng.uniform(0, 0.05), 1.0)
     # figure: the shape somewhere near the middle, filled with a pattern of two opposite hues
-    across, down = rng.uniform(-0.2, 0.2, 2)
-    radius = rng.uniform(0.65, 0.95)
+    across, down = rng.uniform(-0.3, 0.3, 2)
+    radius = rng.uniform(0.7, 1.1)
     inside_HW = _shape(
         SHAPES[shape],
         *_turned((_X_HW - across) / radius, (_Y_HW - down) / radius, rng.uniform(-0.3, 0.3)),
         SIZE / 2 * radius,
     )
-    width = rng.uniform(9, 14)
-    turned_x, turned_y = _turned(_X_HW * width, _Y_HW * width, rng.uniform(0, np.pi))
+    waves = rng.uniform(5, 7)
+    turned_x, turned_y = _turned(_X_HW * waves, _Y_HW * waves, rng.uniform(0, np.pi))
     shift_x, shift_y = rng.uniform(0, 2 * np.pi, 2)
     waves_HW = np.sin(turned_x + shift_x)
     if PATTERNS[pattern] == "chequered":
         waves_HW = waves_HW * np.sin(turned_y + shift_y)
-    hue, saturation, value = (
-        shape / 10 + rng.normal(0, 0.02),
-        rng.uniform(0.4, 0.9),
-        rng.uniform(0.6, 1),
-    )
-    fill_HW3 = np.where(
-        waves_HW[..., None] > 0,
-        _rgb(hue, saturation, value),
-        _rgb(hue + 0.5, saturation, value),
-    )
+    hue = shape / 10 + rng.normal(0, 0.01)
+    saturation, value = rng.uniform(0.4, 0.8), rng.uniform(0.5, 0.9)
+    one_3, other_3 = (_rgb(hue + turn, saturation, value) for turn in (0.0, 0.5))
+    fill_HW3 = np.where(waves_HW[..., None] > 0, one_3, other_3)
     image_HW3 = back_HW3 + inside_HW[..., None] * (fill_HW3 - back_HW3)
     # the camera: contrast, exposure, noise
-    image_HW3 = ((image_HW3 - 0.5) * rng.uniform(0.5, 1) + 0.5) * rng.uniform(0.4, 1)
+    image_HW3 = ((image_HW3 - 0.5) * rng.uniform(0.6, 1) + 0.5) * rng.uniform(0.6, 1)
     noisy_HW3 = image_HW3 * 255 + rng.normal(0, 5, image_HW3.shape)
     pixels_HW3: NDArray[np.uint8] = noisy_HW3.clip(0, 255).astype(np.uint8)
     return pixels_HW3
