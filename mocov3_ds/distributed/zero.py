@@ -158,11 +158,6 @@ def _refuse(engine: Any, wrapper: Any) -> None:
             "offload to NVMe takes weights and moments away between steps; use "
             'offload_optimizer.device "cpu".'
         )
-    if getattr(wrapper, "offload_optimizer", False) and wrapper.partial_offload != 1.0:
-        raise ValueError(
-            f"offload_optimizer.ratio {wrapper.partial_offload} makes DeepSpeed update the part "
-            "that stays on the GPU with its own AdamW; use ratio 1.0."
-        )
 
 
 Draft = tuple[Flat, list[Tensor]]  # a flat and the model's parameters in the order of its names

@@ -270,7 +270,7 @@ def compare(case: Case, rule_for: RuleFor = rule) -> dict[str, Any]:
         else 0.0,
         "steps": (optimizer.step_count, witness.t),
         "signals": signals,
-        "low": _low_precision_error(engine, ours),
+        "low": low_precision_error(engine, ours),
     }
     stop(engine)
     return result
@@ -289,7 +289,7 @@ def _clipped(gradients: dict[str, Tensor], clip: float) -> dict[str, Tensor]:
     return {n: g / max(1.0, (norm + 1e-6) / clip) for n, g in gradients.items()}
 
 
-def _low_precision_error(engine: Any, masters: dict[str, Tensor]) -> float:
+def low_precision_error(engine: Any, masters: dict[str, Tensor]) -> float:
     """Whether the network's own weights are the masters, rounded: 0 if they are."""
     worst = 0.0
     for name, parameter in engine.module.named_parameters():

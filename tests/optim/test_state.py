@@ -1,0 +1,167 @@
+"""State by name: saved at one world size and stage, continued at another; DeepSpeed's own, too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.optim import engines
+from tests.optim.engines import Case, largest_error, movement_error
+from tests.ranks_pool import run_ranks
+
+BEFORE, AFTER = 5, 4
+FULL = dict[str, dict[str, Tensor]]
+
+SAVED = [Case(1), Case(3), Case(2, "fp16"), Case(1, "fp32", "lars"), Case(2, "fp32", "adamw")]
+FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def batches(case: Case) -> list[Any]:
+    return list(engines.batches(case, BEFORE + AFTER))
+
+
+def full(optimizer: Any) -> FULL:
+    return {n: {k: t.clone() for k, t in s.items()} for n, s in optimizer.full_state()}
+
+
+def save(cases: list[Case]) -> list[dict[str, Any]]:
+    """State in the middle of each run, and its end."""
+    results = []
+    for case in cases:
+        engine, optimizer = engines.start(case)
+        first = engines.weights(optimizer)
+        engines.train(engine, batches(case)[:BEFORE])
+        state = full(optimizer)
+        scale = optimizer.loss_scale()
+        engines.train(engine, batches(case)[BEFORE:])
+        results.append({"first": first, "state": state, "scale": scale, "end": full(optimizer)})
+        engines.stop(engine)
+    return results
+
+
+def resume(jobs: list[tuple[Case, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Load each state into a fresh engine that has already gone elsewhere; go on to the end."""
+    results = []
+    for case, saved in jobs:
+        engine, optimizer = engines.start(case)
+        engines.train(engine, engines.batches(case, 2, seed=99))
+        optimizer.load_full_state(saved["state"].__getitem__, BEFORE)
+        optimizer.load_loss_scale(saved["scale"])
+        state = full(optimizer)
+        equal = all(
+            torch.equal(tensor, saved["state"][name][key])
+            for name, tensors in state.items()
+            for key, tensor in tensors.items()
+        )
+        low = engines.low_precision_error(engine, {n: s["weight"] for n, s in state.items()})
+        engines.train(engine, batches(case)[BEFORE:])
+        results.append(
+            {
+                "equal": equal,
+                "low": low,
+                "end": full(optimizer),
+                "steps": optimizer.step_count,
+                "scale": optimizer.loss_scale(),
+            }
+        )
+        engines.stop(engine)
+    return results
+
+
+def bit_equal(one: FULL, other: FULL) -> bool:
+    return all(
+        torch.equal(tensor, other[name][key])
+        for name, s in one.items()
+        for key, tensor in s.items()
+    )
+
+
+def deepspeed_checkpoints(folder: str, cases: list[Case]) -> list[bool]:
+    """Whether DeepSpeed's own checkpoint continues bit for bit on the same layout."""
+    equal = []
+    for index, case in enumerate(cases):
+        engine, optimizer = engines.start(case)
+        engines.train(engine, batches(case)[:BEFORE])
+        engine.save_checkpoint(folder, tag=str(index))
+        engines.train(engine, batches(case)[BEFORE:])
+        want, steps = full(optimizer), optimizer.step_count
+        engines.stop(engine)
+        engine, optimizer = engines.start(case)
+        engine.load_checkpoint(folder, tag=str(index))
+        engines.train(engine, batches(case)[BEFORE:])
+        equal.append(bit_equal(full(optimizer), want) and optimizer.step_count == steps == 9)
+        engines.stop(engine)
+    return equal
+
+
+def on_two_ranks(folder: str) -> dict[str, Any]:
+    saved = save(SAVED)
+    same = resume(list(zip(SAVED, saved, strict=True)))
+    cases = [Case(1), Case(3), Case(2, "bf16"), Case(1, "bf16", config=FP32_GRADIENTS), Case(0)]
+    return {
+        "saved": saved,
+        "same": same,
+        "deepspeed": deepspeed_checkpoints(folder, cases),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = tmp_path_factory.mktemp("checkpoints")
+    first: dict[str, Any] = run_ranks(2, on_two_ranks, str(folder))[0]
+    return first
+
+
+def test_the_same_layout_goes_on_bit_for_bit(two_ranks: dict[str, Any]) -> None:
+    for case, saved, resumed in zip(SAVED, two_ranks["saved"], two_ranks["same"], strict=True):
+        assert resumed["equal"], case
+        assert resumed["low"] == 0.0, case
+        assert resumed["steps"] == BEFORE + AFTER
+        assert bit_equal(resumed["end"], saved["end"]), case
+
+
+def test_fp16_goes_on_with_its_loss_scale(two_ranks: dict[str, Any]) -> None:
+    saved, resumed = two_ranks["saved"][2], two_ranks["same"][2]
+    assert saved["scale"]["cur_iter"] == BEFORE
+    assert resumed["scale"]["cur_iter"] == BEFORE + AFTER
+    assert two_ranks["saved"][0]["scale"] == {}
+
+
+def elsewhere(saved: list[dict[str, Any]]) -> list[tuple[Case, dict[str, Any]]]:
+    """fp32 states on other stages; the optimizer must be the one that saved."""
+    jobs = [(Case(stage), saved[0]) for stage in (0, 2, 3)]
+    jobs += [(Case(1), saved[1])]  # from stage 3
+    jobs += [(Case(3, "fp32", "lars"), saved[3]), (Case(0, "fp32", "adamw"), saved[4])]
+    return jobs
+
+
+def check_elsewhere(world_size: int, jobs: list[tuple[Case, dict[str, Any]]]) -> None:
+    results = run_ranks(world_size, resume, jobs)[0]
+    for (case, saved), resumed in zip(jobs, results, strict=True):
+        assert resumed["equal"], case
+        assert resumed["low"] == 0.0, case
+        want = {n: s["weight"] for n, s in saved["end"].items()}
+        got = {n: s["weight"] for n, s in resumed["end"].items()}
+        # own gradients, summed in another order
+        assert movement_error(got, want, saved["first"]) < 2e-5, case
+        moment = next(key for key in saved["end"]["wide.weight"] if key != "weight")
+        want = {n: s[moment] for n, s in saved["end"].items()}
+        assert largest_error({n: s[moment] for n, s in resumed["end"].items()}, want, want) < 2e-5
+
+
+def test_another_world_size_and_stage_go_on(two_ranks: dict[str, Any]) -> None:
+    check_elsewhere(3, elsewhere(two_ranks["saved"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_each_world_size_and_stage_goes_on(two_ranks: dict[str, Any], world_size: int) -> None:
+    saved = two_ranks["saved"]
+    jobs = [(Case(stage), state) for stage in range(4) for state in saved[:2]]
+    check_elsewhere(world_size, jobs + elsewhere(saved))
+
+
+def test_checkpoints_of_deepspeed_go_on_bit_for_bit(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["deepspeed"] == [True] * 5
