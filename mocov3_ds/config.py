@@ -9,6 +9,7 @@ The learning rate of the JSON's optimizer block is the paper's *base* rate: per 
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,11 @@ class DataConfig:
     pool: int = 32768
     """samples that are shuffled together at any time over all ranks, held as stored bytes; part of
     what fixes the global batches"""
+    cache: str = ""
+    """folder on a fast local disk that keeps what was read from object storage, shared by the ranks
+    of a machine; empty = none"""
+    cache_gb: float = 200.0
+    """size of that folder, 10^9 bytes; the least recently used blocks leave"""
     max_bad_samples: int = 0
     """unreadable samples (of this rank) that a run may replace by others; each is counted and
     listed in bad_samples.jsonl, one more stops the run"""
@@ -282,17 +288,54 @@ def parse(argv: Sequence[str] | None = None) -> Run:
     """Read the command line; `--recipe X --help` shows the defaults of recipe X.
 
     Raises:
-        ValueError: unknown recipe, unreadable JSON, a malformed `--ds`.
+        ValueError: unknown recipe, a number that cannot be, unreadable JSON, a malformed `--ds`.
         SystemExit: tyro's own messages (unknown flag, wrong type, --help).
     """
     arguments = _without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
     recipe = _recipe(arguments)
     config = tyro.cli(Config, default=recipe.config, args=arguments, prog="train.py")
+    _check(config)
     engine = dict(json.loads(json.dumps(recipe.engine)))
     if config.deepspeed_config is not None:
         own = read_json(config.deepspeed_config)
         engine = {"optimizer": engine["optimizer"]} | own
     return Run(config, with_overrides(engine, config.ds))
+
+
+def _check(config: Config) -> None:
+    """Numbers that cannot be, each with its flag."""
+    bounds: list[tuple[str, float, float, float]] = [
+        ("batch", config.batch, 1, math.inf),
+        ("chunk", config.chunk, 0, math.inf),
+        ("keep_chunks", config.keep_chunks, 0, math.inf),
+        ("key_block", config.key_block, 0, math.inf),
+        ("warmup_epochs", config.warmup_epochs, 0, config.epochs),
+        ("stop_after_steps", config.stop_after_steps, 0, math.inf),
+        ("data.threads", config.data.threads, 0, 1024),
+        ("data.lanes", config.data.lanes, 1, math.inf),
+        ("data.max_bad_samples", config.data.max_bad_samples, 0, math.inf),
+        ("model.patch_lr", config.model.patch_lr, 0, 1),
+        ("model.drop_path", config.model.drop_path, 0, 1),
+        ("moco.momentum", config.moco.momentum, 0, 1),
+        ("save.every_steps", config.save.every_steps, 1, math.inf),
+        ("save.keep", config.save.keep, 1, math.inf),
+        ("knn.every_steps", config.knn.every_steps, 0, math.inf),
+        ("knn.k", config.knn.k, 1, math.inf),
+        ("knn.bank", config.knn.bank, 0, math.inf),
+        ("knn.probes", config.knn.probes, 0, math.inf),
+    ]
+    for flag, value, low, high in bounds:
+        if not low <= value <= high:
+            range_ = f"{low} to {high:g}" if high < math.inf else f"{low} or more"
+            raise ValueError(f"--{flag} {value} cannot be; it must be {range_}.")
+    for flag, value in (("epochs", config.epochs), ("moco.temperature", config.moco.temperature)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{flag} {value} cannot be; it must be above 0.")
+    if config.keep_chunks and not config.chunk:
+        raise ValueError(
+            f"--keep_chunks {config.keep_chunks} has no effect without --chunk: both are chosen "
+            "from the free memory then."
+        )
 
 
 def _without_launcher_flags(arguments: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mocov3_ds import checkpoint, fit
 from mocov3_ds.checkpoint import Checkpoint
 from mocov3_ds.config import Config, Run
 from mocov3_ds.data import manifest as manifests
+from mocov3_ds.data.cache import Cache
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.stream import Batch, Stream, evaluation_batches
 from mocov3_ds.data.views import ViewSpec, normalise, photometric
@@ -146,6 +148,7 @@ class Job:
                 f"{state}; checkpoint in {folder / 'checkpoints'}",
                 "resume:   the same command again" + (" (with more --epochs: a new --name)" * done),
                 f"k-NN:     mocov3 knn {folder}",
+                f"export:   mocov3 export {folder}",
                 f"curves:   tensorboard --logdir {folder / 'tensorboard'}"
                 f"   (or read {folder / 'metrics.jsonl'})",
             ]
@@ -223,6 +226,7 @@ def build_job(run: Run, device: torch.device) -> Job:
             threads=config.data.threads,
             bad_sample_budget=config.data.max_bad_samples,
             bad_samples=config.folder / "bad_samples.jsonl",
+            cache=_cache(config),
             pin=device.type == "cuda",
         ),
         monitor=_monitor(config, spec, train_shards, probe_shards, device, dtype),
@@ -262,16 +266,7 @@ def _chunks(
 
 
 def encoder_shape(config: Config) -> EncoderShape:
-    """Architecture that the settings describe.
-
-    Raises:
-        ValueError: `patch_lr` outside [0, 1].
-    """
-    if not 0 <= config.model.patch_lr <= 1:
-        raise ValueError(
-            f"--model.patch_lr {config.model.patch_lr} is outside [0, 1]; 0 freezes the patch "
-            "projection, 1 trains it like the rest."
-        )
+    """Architecture that the settings describe."""
     return EncoderShape(
         vit=config.vit,
         hidden=config.model.hidden,
@@ -334,6 +329,13 @@ def _restore(job: Job, saved: Checkpoint) -> None:
     _log.info("continuing %s from step %d", job.config.folder, saved.step)
 
 
+def _cache(config: Config) -> Cache | None:
+    """The local disk's part in reading from object storage."""
+    if not config.data.cache:
+        return None
+    return Cache(Path(config.data.cache).expanduser(), int(config.data.cache_gb * 1e9))
+
+
 def _rule(config: Config, name: str, shape: tuple[int, ...]) -> Rule:
     """Weight decay, rate and trust-ratio rule of one tensor."""
     matrix = len(shape) > 1 and not name.endswith("cls_token")
@@ -373,6 +375,7 @@ def _monitor(
         world_size=world,
         threads=config.data.threads,
         bad_sample_budget=config.data.max_bad_samples,
+        cache=_cache(config),
     )
 
     def prepare(crops_BCHW: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """An S3 server of the test session on loopback, in a process of its own.
 
-`serve(folder)` starts moto's server and points the environment at it; see `tests/fault_proxy.py`
-for one that fails on purpose in front of it.
+`tests/fault_proxy.py` is one that fails on purpose, to be put in front of it.
 """
 
 import contextlib
@@ -11,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from mocov3_ds.data import stores
 
 
 class Server:
-    """moto's S3 server; its objects live in its memory."""
+    """moto's S3 server; its objects live in its memory and end with it."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -26,10 +26,12 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+
     def start(self) -> None:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -40,10 +42,25 @@ class Server:
         raise TimeoutError("the S3 server did not start")
 
     def stop(self) -> None:
+        """Kill it, as a machine that fails would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+class Rclone(Server):
+    """rclone's S3 server over a folder: its objects outlive it, ranges answer with status 200."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def command(self) -> list[str]:
+        program = str(Path(sys.executable).with_name("rclone"))
+        address, sign_in = f"127.0.0.1:{self.port}", "key,secret"
+        return [program, "serve", "s3", "--config", os.devnull, "--addr", address,
+                "--auth-key", sign_in, str(self._folder)]  # fmt: skip
 
 
 def free_port() -> int:

@@ -4,7 +4,8 @@
 
 A block is named by content, so a shard that was replaced in its store is never mistaken for the old
 one. Blocks appear by rename and are read without locks; the least recently used ones leave when the
-folder outgrows its bound. Two ranks that want a block at the same moment both fetch it.
+folder outgrows its bound. Two ranks that want a block at the same moment both fetch it; the threads
+of a rank wait for one another.
 """
 
 import contextlib
@@ -51,6 +52,7 @@ class Cache:
         self._folder, self._limit = folder, limit
         self._unseen = limit  # bytes added since the folder was last measured; at once at first
         self._tidying = threading.Lock()
+        self._fetching = [threading.Lock() for _ in range(64)]  # by hash of the block
         self._complained = False
 
     def open_read(
@@ -84,14 +86,22 @@ class Cache:
         """
         start, end = number * BLOCK, min((number + 1) * BLOCK, size)
         path = self._path(digest, number)
+        data = self._kept(path, end - start)
+        if data is None:
+            with self._fetching[hash(path) % len(self._fetching)]:
+                data = self._kept(path, end - start)
+                if data is None:
+                    data = storage.read(url, start, end, stop=stop)
+                    self._keep(path, data)
+        return data
+
+    def _kept(self, path: Path, size: int) -> bytes | None:
         with contextlib.suppress(OSError):
             data = path.read_bytes()
-            if len(data) == end - start:
+            if len(data) == size:
                 os.utime(path)
                 return data
-        data = storage.read(url, start, end, stop=stop)
-        self._keep(path, data)
-        return data
+        return None
 
     def _path(self, digest: str, number: int) -> Path:
         # a digest may come from a stranger's manifest
@@ -106,7 +116,8 @@ class Cache:
             aside.write_bytes(data)
             aside.replace(path)
         except OSError as error:  # a full disk costs speed, not the run
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
             if not self._complained:
                 self._complained = True
                 _log.warning("cache %s cannot be written, going on without: %s", path, error)

@@ -17,7 +17,7 @@ from mocov3_ds.data.manifest import Manifest
 GAP = 256 << 10
 """Bytes between two wanted samples that are read and thrown away rather than asked for apart."""
 
-_ATTEMPTS = 3  # reads of a sample whose crc32 is wrong
+_ATTEMPTS = 5  # reads of a sample whose crc32 is wrong
 
 
 class Unreadable:
