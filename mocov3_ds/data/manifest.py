@@ -30,6 +30,8 @@ FORMAT, VERSION = "mocov3-ds shards", 1
 
 MANIFEST_LIMIT = 1 << 30
 """Bytes of the largest manifest that is read: some millions of shards."""
+INDEX_LIMIT = 16 << 30
+"""Bytes of the largest index that is read, as each rank holds all of it: 500 million samples."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 ROW = np.dtype(
@@ -174,7 +176,7 @@ def load(url: str) -> Manifest:
                 f"{INDEX_NAME} is said to have {tree['index']['bytes']} bytes where {count} "
                 f"samples need {count * ROW.itemsize}"
             )
-        rows = _read_at_most(storage.join(url, INDEX_NAME), count * ROW.itemsize)
+        rows = _read_at_most(storage.join(url, INDEX_NAME), INDEX_LIMIT)
         if hashlib.sha256(rows).hexdigest() != tree["index"]["sha256"]:
             raise ValueError(f"{INDEX_NAME} is not the one that was written with it")
         index_N = np.frombuffer(rows, dtype=ROW)
@@ -187,8 +189,8 @@ def load(url: str) -> Manifest:
         raise
     except KeyError as error:
         raise ValueError(f"{url}/{NAME} cannot be used: it has no entry {error}.") from None
-    except (TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{url}/{NAME} cannot be used: {error}.") from None
+    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{url}/{NAME} cannot be used: {str(error).rstrip('.')}.") from None
     return manifest
 
 
