@@ -239,3 +239,14 @@ def test_every_weight_is_trained(tmp_path: Path) -> None:
     vit: nn.Module = load_encoder(run)
     for name, _ in vit.named_parameters():
         assert not torch.equal(start[name], end[f"model.{name}"]), name
+
+
+def test_the_depth_of_a_weight_scales_its_steps(tmp_path: Path) -> None:
+    run = prepare(tmp_path)
+    config = settings(tmp_path, epochs=1, layer_decay=0.1, weight_decay=0.0, **PLAIN)
+    finetune(config)
+    start, end = load_encoder(run).state_dict(), weights_of(run)
+    reach = sum(rate_at(step, config=config, steps_per_epoch=3) for step in range(3))
+    for name, scale in [("cls_token", 1e-3), ("blocks.0.mlp.fc1.bias", 1e-2), ("norm.bias", 1e-1)]:
+        moved = float((end[f"model.{name}"] - start[name]).abs().max())
+        assert 0.3 * scale * reach < moved <= 1.01 * scale * reach  # AdamW moves by about its rate
