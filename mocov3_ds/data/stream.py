@@ -30,12 +30,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocov3_ds.data import decode, views
+from mocov3_ds.data import decode
 from mocov3_ds.data.cache import Cache
 from mocov3_ds.data.decode import UnreadableImage
 from mocov3_ds.data.fetch import Unreadable, fetch, fetch_one, key_of
 from mocov3_ds.data.lanes import Order, Piece, spread
 from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.pairs import make_pair
 from mocov3_ds.data.views import PARAMETERS, ViewSpec
 
 READ_AHEAD = 256 << 20
@@ -328,23 +329,24 @@ class Stream:
 
     def _decode_row(self, batch: "_Decoding", row: int) -> None:
         """Fill a row with its sample, or with the one that stands in where it is unreadable."""
-        planned = int(batch.ids_B[row])
+        planned = sample_id = int(batch.ids_B[row])
         data, batch.data[row] = batch.data[row], None
-        height, width = batch.sizes[row]
-        sample_id = planned
+        buffer = batch.buffer
         for attempt in range(_SUBSTITUTES):
             assert data is not None
             if isinstance(data, Unreadable):
                 reason = data.reason
             else:
                 try:
-                    if not height or not width:
-                        height, width = decode.size_of(data)
-                    boxes, flips, params_VP = views.draw(
-                        self._views, self.order.seed, batch.epoch, sample_id, height, width
+                    make_pair(
+                        data,
+                        self._views,
+                        self.order.seed,
+                        batch.epoch,
+                        sample_id,
+                        buffer.crops[:, row],
+                        buffer.params[:, row],
                     )
-                    decode.two_crops(data, boxes, flips, batch.buffer.crops[:, row])
-                    batch.buffer.params[:, row] = params_VP
                     batch.ids_B[row] = sample_id
                     return
                 except UnreadableImage as error:
@@ -352,7 +354,6 @@ class Stream:
             self._bad.add(sample_id, batch.epoch, reason)
             sample_id = self.order.substitute(batch.epoch, planned, attempt)
             data = fetch_one(self._manifest, sample_id, self._stop)
-            height = width = 0
         raise ValueError(
             f"sample {planned} and {_SUBSTITUTES - 1} that were to stand in for it are all "
             f"unreadable; python -m data_prep verify {self._manifest.url} lists the damage."
@@ -398,9 +399,7 @@ class _Decoding:
     def __init__(self, epoch: int, gathered: _Gathered, buffer: _Buffer, manifest: Manifest):
         self.epoch, self.buffer = epoch, buffer
         self.ids_B, self.data = gathered.ids_B, gathered.data
-        rows = manifest.index_N[self.ids_B]
-        self.sizes = list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
-        self._bytes_B = rows["size"]
+        self._bytes_B = manifest.index_N["size"][self.ids_B]
         self.taken, self.left = 0, len(self.ids_B)
 
     def take(self) -> range:
