@@ -3,11 +3,13 @@
 Shape suffixes: B = images, C H W = image, D = features, N = samples of this rank, G = of all ranks.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.stream import evaluation_batches
@@ -107,7 +109,14 @@ def split_features(
         limit=limit,
     )
     prepare = partial(_prepare, device=_device(backbone), spec=ViewSpec())
-    return join(*extract(backbone, batches, prepare))
+    bar = tqdm(
+        batches,
+        total=math.ceil(math.ceil(samples / world) / batch),
+        desc=f"features of {samples} images",
+        disable=not ranks.is_first(),
+        leave=False,
+    )
+    return join(*extract(backbone, bar, prepare))
 
 
 def _prepare(crops_BCHW: Tensor, device: torch.device, spec: ViewSpec) -> Tensor:
