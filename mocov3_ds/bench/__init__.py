@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m mocov3_ds.bench` lists them; each prints tables for BENCHMARKS.md."""
