@@ -177,14 +177,14 @@ def build_job(run: Run, device: torch.device) -> Job:
             f"{train_shards.url} holds {train_shards.samples} samples, fewer than one global "
             f"batch of {config.batch}; lower --batch."
         )
+    spec = ViewSpec(
+        crop_min=config.views.crop_min,
+        crop_max=config.views.crop_max,
+        blur_p=config.views.blur_p,
+        solarise_p=config.views.solarise_p,
+    )
     torch.manual_seed(config.seed)
     base = BaseEncoder(shape)
-    ranks.first_does(
-        partial(checkpoint.claim_folder, config.folder, run.as_json(), train_shards.digest)
-    )
-    saved = checkpoint.newest(config.folder)
-    if saved is not None:
-        load_base(base, saved)
     base.backbone.set_grad_checkpointing(config.recompute_blocks)
     rank_batch = config.batch // ranks.world_size()
     model = QueriesToLoss(
@@ -194,17 +194,18 @@ def build_job(run: Run, device: torch.device) -> Job:
     )
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(run.engine.get("optimizer"), trained, partial(_rule, config))
+    # the last thing that can be refused is the folder itself
+    ranks.first_does(
+        partial(checkpoint.claim_folder, config.folder, run.as_json(), train_shards.digest)
+    )
+    saved = checkpoint.newest(config.folder)
+    if saved is not None:
+        load_base(base, saved)
     engine = start_engine(model.to(device), optimizer, json_config)
     momentum_encoder = MomentumEncoder(shape, device=device, dtype=dtype)
     momentum_encoder.start_from(dict(full_tensors(engine.module.base)))
     momentum_encoder.follow(engine.module.base)
     model.chunks = _chunks(config, engine, momentum_encoder, saved)
-    spec = ViewSpec(
-        crop_min=config.views.crop_min,
-        crop_max=config.views.crop_max,
-        blur_p=config.views.blur_p,
-        solarise_p=config.views.solarise_p,
-    )
     job = Job(
         config=config,
         device=device,
@@ -292,7 +293,14 @@ def open_data(config: Config) -> tuple[Manifest, Manifest | None]:
         from data_prep.samples import ensure_samples
 
         train, probes = ranks.first_does(partial(ensure_samples, config.runs / "sample-images"))
-    return manifests.load(train), manifests.load(probes) if probes else None
+    splits = manifests.load(train), manifests.load(probes) if probes else None
+    for split in splits:
+        if probes and config.knn.probes and split is not None and not split.labelled:
+            raise ValueError(
+                f"{split.url} holds samples without labels, which the k-NN monitor needs; "
+                "use --knn.probes 0 to run without it."
+            )
+    return splits
 
 
 def load_base(base: BaseEncoder, saved: Checkpoint) -> None:
@@ -357,12 +365,6 @@ def _monitor(
 ) -> KnnMonitor | None:
     if probes is None or not config.knn.probes:
         return None
-    for split in (train, probes):
-        if not split.labelled:
-            raise ValueError(
-                f"{split.url} holds samples without labels, which the k-NN monitor needs; "
-                "use --knn.probes 0 to run without it."
-            )
     size, world = config.views.image_size, ranks.world_size()
     bank = config.knn.bank or max(train.samples // 10, 4096)
     bank = min(bank, train.samples) // world * world

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import compute_dtype, engine_config, full_tensors, start_engine
+from mocov3_ds.model.heads import BatchNormOverRanks
 from mocov3_ds.model.moco import BaseEncoder, Chunks, EncoderShape
 from mocov3_ds.model.momentum import MomentumEncoder
 from mocov3_ds.model.vit import PAPER_SHAPES
@@ -174,7 +175,7 @@ def plain_step(
     for module in (base, key):
         for part in (module.projector, module.predictor):
             for name, child in list(part.named_children()):
-                if hasattr(child, "running_mean"):
+                if isinstance(child, BatchNormOverRanks):
                     setattr(part, name, nn.BatchNorm1d(len(child.running_mean)))
     key.load_state_dict(base.state_dict())
     base, key = base.to(device), key.to(device).requires_grad_(False)
@@ -196,7 +197,7 @@ def plain_step(
                 k2 = key.projector(key.backbone(x2))
             loss = contrast(q1, k2) + contrast(q2, k1)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         return float(loss.detach())
 
