@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -160,7 +161,7 @@ def prepare(
 
         for variant in variants:
             if variant.kind != "plain":
-                steps[variant] = lambda variant=variant: run(variant)
+                steps[variant] = partial(run, variant)
     if Variant("plain") in variants:
         steps[Variant("plain")] = plain_step(shape, dtype, device, x1_BCHW, x2_BCHW)
     return {variant: steps[variant] for variant in variants}

@@ -171,7 +171,7 @@ def gradient_bytes(engine: Any) -> int:
     that the optimizer takes is fp32, and two buckets are in flight.
     """
     trained = [p for p in engine.module.parameters() if p.requires_grad]
-    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+    numbers = sum(int(getattr(p, "ds_numel", p.numel())) for p in trained)
     size, stage = trained[0].element_size(), engine.zero_optimization_stage()
     shards = int(engine.dp_world_size) if stage else 1
     bucket = int(engine.zero_reduce_bucket_size()) if stage else 0
