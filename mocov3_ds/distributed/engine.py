@@ -175,7 +175,8 @@ def gradient_bytes(engine: Any) -> int:
     size, stage = trained[0].element_size(), engine.zero_optimization_stage()
     shards = int(engine.dp_world_size) if stage else 1
     bucket = int(engine.zero_reduce_bucket_size()) if stage else 0
-    return numbers * size + 4 * numbers // shards + 2 * min(bucket, numbers) * size
+    total: int = numbers * size + 4 * numbers // shards + 2 * min(bucket, numbers) * size
+    return total
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> Any:
