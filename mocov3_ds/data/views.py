@@ -173,8 +173,7 @@ def augment(crops_BCHW: NDArray[np.uint8], params_BP: NDArray[np.float32]) -> No
     """The colour work of `photometric` alone, in place, in CPU memory; any strides."""
     if native.ready():
         whole_BCHW = np.ascontiguousarray(crops_BCHW)
-        rows_BP, none_C = np.ascontiguousarray(params_BP), np.zeros(3, np.float32)
-        native.photometric(whole_BCHW, rows_BP, none_C, none_C, "none", 0)
+        native.augment(whole_BCHW, np.ascontiguousarray(params_BP))
     else:
         x_BCHW = torch.from_numpy(crops_BCHW).float()
         whole_BCHW = _augment(x_BCHW, torch.from_numpy(params_BP)).numpy()
@@ -350,11 +349,10 @@ def _photometric_native(
 ) -> Tensor:
     """`photometric` in the extension."""
     out_BCHW = torch.empty(crops_BCHW.shape, dtype=dtype)
-    work_BCHW = crops_BCHW.contiguous() if not crops_BCHW.is_contiguous() else crops_BCHW.clone()
+    images_BCHW, rows_BP = crops_BCHW.contiguous().numpy(), params_BP.contiguous().numpy()
     scale_C, shift_C = (t.numpy() for t in scale_and_shift(mean, std))
-    rows_BP = params_BP.contiguous().numpy()
     kind = _NATIVE_KINDS[dtype]
-    native.photometric(work_BCHW.numpy(), rows_BP, scale_C, shift_C, kind, out_BCHW.data_ptr())
+    native.photometric(images_BCHW, rows_BP, scale_C, shift_C, kind, out_BCHW.data_ptr())
     return out_BCHW
 
 

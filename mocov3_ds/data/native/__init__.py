@@ -202,10 +202,10 @@ def photometric(
     rows_BP: NDArray[np.float32],
     scale_C: NDArray[np.float32],
     shift_C: NDArray[np.float32],
-    kind: Literal["float32", "bfloat16", "none"],
+    kind: Literal["float32", "bfloat16"],
     out: int,
 ) -> None:
-    """Colour work in place, then scale and shift to `out`, an address; all arrays contiguous."""
+    """Colour work, then scale and shift to `out`, an address; all arrays are contiguous."""
     count, _, height, width = images_BCHW.shape
     failed = colour_library().mocov3_photometric(
         images_BCHW.ctypes.data,
@@ -215,10 +215,18 @@ def photometric(
         width,
         scale_C.ctypes.data,
         shift_C.ctypes.data,
-        ("float32", "bfloat16", "none").index(kind),
+        ("float32", "bfloat16").index(kind),
         out,
     )
     if failed:
+        raise MemoryError
+
+
+def augment(images_BCHW: NDArray[np.uint8], rows_BP: NDArray[np.float32]) -> None:
+    """Colour work in place; both arrays are contiguous."""
+    count, _, height, width = images_BCHW.shape
+    arguments = (images_BCHW.ctypes.data, rows_BP.ctypes.data, count, height, width)
+    if colour_library().mocov3_augment(*arguments):
         raise MemoryError
 
 
@@ -233,6 +241,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     crops = (c_int, c_void_p, *strides)
     loaded.mocov3_views.argtypes = (*image, *spec_and_key, *crops, c_void_p, c_int)
     images = (c_void_p, c_void_p, c_int64, c_int, c_int)
+    loaded.mocov3_augment.argtypes = images
     loaded.mocov3_photometric.argtypes = (*images, c_void_p, c_void_p, c_int, c_void_p)
     boxes_flips_rows = (POINTER(c_int), POINTER(c_int), c_void_p)
     loaded.mocov3_draw.argtypes = (*spec_and_key, c_int, c_int, *boxes_flips_rows)

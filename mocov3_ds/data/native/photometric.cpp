@@ -39,20 +39,22 @@ namespace avx512 {
 END_KERNELS
 #endif
 
-// Two padded planes of 16-bit pixels for the blur, kept by the thread.
-struct Planes {
-  uint16_t* values = nullptr;
+// Memory kept by the thread.
+template <typename T>
+struct Kept {
+  T* values = nullptr;
   size_t size = 0;
   bool ensure(size_t wanted) {
     if (wanted <= size) return true;
     delete[] values;
-    values = new (std::nothrow) uint16_t[wanted];
+    values = new (std::nothrow) T[wanted];
     size = values ? wanted : 0;
     return values;
   }
-  ~Planes() { delete[] values; }
+  ~Kept() { delete[] values; }
 };
-thread_local Planes planes;
+thread_local Kept<uint16_t> planes;  // two padded planes of 16-bit pixels for the blur
+thread_local Kept<uint8_t> copy;     // the image being changed
 
 }  // namespace
 
@@ -77,23 +79,31 @@ void normalise(const uint8_t* image, size_t plane, const float* scale, const flo
 
 extern "C" {
 
-// Images (count, 3, height, width) changed in place as their rows (count, 10) say, and normalised to
-// `out` of the same shape: float32 if kind is 0, bfloat16 if it is 1; nothing is normalised if it is
-// 2. Returns 0, or 1 without memory.
-__attribute__((visibility("default"))) int mocov3_photometric(uint8_t* images, const float* rows,
-                                                              int64_t count, int height, int width,
-                                                              const float* scale,
-                                                              const float* shift, int kind,
-                                                              void* out) {
+// Images (count, 3, height, width) with the colours that their rows (count, 10) ask for, normalised to
+// `out` of the same shape: float32 if kind is 0, bfloat16 if it is 1. Returns 0, or 1 without memory.
+__attribute__((visibility("default"))) int mocov3_photometric(
+    const uint8_t* images, const float* rows, int64_t count, int height, int width,
+    const float* scale, const float* shift, int kind, void* out) {
   const size_t plane = size_t(height) * width;
+  if (!copy.ensure(3 * plane)) return 1;
+  uint8_t* image = copy.values;
   for (int64_t i = 0; i < count; i++) {
-    uint8_t* image = images + 3 * plane * i;
+    std::memcpy(image, images + 3 * plane * i, 3 * plane);
     if (!views::augment(image, height, width, rows + i * views::PARAMETERS)) return 1;
     if (kind == 0)
       views::normalise(image, plane, scale, shift, static_cast<float*>(out) + 3 * plane * i);
-    else if (kind == 1)
+    else
       views::normalise(image, plane, scale, shift, static_cast<uint16_t*>(out) + 3 * plane * i);
   }
+  return 0;
+}
+
+// The same colours in place. Returns 0, or 1 without memory.
+__attribute__((visibility("default"))) int mocov3_augment(uint8_t* images, const float* rows,
+                                                          int64_t count, int height, int width) {
+  const size_t image = 3 * size_t(height) * width;
+  for (int64_t i = 0; i < count; i++)
+    if (!views::augment(images + image * i, height, width, rows + i * views::PARAMETERS)) return 1;
   return 0;
 }
 

@@ -1,0 +1,255 @@
+"""CPU milliseconds an image of the loaders, from the tars to the batch, and of their stages.
+
+    python -m mocov3_ds.bench loader SHARDS [SHARDS ...]
+
+SHARDS are folders made by `python -m data_prep shard`, original bytes first. CPU time is that of
+all threads and worker processes, so it depends less on how busy the machine is than wall time does;
+images/s/core is its inverse. Each loader runs in a process of its own, the loaders take turns, and
+the median of the rounds counts. The yardstick is the usual pipeline (bench/reference_views.py) with
+one DataLoader worker. "Colour on the device" leaves that work to the device, whose cost is not in
+the table; "all on the CPU" delivers normalised float32, as the yardstick does.
+"""
+
+import io
+import os
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from mocov3_ds.bench import reference_views
+from mocov3_ds.data import decode, manifest, native, views
+from mocov3_ds.data.pairs import make_pair
+from mocov3_ds.data.stream import Stream
+from mocov3_ds.data.views import ViewSpec
+
+YARDSTICK = "Pillow + torchvision, DataLoader"
+LOADERS = {
+    YARDSTICK: ("reference", "", False),
+    "torchvision v2 on tensors, DataLoader": ("reference v2", "", False),
+    "native, colour on the device": ("ours", "native", False),
+    "native, all on the CPU": ("ours", "native", True),
+    "wheels only (simplejpeg), colour on the device": ("ours", "simplejpeg", False),
+    "wheels only (simplejpeg), all on the CPU": ("ours", "simplejpeg", True),
+    "Pillow, colour on the device": ("ours", "pillow", False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """CPU time of the loaders and their stages."""
+
+    shards: tyro.conf.Positional[tuple[str, ...]]
+    """folders or URLs of sharded sets"""
+    size: int = 224
+    """side of a view, pixels"""
+    batch: int = 100
+    """images of a batch"""
+    images: int = 1500
+    """images that each loader delivers in a round"""
+    rounds: int = 3
+    """rounds; the median counts"""
+    threads: tuple[int, ...] = (1, 2)
+    """decode threads for the scaling table"""
+
+
+def main(options: Options) -> None:
+    """Print the tables."""
+    print(f"views of {options.size} px, {options.images} images a round, ", end="")
+    print(f"median of {options.rounds}, torch {torch.__version__}, decoder {decode.about()}\n")
+    for url in options.shards:
+        _loaders_table(url, options)
+        _stages_table(url, options)
+    _scaling_table(options.shards[0], options)
+
+
+def _loaders_table(url: str, options: Options) -> None:
+    found = manifest.load(url)
+    kilobytes = found.index_N["size"].mean() / 1e3
+    print(f"{url}: {found.samples} images, {kilobytes:.0f} KB each\n")
+    print("| whole loader | ms CPU/image | images/s/core | ratio |\n|---|---|---|---|")
+    names = [n for n, (_, decoder, _) in LOADERS.items() if _runs_here(decoder)]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name in names:
+            times[name].append(_in_own_process(_loader_ms, name, url, options))
+    yardstick = statistics.median(times[YARDSTICK])
+    for name, values in times.items():
+        ms = statistics.median(values)
+        print(f"| {name} | {ms:.2f} | {1e3 / ms:.0f} | {yardstick / ms:.1f} |", flush=True)
+    print()
+
+
+def _stages_table(url: str, options: Options) -> None:
+    print("| stage (both views) | ms CPU/image |\n|---|---|")
+    rounds = [_in_own_process(_stages_ms, url, options) for _ in range(options.rounds)]
+    for stage in rounds[0]:
+        ms = statistics.median(r[stage] for r in rounds)
+        print(f"| {stage} | {ms:.3f} |", flush=True)
+    print()
+
+
+def _scaling_table(url: str, options: Options) -> None:
+    print("| decode threads | images/s (wall) | ms CPU/image |\n|---|---|---|")
+    for threads in options.threads:
+        runs = [
+            _in_own_process(_wall_and_cpu, url, options, threads) for _ in range(options.rounds)
+        ]
+        wall, cpu = max(runs)
+        print(f"| {threads} | {wall:.0f} | {cpu:.2f} |", flush=True)
+    print()
+
+
+def _runs_here(decoder: str) -> bool:
+    return not decoder or not decode._absence(decoder)  # type: ignore[arg-type]
+
+
+def _in_own_process(job: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_quietly, job, *arguments).result()
+
+
+def _quietly(job: Callable[..., Any], *arguments: Any) -> Any:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    return job(*arguments)
+
+
+def _cpu_s() -> float:
+    """CPU seconds of this process, its threads, and its children that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+# --------------------------------------------------------------------------------- whole loaders
+
+
+def _loader_ms(name: str, url: str, options: Options) -> float:
+    """CPU milliseconds of an image of one loader."""
+    kind, decoder, colour = LOADERS[name]
+    if kind != "ours":
+        return _reference_ms(url, options, second_set=kind == "reference v2")
+    os.environ["MOCOV3_DS_DECODER"] = decoder
+    if decoder != "native":  # as on a machine where the extension could not be built
+        native.ready = lambda: False
+    return _ours(url, options, 1, colour)[1]
+
+
+def _reference_ms(url: str, options: Options, second_set: bool) -> float:
+    found = manifest.load(url)
+    batch = min(options.batch, found.samples)
+    loader = reference_views.loader(found, ViewSpec(), options.size, batch, 1, second_set)
+    delivered, started = 0, _cpu_s()
+    while delivered < options.images:
+        for first, _ in loader:
+            delivered += len(first)
+    return 1e3 * (_cpu_s() - started) / delivered
+
+
+def _wall_and_cpu(url: str, options: Options, threads: int) -> tuple[float, float]:
+    return _ours(url, options, threads, colour=False)
+
+
+def _ours(url: str, options: Options, threads: int, colour: bool) -> tuple[float, float]:
+    """Images per second, and CPU milliseconds of an image."""
+    spec, found = ViewSpec(), manifest.load(url)
+    batch = min(options.batch, found.samples)
+    stream = Stream(
+        found,
+        views=spec,
+        image_size=options.size,
+        global_batch=batch,
+        rank=0,
+        world_size=1,
+        seed=0,
+        threads=threads,
+    )
+    with stream:
+        for _ in islice(stream, 4):  # the ring is full
+            pass
+        batches = -(-options.images // batch)
+        wall, cpu = time.perf_counter(), _cpu_s()
+        for one in islice(stream, batches):
+            if colour:
+                for crops_BCHW, params_BP in zip(one.crops_VBCHW, one.params_VBP, strict=True):
+                    views.photometric(crops_BCHW, params_BP, spec.mean, spec.std, torch.float32)
+        images = batches * batch
+        return images / (time.perf_counter() - wall), 1e3 * (_cpu_s() - cpu) / images
+
+
+# ---------------------------------------------------------------------------------------- stages
+
+
+class _Clock:
+    """CPU seconds of this thread by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str, work: Callable[[], Any]) -> Any:
+        started = time.thread_time()
+        result = work()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.thread_time() - started
+        return result
+
+
+def _stages_ms(url: str, options: Options) -> dict[str, float]:
+    """CPU milliseconds of an image by stage, of the yardstick and of ours."""
+    images = list(islice(reference_views.samples_of(manifest.load(url)), 500))
+    clock = _Clock()
+    _reference_stages(images, options.size, clock)
+    clock("floor: entropy decoding (1/8 DCT)", partial(_entropy, images))
+    if _runs_here("native"):
+        _native_stages(images, options.size, clock)
+    return {stage: 1e3 * seconds / len(images) for stage, seconds in clock.seconds.items()}
+
+
+def _reference_stages(images: list[bytes], size: int, clock: _Clock) -> None:
+    spec = ViewSpec()
+    transforms = [reference_views.view_transform(spec, view, size).transforms for view in (0, 1)]
+    names = ("crop and resize", "jitter", "grey", "blur", "solarise", "flip", "to tensor")
+    for data in images:
+        image = clock("Pillow: decode", partial(reference_views.open_rgb, data))
+        for steps in transforms:
+            view: Any = image
+            for name, step in zip((*names, "normalise"), steps, strict=True):
+                view = clock(f"Pillow: {name}", partial(step, view))
+
+
+def _entropy(images: list[bytes]) -> None:
+    """Decode at an eighth of the size: next to nothing but the entropy decoding is left."""
+    for data in images:
+        image = Image.open(io.BytesIO(data))
+        image.draft("RGB", (image.width // 8, image.height // 8))
+        image.load()
+
+
+def _native_stages(images: list[bytes], size: int, clock: _Clock) -> None:
+    spec = ViewSpec()
+    crops_VCHW = np.empty((2, 3, size, size), np.uint8)
+    rows_VP = np.empty((2, views.PARAMETERS), np.float32)
+    for number, data in enumerate(images):
+        pair = partial(make_pair, data, spec, 0, 0, number, crops_VCHW, rows_VP)
+        clock("native: draw, decode, crop, resize, flip", pair)
+        clock("native: jitter, grey, blur, solarise", partial(views.augment, crops_VCHW, rows_VP))
+        crops = torch.from_numpy(crops_VCHW)
+        plain = torch.tensor([views._PLAIN_ROW] * 2)
+        normalise = partial(views.photometric, crops, plain, spec.mean, spec.std, torch.float32)
+        clock("native: normalise", normalise)
+
+
+def command() -> Any:
+    """Entry of `python -m mocov3_ds.bench loader`."""
+    return main(tyro.cli(Options, prog="python -m mocov3_ds.bench loader"))
