@@ -158,11 +158,37 @@ def look(
         print(path)
 
 
+def views(
+    shards: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    out: Path = Path("views.png"),
+    rows: int = 8,
+    size: int = 224,
+    seed: int = 0,
+    epoch: int = 0,
+) -> None:
+    """Draw a sheet of views as training sees them, beside the same draws by Pillow.
+
+    Args:
+        shards: folder or URL of a sharded set.
+        out: PNG to write.
+        rows: samples shown.
+        size: side of a view, pixels.
+        seed: of the run.
+        epoch: pass over the data.
+    """
+    from mocov3_ds.contact_sheet import contact_sheet  # torchvision takes a while
+
+    largest = contact_sheet(shards, out, rows=rows, size=size, seed=seed, epoch=epoch)
+    print(f"{out}: ours differs from the same draws by Pillow by at most {largest} of 255")
+
+
 def main() -> int:
     """Entry point of the `mocov3` command."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"knn": knn, "export": export, "look": look}, prog="mocov3"
+            {"knn": knn, "export": export, "look": look, "views": views}, prog="mocov3"
         )
     except ValueError as error:
         if ranks.is_first():

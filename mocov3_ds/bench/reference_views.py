@@ -5,9 +5,11 @@ tools that its published code is built on, to measure against and to compare pix
 """
 
 import io
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
@@ -15,12 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import io as tv_io
 from torchvision import transforms as tv
+from torchvision.transforms import functional as tvf
 from torchvision.transforms import v2
 
+from mocov3_ds.data import views
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.views import ViewSpec
 
-Transform = Callable[[Image.Image], Tensor]
+Box = tuple[int, int, int, int]
 BLUR_TAPS = 13
 """of torchvision's tensor blur, three standard deviations at 2 pixels"""
 
@@ -96,9 +100,9 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
     """Two views of the image at an index, drawn anew each time."""
 
     def __init__(
-        self, manifest: Manifest, decode: Callable[[bytes], object], views: list[object]
+        self, manifest: Manifest, decode: Callable[[bytes], object], both: list[object]
     ) -> None:
-        self.manifest, self.decode, self.views = manifest, decode, views
+        self.manifest, self.decode, self.both = manifest, decode, both
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -111,7 +115,7 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
             file.seek(int(row["offset"]))
             data = file.read(int(row["size"]))
         image = self.decode(data)
-        first, second = (view(image) for view in self.views)  # type: ignore[operator]
+        first, second = (view(image) for view in self.both)  # type: ignore[operator]
         return first, second
 
 
@@ -120,6 +124,49 @@ def loader(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """The DataLoader of the usual script, over shards in a local folder."""
     transform = view_transform_v2 if second_set else view_transform
-    views: list[object] = [transform(spec, view, size) for view in (0, 1)]
-    samples = TwoViews(manifest, decode_tensor if second_set else open_rgb, views)
+    both: list[object] = [transform(spec, view, size) for view in (0, 1)]
+    samples = TwoViews(manifest, decode_tensor if second_set else open_rgb, both)
     return DataLoader(samples, batch, shuffle=True, num_workers=workers, drop_last=True)
+
+
+def drawn_view(image: Image.Image, box: Box, flip: bool, row: Sequence[float], size: int) -> Any:
+    """The view that `views.draw` describes, made by Pillow and torchvision: a Pillow image.
+
+    Args:
+        image: RGB, whole.
+        box: (top, left, height, width), pixels.
+        flip: mirror left to right.
+        row: parameter row.
+        size: side of the view, pixels.
+    """
+    view = tvf.resized_crop(image, *box, [size, size])
+    if flip:
+        view = tvf.hflip(view)
+    adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
+    order = int(row[views.ORDER])
+    for column in views.ORDERS[order] if order >= 0 else ():
+        if column == views.HUE:
+            turn = int(row[views.HUE])
+            turn = turn - 256 if turn > 127 else turn
+            view = tvf.adjust_hue(view, (turn + math.copysign(0.5, turn)) / 255)
+        else:
+            view = adjust[column](view, row[column])
+    if row[views.GREY]:
+        view = tvf.to_grayscale(view, 3)
+    if row[views.BOX_RADIUS] >= 0:
+        view = view.filter(ImageFilter.GaussianBlur(_sigma_of(row)))
+    return ImageOps.solarize(view) if row[views.SOLARISE] else view
+
+
+def _sigma_of(row: Sequence[float]) -> float:
+    """A blur whose box filter is the row's: wider ones have a larger radius or less weight."""
+    wanted = (int(row[views.BOX_RADIUS]), -int(row[views.BOX_WEIGHT]))
+    low, high = 0.0, 16.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        radius, weight, _edge = views.box_of(middle)
+        if (radius, -weight) < wanted:
+            low = middle
+        else:
+            high = middle
+    return high
