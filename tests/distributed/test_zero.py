@@ -155,7 +155,7 @@ def look(with_refusals: bool) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, Any]]:
-    return run_ranks(2, look, True)
+    return run_ranks(2, look, True, timeout=600)
 
 
 def check_layouts(results: list[dict[str, Any]]) -> None:
@@ -187,7 +187,7 @@ def test_each_layout_covers_each_element_once(two_ranks: list[dict[str, Any]]) -
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_each_layout_on_other_world_sizes(world_size: int) -> None:
-    results = run_ranks(world_size, look, False)
+    results = run_ranks(world_size, look, False, timeout=900)
     check_layouts(results)
     if world_size == 4:
         cut = [r["DeepSpeedZeroOptimizer"]["held"] for r in results]

@@ -100,7 +100,7 @@ def test_equals_the_unsharded_optimizer(world_size: int) -> None:
 def test_equals_the_unsharded_optimizer_everywhere(world_size: int) -> None:
     cases = [c for c in EVERYTHING if BATCH % (world_size * c.accumulate) == 0]
     for case, result in zip(
-        cases, run_ranks(world_size, engines.errors, cases, timeout=900)[0], strict=True
+        cases, run_ranks(world_size, engines.errors, cases, timeout=2400)[0], strict=True
     ):
         check(result, case)
 
@@ -115,7 +115,7 @@ def test_triton_kernels_under_zero(world_size: int, monkeypatch: pytest.MonkeyPa
         for p, kind in (("fp32", "lamb"), ("bf16", "lamb"), ("fp32", "adamw"), ("fp32", "lars"))
     ]
     for case, result in zip(
-        cases, run_ranks(world_size, engines.errors, cases, timeout=900)[0], strict=True
+        cases, run_ranks(world_size, engines.errors, cases, timeout=2400)[0], strict=True
     ):
         check(result, case)
 
@@ -149,7 +149,7 @@ def both(cases: Sequence[Case], whole_runs: Sequence[Case]) -> dict[str, Any]:
 @cache
 def ranks_of(world_size: int) -> list[dict[str, Any]]:
     """Everything that is wanted of one world size, from one set of processes."""
-    return run_ranks(world_size, both, FEW[world_size], RUNS[world_size], timeout=400)
+    return run_ranks(world_size, both, FEW[world_size], RUNS[world_size], timeout=900)
 
 
 @cache

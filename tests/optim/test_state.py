@@ -110,7 +110,7 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("checkpoints")
-    first: dict[str, Any] = run_ranks(2, on_two_ranks, str(folder))[0]
+    first: dict[str, Any] = run_ranks(2, on_two_ranks, str(folder), timeout=600)[0]
     return first
 
 
@@ -138,7 +138,7 @@ def elsewhere(saved: list[dict[str, Any]]) -> list[tuple[Case, dict[str, Any]]]:
 
 
 def check_elsewhere(world_size: int, jobs: list[tuple[Case, dict[str, Any]]]) -> None:
-    results = run_ranks(world_size, resume, jobs)[0]
+    results = run_ranks(world_size, resume, jobs, timeout=900)[0]
     for (case, saved), resumed in zip(jobs, results, strict=True):
         assert resumed["equal"], case
         assert resumed["low"] == 0.0, case
