@@ -77,6 +77,7 @@ def one_step(job: Job, report: Report, last: int) -> None:
     torch.manual_seed(hash((config.seed, job.step, ranks.rank())) % 2**63)
     result = train_step(job.engine, job.momentum_encoder, x1_BCHW, x2_BCHW, momentum=momentum)
     job.step += 1
+    seconds = time.perf_counter() - started
     row = {
         "step": job.step,
         "epoch": job.step / job.stream.batches_per_epoch,
@@ -87,14 +88,11 @@ def one_step(job: Job, report: Report, last: int) -> None:
         "momentum": momentum,
         "grad_norm": job.optimizer.grad_norm(),
         "applied": result.applied,
-        **watch(job, batch, result.features_BD, job.step == last),
-    }
-    seconds = time.perf_counter() - started
-    row |= {
         "images_per_s": config.batch / seconds,
         "data_wait_s": batch.wait_s,
         "memory_gib": memory_gib(job.device),
         "skipped_samples": sum(job.stream.skipped.values()),
+        **watch(job, batch, result.features_BD, job.step == last),
     }
     report.step(row)
     if "knn_full" in row:
