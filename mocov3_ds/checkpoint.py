@@ -212,6 +212,7 @@ _DECIDES = (
     "model",
     "moco",
     "data.lanes",
+    "data.pool",
 )
 
 
@@ -250,7 +251,11 @@ def claim_folder(run: Path, resolved: Mapping[str, Any], data: str) -> None:
 
 def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[str]:
     pairs = [(f"config.{name}", name) for name in _DECIDES]
-    pairs += [("deepspeed.optimizer", "optimizer"), ("data_digest", "training shards")]
+    pairs += [
+        ("deepspeed.optimizer", "optimizer"),
+        ("deepspeed.gradient_clipping", "gradient_clipping"),
+        ("data_digest", "training shards"),
+    ]
     for dotted, name in pairs:
         yield from _leaf_differences(_at(theirs, dotted), _at(mine, dotted), name)
 

@@ -31,8 +31,9 @@ class DataConfig:
     """labelled held-out shards for the k-NN monitor; empty = none (drawn ones without `shards`)"""
     threads: int = 4
     """decode threads of each rank"""
-    lanes: int = 64
-    """parallel sample sequences that make up the order; part of what fixes the global batches"""
+    lanes: int = 1024
+    """parallel sample sequences that make up the order, best no fewer than ranks; part of what fixes
+    the global batches"""
     pool: int = 32768
     """samples that are shuffled together at any time over all ranks, held as stored bytes; part of
     what fixes the global batches"""
@@ -313,6 +314,7 @@ def _check(config: Config) -> None:
         ("stop_after_steps", config.stop_after_steps, 0, math.inf),
         ("data.threads", config.data.threads, 0, 1024),
         ("data.lanes", config.data.lanes, 1, math.inf),
+        ("data.pool", config.data.pool, 1, math.inf),
         ("data.max_bad_samples", config.data.max_bad_samples, 0, math.inf),
         ("model.patch_lr", config.model.patch_lr, 0, 1),
         ("model.drop_path", config.model.drop_path, 0, 1),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mocov3_ds import checkpoint, fit
 from mocov3_ds.checkpoint import Checkpoint
 from mocov3_ds.config import Config, Run
+from mocov3_ds.data import decode
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.cache import Cache
 from mocov3_ds.data.manifest import Manifest
@@ -129,6 +130,7 @@ class Job:
             f"({self.stream.remainder} samples left over each time), "
             f"{type(self.optimizer).__name__} at peak lr {self.peak_rate:.3g}, ZeRO-{stage}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {self._passes()}, "
+            f"views by {decode.backend()}, "
             f"steps {self.step} to {self.total_steps}"
         )
 
