@@ -6,14 +6,17 @@ to how far each tensor moved in 11 steps. Measured over all cases below: at most
 clipping, 1.6e-6 with clipping, every tensor adapting, or Triton's kernels.
 """
 
+import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mocov3_ds.distributed import ranks
 from mocov3_ds.optim import Lamb
 from tests.optim import engines, plain
 from tests.optim.engines import BATCH, RATES, STEPS, Case, movement_error, rule
@@ -142,8 +145,30 @@ def runs(cases: Sequence[Case]) -> list[dict[str, Tensor]]:
     return ends
 
 
+def readme_example() -> tuple[float, float, set[str]]:
+    """Mean loss of the first and last steps of the README's example, and what its signals name."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"<!-- lamb example -->\n```python\n(.*?)```", readme, re.DOTALL)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 11, generator=generator).bfloat16()
+    losses = []
+
+    def loss_fn(out: Tensor, y: Tensor) -> Tensor:
+        loss = torch.nn.functional.cross_entropy(out.float(), y)
+        losses.append(float(loss.detach()))
+        return loss
+
+    model = plain.odd_model()
+    names: dict[str, Any] = {"model": model, "loss_fn": loss_fn}
+    names["batches"] = [(x, torch.arange(8) % 5)] * 40
+    exec(code, names)
+    engines.stop(names["engine"])
+    return sum(losses[:5]) / 5, sum(losses[-5:]) / 5, {*names["optimizer"].signals().rows()}
+
+
 def both(cases: Sequence[Case], whole_runs: Sequence[Case]) -> dict[str, Any]:
-    return {"errors": engines.errors(cases), "runs": runs(whole_runs)}
+    result = {"errors": engines.errors(cases), "runs": runs(whole_runs)}
+    return result | ({"readme": readme_example()} if ranks.world_size() == 1 else {})
 
 
 @cache
@@ -179,6 +204,12 @@ def test_one_rank_is_bit_equal_at_each_stage() -> None:
     zero, *others = ranks_of(1)[0]["runs"]
     for case, other in zip(RUNS[1][1:], others, strict=True):
         assert all(torch.equal(other[n], zero[n]) for n in zero), case
+
+
+def test_the_example_of_the_readme_learns() -> None:
+    first, last, names = ranks_of(1)[0]["readme"]
+    assert last < 0.9 * first
+    assert names == {n for n, p in plain.odd_model().named_parameters() if p.requires_grad}
 
 
 def test_equal_runs_are_bit_equal() -> None:
