@@ -18,3 +18,15 @@ def stored(image, kind="JPEG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def detailed_picture(height, width, seed):
+    """Energy at all scales, as photographs have: noise whose spectrum falls with frequency."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    fall = frequency ** -rng.uniform(0.8, 1.3)
+    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) * fall
+    planes = np.fft.irfft2(spectrum, (height, width))
+    planes = planes / planes.std() * rng.uniform(20, 60) + rng.uniform(70, 180, (3, 1, 1))
+    return Image.fromarray(planes.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
