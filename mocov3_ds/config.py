@@ -32,8 +32,8 @@ class DataConfig:
     threads: int = 4
     """decode threads of each rank"""
     lanes: int = 1024
-    """parallel sample sequences that make up the order, best no fewer than ranks; part of what fixes
-    the global batches"""
+    """parallel sample sequences that make up the order, best no fewer than ranks; part of what
+    fixes the global batches"""
     pool: int = 32768
     """samples that are shuffled together at any time over all ranks, held as stored bytes; part of
     what fixes the global batches"""

@@ -19,7 +19,7 @@ Random numbers are SplitMix64 hashes of counters (as in `views`), not a generato
 stream may change between versions.
 
 Shape suffixes: N = samples, S = shards, K = runs of consecutive ids, B = global batch, L = lanes,
-M = samples of a piece.
+M = samples of a piece, T = global batches of an epoch.
 """
 
 import heapq
@@ -65,8 +65,9 @@ class Order:
     """samples of each shard; the ids of a shard are consecutive"""
     global_batch: int
     seed: int
-    lanes: int = 64
-    """upper bound; the largest number up to it that divides the global batch is used"""
+    lanes: int = 1024
+    """upper bound; the largest number up to it that divides the global batch is used. More lanes
+    mix a batch better and give more ranks lanes of their own, with shorter reads"""
     pool: int = 32768
     """samples in all open windows together, the reach of the shuffle inside an epoch"""
 
@@ -129,6 +130,16 @@ class Order:
         return np.concatenate(
             [plan.lane_ids(lane, batch * step, (batch + 1) * step) for lane in lanes]
         )
+
+    def epoch_ids(self, epoch: int) -> Ids:
+        """Ids (T, B) of the T global batches of an epoch."""
+        first, batches = epoch * self.batches_per_epoch, self.batches_per_epoch
+        ids_TB = np.empty((batches, self.global_batch), dtype=np.int64)
+        for piece in self.pieces(first, 0, 1):
+            if piece.first >= first + batches:
+                break
+            ids_TB[piece.batch_M - first, piece.row_M] = piece.id_M
+        return ids_TB
 
     def pieces(self, position: int, rank: int, world_size: int) -> Iterator[Piece]:
         """All that a rank needs from a position on, for ever, in the order of first need.
@@ -256,9 +267,7 @@ def travel(order: Order, epoch: int = 0) -> float:
 
     1 is the mean distance under a permutation drawn from all (a third of the samples).
     """
-    batches = range(order.batches_per_epoch)
-    start = epoch * order.batches_per_epoch
-    ids = np.concatenate([order.batch_ids(start + batch) for batch in batches])
+    ids = order.epoch_ids(epoch).ravel()
     distance = np.abs(ids - np.arange(len(ids)) * (order.samples / len(ids)))
     return float(distance.mean() / (order.samples / 3))
 

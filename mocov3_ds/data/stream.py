@@ -43,7 +43,7 @@ READ_AHEAD = 256 << 20
 """Encoded bytes that a rank may hold beyond its share of the shuffle pool."""
 BATCHES_AHEAD = 8
 """Batches whose bytes are fetched before they are decoded."""
-READERS = 4
+READERS = 8
 """Reading threads of a rank; they wait more than they work."""
 RING = 3
 """Batch buffers: two with the caller, one being filled."""
@@ -109,7 +109,7 @@ class Stream:
         world_size: int,
         seed: int,
         position: int = 0,
-        lanes: int = 64,
+        lanes: int = 1024,
         pool: int = 32768,
         threads: int = 4,
         bad_sample_budget: int = 0,
