@@ -58,7 +58,7 @@ def train(run: Run) -> None:
 def one_step(job: Job, report: Report, last: int) -> None:
     """Data, schedules, the exact step, and its line in the log."""
     config, started = job.config, time.perf_counter()
-    batch = next(job.stream)
+    batch = next_batch(job)
     x1_BCHW, x2_BCHW = job.views(batch)
     lr = learning_rate(
         job.step,
@@ -99,6 +99,18 @@ def one_step(job: Job, report: Report, last: int) -> None:
         report.say(f"k-NN after step {job.step}: {row['knn_full']:.2f} %")
 
 
+def next_batch(job: Job) -> Batch:
+    """This rank's part of the next global batch; trouble with the data is this rank's own to say.
+
+    Raises:
+        SystemExit: too many unreadable samples, or a store that cannot be read.
+    """
+    try:
+        return next(job.stream)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: error: rank {ranks.rank()}, step {job.step + 1}: {error}")
+
+
 def first_look(job: Job, report: Report) -> None:
     """k-NN accuracy of the random initialisation, and of guessing."""
     if job.monitor is None:
@@ -127,7 +139,7 @@ def main() -> int:
     """Command line; bad input ends with one sentence and status 2, a diverged run with 3."""
     try:
         train(parse())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _end(2, str(error))
     except FloatingPointError as error:
         return _end(3, str(error))

@@ -15,7 +15,7 @@ import pytest
 
 from mocov3_ds import train
 from mocov3_ds.monitor.report import read_rows
-from tests.data.sets import make_set
+from tests.data.sets import make_set, picture
 from tests.ranks_pool import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -119,8 +119,9 @@ def outcomes(folder: str, command_lines: list[list[str]]) -> list[tuple[int, str
         with contextlib.redirect_stderr(words), contextlib.redirect_stdout(words):
             try:
                 status = train.main()
-            except SystemExit as end:  # tyro's own
-                status = int(str(end.code))
+            except SystemExit as end:  # tyro's own, or with words: status 1
+                status = end.code if isinstance(end.code, int) else 1
+                words.write("" if isinstance(end.code, int) else str(end.code))
         found.append((status, words.getvalue()))
     return found
 
@@ -160,6 +161,27 @@ def test_bad_input_gets_one_sentence_and_leaves_everything_as_it_was(
         assert "Traceback" not in said, said
     assert (taken / "config.json").read_text() == '{"config": {"batch": 99}, "deepspeed": {}}'
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["taken"]
+
+
+def broken_picture(number: int) -> bytes:
+    data: bytes = picture(number)
+    return data[:-40] if number == 4 else data
+
+
+def test_an_unreadable_sample_is_listed_and_stops_the_run_beyond_the_budget(
+    tmp_path: Path, shards: list[str]
+) -> None:
+    make_set(str(tmp_path / "some"), [20, 12], image=broken_picture)
+    command = [*SMALL, "--data.shards", "some", "--knn.probes", "0", "--stop_after_steps", "4"]
+    cases = [command, [*command, "--name", "patient", "--data.max_bad_samples", "1"]]
+    (stopped, words), (patient, _) = run_ranks(1, outcomes, str(tmp_path), cases)[0]
+    assert stopped == 1
+    assert "train.py: error: rank 0, step" in words
+    assert "t-000.tar" in words
+    assert patient == 0
+    listed = (tmp_path / "runs/patient/bad_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in listed] == ["img4.jpg"]
+    assert rows_of(tmp_path / "runs/patient")[-1]["skipped_samples"] == 1
 
 
 LAUNCHERS = {
