@@ -1,15 +1,18 @@
 """The command line of data_prep."""
 
+import json as jsons
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from data_prep import engines, images
 from data_prep import shard as sharding
 from data_prep import verify as verifying
-from data_prep.sources import open_source
+from data_prep.sources import open_source, read_names
+from data_prep.stats import draw, stats_of
 from mocov3_ds.data import storage
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -32,13 +35,19 @@ def shard(
     reencode: bool = False,
     check: images.Check = "header",
     workers: int = 0,
+    engine: Literal["processes", "ray"] = "processes",
+    scratch: Path | None = None,
 ) -> None:
     """Make WebDataset shards with a manifest.
 
     SRC is a folder of class folders, ILSVRC2012_img_train.tar (never unpacked), a tar of images or
-    of webdataset samples, or a folder of such tars. DST is a folder or an object-store URL. A run
-    that was killed goes on when the same command is given again; finished shards are checked and
-    kept. The result depends on images and options alone: same bytes with any number of workers.
+    of webdataset samples, a parquet file with image bytes, or a folder of such files. DST is a
+    folder or an object-store URL (s3://, gs://, az://; credentials as their own tools take them).
+
+    A run that was killed goes on when the same command is given again; finished shards are checked
+    and kept. The result depends on images and options alone: the same bytes with any number of
+    workers. DST gets the tars, manifest.json and index.bin (written last), rejects.jsonl where
+    images were left out, and plan.json and receipts/, which let a run go on.
 
         python -m data_prep shard imagenet/train shards --split train --shard-size 256MB
         python -m data_prep shard ILSVRC2012_img_train.tar s3://bucket/imagenet --split train
@@ -59,8 +68,13 @@ def shard(
         reencode: with --resize, write smaller images again as JPEG, too.
         check: `header` finds broken headers and cut files, `decode` also damaged pixels (20 x CPU).
         workers: processes; 0 = one a core.
+        engine: `ray` spreads the shards over a Ray cluster (the one of RAY_ADDRESS, or a local
+            one); all its machines must see SRC and DST under the same path, or DST be a URL.
+        scratch: folder for the plain copy of a compressed tar or parquet file, gone at the end;
+            default the system's temporary folder. With --engine ray it must be shared.
     """
-    listing = open_source(source, under=under, classes=classes, labels=labels)
+    if engine == "processes":
+        workers = workers or engines.default_workers()
     options = sharding.Options(
         shard_size=shard_size,
         seed=seed,
@@ -71,9 +85,18 @@ def shard(
         split=split,
     )
     url = storage.join(destination, split) if split else destination
-    summary = sharding.shard(
-        listing, url, options, workers=workers or engines.default_workers(), source=source
-    )
+    with tempfile.TemporaryDirectory(prefix="data_prep-", dir=scratch) as folder:
+        listing = open_source(
+            source, under=under, classes=classes, labels=labels, scratch_folder=Path(folder)
+        )
+        summary = sharding.shard(
+            listing,
+            url,
+            options,
+            workers=workers,
+            source=source,
+            engine=engines.ray_cluster if engine == "ray" else engines.process_pool,
+        )
     print(summary)
     print(f"check:  python -m data_prep verify {url}")
     print(f"train:  deepspeed mocov3_ds/train.py --recipe RECIPE --data.shards {url}")
@@ -110,8 +133,6 @@ def index(
         replace: write a new manifest where one is.
         workers: processes; 0 = one a core.
     """
-    from data_prep.sources import read_names
-
     made = verifying.index(
         url,
         workers=workers or engines.default_workers(),
@@ -121,11 +142,26 @@ def index(
     print(f"{made.url}: {made.samples} samples in {len(made.shards)} shards, manifest written")
 
 
+def stats(url: Url, /, *, picture: Path | None = None, json: bool = False) -> None:
+    """Say how classes and sizes are spread, from the manifest alone.
+
+    Args:
+        url: folder of the set.
+        picture: PNG file to draw the histograms to.
+        json: print one JSON object.
+    """
+    found = stats_of(url)
+    print(jsons.dumps(found.as_json(), indent=1) if json else found)
+    if picture is not None:
+        draw(found, picture)
+        print(f"picture: {picture}", file=sys.stderr)
+
+
 def main() -> int:
     """Entry point of `python -m data_prep`."""
     try:
         code = tyro.extras.subcommand_cli_from_dict(
-            {"shard": shard, "verify": verify, "index": index},
+            {"shard": shard, "verify": verify, "stats": stats, "index": index},
             prog="python -m data_prep",
             description="Images in any form to shards that can be streamed, and checks on them.",
         )

@@ -4,6 +4,7 @@ Each takes one function and its tasks, one task a shard, and yields results as t
 task does nothing if its shard is finished already, so any of them may be done again.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+_RAY_RETRIES = 5
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -66,6 +69,53 @@ def process_pool(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> It
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def ray_cluster(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
+    """The same on a Ray cluster: one task a shard, done again elsewhere when its node dies.
+
+    Joins the cluster that RAY_ADDRESS names or that runs on this machine, or starts one here. Every
+    node needs this package, and sees the source and (unless it is object storage) the destination
+    under the same path.
+
+    Args:
+        work: a function of a module.
+        tasks: taken a few ahead of the workers.
+        workers: tasks at a time; 0 = all CPUs of the cluster.
+
+    Raises:
+        ValueError: Ray is not installed, or a shard's node died more often than is tried.
+        Exception: what `work` raised.
+    """
+    try:
+        ray: Any = importlib.import_module("ray")
+    except ImportError:
+        raise ValueError("--engine ray needs Ray: pip install 'mocov3-ds[ray]'.") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    remote = ray.remote(num_cpus=1, max_retries=_RAY_RETRIES)(work)
+    ahead = 2 * (workers or round(ray.cluster_resources().get("CPU", 1)))
+    pending: list[Any] = []
+    try:
+        for task in tasks:
+            pending.append(remote.remote(task))
+            if len(pending) >= ahead:
+                done, pending = ray.wait(pending)
+                yield from ray.get(done)
+        while pending:
+            done, pending = ray.wait(pending)
+            yield from ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        first = f"{error}".partition("\n")[0]
+        raise ValueError(
+            f"the Ray cluster lost a shard {_RAY_RETRIES + 1} times ({first}); the same command "
+            "goes on where this one ends."
+        ) from None
+    finally:
+        for left in pending:
+            ray.cancel(left)
 
 
 def _start_worker() -> None:

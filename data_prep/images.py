@@ -1,4 +1,4 @@
-"""What is done to an image on its way into a shard: checked, and shrunk where that is asked for."""
+"""What an image is, and what is done to it on its way into a shard: checked, maybe shrunk."""
 
 import io
 from typing import Literal
@@ -8,6 +8,24 @@ from PIL import Image, ImageFile
 from mocov3_ds.data import decode
 
 Check = Literal["header", "decode"]
+
+SUFFIXES = {
+    "jpg": "jpg",
+    "jpeg": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "bmp": "bmp",
+    "gif": "gif",
+    "tif": "tif",
+    "tiff": "tif",
+    "ppm": "ppm",
+    "pgm": "ppm",
+    "pnm": "ppm",
+}
+"""Name endings (lower case) that make a file an image, and the member ending each gets."""
+
+MAX_BYTES = 1 << 30
+"""Largest image that is read, bytes."""
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 

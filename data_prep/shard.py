@@ -178,6 +178,12 @@ def shard(
                 progress.update(len(receipt.rows) + len(receipt.rejects), receipt.shard.bytes)
             seconds = progress.seconds
         done = [receipts[name] for name in sorted(receipts)]
+        unseen = [r.shard.name for r in done if len(r.rows) and not _is_there(url, r.shard)]
+        if unseen:
+            raise ValueError(
+                f"{unseen[0]} was made and is not in {url}: on several machines the destination "
+                "must be object storage or a file system that all of them share."
+            )
         rejects = tuple(reject for receipt in done for reject in receipt.rejects)
         if not any(len(receipt.rows) for receipt in done):
             raise ValueError(
@@ -294,8 +300,10 @@ def write_shard(task: Task) -> Receipt:
     with storage.open_write(url) as out, contextlib.ExitStack() as opened:
         files: dict[str, int] = {}
         for item in task.items:
-            data = _read(item, files, opened)
             try:
+                if item.size > images.MAX_BYTES:
+                    raise UnreadableImage(f"{item.size} bytes, at most {images.MAX_BYTES} are read")
+                data = _read(item, files, opened)
                 data, suffix, height, width = _prepared(item, data, task.options)
             except UnreadableImage as error:
                 rejects.append(Reject(item.name, str(error)))
@@ -403,6 +411,13 @@ def _is_whole(url: str, shard: Shard) -> bool:
     except FileNotFoundError:
         return False
     return digest.hexdigest() == shard.sha256
+
+
+def _is_there(url: str, shard: Shard) -> bool:
+    try:
+        return storage.size(storage.join(url, shard.name)) == shard.bytes
+    except FileNotFoundError:
+        return False
 
 
 def _claim(url: str, made: Mapping[str, Any]) -> None:

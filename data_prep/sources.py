@@ -3,6 +3,7 @@
     folder of class folders     labels by sorted folder name, as torchvision's ImageFolder
     ILSVRC2012_img_train.tar    a tar of one tar a class: only headers are read, nothing is unpacked
     another tar, or several     webdataset samples (KEY.jpg, KEY.cls or KEY.json), or class folders
+    compressed tar, parquet     by way of a scratch file (`scratch`)
 
 Names, labels and order come out the same whichever form the images have, so the shards do too.
 Classes may also be given by a file: one name a line (`classes`), or one label an image (`labels`).
@@ -23,27 +24,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import tar
-
-SUFFIXES = {
-    "jpg": "jpg",
-    "jpeg": "jpg",
-    "png": "png",
-    "webp": "webp",
-    "bmp": "bmp",
-    "gif": "gif",
-    "tif": "tif",
-    "tiff": "tif",
-    "ppm": "ppm",
-    "pgm": "ppm",
-    "pnm": "ppm",
-}
-"""Name endings (lower case) that make a file an image, and the member ending each gets."""
-
-MAX_BYTES = 1 << 30
-"""Largest image that is read, bytes."""
+from data_prep import scratch, tar
+from data_prep.images import SUFFIXES
+from mocov3_ds.data import manifest
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+_SYNSET = re.compile(r"n\d{8}")
 _LONGEST_KEY = 90  # with the ending it must fit in a ustar name
 
 
@@ -161,14 +147,16 @@ def open_source(
     under: str = "",
     classes: Path | None = None,
     labels: Path | None = None,
+    scratch_folder: Path | None = None,
 ) -> Listing:
     """List the images of a source without reading them.
 
     Args:
-        source: folder of class folders, a tar, or a folder of tars.
+        source: folder of class folders, a tar or parquet file, or a folder of such files.
         under: only what lies in this folder of the source.
         classes: file with one class name a line, which numbers the classes; None = sorted names.
-        labels: file with the label of each image; see `read_labels`.
+        labels: file with the label of each image; see `_apply_labels`.
+        scratch_folder: where compressed tars and parquet files are copied to; None = refuse them.
 
     Raises:
         ValueError: there is nothing there, it is not a source, or names and labels do not fit.
@@ -182,14 +170,17 @@ def open_source(
     if not path.exists():
         raise ValueError(f"there is no {source}; the source is a folder of class folders or a tar.")
     under = under.strip("/")
-    found, files, root = _Found(), [], ""
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(item for item in path.iterdir() if item.suffix == ".tar")
+    found, root = _Found(), ""
+    names = [] if classes is None else read_names(classes)
+    files = _archives(path)
     if files:
-        for number, file in enumerate(files):
-            _list_tar(found, file, number, prefix=f"{file.stem}/" if len(files) > 1 else "")
+        if not names:
+            names = _names_beside(files, path)
+        several = len(files) > 1
+        files = [
+            _list_archive(found, file, number, scratch_folder, several=several)
+            for number, file in enumerate(files)
+        ]
     else:
         root = str(path / under)
         if not (path / under).is_dir():
@@ -198,10 +189,62 @@ def open_source(
     if under and files:
         found = _below(found, under + "/")
     _refuse_odd(found, source, under)
-    names = [] if classes is None else read_names(classes)
     if labels is not None:
         names = _apply_labels(found, labels, names)
     return _sorted(found, [str(file) for file in files], root, names, source)
+
+
+def _archives(path: Path) -> list[Path]:
+    """The tars or parquet files that a source is made of; [] = a folder of images."""
+
+    def is_archive(file: Path) -> bool:
+        return file.suffix in (".tar", ".parquet") or scratch.is_compressed_tar(file)
+
+    if path.is_file():
+        if not is_archive(path):
+            raise ValueError(
+                f"{path} is neither a tar (.tar, .tar.gz, ...) nor a parquet file, nor a folder."
+            )
+        return [path]
+    inside = sorted(path.iterdir())
+    files = [file for file in inside if file.is_file() and is_archive(file)]
+    # a set of ours has a folder of receipts
+    beside = [file for file in inside if file.is_dir() and file.name != "receipts"]
+    beside += [file for file in inside if _is_image(file.name)]
+    if files and beside:
+        raise ValueError(
+            f"{path} holds archives ({files[0].name}) beside images or folders ({beside[0].name}); "
+            "shard each by itself."
+        )
+    return files
+
+
+def _names_beside(files: Sequence[Path], path: Path) -> list[str]:
+    """Class names from the manifest beside tars, or from inside a parquet file; [] = none."""
+    if files[0].suffix == ".parquet":
+        return scratch.class_names(files[0])
+    if path.is_dir() and (path / manifest.NAME).exists():
+        return list(manifest.load(str(path)).classes)
+    return []
+
+
+def _list_archive(
+    found: _Found, file: Path, number: int, folder: Path | None, *, several: bool
+) -> Path:
+    """List one archive; returns the file that holds the bytes."""
+    if file.suffix == ".tar":
+        _list_tar(found, file, number, prefix=f"{file.stem}/" if several else "")
+        return file
+    if folder is None:
+        raise ValueError(f"{file} needs a scratch folder to be read.")
+    if file.suffix == ".parquet":
+        plain, rows = scratch.copied_from_parquet(file, folder)
+        for row in rows:
+            found.add(row.name, number, row.offset, row.size, row.label)
+        return plain
+    plain = scratch.decompressed(file, folder)
+    _list_tar(found, plain, number, prefix=f"{plain.stem}/" if several else "")
+    return plain
 
 
 def read_names(path: Path) -> list[str]:
@@ -359,13 +402,10 @@ def _list_tar(found: _Found, path: Path, number: int, prefix: str) -> None:
                 if not _is_image(member.name) or _hidden(member.name):
                     found.left_out.append(prefix + member.name)
                     continue
-                found.add(
-                    prefix + member.name,
-                    number,
-                    member.offset,
-                    member.size,
-                    _folder_class(member.name),
-                )
+                label = _folder_class(member.name)
+                if label is None and _SYNSET.fullmatch(path.stem):
+                    label = path.stem  # the archive of one class, taken out of the large one
+                found.add(prefix + member.name, number, member.offset, member.size, label)
 
 
 def _list_nested(
@@ -498,7 +538,10 @@ def _sorted(
 ) -> Listing:
     """Number the classes, give each image its key, and sort by name."""
     numbers, names = number_labels(found.label, classes, source, found.names)
-    order = sorted(range(len(found.names)), key=lambda row: (found.names[row], found.offset[row]))
+    order = sorted(
+        range(len(found.names)),
+        key=lambda row: (found.names[row], found.file[row], found.offset[row]),
+    )
     rows = np.array(order, dtype=np.int64)
     sorted_names = [found.names[row] for row in order]
     return Listing(

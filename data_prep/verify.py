@@ -122,7 +122,7 @@ def scan(name: str, *, url: str, decode_all: bool) -> Scan:
         for member in tar.members(stream, where, size):
             members.append(member)
             suffix = member.name.rpartition(".")[2].lower()
-            if suffix in sources.SUFFIXES and member.size <= sources.MAX_BYTES:
+            if suffix in images.SUFFIXES and member.size <= images.MAX_BYTES:
                 facts[member.offset] = _image_facts(stream.read(member.size), decode_all)
             elif suffix in ("cls", "json") and member.size <= sources.LONGEST_JSON:
                 labels[member.offset] = stream.read(member.size)

@@ -1,0 +1,47 @@
+"""Shard on a Ray cluster of three nodes on this machine, and kill one halfway; run as a program.
+
+python -m tests.data_prep.on_ray TREE OUT
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from data_prep import engines
+from data_prep.shard import Options, shard
+from data_prep.sources import open_source
+
+
+def main() -> None:
+    tree, out = sys.argv[1], Path(sys.argv[2])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    killed_at: list[int] = []
+
+    def kill_halfway() -> None:
+        while (done := len([*out.glob("receipts/*.json")])) < 8:
+            time.sleep(0.01)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        killed_at.append(done)
+
+    killer = threading.Thread(target=kill_halfway, daemon=True)
+    killer.start()
+    options = Options(shard_size="5", resize=48)
+    listing = open_source(tree)
+    summary = shard(listing, str(out), options, workers=0, engine=engines.ray_cluster, quiet=True)
+    killer.join(timeout=30)
+    alive = sum(node["Alive"] for node in ray.nodes())
+    ray.shutdown()
+    cluster.shutdown()
+    print(json.dumps({"killed_at": killed_at, "alive": alive, "samples": summary.manifest.samples}))
+
+
+if __name__ == "__main__":
+    main()

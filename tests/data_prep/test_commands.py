@@ -1,0 +1,127 @@
+"""The command line as a user meets it: real processes, exit codes, one sentence a mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from data_prep import commands
+from data_prep.shard import Options, shard
+from data_prep.sources import open_source
+from data_prep.stats import draw, stats_of
+from mocov3_ds.data import manifest
+from tests.data_prep import forms
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return forms.write_tree(tmp_path / "tree", forms.imagenet(6))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; returns exit code, standard output and error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["data_prep", *map(str, arguments)])
+        code = commands.main()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_from_images_to_a_checked_set(tree, tmp_path):
+    """As the README shows it, with worker processes."""
+
+    def command(*arguments):
+        line = [sys.executable, "-m", "data_prep", *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+    (tree / "n01440764" / "bad.jpg").write_bytes(b"x")
+    (tree / "n01440764" / "notes.txt").write_text("x")
+    made = command("shard", "tree", "sets", "--split", "train", "--shard-size", 5, "--workers", 2)
+    assert made.returncode == 0, made.stderr
+    for words in (
+        "sets/train: 18 samples of 3 classes in 4 shards",
+        "1 images rejected (all in rejects.jsonl): 1 x not an image",
+        "1 files are not images by their names and were left out, e.g. n01440764/notes.txt",
+        "images/s",
+        "verify sets/train",
+    ):
+        assert words in made.stdout
+    assert (tmp_path / "sets" / "train" / "train-000003.tar").exists()
+    checked = command("verify", "sets/train", "--workers", 2)
+    assert checked.returncode == 0 and checked.stdout.endswith("sound\n")
+
+
+def test_verify_fails_on_damage_and_speaks_json(run, tree, tmp_path):
+    assert run("shard", tree, tmp_path / "o", "--workers", 1)[0] == 0
+    path = tmp_path / "o" / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1024])
+    code, out, _ = run("verify", tmp_path / "o", "--workers", 1)
+    assert code == 1 and "cut short" in out and "NOT sound: 3 problems" in out
+    code, out, _ = run("verify", tmp_path / "o", "--json", "--no-decode", "--workers", 1)
+    assert code == 1 and json.loads(out)["sound"] is False
+
+
+def test_index_and_stats(run, tmp_path):
+    forms.write_tar(tmp_path / "w" / "0.tar", {"a.jpg": forms.picture(0), "a.cls": b"1"})
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    code, out, _ = run("index", tmp_path / "w", "--classes", tmp_path / "names.txt", "--workers", 1)
+    assert code == 0 and "1 samples in 1 shards, manifest written" in out
+    assert manifest.load(str(tmp_path / "w")).classes == ("cat", "dog")
+    code, out, err = run("stats", tmp_path / "w", "--picture", tmp_path / "p.png")
+    assert code == 0 and "2 classes: 0 (cat) to 1 (dog) samples each" in out and "p.png" in err
+    tree = json.loads(run("stats", tmp_path / "w", "--json")[1])
+    assert tree["classes"] == {"cat": 0, "dog": 1} and tree["shorter_side"] == [24] * 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("shard", "nowhere", "out"), "there is no nowhere;"),
+        (("shard", "tree", "out", "--shard-size", "big"), "--shard-size 'big' is neither"),
+        (("shard", "tree", "out", "--under", "val"), "there is no folder val"),
+        (("verify", "tree"), "holds no manifest.json"),
+        (("stats", "tree"), "holds no manifest.json"),
+        (("index", "tree"), "holds no file that ends in .tar"),
+        (("shard", "tree", "/proc/nothing/here"), "/proc/nothing"),
+        (("shard", "tree", "out", "--scratch", "absent"), "absent"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(
+    run, tree, tmp_path, monkeypatch, arguments, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("data_prep: error: ") and sentence in err and err.count("\n") == 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_help_teaches(run, capsys):
+    for words, arguments in (
+        (("shard", "verify", "stats", "index"), ("--help",)),
+        (("ILSVRC2012_img_train.tar", "goes on", "256MB", "rejects.jsonl"), ("shard", "--help")),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run(*arguments)
+        said = capsys.readouterr().out
+        assert end.value.code == 0 and all(word in said for word in words)
+
+
+def test_a_picture_of_many_classes(tmp_path):
+    names = {f"{n:04d}/{n}.png": forms.picture(n, size=4, form="PNG") for n in range(900)}
+    listing = open_source(str(forms.write_tree(tmp_path / "t", names)))
+    shard(listing, str(tmp_path / "o"), Options(), workers=1, quiet=True)
+    stats = stats_of(str(tmp_path / "o"))
+    draw(stats, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size == (1440, 240)
+        colours = picture.convert("RGB").getcolors(1 << 20)
+    bars = sum(count for count, colour in colours if colour == (70, 110, 160))
+    assert bars > 400 * 150, "900 equal classes fill their panel"
+    assert "900 classes" in str(stats) and stats.as_json()["samples"] == 900

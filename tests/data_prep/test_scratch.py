@@ -1,0 +1,143 @@
+"""Compressed tars and parquet files give the same source as the tree they were made of."""
+
+import bz2
+import gzip
+import json
+import lzma
+import sys
+
+import numpy as np
+import pytest
+
+from data_prep.shard import Options, shard
+from data_prep.sources import open_source
+from mocov3_ds.data import manifest
+from tests.data_prep import forms
+
+IMAGES = forms.imagenet(4)
+
+
+def sharded(source, out, **options):
+    scratch = out.parent / f"{out.name}-scratch"
+    scratch.mkdir()
+    listing = open_source(str(source), scratch_folder=scratch, **options)
+    return shard(listing, str(out), Options(shard_size="5"), workers=1, quiet=True).manifest
+
+
+@pytest.fixture
+def wanted(tmp_path):
+    return sharded(forms.write_tree(tmp_path / "tree", IMAGES), tmp_path / "wanted")
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"),
+    [
+        (".tar.gz", gzip.compress),
+        (".tgz", gzip.compress),
+        (".tar.bz2", bz2.compress),
+        (".tar.xz", lzma.compress),
+    ],
+)
+def test_compressed_tars(tmp_path, wanted, ending, compress):
+    path = tmp_path / f"images{ending}"
+    path.write_bytes(compress(forms.tar_bytes({f"train/{n}": d for n, d in IMAGES.items()})))
+    made = sharded(path, tmp_path / "out", under="train")
+    assert made.digest == wanted.digest and made.classes == wanted.classes
+
+
+def test_damaged_compressed_tars_are_refused(tmp_path):
+    whole = gzip.compress(forms.tar_bytes(IMAGES))
+    path = tmp_path / "x.tar.gz"
+    for data in (whole[:-100], b"no gzip at all" * 9, whole[:200] + b"xxxx" + whole[204:]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"x.tar.gz cannot be unpacked to"):
+            open_source(str(path), scratch_folder=tmp_path)
+    with pytest.raises(ValueError, match="needs a scratch folder"):
+        open_source(str(path))
+
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def write_parquet(path, images, *, names=forms.CLASSES, paths=True):
+    """As Hugging Face writes image sets: a struct column, integer labels, names in the metadata."""
+    rows = [
+        {"bytes": data, "path": name.rpartition("/")[2] if paths else None}
+        for name, data in images.items()
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    labels = [forms.CLASSES.index(name[:9]) for name in images]
+    table = pa.table({"image": pa.array(rows, kind), "label": labels})
+    if names:
+        feature = {"names": list(names), "_type": "ClassLabel"}
+        info = {"info": {"features": {"image": {"_type": "Image"}, "label": feature}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table, path, row_group_size=3)
+    return path
+
+
+def test_parquet_files_keep_bytes_labels_and_class_names(tmp_path, wanted):
+    images = [*IMAGES.items()]
+    write_parquet(tmp_path / "hf" / "train-0.parquet", dict(images[:7]))
+    write_parquet(tmp_path / "hf" / "train-1.parquet", dict(images[7:]))
+    made = sharded(tmp_path / "hf", tmp_path / "out")
+    assert made.digest == wanted.digest and made.classes == forms.CLASSES
+    named = write_parquet(tmp_path / "one.parquet", dict(images), names=("tench", "fish", "dog, x"))
+    assert sharded(named, tmp_path / "named").classes == ("tench", "fish", "dog, x")
+
+
+def test_parquet_rows_without_names_or_bytes(tmp_path):
+    images = {"n01440764": forms.picture(1), "n01443537": forms.picture(2, form="PNG")}
+    path = write_parquet(tmp_path / "p.parquet", images | {"n02102040": None}, paths=False)
+    listing = open_source(str(path), scratch_folder=tmp_path)
+    assert listing.names == ["p-0000000.jpg", "p-0000001.png", "p-0000002.jpg"]
+    made = sharded(path, tmp_path / "out")
+    assert sorted(made.index_N["label"].tolist()) == [0, 1]
+    assert json.loads((tmp_path / "out" / "rejects.jsonl").read_text())["reason"] == "empty file"
+
+
+def test_plain_binary_columns_and_other_label_names(tmp_path):
+    table = pa.table({"id": [1, 2], "jpg": [forms.picture(1), forms.picture(2)], "cls": ["b", "a"]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    listing = open_source(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
+    assert listing.classes == ("a", "b") and listing.label_N.tolist() == [1, 0]
+    assert np.all(listing.size_N > 0)
+
+
+def test_parquet_files_that_hold_no_images_are_refused(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": ["x"], "label": [1]}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="no column of image bytes among text, label"):
+        open_source(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match=r"p.parquet is not a parquet file"):
+        open_source(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"needs pyarrow to be read: pip install"):
+        open_source(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
+
+
+def test_our_own_set_is_a_source_with_its_class_names(tmp_path, wanted):
+    again = sharded(tmp_path / "wanted", tmp_path / "again")
+    assert again.classes == wanted.classes and again.samples == wanted.samples
+    assert sorted(again.index_N["crc32"]) == sorted(wanted.index_N["crc32"])
+    assert manifest.load(str(tmp_path / "again")).labelled
+
+
+def test_the_archives_of_single_classes_are_named_by_their_class(tmp_path, wanted):
+    for name, data in forms.nested(IMAGES).items():
+        (tmp_path / "classes").mkdir(exist_ok=True)
+        (tmp_path / "classes" / name).write_bytes(data)
+    made = sharded(tmp_path / "classes", tmp_path / "out")
+    assert made.digest == wanted.digest and made.classes == wanted.classes
+
+
+def test_mixed_folders_and_other_files_are_refused(tmp_path):
+    forms.write_tar(tmp_path / "a" / "0.tar", IMAGES)
+    (tmp_path / "a" / "cats").mkdir()
+    with pytest.raises(ValueError, match=r"holds archives \(0.tar\) beside images or folders"):
+        open_source(str(tmp_path / "a"))
+    (tmp_path / "x.zip").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"x.zip is neither a tar"):
+        open_source(str(tmp_path / "x.zip"))
