@@ -37,7 +37,10 @@ def main() -> None:
     listing = open_source(tree)
     summary = shard(listing, str(out), options, workers=0, engine=engines.ray_cluster, quiet=True)
     killer.join(timeout=30)
-    alive = sum(node["Alive"] for node in ray.nodes())
+    deadline = time.monotonic() + 90  # the cluster takes its time to declare a node dead
+    while (alive := sum(node["Alive"] for node in ray.nodes())) == 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     ray.shutdown()
     cluster.shutdown()
     print(json.dumps({"killed_at": killed_at, "alive": alive, "samples": summary.manifest.samples}))
