@@ -136,3 +136,23 @@ def test_started_as_a_user_does(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert f"finetune: error: there is no {tmp_path / 'nothing'}." in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_ranks(tmp_path: Path) -> None:
+    train, val = make_splits(tmp_path)
+    run = make_run(tmp_path / "run", train=train, val=val)
+    options = ["--epochs", "2", "--batch", "16", "--workers", "0"]
+    alone = linear.linear(linear.LinearConfig(run=run, epochs=2, batch=16, workers=0))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    out = ["--out", str(tmp_path / "two")]
+    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by this process
+    environment = {n: v for n, v in os.environ.items() if n not in joined}
+    subprocess.run(
+        [*launch, "-m", "mocov3_ds.evaluation.linear", str(run), *options, *out],
+        check=True,
+        timeout=300,
+        env=environment,
+    )
+    entry = json.loads((tmp_path / "two/results.json").read_text())["linear base"]
+    assert entry == alone

@@ -8,6 +8,8 @@ mixup or cutmix, label smoothing, random erasing, repeated augmentation. Augment
 decay and the averaged weights are timm's. DeiT averages weights too but reports those it trains, so
 `--ema` is 0 here; layer-wise decay is no part of the recipe either and starts at 1.
 
+The state file `finetune-base.safetensors` is read by `mocov3 export` like any other weights.
+
 Shape suffixes: B = images of a rank, C H W = image, K = classes.
 """
 
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -477,9 +479,10 @@ def _save(tuning: _Tuning, path: Path, settings: Mapping[str, Any]) -> None:
     steps = 0
     for name, parameter in tuning.vit.named_parameters():
         steps = int(state[parameter]["step"])
-        tensors |= {f"{key}.{name}": state[parameter][key].cpu() for key in _MOMENTS}
-    scaler = tuning.accelerator.scaler
+        tensors |= {f"{key}/{name}": state[parameter][key].cpu() for key in _MOMENTS}
+    scaler, blocks = tuning.accelerator.scaler, cast(Any, tuning.vit.blocks)
     told = {
+        "num_heads": str(blocks[0].attn.num_heads),
         "epochs_done": str(tuning.epochs_done),
         "optimizer_steps": str(steps),
         "best": repr(tuning.best),
@@ -521,7 +524,7 @@ def _resume(tuning: _Tuning, path: Path, settings: Mapping[str, Any]) -> None:
         )
     adamw = _adamw(tuning)
     for name, parameter in tuning.vit.named_parameters():
-        moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in _MOMENTS}
+        moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in _MOMENTS}
         adamw.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
     if tuning.accelerator.scaler is not None and scale:
         tuning.accelerator.scaler.load_state_dict(scale)

@@ -26,7 +26,7 @@ from mocov3_ds.evaluation.finetune import (
     training_transform,
 )
 from mocov3_ds.evaluation.samples import seed_all
-from tests.evaluation.runs import make_run, make_splits
+from tests.evaluation.runs import HEADS, make_run, make_splits
 
 PLAIN: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "label_smoothing": 0.0}
 
@@ -168,6 +168,17 @@ def test_it_learns_and_is_recorded(tmp_path: Path) -> None:
     assert (found["top1"], found["epochs"], found["val_images"]) == (entry["top1"], 25, 37)
 
 
+def test_the_state_is_an_encoder_too(tmp_path: Path) -> None:
+    run = prepare(tmp_path)
+    finetune(settings(tmp_path, epochs=1, ema=0.9))
+    file = run / "finetune-base.safetensors"
+    state = load_file(file)
+    for which, kind in (("base", "model"), ("momentum", "ema")):
+        encoder = load_encoder(file, which)  # type: ignore[arg-type]
+        assert encoder.blocks[0].attn.num_heads == HEADS
+        assert torch.equal(encoder.norm.weight, state[f"{kind}.norm.weight"])
+
+
 def test_resumed_bits_are_those_of_an_unbroken_run(tmp_path: Path) -> None:
     prepare(tmp_path)
     options: dict[str, Any] = {"ema": 0.9, "drop_path": 0.2}
@@ -177,7 +188,9 @@ def test_resumed_bits_are_those_of_an_unbroken_run(tmp_path: Path) -> None:
     assert not (tmp_path / "b/results.json").exists()
     entry = finetune(settings(tmp_path, out=tmp_path / "b", workers=1, **options))
     a, b = (load_file(tmp_path / f / "finetune-base.safetensors") for f in "ab")
-    assert {n.split(".")[0] for n in a} == {"model", "ema", "exp_avg", "exp_avg_sq"}
+    assert {n.replace("/", ".").split(".")[0] for n in a} == {
+        *("model", "ema", "exp_avg", "exp_avg_sq")
+    }
     for name in a:
         assert torch.equal(a[name], b[name]), name
     assert entry["top1"] == whole["top1"]
