@@ -20,6 +20,7 @@ class Server:
 
     def __init__(self) -> None:
         self.port = free_port()
+        self._env: dict[str, str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -31,7 +32,7 @@ class Server:
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            self.command(), env=self._env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
