@@ -1,7 +1,9 @@
 """Partitions of real engines seen as segments: exact cover, padding, and what is refused."""
 
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mocov3_ds.distributed import zero
+from mocov3_ds.distributed import ranks, zero
+from mocov3_ds.distributed.engine import engine_config, start_engine
 from mocov3_ds.optim import Lamb
+from mocov3_ds.optim.build import build_optimizer
 from tests.optim import engines, plain
 from tests.optim.engines import Case
 from tests.ranks_pool import run_ranks
 
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
 MASTERS = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 FP16_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
@@ -162,12 +167,12 @@ def check_layouts(results: list[dict[str, Any]]) -> None:
     model = plain.odd_model()
     weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for name, case in LAYOUTS.items():
-        ranks = [result[name] for result in results]
-        assert ranks[0]["wrapper"] == name.split(",")[0]
-        assert all(rank["sharded"] == [case.stage > 0] * len(rank["sharded"]) for rank in ranks)
-        assert all(rank["order"] == ranks[0]["order"] for rank in ranks), name
+        held_by = [result[name] for result in results]
+        assert held_by[0]["wrapper"] == name.split(",")[0]
+        assert all(rank["sharded"] == [case.stage > 0] * len(rank["sharded"]) for rank in held_by)
+        assert all(rank["order"] == held_by[0]["order"] for rank in held_by), name
         count = {n: torch.zeros(w.numel()) for n, w in weights.items()}
-        for rank in ranks if case.stage else ranks[:1]:
+        for rank in held_by if case.stage else held_by[:1]:
             for tensor, shape, start, values in rank["held"]:
                 assert shape == tuple(weights[tensor].shape)
                 piece = slice(start, start + len(values))
@@ -176,7 +181,7 @@ def check_layouts(results: list[dict[str, Any]]) -> None:
                 assert torch.equal(values, want), (name, tensor)
                 count[tensor][piece] += 1
         assert all((c == 1).all() for c in count.values()), name
-        assert not torch.cat([rank["padding"] for rank in ranks]).any(), name  # NaN counts as any
+        assert not torch.cat([rank["padding"] for rank in held_by]).any(), name  # NaN counts as any
 
 
 def test_each_layout_covers_each_element_once(two_ranks: list[dict[str, Any]]) -> None:
@@ -195,6 +200,32 @@ def test_each_layout_on_other_world_sizes(world_size: int) -> None:
             rank for rank, held in enumerate(cut) if any(h[0] == "wide.weight" for h in held)
         ]
         assert len(holders) > 2  # one tensor over more than two ranks
+
+
+def shipped_runs() -> dict[str, tuple[str, int]]:
+    """Kind and done steps of two with each file of ds_configs, as the trainer starts its engine."""
+    warnings.filterwarnings("ignore")  # DeepSpeed's own
+    engines.quiet()
+    done = {}
+    for path in SHIPPED:
+        config = json.loads(path.read_text())
+        if "fp16" in config:
+            config["fp16"]["initial_scale_power"] = 8  # so that no step of two is skipped
+        model = plain.odd_model()
+        optimizer = build_optimizer(config["optimizer"], model.named_parameters())
+        full = engine_config(config, global_batch=engines.BATCH, world_size=ranks.world_size())
+        engine = start_engine(model, optimizer, full)
+        engines.train(engine, engines.batches(Case(0, path.stem.split("_")[2]), 2))
+        moved = any(row["update_norm"] > 0 for row in optimizer.signals().rows().values())
+        done[path.stem] = (type(optimizer).__name__, optimizer.step_count * moved)
+        engines.stop(engine)
+    return done
+
+
+@pytest.mark.slow
+def test_each_shipped_file_trains() -> None:
+    done = run_ranks(2, shipped_runs, timeout=900)[0]
+    assert done == {p.stem: ("Lamb" if "lamb" in p.stem else "AdamW", 2) for p in SHIPPED}
 
 
 def test_a_rank_of_padding_takes_part(two_ranks: list[dict[str, Any]]) -> None:
