@@ -137,7 +137,8 @@ def open_read(
     """
     if not is_local(url):
         return cast(BinaryIO, io.BufferedReader(_Ranged(url, start, end, stop), BLOCK))
-    file = _path(url).open("rb", buffering=BLOCK)
+    wanted = BLOCK if end is None else end - start
+    file = _path(url).open("rb", buffering=min(BLOCK, max(wanted, io.DEFAULT_BUFFER_SIZE)))
     file.seek(start)
     return file
 
