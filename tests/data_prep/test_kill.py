@@ -33,11 +33,11 @@ def test_killed_at_random_moments_the_result_has_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_killed_with_and_without_its_workers(tmp_path):
-    images = {f"{n % 3}/{n}.png": forms.picture(n, size=200, form="PNG") for n in range(300)}
+    images = {f"{n % 3}/{n}.png": forms.picture(n, size=200, form="PNG") for n in range(150)}
     tree = forms.write_tree(tmp_path / "tree", images)
 
     def command(out):
-        options = ("--resize", 64, "--shard-size", 5, "--workers", 2)
+        options = ("--resize", 64, "--shard-size", 3, "--workers", 2)
         return program("data_prep", "shard", tree, out, *options)
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, timeout=120)
@@ -56,7 +56,8 @@ def test_the_command_killed_with_and_without_its_workers(tmp_path):
                 time.sleep(0.005)
             time.sleep(chance.uniform(0, 0.05))
             alone = chance.random() < 0.5
-            (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
             if process.wait() == 0:
                 break
             kills += 1
