@@ -24,6 +24,7 @@ from mocov3_ds.distributed import ranks
 from mocov3_ds.job import Job, build_job
 from mocov3_ds.monitor.report import Report, memory_gib
 from mocov3_ds.optim.schedule import encoder_momentum, learning_rate
+from mocov3_ds.preemption import Preemption
 from mocov3_ds.step import train_step
 
 
@@ -43,12 +44,18 @@ def train(run: Run) -> None:
     last = job.total_steps
     if run.config.stop_after_steps:
         last = min(last, run.config.stop_after_steps)
+    preemption = Preemption()
     try:
         while job.step < last:
             one_step(job, report, last)
-            if job.step == last or job.step % run.config.save.every_steps == 0:
+            asked = preemption.on_any_rank()
+            if asked or job.step == last or job.step % run.config.save.every_steps == 0:
                 job.save()
+            if asked:
+                report.say("asked to stop by a signal: the state is saved")
+                break
     finally:
+        preemption.close()
         report.close()
         job.stream.close()
     if ranks.is_first():
@@ -143,6 +150,8 @@ def main() -> int:
         return _end(2, str(error))
     except FloatingPointError as error:
         return _end(3, str(error))
+    except KeyboardInterrupt:
+        return _end(130, "interrupted; the same command continues from the newest checkpoint")
     return 0
 
 

@@ -203,6 +203,43 @@ def test_launchers(tmp_path: Path, shards: list[str], launcher: str, free_port: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("asks", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_with_a_checkpoint(
+    tmp_path: Path, shards: list[str], asks: signal.Signals
+) -> None:
+    command = [
+        sys.executable,
+        TRAIN,
+        *SMALL,
+        *shards,
+        "--epochs",
+        "200",
+        "--save.every_steps",
+        "9999",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    run = tmp_path / "runs/tiny"
+    deadline = time.monotonic() + 240
+    while len(rows_of(run)) < 4:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(asks)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "stopped at step" in said
+    step = rows_of(run)[-1]["step"]
+    assert (run / "checkpoints/latest").read_text().strip() == f"step-{step:08d}"
+
+
+@pytest.mark.slow
 def test_kill_9_of_two_ranks_then_the_same_command_again(
     tmp_path: Path, shards: list[str], free_port: int
 ) -> None:
