@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep import verify as prepare
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
 from mocov3_ds.data.cache import Cache
@@ -240,3 +241,27 @@ def test_five_hundred_jpegs_from_s3_on_any_ranks_and_threads(s3_server):
         ]
         assert sorted(seen) == list(range(500))
         assert torch.is_tensor(expected[0][1])
+
+
+def test_tars_that_others_wrote_stream_from_s3(s3_server, tmp_path):
+    import webdataset
+
+    names = ["plain", "other", "deep/er/" + "long" * 40, "ümlaut"]
+    with webdataset.ShardWriter(f"{tmp_path}/part-%03d.tar", maxcount=9, verbose=0) as writer:
+        for number in range(23):
+            key = f"{names[number % 4]}-{number}"
+            writer.write({"__key__": key, "jpg": picture(number), "cls": number % 7})
+    with object_store.environment(s3_server.url):
+        url = "s3://bucket/foreign"
+        for tar in sorted(tmp_path.glob("*.tar")):
+            storage.write(storage.join(url, tar.name), tar.read_bytes())
+        made = prepare.index(url, workers=1)
+        assert [shard.samples for shard in made.shards] == [9, 9, 5]
+        manifest = manifests.load(url)
+        found = run(manifest, 2, 2, global_batch=10)
+        ids = [i for batch in found for i in batch[0]]
+        assert len(ids) == len(set(ids)) == 20
+        assert manifest.index_N["label"].tolist() == [i % 7 for i in range(23)]
+        with open_stream(manifest, global_batch=23) as stream:
+            assert sorted(next(stream).ids_B.tolist()) == list(range(23))
+            assert not stream.skipped
