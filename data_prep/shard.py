@@ -308,9 +308,10 @@ def write_shard(task: Task) -> Receipt:
             except UnreadableImage as error:
                 rejects.append(Reject(item.name, str(error)))
                 continue
-            block = b"".join(_members(item, data, suffix, files))
-            whole.update(block)
-            out.write(block)
+            head, tail = _around(item, len(data), suffix, files)
+            for part in (head, data, tail):
+                whole.update(part)
+                out.write(part)
             rows[kept] = (
                 at + tar.BLOCK,
                 len(data),
@@ -321,7 +322,7 @@ def write_shard(task: Task) -> Receipt:
                 0,
             )
             kept += 1
-            at += len(block)
+            at += len(head) + len(data) + len(tail)
         whole.update(tar.END)
         out.write(tar.END)
     if not kept:
@@ -342,19 +343,16 @@ def _prepared(item: Item, data: bytes, options: Options) -> tuple[bytes, str, in
     return data, item.suffix, height, width
 
 
-def _members(item: Item, data: bytes, suffix: str, files: Mapping[str, int]) -> Iterator[bytes]:
-    yield tar.header(f"{item.key}.{suffix}", len(data))
-    yield data
-    yield tar.padding(len(data))
+def _around(item: Item, size: int, suffix: str, files: Mapping[str, int]) -> tuple[bytes, bytes]:
+    """What comes before the bytes of an image in its shard, and what after them."""
+    after = tar.padding(size)
     if item.label >= 0:
         label = b"%d" % item.label
-        yield tar.header(f"{item.key}.cls", len(label))
-        yield label.ljust(tar.BLOCK, b"\0")
+        after += tar.header(f"{item.key}.cls", len(label)) + label + tar.padding(len(label))
     if item.json_size:
         beside = os.pread(files[item.path], item.json_size, item.json_offset)
-        yield tar.header(f"{item.key}.json", len(beside))
-        yield beside
-        yield tar.padding(len(beside))
+        after += tar.header(f"{item.key}.json", len(beside)) + beside + tar.padding(len(beside))
+    return tar.header(f"{item.key}.{suffix}", size), after
 
 
 def _read(item: Item, files: dict[str, int], opened: contextlib.ExitStack) -> bytes:

@@ -206,12 +206,18 @@ def _archives(path: Path) -> list[Path]:
                 f"{path} is neither a tar (.tar, .tar.gz, ...) nor a parquet file, nor a folder."
             )
         return [path]
-    inside = sorted(path.iterdir())
-    files = [file for file in inside if file.is_file() and is_archive(file)]
+    with os.scandir(path) as inside:
+        entries = list(inside)
+    files = sorted(
+        Path(entry.path) for entry in entries if is_archive(Path(entry.name)) and entry.is_file()
+    )
     # a set of ours has a folder of receipts
-    beside = [file for file in inside if file.is_dir() and file.name != "receipts"]
-    beside += [file for file in inside if _is_image(file.name)]
-    if files and beside:
+    beside = [
+        entry
+        for entry in entries
+        if files and (_is_image(entry.name) or (entry.is_dir() and entry.name != "receipts"))
+    ]
+    if beside:
         raise ValueError(
             f"{path} holds archives ({files[0].name}) beside images or folders ({beside[0].name}); "
             "shard each by itself."
@@ -332,20 +338,20 @@ def _stem(name: str) -> str:
 def _list_tree(found: _Found, root: Path) -> None:
     """Walk a folder; linked folders are followed as `ImageFolder` does, once each."""
     seen: set[tuple[int, int]] = set()
-    waiting = [""]
+    waiting = [""]  # below the root, each with a slash at the end
     while waiting:
         folder = waiting.pop()
-        status = (root / folder).stat()
+        status = os.stat(f"{root}/{folder}")  # noqa: PTH116 - Path costs as much as the call
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(root / folder) as entries:
+        with os.scandir(f"{root}/{folder}") as entries:
             for entry in entries:
-                name = f"{folder}/{entry.name}" if folder else entry.name
+                name = folder + entry.name
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    waiting.append(name)
+                    waiting.append(f"{name}/")
                 elif not _is_image(entry.name):
                     found.left_out.append(name)
                 elif not entry.is_file():

@@ -49,7 +49,10 @@ class Member:
 
 _MODE = b"0000644\0" + b"0000000\0" * 2
 _TAIL = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2
-_FIXED_SUM = sum(_MODE) + sum(b"00000000000\0") + 8 * ord(" ") + sum(_TAIL)
+_TIME = b"00000000000\0"
+_FIXED_SUM = sum(_MODE) + sum(_TIME) + 8 * ord(" ") + sum(_TAIL)
+_FORM = b"%b%b" + _MODE + b"%b\0" + _TIME + b"%06o\0 " + _TAIL.ljust(BLOCK - 156, b"\0")
+_ZEROS = bytes(100)
 
 
 def header(name: str, size: int) -> bytes:
@@ -67,10 +70,9 @@ def header(name: str, size: int) -> bytes:
         raise ValueError(f"member name {name!r} has {len(encoded)} bytes, a header holds 1 to 100.")
     if not 0 <= size < 8 << 30:
         raise ValueError(f"member {name} has {size} bytes, a ustar header holds less than 8 GiB.")
-    octal = b"%011o\0" % size
+    octal = b"%011o" % size
     checksum = _FIXED_SUM + sum(encoded) + sum(octal)
-    start = b"%b%b%b00000000000\0%06o\0 " % (encoded.ljust(100, b"\0"), _MODE, octal, checksum)
-    return (start + _TAIL).ljust(BLOCK, b"\0")
+    return _FORM % (encoded, _ZEROS[len(encoded) :], octal, checksum)
 
 
 def padding(size: int) -> bytes:

@@ -116,13 +116,13 @@ def _print(
 
 
 def _copied(listing: Listing, root: Path, count: int) -> Path:
-    """A tree of class folders with so many images of the source."""
+    """A tree of ten class folders with so many images of the source."""
     for place in range(count):
         (item,) = listing.items(np.array([place % len(listing)]))
         with Path(item.path).open("rb") as file:
             file.seek(item.offset)
             data = file.read(item.size)
-        label = f"{max(item.label, 0):05d}"
+        label = f"{place * 10 // count:05d}"
         (root / label).mkdir(parents=True, exist_ok=True)
         (root / label / f"{label}_{place}.{item.suffix}").write_bytes(data)
     return root
