@@ -76,6 +76,51 @@ def test_strongly_shrunk_boxes_give_pillows_pixels():
         np.testing.assert_array_equal(got, pillow_crops(data, boxes, size=size))
 
 
+@pytest.fixture
+def own_huffman():
+    """Turns our Huffman decoder on and off; the number of scans it has decoded comes back."""
+    yield native.library().mocov3_hook
+    native.library().mocov3_hook(True)
+
+
+PLAIN_SCANS = {
+    "4:2:0": {"subsampling": 2},
+    "4:2:2": {"subsampling": 1, "quality": 99},
+    "4:4:4": {"subsampling": 0, "quality": 97},
+    "coarse": {"quality": 3},
+    "own tables": {"optimize": True, "quality": 50},
+    "restarts": {"restart_marker_blocks": 2},
+    "restart rows": {"restart_marker_rows": 1, "subsampling": 1},
+}
+
+
+@pytest.mark.skipif(
+    sys.maxsize < 2**33 or Image.core.jpeglib_version != "6.2", reason="another ABI than 62"
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("kind", PLAIN_SCANS)
+def test_our_huffman_decoder_gives_the_librarys_pixels(mode, kind, own_huffman):
+    rng = np.random.default_rng(5)
+    for seed in range(6):
+        image = picture(int(rng.integers(20, 250)), int(rng.integers(20, 250)), seed).convert(mode)
+        data = stored(image, **PLAIN_SCANS[kind])
+        boxes = [(0, 0, image.height, image.width), (9, 11, image.height - 12, image.width - 13)]
+        before = own_huffman(False)
+        plain = native_crops(data, boxes, size=40)
+        assert own_huffman(True) == before
+        assert plain[0] == native.READ
+        ours = native_crops(data, boxes, size=40)
+        assert own_huffman(True) == before + 1
+        assert ours[0] == native.READ
+        np.testing.assert_array_equal(ours[1], plain[1])
+
+
+def test_other_scans_are_left_to_the_library(own_huffman):
+    before = own_huffman(True)
+    assert native_crops(stored(picture(), progressive=True), [(0, 0, 9, 9)] * 2)[0] == native.READ
+    assert own_huffman(True) == before
+
+
 @pytest.mark.parametrize(
     "box", [(-1, 0, 9, 9), (0, -1, 9, 9), (90, 0, 9, 9), (0, 125, 9, 9), (0, 0, 0, 9), (0, 0, 9, 0)]
 )
@@ -205,6 +250,9 @@ def test_our_declarations_agree_with_libjpegs_headers(tmp_path):
         for ours, theirs in names.items()
     ]
     checks += [
+        "static_assert(JPEG_LIB_VERSION != jpeg::HOOKED_VERSION || sizeof(void*) != 8 || "
+        "(offsetof(jpeg_decompress_struct, entropy) == jpeg::ENTROPY_OFFSET && "
+        "sizeof(jpeg_decompress_struct) == jpeg::HOOKED_SIZE));",
         "static_assert(offsetof(jpeg::ErrorManager, parameters) == "
         "offsetof(jpeg_error_mgr, msg_parm));",
         "static_assert(sizeof(jpeg::ErrorManager) >= sizeof(jpeg_error_mgr));",

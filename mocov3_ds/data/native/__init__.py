@@ -70,9 +70,11 @@ def library() -> ctypes.CDLL:
     tried = _libjpegs()
     for libjpeg in tried:
         if loaded.mocov3_open_library(libjpeg.encode(), _pillow_weighs_tall_rows_first()):
-            difference = _difference_from_pillow(loaded)
-            if difference == 0:
-                return loaded
+            for own_huffman in (True, False):
+                loaded.mocov3_hook(own_huffman)
+                difference = _difference_from_pillow(loaded)
+                if difference == 0:
+                    return loaded
             raise RuntimeError(
                 f"decoding with {libjpeg} differs from Pillow by up to {difference} of 255"
             )
@@ -235,6 +237,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     image = (c_char_p, c_int64, c_int64)
     spec_and_key = (POINTER(Spec), c_uint64, c_uint64, c_uint64)
     loaded.mocov3_open_library.argtypes = (c_char_p, c_int)
+    loaded.mocov3_hook.argtypes, loaded.mocov3_hook.restype = (c_int,), c_int64
     loaded.mocov3_crops.argtypes = (*image, POINTER(Crop), c_int)
     loaded.mocov3_size.argtypes = (*image, POINTER(c_int))
     strides = (c_int64,) * 3

@@ -6,12 +6,14 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
 #include "draw.h"
+#include "entropy.h"
 #include "jpeg_library.h"
 #include "kernels.h"
 #include "photometric.h"
@@ -293,7 +295,32 @@ struct Reading {
   jpeg::Errors errors;
   const uint8_t* bytes;
   size_t size;
+  entropy::Scan scan;
 };
+
+bool hook_wanted = true;
+std::atomic<int64_t> hooked_images{0};
+
+int decode_mcu(jpeg::Decompressor* object, entropy::Block** blocks) {
+  if (!entropy::decode_mcu(static_cast<Reading*>(object->client)->scan, blocks)) jpeg::leave(object);
+  return 1;
+}
+
+// Puts our Huffman decoding in the place of the library's, for a scan that ours knows.
+bool hook(Reading& reading) {
+  jpeg::Decompressor& object = reading.object;
+  if (!hook_wanted || library.version != jpeg::HOOKED_VERSION ||
+      library.size != jpeg::HOOKED_SIZE || sizeof(void*) != 8)
+    return false;
+  if (!entropy::begin(reading.scan, reading.bytes, reading.size, object.source->next))
+    return false;
+  jpeg::EntropyDecoder* decoder;
+  std::memcpy(&decoder, reinterpret_cast<char*>(&object) + jpeg::ENTROPY_OFFSET, sizeof decoder);
+  object.client = &reading;
+  decoder->decode_mcu = decode_mcu;
+  hooked_images.fetch_add(1, std::memory_order_relaxed);
+  return true;
+}
 
 // The library invents an end for bytes that stop early. The true end marker must follow what has
 // been read; within compressed data its two bytes cannot occur.
@@ -341,6 +368,7 @@ Verdict decode(Reading& reading, const Crop* crops, int count) {
   if (object.output_width != object.width || object.output_height != object.height ||
       object.output_channels != 4)
     return NOT_PLAIN;
+  const bool hooked = hook(reading);
   unsigned column = unsigned(left > MARGIN ? left - MARGIN : 0);
   unsigned columns = unsigned(right) + MARGIN - column;
   if (column + columns > object.width) columns = object.width - column;
@@ -359,6 +387,7 @@ Verdict decode(Reading& reading, const Crop* crops, int count) {
     take_strip(plan, crops, y, read, int(column));
     y += read;
   }
+  if (hooked) object.source->next = reading.scan.bits.next;
   if (!ends(reading)) return TRUNCATED;
   finish(plan, crops);
   return READ;
@@ -432,6 +461,12 @@ int complaint(const jpeg::Library& opened, int version, size_t size) {
 }  // namespace
 
 extern "C" {
+
+// Whether scans may be decoded by our own Huffman decoder; returns how many have been.
+EXPORT int64_t mocov3_hook(int wanted) {
+  hook_wanted = wanted;
+  return hooked_images;
+}
 
 // Opens the libjpeg-turbo at `path`; its ABI (62, 70, 80), or 0 if it is none that can be used.
 // `tall_rows_first`: whether the Pillow to be equal to weighs the rows of tall crops first.

@@ -59,6 +59,15 @@ struct Decompressor {
   unsigned char tail[1024];
 };
 
+// What the library calls for each MCU, and where its object points to it. Both are as they were in
+// libjpeg 6b, 1998: an object of this size and ABI has them there.
+struct EntropyDecoder {
+  void (*start_pass)(Decompressor*);
+  int (*decode_mcu)(Decompressor*, int16_t (**)[64]);
+};
+constexpr int HOOKED_VERSION = 62;
+constexpr size_t HOOKED_SIZE = 632, ENTROPY_OFFSET = 592;
+
 struct Library {
   int version = 0;  // ABI: 62, 70 or 80; 0 = not open
   size_t size = 0;  // of the library's decompression object
