@@ -117,7 +117,9 @@ def _runs_here(decoder: str) -> bool:
 
 
 def _in_own_process(job: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports once, not once a loader
+    with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_quietly, job, *arguments).result()
 
 

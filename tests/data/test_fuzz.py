@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mocov3_ds.data import decode, native, views
 from mocov3_ds.data.decode import UnreadableImage
@@ -38,6 +39,7 @@ def seeds():
 
 
 SEEDS = seeds()
+FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 
 
 def damaged(data, rng):
@@ -69,6 +71,29 @@ def test_damaged_images_are_read_or_refused_with_a_reason():
             assert str(error)
             refused += 1
     assert read > 30 and refused > 30
+
+
+def test_damage_that_is_read_gives_pillows_pixels():
+    """Pillow paints over some damage; what the extension reads without it must look the same."""
+    rng, compared = np.random.default_rng(1), 0
+    out, boxes = np.zeros((2, 3, 24, 24), np.uint8), [(0, 0, 30, 30), (7, 5, 20, 23)]
+    for i in range(500):
+        data = damaged(SEEDS[i % len(SEEDS)], rng)
+        size = native.size_of(data, 1 << 22)
+        if not size or min(size) < 30:
+            continue
+        if native.crops(data, boxes, (False, True), out, 1 << 22) == native.READ:
+            try:
+                image = decode.rgb(data)
+            except UnreadableImage:  # by what lies below the boxes
+                continue
+            first, second = (image.crop((x, y, x + w, y + h)) for y, x, h, w in boxes)
+            bilinear = Image.Resampling.BILINEAR
+            for view, crop in zip(out, (first, second.transpose(FLIP)), strict=True):
+                pixels = np.asarray(crop.resize((24, 24), bilinear)).transpose(2, 0, 1)
+                np.testing.assert_array_equal(view, pixels)
+            compared += 1
+    assert compared > 50
 
 
 @pytest.mark.slow
