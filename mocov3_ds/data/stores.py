@@ -355,7 +355,7 @@ class ObjectStore:
                     "allow_http": True,
                     "connect_timeout": connect,
                     "read_timeout": stall,
-                    "timeout": timedelta(minutes=5),  # of one request, with its body
+                    "timeout": 3 * stall,  # of one request with its body: ends a trickle
                 },
                 retry_config={"max_retries": 1, "retry_timeout": stall},
             )
@@ -415,7 +415,7 @@ class ObjectStore:
             return Changed(f"{url} changed while it was read")
         if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
             return _meaning(url, 403, first_line)
-        if "416" in first_line:
+        if "status code: 416" in first_line:
             return Truncated(f"{url} ends before the bytes that were asked for")
         if isinstance(error, exceptions.NotSupportedError | exceptions.InvalidPathError):
             return StorageError(f"{url}: {first_line}.")

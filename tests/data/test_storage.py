@@ -20,18 +20,19 @@ from tests.fault_proxy import FaultProxy
 DATA = np.random.default_rng(0).bytes(3_000_000)
 
 
+def obstore_for_all(scheme, where, name, limits):
+    """The client of gs:// and az:// in place of boto3."""
+    return stores.ObjectStore(where, limits)
+
+
 @pytest.fixture(params=["folder", "s3", "obstore"])
 def url(request, tmp_path, monkeypatch):
     """A folder that does not exist yet, on each kind of storage."""
     if request.param == "folder":
         return str(tmp_path / "deep" / "folder")
     bucket = request.getfixturevalue("s3")
-    if request.param == "obstore":  # the client of gs:// and az://, against the same server
-
-        def make(scheme, where, name, limits):
-            return stores.ObjectStore(where, limits)
-
-        monkeypatch.setattr(stores, "_make", make)
+    if request.param == "obstore":
+        monkeypatch.setattr(stores, "_make", obstore_for_all)
         monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     return f"{bucket}/{request.node.name.replace('[', '-').strip(']')}"
 
@@ -157,6 +158,17 @@ def test_a_fault_that_passes_is_survived(s3_server, big, kind):
     with proxy, environment:
         assert storage.read(big) == DATA
         assert proxy.injected[kind] == 2
+
+
+@pytest.mark.parametrize("kind", ["503", "reset", "truncate", "stall", "trickle", "refuse"])
+def test_the_other_client_survives_it_too(s3_server, big, kind, monkeypatch):
+    monkeypatch.setattr(stores, "_make", obstore_for_all)
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    proxy, environment = behind(s3_server, {kind: 1.0}, limit=3)
+    with proxy, environment:
+        assert storage.read(big) == DATA
+        assert storage.read(big, 5, 2_000_000) == DATA[5:2_000_000]
+        assert proxy.injected[kind] == 3
 
 
 @pytest.mark.parametrize("kind", ["reset", "truncate", "stall"])
