@@ -108,7 +108,7 @@ def read_weights(path: str | Path, which: Which = "base", *, heads: int = 0) -> 
         raise ValueError(f"there is no {path}.")
     run = _run_of(path)
     if run is not None:
-        return _of_run(path, run, which)
+        return _of_run(path, run, which, heads)
     try:
         tensors, told_heads, kind = _of_folder(path) if path.is_dir() else _of_file(path)
         backbone = to_timm(tensors, which)
@@ -168,21 +168,36 @@ def positions_for(pos_1ND: Tensor, grid: int) -> Tensor:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run folder that `path` is, or whose checkpoint it is."""
-    for folder in (path, path.parent.parent):
-        config = folder / "config.json"
-        if (folder == path or (path / "state.json").is_file()) and config.is_file():
-            tree = read_json(config)
+    """The run folder that `path` is, or in which it is the checkpoints or one of them."""
+    inside = [path]
+    if path.name == "checkpoints":
+        inside.append(path.parent)
+    elif (path / "state.json").is_file():
+        inside.append(path.parent.parent)
+    for folder in inside:
+        if (folder / "config.json").is_file():
+            tree = read_json(folder / "config.json")
             if "config" in tree and "deepspeed" in tree:
                 return folder
     return None
 
 
-def _of_run(path: Path, run: Path, which: Which) -> Weights:
+def _of_run(path: Path, run: Path, which: Which, heads: int) -> Weights:
     config = read_run(run)
-    saved = checkpoint.newest(run) if path == run else Checkpoint(path)
-    if saved is None:
-        raise ValueError(f"{run} holds no complete checkpoint yet.")
+    if heads not in (0, config.model.heads):
+        raise ValueError(
+            f"{run} has {config.model.heads} attention heads; leave out --heads {heads}."
+        )
+    if (path / "state.json").is_file():
+        try:
+            saved = Checkpoint(path)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{path} is a damaged checkpoint ({_first_line(error)}).") from None
+    else:
+        newest = checkpoint.newest(run)
+        if newest is None:
+            raise ValueError(f"{run} holds no complete checkpoint yet.")
+        saved = newest
     try:
         tensors = to_timm(saved.group(which))
     except ValueError as error:

@@ -168,6 +168,7 @@ def test_our_own_runs(tmp_path: Path) -> None:
     assert not base.training
     one = load_encoder(run / "checkpoints/step-00000007", "momentum")
     assert torch.equal(one.norm.weight, momentum.norm.weight)
+    assert load_encoder(run / "checkpoints").norm.weight.equal(base.norm.weight)
     assert mocov3_ds.load_encoder is load_encoder
 
 
@@ -277,7 +278,9 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     torch.save(stem, tmp_path / "conv.pth")
     refuses(tmp_path / "conv.pth", "convolutional stem")
     run = make_run(tmp_path / "run")
+    refuses(run, "run has 4 attention heads; leave out --heads 8", heads=8)
     (run / "checkpoints/step-00000007/base-0.safetensors").write_bytes(b"half")
+    refuses(run / "checkpoints/step-00000007", "is a damaged checkpoint")
     refuses(run, "holds no complete checkpoint")
 
 
