@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import setuptools
 import torch
 from PIL import Image
 
@@ -281,3 +282,31 @@ def test_our_declarations_agree_with_libjpegs_headers(tmp_path):
 def test_the_build_made_a_library_for_this_interpreter():
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert (SOURCES / f"_library{suffix}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True])
+@pytest.mark.parametrize("compiler", ["/bin/false", ""])
+def test_the_package_installs_with_and_without_a_compiler(editable, compiler, tmp_path):
+    """Into a folder of its own and in place; a missing compiler costs speed alone."""
+    if not compiler and not shutil.which("g++"):
+        pytest.skip("needs g++")
+    root, copy = Path(__file__).parents[2], tmp_path / "copy"
+    for part in ("mocov3_ds", "data_prep"):
+        shutil.copytree(root / part, copy / part, ignore=shutil.ignore_patterns("*.so"))
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / part, copy)
+    environment = os.environ | ({"CC": compiler, "CXX": compiler} if compiler else {})
+    place = tmp_path / "place"
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    build = Path(sys.executable).parent / "pip"
+    pip = [build, "--python", place / "bin" / "python", "install", "--no-deps"]
+    tools = tmp_path / "tools"
+    shutil.copytree(Path(setuptools.__file__).parent, tools / "setuptools")
+    environment["PYTHONPATH"] = str(tools)
+    extra = ["-e", copy] if editable else [copy]
+    subprocess.run([*pip, "--no-build-isolation", *extra], env=environment, check=True)
+    where = copy if editable else next((place / "lib").glob("python*/site-packages"))
+    assert (where / "mocov3_ds" / "data" / "native" / "__init__.py").exists()
+    built = list((where / "mocov3_ds" / "data" / "native").glob("_library*.so"))
+    assert len(built) == (0 if compiler else 1)
