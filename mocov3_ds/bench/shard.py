@@ -10,12 +10,14 @@ crc32 of each image), looks at each image's header and end, writes the index and
 top. For the list of a nested tar, an archive like ILSVRC2012_img_train.tar of small files is made.
 """
 
+import hashlib
 import io
 import shutil
 import statistics
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +30,7 @@ from PIL import Image
 from data_prep import tar
 from data_prep.shard import Options as ShardOptions
 from data_prep.shard import shard
-from data_prep.sources import Listing, open_source
+from data_prep.sources import Listing, Window, open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ def command() -> None:
             options.rounds,
             {
                 "webdataset's example (ImageFolder, ShardWriter)": partial(_example, tree),
+                "the same, then SHA-256 of shards, crc32 of images": partial(_digested, tree),
                 "ours (with digests, check, index)": partial(_ours, tree),
             },
         )
@@ -86,8 +89,11 @@ def command() -> None:
             options.nested,
             min(options.rounds, 3),
             {
-                "tarfile, archive in archive": partial(_tarfile_list, archive),
-                "ours": partial(_our_list, archive),
+                "tarfile, archive in archive: names, offsets, sizes": partial(
+                    _tarfile_list, archive
+                ),
+                "ours: the same, headers alone": partial(_our_headers, archive),
+                "ours: the whole list with keys and labels, sorted": partial(_our_list, archive),
             },
         )
 
@@ -138,6 +144,22 @@ def _example(tree: Path, out: Path) -> None:
             writer.write({"__key__": f"{number:07d}", "jpg": data, "cls": label})
 
 
+def _digested(tree: Path, out: Path) -> None:
+    """The example way, and then the digests that ours makes on the way."""
+    _example(tree, out)
+    for path in sorted(out.glob("*.tar")):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.name.endswith(".jpg"):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    zlib.crc32(content.read())
+
+
 def _example_encoded(tree: Path, out: Path) -> None:
     """What converters do that hand decoded images to the writer, which encodes them again."""
     from torchvision.datasets import ImageFolder
@@ -173,11 +195,19 @@ def _nested(path: Path, images: int) -> Path:
     return path
 
 
-def _our_list(archive: Path, _: Path) -> None:
+def _our_list(archive: Path, out: Path) -> None:
     open_source(str(archive))
 
 
-def _tarfile_list(archive: Path, _: Path) -> None:
+def _our_headers(archive: Path, out: Path) -> None:
+    with archive.open("rb", buffering=0) as file:
+        whole = Window(file.fileno(), 0, archive.stat().st_size)
+        for outer in list(tar.members(whole, "outer")):
+            window = Window(file.fileno(), outer.offset, outer.offset + outer.size)
+            _ = [(m.name, m.offset, m.size) for m in tar.members(window, "inner", outer.size)]
+
+
+def _tarfile_list(archive: Path, out: Path) -> None:
     with tarfile.open(archive) as outer:
         for member in outer:
             with tarfile.open(fileobj=outer.extractfile(member)) as inner:
