@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -55,17 +56,22 @@ class Options:
     """shards of 100 MB that each client reads"""
     rounds: int = 3
     """times that each client runs"""
-    samples: int = 200_000
+    samples: int = 1_000_000
     """samples streamed for the memory"""
+    parts: tuple[Literal["mixing", "reading", "memory"], ...] = ("mixing", "reading", "memory")
+    """what is measured"""
 
 
 def command() -> None:
     """Entry point of `python -m mocov3_ds.bench stream`."""
     options = tyro.cli(Options, description=__doc__)
     with TemporaryDirectory() as folder, _server():
-        _mixing()
-        _reading(options, folder)
-        _memory(options)
+        if "mixing" in options.parts:
+            _mixing()
+        if "reading" in options.parts:
+            _reading(options, folder)
+        if "memory" in options.parts:
+            _memory(options)
 
 
 @contextmanager
@@ -226,14 +232,15 @@ def _memory(options: Options) -> None:
             if batch % 10 == 0:
                 at.append(batch * 200)
                 resident.append(_resident_bytes())
-    half = len(at) // 4  # the rings and the pool are full by then
-    slope = np.polyfit(at[half:], resident[half:], 1)[0]
-    print(f"\nMemory over {options.samples} samples from S3, pool of 2,000:\n")
+    print(f"\nMemory over {options.samples:,} samples from S3, pool of 2,000:\n")
     print("| samples | resident MB |\n| --- | --- |")
-    for share in (0.05, 0.25, 0.5, 0.75, 1):
+    for share in (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1):
         place = min(int(share * len(at)), len(at) - 1)
-        print(f"| {at[place]} | {resident[place] / 1e6:.1f} |")
-    print(f"\nslope after the first quarter: {slope:+.2f} bytes a sample")
+        print(f"| {at[place]:,} | {resident[place] / 1e6:.1f} |")
+    # the allocator's heaps have met every order of sizes by then
+    half = len(at) // 2
+    slope = np.polyfit(at[half:], resident[half:], 1)[0]
+    print(f"\nslope of the second half: {slope:+.2f} bytes a sample")
 
 
 def _resident_bytes() -> int:
