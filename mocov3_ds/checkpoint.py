@@ -186,6 +186,17 @@ def newest(run: Path) -> Checkpoint | None:
     return None
 
 
+def newest_of_all_ranks(run: Path) -> Checkpoint | None:
+    """The same on each rank, and only the first reads every byte; all ranks must call."""
+
+    def find() -> Path | None:
+        found = newest(run)
+        return None if found is None else found.folder
+
+    folder: Path | None = ranks.first_does(find)
+    return None if folder is None else Checkpoint(folder)
+
+
 def _trouble(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, in words; None when it is whole."""
     try:

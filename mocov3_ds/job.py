@@ -200,7 +200,7 @@ def build_job(run: Run, device: torch.device) -> Job:
     ranks.first_does(
         partial(checkpoint.claim_folder, config.folder, run.as_json(), train_shards.digest)
     )
-    saved = checkpoint.newest(config.folder)
+    saved = checkpoint.newest_of_all_ranks(config.folder)
     if saved is not None:
         load_base(base, saved)
     engine = start_engine(model.to(device), optimizer, json_config)
