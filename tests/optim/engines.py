@@ -271,6 +271,7 @@ def compare(case: Case, rule_for: RuleFor = rule) -> dict[str, Any]:
         "steps": (optimizer.step_count, witness.t),
         "signals": signals,
         "low": low_precision_error(engine, ours),
+        "held": {s.name for flat in optimizer._flats.values() for s in flat.segments},
     }
     stop(engine)
     return result
