@@ -50,7 +50,7 @@ def delivered(order, world_size, position, batches):
 
 
 @given(orders(), st.integers(0, 5))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_an_epoch_holds_each_sample_once_but_for_the_remainder(order, epoch):
     ids = epoch_ids(order, epoch)
     assert len(ids) == order.samples - order.remainder
@@ -59,7 +59,7 @@ def test_an_epoch_holds_each_sample_once_but_for_the_remainder(order, epoch):
 
 
 @given(orders(), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_world_size_delivers_the_same_batches_from_any_position(order, data):
     position = data.draw(st.integers(0, 3 * order.batches_per_epoch))
     world_size = data.draw(st.sampled_from(divisors(order.global_batch)))
@@ -154,7 +154,7 @@ def plain_epoch(order, epoch):
 
 
 @given(orders(), st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_order_is_that_of_the_plain_writing(order, epoch):
     found = epoch_ids(order, epoch).reshape(-1, order.global_batch).tolist()
     assert found == plain_epoch(order, epoch)
@@ -202,7 +202,7 @@ def test_substitutes_depend_on_the_plan_alone():
 
 
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40), st.none() | st.integers(1, 400))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_spread_covers_each_id_once_with_equal_shares(samples, world_size, batch, limit):
     parts = [spread(samples, limit, rank, world_size, batch) for rank in range(world_size)]
     ids = np.concatenate([ids for part in parts for ids in part])
