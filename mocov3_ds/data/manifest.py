@@ -32,6 +32,8 @@ MANIFEST_LIMIT = 1 << 30
 """Bytes of the largest manifest that is read: some millions of shards."""
 INDEX_LIMIT = 16 << 30
 """Bytes of the largest index that is read, as each rank holds all of it: 500 million samples."""
+SAMPLE_LIMIT = 256 << 20
+"""Bytes of the largest stored image; its pixels would be refused as well."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 ROW = np.dtype(
@@ -234,6 +236,10 @@ def _check(manifest: Manifest) -> None:
         [shard.samples for shard in manifest.shards],
     )
     offset_N, size_N = manifest.index_N["offset"], manifest.index_N["size"]
+    if int(size_N.max()) > SAMPLE_LIMIT:
+        raise ValueError(
+            f"it has a sample of {size_N.max()} bytes, {SAMPLE_LIMIT} at most are read"
+        )
     # in this order nothing wraps around
     if bool(((offset_N < 512) | (offset_N > room_N) | (size_N > room_N - offset_N)).any()):
         raise ValueError("its index points outside the shards")

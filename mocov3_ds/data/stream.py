@@ -87,7 +87,8 @@ class Stream:
         lanes: see `lanes.Order`.
         pool: see `lanes.Order`.
         threads: that decode; 0 = the caller decodes inside `next`.
-        bad_sample_budget: unreadable samples of this rank after which the run stops.
+        bad_sample_budget: unreadable samples that this rank may meet from here on; the next one
+            stops the run.
         bad_samples: file that gets a JSON line for each of them; None = none.
         cache: keeps what comes from a store on the local disk.
         pin: page-locked buffers, for copies to a CUDA device.

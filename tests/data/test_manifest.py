@@ -110,7 +110,7 @@ def test_absurd_manifests_are_refused(folder, change, words):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("offset", 0), ("offset", 511), ("offset", 2**64 - 1), ("offset", 2**63), ("size", 2**32 - 1),
+    ("offset", 0), ("offset", 511), ("offset", 2**64 - 1), ("offset", 2**63), ("size", 10**6),
 ])  # fmt: skip
 def test_an_index_that_points_outside_is_refused(folder, field, value):
     def change(index_N):
@@ -118,6 +118,18 @@ def test_an_index_that_points_outside_is_refused(folder, field, value):
 
     edit_index(folder, change)
     with pytest.raises(ValueError, match="points outside the shards"):
+        manifests.load(str(folder))
+
+
+@pytest.mark.parametrize("size", [2**28 + 1, 2**32 - 1])
+def test_a_gigantic_sample_is_refused(folder, size):
+    edit(folder, put("bytes", 2**40, shard=2))
+
+    def change(index_N):
+        index_N["size"][4] = size
+
+    edit_index(folder, change)
+    with pytest.raises(ValueError, match=rf"a sample of {size} bytes"):
         manifests.load(str(folder))
 
 
