@@ -126,7 +126,11 @@ def loader(
     transform = view_transform_v2 if second_set else view_transform
     both: list[object] = [transform(spec, view, size) for view in (0, 1)]
     samples = TwoViews(manifest, decode_tensor if second_set else open_rgb, both)
-    return DataLoader(samples, batch, shuffle=True, num_workers=workers, drop_last=True)
+    # Forked workers, as scripts on Linux have, are children whose CPU time can be read.
+    context = "fork" if workers else None
+    return DataLoader(
+        samples, batch, True, num_workers=workers, drop_last=True, multiprocessing_context=context
+    )
 
 
 def drawn_view(image: Image.Image, box: Box, flip: bool, row: Sequence[float], size: int) -> Any:
