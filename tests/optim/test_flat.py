@@ -62,7 +62,7 @@ def stock_run(case: Case) -> dict[str, torch.Tensor]:
 
 
 def test_flat_is_the_stock_behaviour_and_is_not_lamb() -> None:
-    cases = [Case(1, options=FLAT), Case(2, options=FLAT)]
+    cases = [Case(1, options=FLAT)]
     first, second = run_ranks(2, stock_and_flat, cases, timeout=600)
     for result in first:
         assert result["flat against stock"] < 2e-5, result

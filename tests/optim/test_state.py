@@ -99,7 +99,7 @@ def deepspeed_checkpoints(folder: str, cases: list[Case]) -> list[bool]:
 def on_two_ranks(folder: str) -> dict[str, Any]:
     saved = save(SAVED)
     same = resume(list(zip(SAVED, saved, strict=True)))
-    cases = [Case(1), Case(3), Case(2, "bf16"), Case(1, "bf16", config=FP32_GRADIENTS), Case(0)]
+    cases = [Case(2), Case(3, "bf16"), Case(1, "bf16", config=FP32_GRADIENTS)]
     return {
         "saved": saved,
         "same": same,
@@ -129,14 +129,6 @@ def test_fp16_goes_on_with_its_loss_scale(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["saved"][0]["scale"] == {}
 
 
-def elsewhere(saved: list[dict[str, Any]]) -> list[tuple[Case, dict[str, Any]]]:
-    """fp32 states on other stages; the optimizer must be the one that saved."""
-    jobs = [(Case(stage), saved[0]) for stage in (0, 2, 3)]
-    jobs += [(Case(1), saved[1])]  # from stage 3
-    jobs += [(Case(3, "fp32", "lars"), saved[3]), (Case(0, "fp32", "adamw"), saved[4])]
-    return jobs
-
-
 def check_elsewhere(world_size: int, jobs: list[tuple[Case, dict[str, Any]]]) -> None:
     results = run_ranks(world_size, resume, jobs, timeout=900)[0]
     for (case, saved), resumed in zip(jobs, results, strict=True):
@@ -152,16 +144,20 @@ def check_elsewhere(world_size: int, jobs: list[tuple[Case, dict[str, Any]]]) ->
 
 
 def test_another_world_size_and_stage_go_on(two_ranks: dict[str, Any]) -> None:
-    check_elsewhere(3, elsewhere(two_ranks["saved"]))
+    saved = two_ranks["saved"]
+    to_others = [(Case(3), saved[0]), (Case(1), saved[1]), (Case(3, "fp32", "lars"), saved[3])]
+    check_elsewhere(3, to_others)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_each_world_size_and_stage_goes_on(two_ranks: dict[str, Any], world_size: int) -> None:
     saved = two_ranks["saved"]
     jobs = [(Case(stage), state) for stage in range(4) for state in saved[:2]]
-    check_elsewhere(world_size, jobs + elsewhere(saved))
+    jobs += [(Case(stage, "fp32", "lars"), saved[3]) for stage in range(4)]
+    jobs += [(Case(stage, "fp32", "adamw"), saved[4]) for stage in range(4)]
+    check_elsewhere(world_size, jobs)
 
 
 def test_checkpoints_of_deepspeed_go_on_bit_for_bit(two_ranks: dict[str, Any]) -> None:
-    assert two_ranks["deepspeed"] == [True] * 5
+    assert two_ranks["deepspeed"] == [True] * 3
