@@ -144,6 +144,7 @@ def test_accelerate_launches_two_ranks(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", train=train, val=val)
     options = ["--epochs", "2", "--batch", "16", "--workers", "0"]
     alone = linear.linear(linear.LinearConfig(run=run, epochs=2, batch=16, workers=0))
+    ranks.stop()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     out = ["--out", str(tmp_path / "two")]
     joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by this process

@@ -71,9 +71,12 @@ class KnnMonitor:
         return knn_accuracy(bank, labels, probes, targets, k=self._k, temperature=self._temperature)
 
     def chance(self) -> float:
-        """Accuracy in percent of always naming the most frequent class of this rank's probes."""
-        targets = torch.cat([labels for _, labels, _ in self._probes])
-        return 100.0 * float(targets.bincount().max()) / len(targets)
+        """Accuracy in percent of always naming the most frequent class of all probes."""
+        targets_P = torch.cat([labels for _, labels, _ in self._probes])
+        classes = 1 + int(ranks.all_reduce_max(targets_P.max().to(self.queue.labels_N.device)))
+        counts_C = targets_P.bincount(minlength=classes).to(self.queue.labels_N.device)
+        ranks.all_reduce_sum(counts_C)
+        return 100.0 * float(counts_C.max()) / float(counts_C.sum())
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """The queues of all ranks joined, oldest rows first: any world size can re-cut them."""

@@ -29,7 +29,8 @@ def check(batch: int, micro_batch: int, epochs: int, precision: str) -> None:
 
 
 def accelerator_for(precision: Precision) -> Accelerator:
-    """Run on the GPUs of this launch, or on its CPUs with gloo."""
+    """Join the ranks of this launch and run on their GPUs, or on their CPUs with gloo."""
+    ranks.start()
     gpu = torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mocov3_ds.distributed import ranks
 from mocov3_ds.evaluation.features import extract, join
 from mocov3_ds.evaluation.knn import FeatureQueue, knn_accuracy
+from mocov3_ds.evaluation.monitor import KnnMonitor
 from tests.ranks_pool import run_ranks
 
 
@@ -97,3 +98,23 @@ def test_features_of_all_ranks_are_joined_once_each() -> None:
         assert ids.tolist() == list(range(8))
         assert labels.tolist() == [10 * i for i in range(8)]
         assert torch.equal(features[:, 0], ids.float())
+
+
+def chance_of_uneven_ranks() -> float:
+    labels_P = torch.tensor([[0, 0, 1], [2, 2, 2, 2, 1]][ranks.rank()])
+    crops_PCHW = torch.zeros(len(labels_P), 3, 4, 4, dtype=torch.uint8)
+    monitor = KnnMonitor(
+        probes=[(crops_PCHW, labels_P, labels_P)],
+        bank=list,
+        capacity=4,
+        dim=2,
+        k=1,
+        temperature=1.0,
+        prepare=lambda crops_BCHW: crops_BCHW,
+        device=torch.device("cpu"),
+    )
+    return monitor.chance()
+
+
+def test_chance_counts_the_probes_of_all_ranks() -> None:
+    assert run_ranks(2, chance_of_uneven_ranks) == [50.0, 50.0]
