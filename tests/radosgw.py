@@ -55,14 +55,17 @@ def unpack(folder: Path) -> Path:
             raise Missing(f"no {program}: not a Debian")
     if platform.machine() != "x86_64":
         raise Missing("only tried on x86-64")
-    (folder / "packages").mkdir(parents=True)
-    simulated = _run(
-        ["apt-get", "install", "-s", "-y", "--no-install-recommends", *PROGRAMS], cwd=folder
-    )
+    for name in ("packages", "lists/partial", "cache/archives/partial"):
+        (folder / name).mkdir(parents=True)
+    # lists of our own: images of Debian often carry none, and the machine's are not ours to renew
+    apt = ["apt-get", "-q", "-o", f"Dir::State::lists={folder / 'lists'}",
+           "-o", f"Dir::Cache={folder / 'cache'}"]  # fmt: skip
+    _run([*apt, "update"], cwd=folder)
+    simulated = _run([*apt, "install", "-s", "-y", "--no-install-recommends", *PROGRAMS], folder)
     names = re.findall(r"^Inst (\S+)", simulated, re.MULTILINE)
     if not set(PROGRAMS) <= set(names):
-        raise Missing("apt-get plans no such packages; apt-get update may help")
-    _run(["apt-get", "-q", "download", *names], cwd=folder / "packages")
+        raise Missing("apt-get plans no such packages")
+    _run([*apt, "download", *names], cwd=folder / "packages")
     for package in sorted((folder / "packages").glob("*.deb")):
         _run(["dpkg", "-x", str(package), str(root)], cwd=folder)
         package.unlink()
@@ -76,9 +79,9 @@ def _run(command: list[str], cwd: Path, env: dict[str, str] | None = None) -> st
         )
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["no word"])[-1]
-        raise Missing(f"{Path(command[0]).name} {command[1]}: {last}") from None
+        raise Missing(f"{' '.join(command)[:200]}: {last}") from None
     except subprocess.TimeoutExpired:
-        raise Missing(f"{Path(command[0]).name} {command[1]} takes too long") from None
+        raise Missing(f"{' '.join(command)[:200]} takes too long") from None
     return done.stdout
 
 

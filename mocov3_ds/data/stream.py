@@ -457,10 +457,11 @@ class _BadSamples:
                     file.write(json.dumps(line) + "\n")
             if len(self._known) > self._budget:
                 reasons = ", ".join(f"{n} x {r}" for r, n in self._counts.most_common())
+                count = len(self._known)
                 raise ValueError(
-                    f"{len(self._known)} unreadable samples in {self._manifest.url} are more than "
-                    f"--data.max_bad_samples {self._budget} ({reasons}); the last one is {key} in "
-                    f"{shard}. python -m data_prep verify finds all of them."
+                    f"{count} unreadable sample{'s' * (count > 1)} in {self._manifest.url}, more "
+                    f"than --data.max_bad_samples {self._budget} ({reasons}); the last one is "
+                    f"{key} in {shard}. python -m data_prep verify finds all of them."
                 )
 
 
