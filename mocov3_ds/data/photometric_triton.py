@@ -45,15 +45,14 @@ def photometric(
     params_BP: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    dtype: torch.dtype,
+    out_BCHW: Tensor,
 ) -> Tensor:
-    """`views.photometric`, whose arguments these are, on the device of the crops."""
+    """`views.photometric` into `out_BCHW`, on the device of the crops."""
     device = crops_BCHW.device
     crops_BCHW = crops_BCHW.contiguous()
     count, _, height, width = crops_BCHW.shape
     plane = height * width
     rows_BP = params_BP.to(device, non_blocking=True)
-    out_BCHW = torch.empty_like(crops_BCHW, dtype=dtype)
     if not count:
         return out_BCHW
     work_BCHW = torch.empty_like(crops_BCHW)

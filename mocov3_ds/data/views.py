@@ -143,6 +143,7 @@ def photometric(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
+    out_BCHW: Tensor | None = None,
 ) -> Tensor:
     """Jitter, grey, blur and solarise a batch of crops as their rows say, then normalise.
 
@@ -155,18 +156,22 @@ def photometric(
         mean: of the pixels in [0, 1], per channel.
         std: of the pixels in [0, 1], per channel.
         dtype: of the result.
+        out_BCHW: contiguous tensor of that shape, dtype and device to write into; None = a new one.
 
     Returns:
         (B, C, H, W) of `dtype` on the crops' device.
     """
     assert crops_BCHW.dtype == torch.uint8 and params_BP.shape == (len(crops_BCHW), PARAMETERS)
+    if out_BCHW is None:
+        out_BCHW = torch.empty(crops_BCHW.shape, dtype=dtype, device=crops_BCHW.device)
+    assert out_BCHW.is_contiguous() and out_BCHW.dtype == dtype
     if crops_BCHW.device.type == "cpu" and native.ready() and dtype in _NATIVE_KINDS:
-        return _photometric_native(crops_BCHW, params_BP, mean, std, dtype)
+        return _photometric_native(crops_BCHW, params_BP, mean, std, out_BCHW)
     if crops_BCHW.device.type == "cuda" and find_spec("triton"):
         from mocov3_ds.data import photometric_triton
 
-        return photometric_triton.photometric(crops_BCHW, params_BP, mean, std, dtype)
-    return photometric_torch(crops_BCHW, params_BP, mean, std, dtype)
+        return photometric_triton.photometric(crops_BCHW, params_BP, mean, std, out_BCHW)
+    return photometric_torch(crops_BCHW, params_BP, mean, std, out_BCHW)
 
 
 def augment(crops_BCHW: NDArray[np.uint8], params_BP: NDArray[np.float32]) -> None:
@@ -186,10 +191,9 @@ def photometric_torch(
     params_BP: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    dtype: torch.dtype,
+    out_BCHW: Tensor,
 ) -> Tensor:
     """`photometric` in torch operations: on any device, and what the faster ones must equal."""
-    out_BCHW = torch.empty(crops_BCHW.shape, dtype=dtype, device=crops_BCHW.device)
     rows = len(crops_BCHW)
     if crops_BCHW.device.type == "cpu":  # keep the intermediate images in the core's cache
         rows = max(1, _CACHED_VALUES // crops_BCHW[0].numel())
@@ -345,13 +349,12 @@ def _photometric_native(
     params_BP: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    dtype: torch.dtype,
+    out_BCHW: Tensor,
 ) -> Tensor:
     """`photometric` in the extension."""
-    out_BCHW = torch.empty(crops_BCHW.shape, dtype=dtype)
     images_BCHW, rows_BP = crops_BCHW.contiguous().numpy(), params_BP.contiguous().numpy()
     scale_C, shift_C = (t.numpy() for t in scale_and_shift(mean, std))
-    kind = _NATIVE_KINDS[dtype]
+    kind = _NATIVE_KINDS[out_BCHW.dtype]
     native.photometric(images_BCHW, rows_BP, scale_C, shift_C, kind, out_BCHW.data_ptr())
     return out_BCHW
 

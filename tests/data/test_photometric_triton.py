@@ -38,11 +38,10 @@ def compare(device):
     from mocov3_ds.data import photometric_triton
 
     for crops_BCHW, rows_BP, dtype in cases():
-        expected = views.photometric_torch(crops_BCHW, rows_BP, SPEC.mean, SPEC.std, dtype)
-        before = crops_BCHW.clone()
-        got = photometric_triton.photometric(
-            crops_BCHW.to(device), rows_BP, SPEC.mean, SPEC.std, dtype
-        )
+        expected = torch.empty(crops_BCHW.shape, dtype=dtype)
+        views.photometric_torch(crops_BCHW, rows_BP, SPEC.mean, SPEC.std, expected)
+        before, got = crops_BCHW.clone(), torch.empty_like(expected, device=device)
+        photometric_triton.photometric(crops_BCHW.to(device), rows_BP, SPEC.mean, SPEC.std, got)
         if device == "cpu" and dtype == torch.bfloat16:  # the interpreter casts by cutting off
             torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
         else:

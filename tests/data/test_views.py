@@ -261,3 +261,13 @@ def test_augment_takes_any_strides_and_touches_nothing_else():
     views.augment(pool.numpy()[:, 3], params.numpy())
     assert torch.equal(pool[:, 3], expected)
     assert not pool[:, [0, 1, 2, 4]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_can_go_into_a_given_tensor(dtype):
+    x_BCHW = crops(8, 16)
+    params = torch.from_numpy(np.stack([draw(SPEC, 0, 0, i, 90, 90)[2][1] for i in range(8)]))
+    out = torch.full(x_BCHW.shape, float("nan"), dtype=dtype)
+    got = photometric(x_BCHW, params, SPEC.mean, SPEC.std, dtype, out)
+    assert got.data_ptr() == out.data_ptr()
+    assert torch.equal(out, photometric(x_BCHW, params, SPEC.mean, SPEC.std, dtype))
