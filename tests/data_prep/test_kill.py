@@ -73,3 +73,25 @@ def group_lives(group):
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_in_one_sentence_and_the_next_run_goes_on(tmp_path):
+    images = {f"{n % 3}/{n}.png": forms.picture(n, size=200, form="PNG") for n in range(150)}
+    tree = forms.write_tree(tmp_path / "tree", images)
+    out = tmp_path / "out"
+    command = program(
+        *("data_prep", "shard", tree, out, "--resize", 64, "--shard-size", 3, "--workers", 2)
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        deadline = time.monotonic() + 60
+        while len([*out.glob("receipts/*.json")]) < 3:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "data_prep: interrupted; the same command goes on from here.\n"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "shards were finished before and are whole" in done.stdout
