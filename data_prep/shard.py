@@ -22,7 +22,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,12 +178,8 @@ def shard(
                 progress.update(len(receipt.rows) + len(receipt.rejects), receipt.shard.bytes)
             seconds = progress.seconds
         done = [receipts[name] for name in sorted(receipts)]
-        unseen = [r.shard.name for r in done if len(r.rows) and not _is_there(url, r.shard)]
-        if unseen:
-            raise ValueError(
-                f"{unseen[0]} was made and is not in {url}: on several machines the destination "
-                "must be object storage or a file system that all of them share."
-            )
+        if storage.is_local(url):
+            _check_seen(done, url)
         rejects = tuple(reject for receipt in done for reject in receipt.rejects)
         if not any(len(receipt.rows) for receipt in done):
             raise ValueError(
@@ -411,11 +407,16 @@ def _is_whole(url: str, shard: Shard) -> bool:
     return digest.hexdigest() == shard.sha256
 
 
-def _is_there(url: str, shard: Shard) -> bool:
-    try:
-        return storage.size(storage.join(url, shard.name)) == shard.bytes
-    except FileNotFoundError:
-        return False
+def _check_seen(receipts: Sequence[Receipt], url: str) -> None:
+    """Other machines may have written to folders of their own."""
+    sizes = {entry.name: entry.size for entry in storage.entries(url)}
+    for receipt in receipts:
+        made = receipt.shard
+        if made.samples and sizes.get(made.name) != made.bytes:
+            raise ValueError(
+                f"{made.name} was made and is not in {url}: on several machines the destination "
+                "must be object storage or a file system that all of them share."
+            )
 
 
 def _claim(url: str, made: Mapping[str, Any]) -> None:

@@ -362,6 +362,24 @@ def test_a_source_that_changes_stops_the_run(tree, tmp_path):
     assert not [*(tmp_path / "out").rglob("*.tar*")]
 
 
+def test_shards_that_others_wrote_elsewhere_are_missed(tree, tmp_path):
+    def elsewhere(work, tasks, workers):
+        return (work(task._replace(url=str(tmp_path / "other"))) for task in tasks)
+
+    listing = open_source(str(tree))
+    options = {"workers": 1, "quiet": True, "engine": elsewhere}
+    with pytest.raises(ValueError, match=r"shard-000000.tar was made and is not in .*share"):
+        shard(listing, str(tmp_path / "out"), Options(), **options)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_an_absurdly_large_image_is_rejected_unread(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding.images, "MAX_BYTES", 900)
+    monkeypatch.setattr(sharding, "_read", None)
+    with pytest.raises(ValueError, match=r"none of the 21 .* bytes, at most 900 are read"):
+        make(tree, tmp_path / "out")
+
+
 def test_object_storage_holds_the_same_set(tree, tmp_path, s3):
     make(tree, tmp_path / "out")
     make(tree, f"{s3}/set", workers=2)
