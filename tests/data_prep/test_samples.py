@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -57,8 +58,9 @@ def _ensure_few(folder):
 
 
 def test_processes_that_draw_at_once_agree(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        first, *others = pool.map(_ensure_few, [tmp_path / "s"] * 3, chunksize=1)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(3, mp_context=spawn) as pool:
+        first, *others = pool.map(_ensure_few, [tmp_path / "s"] * 3)
     assert all(other == first for other in others)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
