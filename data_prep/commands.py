@@ -124,8 +124,9 @@ def index(
 ) -> None:
     """Write the manifest of tars that others made, so that they can be streamed and verified.
 
-    Samples are an image (KEY.jpg, .png, ...) with its label in KEY.cls or KEY.json. A tar that is
-    cut or damaged is refused; nothing but the manifest and its index is written.
+    Samples are an image (KEY.jpg, .png, ...) with its label in KEY.cls or KEY.json, or without one:
+    labels that are only folder names are read by `shard`, not here. A tar that is cut or damaged is
+    refused; nothing but the manifest, its index and maybe rejects.jsonl is written.
 
     Args:
         url: folder of the tars.
