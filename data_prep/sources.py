@@ -450,7 +450,9 @@ def samples_of(members: Sequence[tar.Member]) -> Iterator[Sample]:
     """Group the members of a webdataset tar; members of one sample follow each other.
 
     The key ends at the first dot of the file name. Of several images the first with a plain ending
-    is the sample's (`a.jpg`, not `a.mask.png`); a group without an image is left out.
+    is the sample's (`a.jpg`, not `a.mask.png`). Where none has a plain ending, the names have dots
+    of their own (`img.0001.jpg`) and the key ends at the last one: each image is a sample. A group
+    without an image is left out.
     """
     group: dict[str, tar.Member] = {}
     current = None
@@ -473,6 +475,12 @@ def _sample(key: str, group: dict[str, tar.Member]) -> Iterator[Sample]:
     image = next((member for suffix, member in group.items() if suffix in SUFFIXES), None)
     if image is not None:
         yield Sample(key, image, group.get("cls"), group.get("json"))
+        return
+    for suffix, member in group.items():
+        stem, _, last = suffix.rpartition(".")
+        if last in SUFFIXES:
+            beside = (group.get(f"{stem}.{kind}", group.get(kind)) for kind in ("cls", "json"))
+            yield Sample(f"{key}.{stem}", member, *beside)
 
 
 _LONGEST_LABEL = 1024

@@ -94,6 +94,23 @@ def test_webdataset_tars_keep_labels_and_json(tmp_path):
     assert [item.json_size for item in items] == [8, 0, 12, 0]
 
 
+def test_names_with_dots_of_their_own_lose_no_image(tmp_path):
+    members = {
+        "img.0001.jpg": forms.picture(1),
+        "img.0001.cls": b"4",
+        "img.0002.jpg": forms.picture(2),
+        "img.0002.cls": b"5",
+        "pair.left.png": forms.picture(3),
+        "pair.cls": b"6",
+    }
+    rows, _, _ = described(open_source(str(forms.write_tar(tmp_path / "t.tar", members))))
+    assert [(name, label) for name, _, label, _ in rows] == [
+        ("img.0001.jpg", 4),
+        ("img.0002.jpg", 5),
+        ("pair.left.png", 6),
+    ]
+
+
 def test_class_names_in_cls_files_are_numbered(tmp_path):
     members = {
         "a.jpg": forms.picture(1),
