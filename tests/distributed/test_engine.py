@@ -39,6 +39,10 @@ def test_agreeing_and_auto_values_pass() -> None:
         ({"scheduler": {}}, "'scheduler' has no effect here"),
         ({"zero_optimization": {"stage": 4}}, "stage is 4"),
         ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "fp16 at ZeRO stage 0"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "offload_optimizer.ratio",
+        ),
     ],
 )
 def test_refused(given: dict[str, object], words: str) -> None:
