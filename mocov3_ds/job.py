@@ -130,7 +130,7 @@ class Job:
             f"({self.stream.remainder} samples left over each time), "
             f"{type(self.optimizer).__name__} at peak lr {self.peak_rate:.3g}, ZeRO-{stage}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {self._passes()}, "
-            f"views by {decode.backend()}, "
+            f"views by {decode.about()}, "
             f"steps {self.step} to {self.total_steps}"
         )
 
