@@ -2,9 +2,12 @@
 
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests import object_store
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -18,3 +21,21 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[object_store.Server]:
+    """The S3 server that the tests of data path and sharder share."""
+    server = object_store.Server()
+    server.start()
+    with object_store.environment(server.url):
+        object_store.make_bucket("bucket")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: object_store.Server) -> Iterator[str]:
+    """URL of a bucket; boto3 finds its server."""
+    with object_store.environment(s3_server.url, stall_s=5, first_contact_s=5):
+        yield "s3://bucket"
