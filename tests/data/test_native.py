@@ -116,6 +116,14 @@ def test_our_huffman_decoder_gives_the_librarys_pixels(mode, kind, own_huffman):
         np.testing.assert_array_equal(ours[1], plain[1])
 
 
+def test_pillows_library_comes_before_one_of_another_package():
+    folder = Path(Image.__file__).parents[1] / "pillow.libs"
+    if not folder.exists():
+        pytest.skip("this Pillow came without libraries of its own")
+    __import__("torchvision")  # brings a libjpeg of its own into the process
+    assert Path(native._libjpegs()[0]).parent == folder
+
+
 def test_other_scans_are_left_to_the_library(own_huffman):
     before = own_huffman(True)
     assert native_crops(stored(picture(), progressive=True), [(0, 0, 9, 9)] * 2)[0] == native.READ

@@ -252,17 +252,17 @@ def _declare(loaded: ctypes.CDLL) -> None:
 
 
 def _libjpegs() -> list[str]:
-    """Files to try: the one that Pillow has in this process, then those it may have come with."""
+    """Files to try: those that Pillow came with, then any other in this process (torchvision's)."""
+    package = Path(Image.__file__).parent
+    folders = [package.parent / "pillow.libs", package / ".dylibs", Path(sys.prefix) / "lib"]
     found: list[str] = []
+    for folder in folders:
+        found += sorted(str(p) for p in folder.glob("libjpeg*.so*"))
+        found += sorted(str(p) for p in folder.glob("libjpeg*.dylib"))
     maps = Path("/proc/self/maps")
     if maps.exists():
         files = [line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()]
         found += [f for f in files if Path(f).name.startswith("libjpeg")]
-    package = Path(Image.__file__).parent
-    folders = [package.parent / "pillow.libs", package / ".dylibs", Path(sys.prefix) / "lib"]
-    for folder in folders:
-        found += sorted(str(p) for p in folder.glob("libjpeg*.so*"))
-        found += sorted(str(p) for p in folder.glob("libjpeg*.dylib"))
     return list(dict.fromkeys([*found, "libjpeg.so.62", "libjpeg.so.8"]))
 
 
