@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mocov3_ds import train
@@ -239,6 +240,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     assert (run / "checkpoints/latest").read_text().strip() == f"step-{step:08d}"
 
 
+def kill_with_children(process: subprocess.Popen[bytes]) -> None:
+    """Launcher and ranks at once; torchrun puts its ranks into sessions of their own."""
+    launcher = psutil.Process(process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    for member in family:
+        member.suspend()  # so that none sees another die
+    for member in family:
+        member.kill()
+    process.wait()
+    psutil.wait_procs(family[1:], timeout=30)
+
+
 @pytest.mark.slow
 def test_kill_9_of_two_ranks_then_the_same_command_again(
     tmp_path: Path, shards: list[str], free_port: int
@@ -254,7 +267,6 @@ def test_kill_9_of_two_ranks_then_the_same_command_again(
             command,
             cwd=tmp_path,
             env=environment(),
-            start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -263,8 +275,7 @@ def test_kill_9_of_two_ranks_then_the_same_command_again(
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_with_children(process)
     rest = start(command, tmp_path)
     assert rest.returncode == 0, rest.stderr
     assert rows_of(tmp_path / "runs/killed") == rows_of(tmp_path / "runs/whole")
