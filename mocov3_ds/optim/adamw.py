@@ -66,15 +66,7 @@ class AdamW(ShardedOptimizer):
         rate_S: Tensor,
     ) -> None:
         weight, m, v = self._views(share)
-        terms = AdamTerms(
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            grad_averaging=True,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=self.state[share.flat.tensor]["step"],
-            bias_correction=group["bias_correction"],
-        )
+        terms = AdamTerms.of(group, self.state[share.flat.tensor]["step"])
         kernels.adam(share, weight, gradient, m, v, terms, sums_3S, rate_S)
 
     def _move(

@@ -27,9 +27,9 @@ gradient.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,19 @@ class AdamTerms:
     weight_decay: float
     step: int
     bias_correction: bool
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], step: int) -> "AdamTerms":
+        """Those of a parameter group; one without `grad_averaging` (AdamW's) always averages."""
+        return cls(
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            grad_averaging=group.get("grad_averaging", True),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=step,
+            bias_correction=group["bias_correction"],
+        )
 
     @property
     def gain(self) -> float:

@@ -91,15 +91,7 @@ class Lamb(ShardedOptimizer):
         rate_S: Tensor,
     ) -> None:
         weight, m, v = self._views(share)
-        terms = AdamTerms(
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            grad_averaging=group["grad_averaging"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            step=self.state[share.flat.tensor]["step"],
-            bias_correction=group["bias_correction"],
-        )
+        terms = AdamTerms.of(group, self.state[share.flat.tensor]["step"])
         kernels.adam(share, weight, gradient, m, v, terms, sums_3S, None)
 
     def _ratio(self, plan: Plan, group: Mapping[str, Any], own_sums_3S: Tensor) -> Tensor:
