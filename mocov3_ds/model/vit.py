@@ -98,11 +98,6 @@ def sincos_positions(grid: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, 1, dim), tokens.float()], dim=1)
 
 
-def resize_positions(pos_1ND: Tensor, image_size: int, patch_size: int) -> Tensor:
-    """The same fixed positions for another image size (they have a closed form)."""
-    return sincos_positions(image_size // patch_size, pos_1ND.shape[-1]).to(pos_1ND)
-
-
 def _check(shape: VitShape) -> None:
     if shape.image_size % shape.patch_size:
         raise ValueError(
