@@ -6,6 +6,7 @@ from typing import Literal
 from PIL import Image, ImageFile
 
 from mocov3_ds.data import decode
+from mocov3_ds.data.manifest import SAMPLE_LIMIT
 
 Check = Literal["header", "decode"]
 
@@ -24,8 +25,14 @@ SUFFIXES = {
 }
 """Name endings (lower case) that make a file an image, and the member ending each gets."""
 
-MAX_BYTES = 1 << 30
+MAX_BYTES = SAMPLE_LIMIT
 """Largest image that is read, bytes."""
+
+FAITHFUL_SIDE = 384
+"""Shorter side, pixels, below which small crops lose sharpness (`mocov3_ds.bench resized`)."""
+
+_LONGEST_JPEG = 65500
+"""pixels that libjpeg writes in a row or column"""
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -64,7 +71,7 @@ def shrunk(data: bytes, shorter_side: int, quality: int, *, always: bool) -> byt
         always: encode again an image that is small enough, too (its size is kept).
 
     Returns:
-        The JPEG, or None where the image stays as it is.
+        The JPEG, or None where the image stays as it is: small enough, or too long for a JPEG.
 
     Raises:
         decode.UnreadableImage: with the reason.
@@ -73,10 +80,13 @@ def shrunk(data: bytes, shorter_side: int, quality: int, *, always: bool) -> byt
     short = min(height, width)
     if short <= shorter_side and not always:
         return None
+    scale = min(1.0, shorter_side / short)
+    tall, wide = (max(1, round(side * scale)) for side in (height, width))
+    if max(tall, wide) > _LONGEST_JPEG:
+        return None
     image = decode.rgb(data)
-    if short > shorter_side:
-        size = [max(1, round(side * shorter_side / short)) for side in image.size]
-        image = image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    if scale < 1:
+        image = image.resize((wide, tall), Image.Resampling.LANCZOS)
     # Pillow's encoder fails on a buffer below the image's size when it optimises the code tables
     ImageFile.MAXBLOCK = max(ImageFile.MAXBLOCK, 4 * image.width * image.height)
     out = io.BytesIO()

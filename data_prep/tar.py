@@ -210,7 +210,7 @@ def _safe(name: str, where: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or "\\" in name or ".." in parts or not parts or "\0" in name:
         raise DamagedTar(
-            f"{where}: member name {name!r} leaves the archive's own folder; it is hostile or "
+            f"{where}: member name {name[:80]!r} leaves the archive's own folder; it is hostile or "
             "damaged, and nothing of it was used."
         )
     return "/".join(parts)

@@ -74,7 +74,10 @@ def contact_sheet(
         data = fetch_one(manifest, sample)
         if not isinstance(data, bytes):
             raise ValueError(f"sample {sample} cannot be read: {data.reason}")
-        image = decode.rgb(data)
+        try:
+            image = decode.rgb(data)
+        except decode.UnreadableImage as error:
+            raise ValueError(f"sample {sample} cannot be read: {error}") from None
         ours = _ours(data, spec, size, (seed, epoch, sample))
         boxes, flips, params = views.draw(spec, seed, epoch, sample, image.height, image.width)
         same = [

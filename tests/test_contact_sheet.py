@@ -54,6 +54,19 @@ def test_the_command(shards, tmp_path, monkeypatch, capsys):
     assert out.exists() and "differs from the same draws" in capsys.readouterr().out
 
 
+def test_an_unreadable_sample_is_a_sentence(tmp_path, monkeypatch, capsys):
+    whole = stored(picture())
+    images = [whole, whole, whole[: len(whole) // 2], whole]
+    make_set(str(tmp_path / "set"), [4], lambda number: images[number])
+    out = tmp_path / "views.png"
+    monkeypatch.setattr(
+        "sys.argv", ["mocov3", "views", str(tmp_path / "set"), "--out", str(out), "--rows", "4"]
+    )
+    assert cli.main() == 2
+    assert "sample 2 cannot be read: truncated JPEG data" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_no_rows_are_refused(shards, tmp_path):
     with pytest.raises(ValueError, match="0 rows of 7 samples"):
         contact_sheet(shards, tmp_path / "x.png", rows=0, size=32, seed=0, epoch=0)

@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import tyro
 from PIL import Image
@@ -41,6 +42,7 @@ LOADERS = {
     "torchvision v2 on tensors, DataLoader": ("reference v2", "", ""),
     "native, colour on the device": ("ours", "native", ""),
     "native, colour on the CPU, uint8": ("ours", "native", "uint8"),
+    "native, colour in the decode threads, uint8": ("ours", "native", "threads"),
     "native, all on the CPU, float32": ("ours", "native", "float32"),
     "wheels only (simplejpeg), colour on the device": ("ours", "simplejpeg", ""),
     "wheels only (simplejpeg), all on the CPU, float32": ("ours", "simplejpeg", "float32"),
@@ -64,12 +66,17 @@ class Options:
     """rounds; the median counts"""
     threads: tuple[int, ...] = (1, 2)
     """decode threads for the scaling table"""
+    long: int = 0
+    """instead of all tables: so many images in a row, and the memory after each tenth of them"""
 
 
 def main(options: Options) -> None:
     """Print the tables."""
     print(f"views of {options.size} px, {options.images} images a round, ", end="")
     print(f"median of {options.rounds}, torch {torch.__version__}, decoder {decode.about()}\n")
+    if options.long:
+        _memory_table(options.shards[0], options)
+        return
     for url in options.shards:
         _loaders_table(url, options)
         _stages_table(url, options)
@@ -93,6 +100,25 @@ def _loaders_table(url: str, options: Options) -> None:
     print()
 
 
+def _memory_table(url: str, options: Options) -> None:
+    """Resident set of a process that does nothing but load, colour work in its threads."""
+    print("| images | resident set, MiB |\n|---|---|")
+    for images, mib in _in_own_process(_resident, url, options):
+        print(f"| {images} | {mib:.1f} |")
+    print()
+
+
+def _resident(url: str, options: Options) -> list[tuple[int, float]]:
+    found, rows = manifest.load(url), []
+    batch = min(options.batch, found.samples)
+    batches = -(-options.long // batch)
+    with _stream(found, options, batch, options.threads[-1], augment=True) as stream:
+        for number, _ in enumerate(islice(stream, batches), 1):
+            if number * 10 // batches > (number - 1) * 10 // batches:
+                rows.append((number * batch, psutil.Process().memory_info().rss / 2**20))
+    return rows
+
+
 def _stages_table(url: str, options: Options) -> None:
     print("| stage (both views) | ms CPU/image |\n|---|---|")
     rounds = [_in_own_process(_stages_ms, url, options) for _ in range(options.rounds)]
@@ -103,14 +129,47 @@ def _stages_table(url: str, options: Options) -> None:
 
 
 def _scaling_table(url: str, options: Options) -> None:
-    print("| decode threads | images/s (wall) | ms CPU/image |\n|---|---|---|")
-    for threads in options.threads:
-        runs = [
-            _in_own_process(_wall_and_cpu, url, options, threads) for _ in range(options.rounds)
-        ]
-        wall, cpu = max(runs)
-        print(f"| {threads} | {wall:.0f} | {cpu:.2f} |", flush=True)
+    """Images/s of wall time as cores are added: threads, and what the machine itself gives."""
+    counts = options.threads
+    print(f"| images/s (wall) | {' | '.join(f'{n} at once' for n in counts)} | last / first |")
+    print("|---" * (len(counts) + 2) + "|")
+    ways: dict[str, Callable[[int], float]] = {
+        "decode threads of one loader": lambda n: _in_own_process(_wall_rate, url, options, n),
+        "loaders of one thread, a process each": lambda n: _side_by_side(
+            _wall_rate, n, url, options, 1
+        ),
+        "entropy decoding alone, a process each": lambda n: _side_by_side(
+            _floor_rate, n, url, options
+        ),
+    }
+    for name, rate_of in ways.items():
+        rounds = [[rate_of(n) for n in counts] for _ in range(options.rounds)]
+        rates = [statistics.median(column) for column in zip(*rounds, strict=True)]
+        cells = " | ".join(f"{rate:.0f}" for rate in rates)
+        print(f"| {name} | {cells} | {rates[-1] / rates[0]:.2f} |", flush=True)
     print()
+
+
+def _side_by_side(job: Callable[..., float], count: int, *arguments: Any) -> float:
+    """Sum of what `count` processes deliver that do the same at the same time."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(count, context) as pool:
+        jobs = [pool.submit(_quietly, job, *arguments) for _ in range(count)]
+        return float(sum(one.result() for one in jobs))
+
+
+def _wall_rate(url: str, options: Options, threads: int) -> float:
+    return _ours(url, options, threads, "")[0]
+
+
+def _floor_rate(url: str, options: Options) -> float:
+    images = list(islice(reference_views.samples_of(manifest.load(url)), 500))
+    delivered, started = 0, time.perf_counter()
+    while delivered < options.images:
+        _entropy(images)
+        delivered += len(images)
+    return delivered / (time.perf_counter() - started)
 
 
 def _runs_here(decoder: str) -> bool:
@@ -161,25 +220,11 @@ def _reference_ms(url: str, options: Options, second_set: bool) -> float:
     return 1e3 * (_cpu_s() - started) / delivered
 
 
-def _wall_and_cpu(url: str, options: Options, threads: int) -> tuple[float, float]:
-    return _ours(url, options, threads, "")
-
-
 def _ours(url: str, options: Options, threads: int, colour: str) -> tuple[float, float]:
     """Images per second, and CPU milliseconds of an image."""
     spec, found = ViewSpec(), manifest.load(url)
     batch = min(options.batch, found.samples)
-    stream = Stream(
-        found,
-        views=spec,
-        image_size=options.size,
-        global_batch=batch,
-        rank=0,
-        world_size=1,
-        seed=0,
-        threads=threads,
-    )
-    with stream:
+    with _stream(found, options, batch, threads, augment=colour == "threads") as stream:
         for _ in islice(stream, 10):  # the ring and what is read ahead are full
             pass
         batches = -(-options.images // batch)
@@ -195,6 +240,22 @@ def _ours(url: str, options: Options, threads: int, colour: str) -> tuple[float,
                     )
         images = batches * batch
         return images / (time.perf_counter() - wall), 1e3 * (_cpu_s() - cpu) / images
+
+
+def _stream(
+    found: manifest.Manifest, options: Options, batch: int, threads: int, *, augment: bool
+) -> Stream:
+    return Stream(
+        found,
+        views=ViewSpec(),
+        image_size=options.size,
+        global_batch=batch,
+        rank=0,
+        world_size=1,
+        seed=0,
+        threads=threads,
+        augment=augment,
+    )
 
 
 # ---------------------------------------------------------------------------------------- stages

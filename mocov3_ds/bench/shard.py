@@ -124,14 +124,19 @@ def _print(
 def _copied(listing: Listing, root: Path, count: int) -> Path:
     """A tree of ten class folders with so many images of the source."""
     for place in range(count):
-        (item,) = listing.items(np.array([place % len(listing)]))
-        with Path(item.path).open("rb") as file:
-            file.seek(item.offset)
-            data = file.read(item.size)
+        suffix, data = image_at(listing, place % len(listing))
         label = f"{place * 10 // count:05d}"
         (root / label).mkdir(parents=True, exist_ok=True)
-        (root / label / f"{label}_{place}.{item.suffix}").write_bytes(data)
+        (root / label / f"{label}_{place}.{suffix}").write_bytes(data)
     return root
+
+
+def image_at(listing: Listing, place: int) -> tuple[str, bytes]:
+    """Name ending and bytes of an image of the source."""
+    (item,) = listing.items(np.array([place]))
+    with Path(item.path).open("rb") as file:
+        file.seek(item.offset)
+        return item.suffix, file.read(item.size)
 
 
 def _example(tree: Path, out: Path) -> None:

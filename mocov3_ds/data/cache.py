@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from mocov3_ds.data import storage
+from mocov3_ds.data import counters, storage
 
 BLOCK = 4 << 20
 """Bytes of a block: the least that is fetched at a time."""
@@ -87,6 +87,7 @@ class Cache:
         start, end = number * BLOCK, min((number + 1) * BLOCK, size)
         path = self._path(digest, number)
         data = self._kept(path, end - start)
+        counters.count("cache_misses" if data is None else "cache_hits")
         if data is None:
             with self._fetching[hash(path) % len(self._fetching)]:
                 data = self._kept(path, end - start)

@@ -220,7 +220,7 @@ def _open(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage(str(error)) from error
+        raise UnreadableImage(f"too many pixels: at most {MAX_PIXELS} are read") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage("not an image") from error
     # A damaged header can raise almost anything in Pillow's readers.
@@ -228,7 +228,7 @@ def _open(data: bytes) -> Image.Image:
         raise UnreadableImage(f"damaged header: {_reason(error)}") from error
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise UnreadableImage(
-            f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read"
+            f"too many pixels: {image.width} x {image.height}, at most {MAX_PIXELS} are read"
         )
     return image
 
@@ -252,7 +252,8 @@ def rgb(data: bytes) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey
+    # 16-bit grey; other 32-bit integers have no range of their own, and Pillow clips them at 255
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         deep = np.asarray(image)
         return Image.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     image.info.pop("transparency", None)  # dropped in any case, and Pillow warns about some kinds

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -102,6 +102,22 @@ class Manifest:
         for shard in self.shards:
             whole.update(f"{shard.name} {shard.bytes} {shard.sha256}\n".encode())
         return whole.hexdigest()
+
+    def first(self, count: int) -> "Manifest":
+        """The set cut down to its first samples.
+
+        Raises:
+            ValueError: it has fewer.
+        """
+        if not 0 < count <= self.samples:
+            raise ValueError(f"{self.url} holds {self.samples} samples; {count} cannot be taken.")
+        left = np.clip(count - self.first_S[:-1], 0, None)
+        shards = tuple(
+            replace(shard, samples=min(shard.samples, int(room)))
+            for shard, room in zip(self.shards, left, strict=True)
+            if room
+        )
+        return replace(self, shards=shards, index_N=self.index_N[:count])
 
     def shard_url(self, shard: int) -> str:
         """URL of a shard by its number."""

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from mocov3_ds.data import counters
+
 _T = TypeVar("_T")
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 20.0
 _ENOUGH = 64 << 10  # bytes after which a store counts as working again
@@ -123,6 +125,7 @@ class Patience:
         if not self._failures:
             self._since = now
         self._failures += 1
+        counters.count("store_retries")
         self._progress = 0
         limits = self._store.limits
         budget = limits.patience_s if self._store.answered else limits.first_contact_s

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
+from mocov3_ds.data import counters
 from mocov3_ds.data.patience import (
     Changed,
     Patience,
@@ -374,6 +375,7 @@ class _Ranged(io.RawIOBase):
         if not data:
             raise ConnectionError("the answer ended before its announced length")
         self._patience.progressed(len(data))
+        counters.count("store_bytes", len(data))
         limits = self._store.limits
         if self._waited_s > limits.stall_s:
             if self._waited_for < limits.low_bytes_s * self._waited_s:

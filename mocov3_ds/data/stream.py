@@ -2,7 +2,8 @@
 
     lanes.Order ---> reading threads -----> decoding threads ---> ring of batch buffers ---> next()
     (pieces, by      (one ranged read a     (size, draw, two      (pinned; written in
-     first need)      run, crc32 checked)    crops)                place, never copied)
+     first need)      run, crc32 checked)    crops, colour         place, never copied)
+                                             if asked for)
 
 Threads, not worker processes: reading and decoding release the interpreter's lock, and nothing is
 copied between processes. Which thread does what changes nothing that comes out.
@@ -18,7 +19,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +60,7 @@ class Batch:
     """A rank's part of a global batch. The tensors are reused after the second `next` from here."""
 
     crops_VBCHW: Tensor
-    """(2, B, 3, S, S) uint8, pinned if asked for"""
+    """(2, B, 3, S, S) uint8, pinned if asked for; with colour work done if the stream augments"""
     params_VBP: Tensor
     """(2, B, P) float32 rows of `views.draw`, in CPU memory"""
     labels_B: Tensor
@@ -87,9 +88,13 @@ class Stream:
         lanes: see `lanes.Order`.
         pool: see `lanes.Order`.
         threads: that decode; 0 = the caller decodes inside `next`.
+        augment: the threads do the colour work, too, and the caller has only to normalise.
         bad_sample_budget: unreadable samples that this rank may meet from here on; the next one
             stops the run.
+        fixed_views: draw the views of each epoch as in the first.
         bad_samples: file that gets a JSON line for each of them; None = none.
+        bad_before: unreadable samples that all ranks met in earlier sittings, id -> reason; the
+            budget counts this rank's share of them, and none is listed again.
         cache: keeps what comes from a store on the local disk.
         pin: page-locked buffers, for copies to a CUDA device.
 
@@ -113,8 +118,11 @@ class Stream:
         lanes: int = 1024,
         pool: int = 32768,
         threads: int = 4,
+        augment: bool = False,
+        fixed_views: bool = False,
         bad_sample_budget: int = 0,
         bad_samples: Path | None = None,
+        bad_before: Mapping[int, str] | None = None,
         cache: Cache | None = None,
         pin: bool = False,
     ) -> None:
@@ -124,10 +132,13 @@ class Stream:
         """distinct unreadable samples met by this rank, by reason"""
         self._manifest, self._views, self._rank = manifest, views, rank
         self._image_size, self._pin, self._cache = image_size, pin, cache
+        self._augment = augment
+        self._fixed_views = fixed_views
         self._rank_batch = global_batch // world_size
         self._pieces = self.order.pieces(position, rank, world_size)
         self._look_ahead()
         self._bad = _BadSamples(manifest, rank, bad_sample_budget, bad_samples, self.skipped)
+        self._bad.remember(bad_before or {}, world_size)
         mean_bytes = float(manifest.index_N["size"].mean())
         share = min(self.order.pool, self.order.samples) / world_size
         self._room = int(share * mean_bytes) + READ_AHEAD
@@ -161,6 +172,11 @@ class Stream:
     def remainder(self) -> int:
         """Samples that an epoch leaves out, others each time."""
         return self.order.remainder
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """Unreadable samples, id -> reason: of this rank, and of all ranks in earlier sittings."""
+        return self._bad.known()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -343,10 +359,11 @@ class Stream:
                         data,
                         self._views,
                         self.order.seed,
-                        batch.epoch,
+                        0 if self._fixed_views else batch.epoch,
                         sample_id,
                         buffer.crops[:, row],
                         buffer.params[:, row],
+                        augment=self._augment,
                     )
                     batch.ids_B[row] = sample_id
                     return
@@ -427,8 +444,23 @@ class _BadSamples:
     ) -> None:
         self._manifest, self._rank, self._budget, self._file = manifest, rank, budget, file
         self._counts = counts
-        self._known: set[int] = set()
+        self._known: dict[int, str] = {}
+        self._of_others: dict[int, str] = {}
         self._lock = threading.Lock()
+
+    def remember(self, before: Mapping[int, str], world_size: int) -> None:
+        """Take over what was met in earlier sittings, whichever rank met it."""
+        for place, (sample_id, reason) in enumerate(sorted(before.items())):
+            if place % world_size == self._rank:
+                self._known[sample_id] = reason
+                self._counts[reason] += 1
+            else:
+                self._of_others[sample_id] = reason
+
+    def known(self) -> dict[int, str]:
+        """Sample id -> reason."""
+        with self._lock:
+            return self._of_others | self._known
 
     def add(self, sample_id: int, epoch: int, reason: str) -> None:
         """Take note of a sample, once however often it is met.
@@ -437,10 +469,10 @@ class _BadSamples:
             ValueError: there are more than the budget.
         """
         with self._lock:
-            if sample_id in self._known:
+            if sample_id in self._known or sample_id in self._of_others:
                 return
-            self._known.add(sample_id)
-            self._counts[reason.split(":")[0]] += 1
+            self._known[sample_id] = kind = reason.split(":")[0]
+            self._counts[kind] += 1
             shard, key = key_of(self._manifest, sample_id)
             _log.warning("unreadable sample %d, %s in %s: %s", sample_id, key, shard, reason)
             if self._file is not None:

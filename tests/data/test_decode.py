@@ -113,6 +113,14 @@ def test_16_bit_grey_is_scaled_not_clipped():
     assert_pixels(crops_of(data), reference_crops(expected))
 
 
+@pytest.mark.parametrize(("kind", "shift"), [("PPM", 8), ("TIFF", 0)])
+def test_32_bit_integers_are_16_bits_deep_only_where_their_format_says_so(kind, shift):
+    deep = np.mgrid[:97, :131][1].astype(np.int32) * 2 << shift
+    data = stored(Image.fromarray(deep), kind)
+    expected = Image.fromarray((deep >> shift).clip(0, 255).astype(np.uint8)).convert("RGB")
+    assert_pixels(crops_of(data), reference_crops(expected))
+
+
 def test_exif_rotation_is_ignored_as_the_reference_does():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -152,7 +160,7 @@ def unreadable():
         "truncated JPEG": whole[: len(whole) // 2],
         "truncated JPEG data": whole[:-1],
         "truncated PNG|damaged PNG": stored(picture(), "PNG")[:2000],
-        "pixels": bomb(),
+        "too many pixels: at most": bomb(),
     }
 
 
@@ -166,7 +174,7 @@ def test_unreadable_images_say_why(reason):
 
 def test_images_just_too_large_are_refused(monkeypatch):
     monkeypatch.setattr(decode, "MAX_PIXELS", 97 * 131 - 1)
-    with pytest.raises(UnreadableImage, match="131 x 97 pixels, at most 12706"):
+    with pytest.raises(UnreadableImage, match="too many pixels: 131 x 97, at most 12706"):
         size_of(stored(picture()))
 
 

@@ -191,3 +191,17 @@ def test_any_altered_manifest_loads_or_is_refused_in_one_sentence(tmp_path_facto
         assert manifests.load(str(folder)).samples == 3
     except ValueError as error:
         assert "\n" not in str(error)
+
+
+def test_the_first_samples_of_a_set(folder):
+    manifest = manifests.load(str(folder))
+    assert [s.samples for s in manifest.first(2).shards] == [2]
+    four = manifest.first(4)
+    assert (four.samples, four.first_S.tolist()[-1]) == (4, 4)
+    assert [s.samples for s in four.shards] == [3, 0, 1]
+    np.testing.assert_array_equal(four.index_N, manifest.index_N[:4])
+    assert len({m.digest for m in (manifest, four, manifest.first(2))}) == 3
+    assert manifest.first(7).digest == manifest.digest
+    for count in (-1, 0, 8):
+        with pytest.raises(ValueError, match=f"7 samples; {count} cannot be taken"):
+            manifest.first(count)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,6 +68,38 @@ def test_any_box_gives_pillows_pixels(subsampling, progressive):
             np.testing.assert_array_equal(got, pillow_crops(data, boxes, flips, size))
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_progressive_image_that_lacks_scans_gives_pillows_pixels(subsampling):
+    """The library smooths such images across blocks, whichever columns are wanted."""
+    rng = np.random.default_rng(subsampling)
+    whole = stored(picture(), quality=60, subsampling=subsampling, progressive=True)
+    scans = [place for place in range(len(whole)) if whole[place : place + 2] == b"\xff\xda"]
+    assert len(scans) > 5
+    for end in scans[1:]:
+        data = whole[:end] + b"\xff\xd9"
+        for _ in range(10):
+            left, top = int(rng.integers(0, 100)), int(rng.integers(0, 60))
+            boxes = [(0, left, 97, 131 - left), (top, 0, 97 - top, 100)]
+            verdict, got = native_crops(data, boxes)
+            assert verdict == native.READ
+            np.testing.assert_array_equal(got, pillow_crops(data, boxes))
+
+
+def test_threads_that_come_at_once_open_the_library_once(monkeypatch):
+    opened = []
+    colour_library, meeting = native.colour_library, threading.Barrier(4)
+    monkeypatch.setattr(native, "colour_library", lambda: opened.append(1) or colour_library())
+    native._opened.cache_clear()
+
+    def first_use(_):
+        meeting.wait(timeout=20)
+        return native.library()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(map(id, pool.map(first_use, range(4))))) == 1
+    assert len(opened) == 1
+
+
 def test_strongly_shrunk_boxes_give_pillows_pixels():
     """Many taps: more than a vector holds, fewer at the borders than next to them."""
     data = stored(picture(900, 1100), quality=90)
@@ -95,9 +128,12 @@ PLAIN_SCANS = {
 }
 
 
-@pytest.mark.skipif(
+ABI_62 = pytest.mark.skipif(
     sys.maxsize < 2**33 or Image.core.jpeglib_version != "6.2", reason="another ABI than 62"
 )
+
+
+@ABI_62
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("kind", PLAIN_SCANS)
 def test_our_huffman_decoder_gives_the_librarys_pixels(mode, kind, own_huffman):
@@ -113,6 +149,44 @@ def test_our_huffman_decoder_gives_the_librarys_pixels(mode, kind, own_huffman):
         ours = native_crops(data, boxes, size=40)
         assert own_huffman(True) == before + 1
         assert ours[0] == native.READ
+        np.testing.assert_array_equal(ours[1], plain[1])
+
+
+def waves(frequencies, seed):
+    """96 x 96 grey pixels: each block a sum of DCT waves (rows, columns), some of them missing."""
+    rng = np.random.default_rng(seed)
+    at = (2 * np.arange(8) + 1) * np.pi / 16
+    blocks = np.full((12, 12, 8, 8), 128.0)
+    for down, across in frequencies:
+        wave = np.cos(at * down)[:, None] * np.cos(at * across)
+        strength = rng.integers(-2, 3, (12, 12, 1, 1)) * rng.integers(0, 12)
+        blocks += strength * wave
+    pixels = blocks.transpose(0, 2, 1, 3).reshape(96, 96)
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+@ABI_62
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize(
+    "frequencies",
+    [
+        [(7, 7)],  # the last coefficient: no end of block comes, the next code is another block's
+        [(7, 7), (6, 7)],  # the last two, often both in one look
+        [(6, 7)],  # the last but one, with an end of block in one look
+        [(0, 1), (7, 7)],
+        [(down, across) for down in range(8) for across in range(8)],
+    ],
+)
+def test_blocks_that_end_late_give_the_librarys_pixels(frequencies, optimize, own_huffman):
+    boxes = [(0, 0, 96, 96), (8, 16, 80, 64)]
+    for seed in range(8):
+        data = stored(waves(frequencies, seed), quality=100, optimize=optimize)
+        own_huffman(False)
+        plain = native_crops(data, boxes, size=96)
+        before = own_huffman(True)
+        ours = native_crops(data, boxes, size=96)
+        assert own_huffman(True) == before + 1
+        assert ours[0] == plain[0] == native.READ
         np.testing.assert_array_equal(ours[1], plain[1])
 
 
@@ -223,7 +297,7 @@ def test_memory_is_given_back():
 def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
     native.colour_library.cache_clear()
-    native.library.cache_clear()
+    native._opened.cache_clear()
     try:
         assert not native.ready()
         with pytest.raises(RuntimeError, match="was not built"):
@@ -232,7 +306,7 @@ def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
     finally:
         monkeypatch.undo()
         native.colour_library.cache_clear()
-        native.library.cache_clear()
+        native._opened.cache_clear()
 
 
 @pytest.mark.skipif(

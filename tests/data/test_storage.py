@@ -173,7 +173,7 @@ def test_the_other_client_survives_it_too(s3_server, big, kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["reset", "truncate", "stall"])
 def test_reading_goes_on_from_the_byte_reached(s3_server, big, kind):
-    proxy, environment = behind(s3_server, {kind: 1.0}, limit=1)
+    proxy, environment = behind(s3_server, {kind: 1.0}, limit=1, stall_s=2.0)
     with proxy, environment:
         assert storage.read(big, 1000, 2_900_000) == DATA[1000:2_900_000]
         first, second = (span for _, span in proxy.ranges)

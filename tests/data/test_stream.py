@@ -18,7 +18,7 @@ from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import stream as stream_module
 from mocov3_ds.data.lanes import Order
 from mocov3_ds.data.stream import Stream, evaluation_batches
-from mocov3_ds.data.views import ViewSpec
+from mocov3_ds.data.views import ViewSpec, augment
 from tests.data.sets import make_set, picture
 
 SIZES = (5, 9, 1, 0, 30, 7)
@@ -93,6 +93,20 @@ def test_ranks_and_threads_change_nothing(small):
             assert same(run(small, world_size, batches, threads=threads), expected)
 
 
+def test_fixed_views_are_those_of_the_first_epoch(small):
+    views_of = {}
+    for fixed in (True, False):
+        batches = run(small.first(12), 1, 3, fixed_views=fixed)
+        views_of[fixed] = [
+            {i: params_VBP[:, row].tolist() for row, i in enumerate(ids)}
+            for ids, _, params_VBP in batches
+        ]
+    first, second, third = views_of[True]
+    assert {*first} == {*range(12)}
+    assert first == second == third == views_of[False][0]
+    assert views_of[False][1] != first
+
+
 def test_the_pixels_are_those_of_the_sample(small):
     spec = ViewSpec()
     with open_stream(small) as stream:
@@ -115,6 +129,18 @@ def test_a_run_goes_on_at_another_world_size(small, position):
     unbroken = run(small, 2, position + 6)
     assert same(run(small, 4, 6, position=position, threads=1), unbroken[position:])
     assert same(run(small, 1, 6, position=position, threads=3), unbroken[position:])
+
+
+def test_colour_in_the_threads_is_the_colour_afterwards(small):
+    plain = run(small, 2, 3)
+    for (ids, crops_VBCHW, params_VBP), (other_ids, done_VBCHW, _) in zip(
+        plain, run(small, 2, 3, augment=True), strict=True
+    ):
+        assert ids == other_ids
+        assert not torch.equal(crops_VBCHW, done_VBCHW)
+        for crops_BCHW, params_BP in zip(crops_VBCHW.numpy(), params_VBP.numpy(), strict=True):
+            augment(crops_BCHW, params_BP)
+        assert torch.equal(crops_VBCHW, done_VBCHW)
 
 
 def test_resuming_reads_nothing_that_was_used(small, monkeypatch):
@@ -176,6 +202,41 @@ def damage(manifest, sample_id, at=200, new=b"\0\xff\0\xff\0\xff", mend_crc=Fals
     index_N["crc32"][sample_id] = zlib.crc32(tar[offset : offset + size])
     manifests.write(manifest.url, manifest.shards, index_N)
     return manifests.load(manifest.url)
+
+
+def test_bad_samples_are_remembered_by_the_next_sitting(writable, tmp_path):
+    for sample in (4, 20, 33):
+        damage(writable, sample)
+    listing = tmp_path / "bad_samples.jsonl"
+    options = {"bad_sample_budget": 3, "bad_samples": listing, "threads": 1}
+    with open_stream(writable, **options) as stream:
+        for _ in range(6):
+            next(stream)
+        before = stream.bad
+    assert before and set(before.values()) == {"crc32 mismatch"}
+    again = dict(options, bad_before=before)
+    with open_stream(writable, **again) as stream:
+        assert stream.bad == before
+        for _ in range(12):
+            next(stream)
+        assert set(stream.bad) == {4, 20, 33}
+        assert stream.skipped == {"crc32 mismatch": 3}
+    lines = [json.loads(line)["id"] for line in listing.read_text().splitlines()]
+    assert sorted(lines) == [4, 20, 33]
+    # two ranks share what was met before, and what they meet counts against the same budgets
+    ranks = [
+        open_stream(writable, world_size=2, rank=rank, bad_before=stream.bad) for rank in (0, 1)
+    ]
+    assert sorted(sum(each.skipped.values()) for each in ranks) == [1, 2]
+    assert all(each.bad == stream.bad for each in ranks)
+    for each in ranks:
+        each.close()
+    with (
+        open_stream(writable, bad_sample_budget=2, bad_before={90: "not an image"}) as stream,
+        pytest.raises(ValueError, match=r"3 unreadable samples in .*, more than"),
+    ):
+        for _ in range(12):
+            next(stream)
 
 
 def test_wrong_bytes_are_caught_counted_listed_and_replaced(writable, tmp_path):

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from data_prep import verify as prepare
+from mocov3_ds.data import counters, storage
 from mocov3_ds.data import manifest as manifests
-from mocov3_ds.data import storage
 from mocov3_ds.data.cache import Cache
 from mocov3_ds.data.lanes import Order
 from mocov3_ds.data.stream import evaluation_batches
@@ -77,6 +77,8 @@ def stream_under_faults(server, stored, wanted, seed):
 def test_faults_lose_nothing_and_repeat_nothing(s3_server, stored):
     injected = stream_under_faults(s3_server, stored, 100, seed=1)
     assert {"503", "reset", "truncate", "refuse"} <= set(injected)
+    # nearly each fault costs an attempt; some answers end in time
+    assert counters.since_last_asked()["store_retries"] >= 50
 
 
 @pytest.mark.slow
@@ -130,15 +132,21 @@ def test_the_server_is_killed_and_started_again(tmp_path):
 def test_the_cache_saves_the_second_epoch_and_heals(s3_server, stored, tmp_path):
     url, expected = stored
     cache = Cache(tmp_path / "cache", 1 << 30)
+    blocks = lambda: (tmp_path / "cache").rglob("*-0")  # noqa: E731
     with object_store.environment(s3_server.url):
         manifest = manifests.load(url)
     with FaultProxy(s3_server.url, {}) as proxy, object_store.environment(proxy.url):
+        counters.since_last_asked()
         assert same(run(manifest, 2, 8, cache=cache), expected[:8])
         filled = proxy.requests
         assert filled <= len(SIZES)
+        counted = counters.since_last_asked()
+        assert counted["store_bytes"] >= sum(block.stat().st_size for block in blocks())
+        assert counted["cache_misses"] >= len(list(blocks()))
         assert same(run(manifest, 4, 8, cache=cache), expected[:8])
         assert proxy.requests == filled
-        for block in (tmp_path / "cache").rglob("*-0"):  # the disk goes bad
+        assert set(counters.since_last_asked()) == {"cache_hits"}
+        for block in blocks():  # the disk goes bad
             data = bytearray(block.read_bytes())
             data[600:700] = bytes(100)
             block.write_bytes(data)

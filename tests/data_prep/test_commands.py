@@ -57,6 +57,14 @@ def test_from_images_to_a_checked_set(tree, tmp_path):
     assert checked.returncode == 0 and checked.stdout.endswith("sound\n")
 
 
+def test_a_strong_resize_is_warned_of(run, tree, tmp_path):
+    assert (
+        "--resize 256 changes what the network sees"
+        in (run("shard", tree, tmp_path / "a", "--resize", 256)[2])
+    )
+    assert "changes" not in run("shard", tree, tmp_path / "b", "--resize", 384)[2]
+
+
 def test_verify_fails_on_damage_and_speaks_json(run, tree, tmp_path):
     assert run("shard", tree, tmp_path / "o", "--workers", 1)[0] == 0
     path = tmp_path / "o" / "shard-000000.tar"

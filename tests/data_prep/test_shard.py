@@ -226,6 +226,29 @@ def test_a_shard_of_rejects_alone_is_not_written(tmp_path):
     assert not (tmp_path / "none" / "manifest.json").exists()
 
 
+def test_an_image_too_long_for_a_jpeg_stays_as_it_is(tmp_path):
+    (tmp_path / "tree/n01").mkdir(parents=True)
+    long = tmp_path / "tree/n01/long.png"
+    Image.new("L", (70_000, 4)).save(long)
+    Image.new("L", (40, 40)).save(tmp_path / "tree/n01/short.png")
+    make(tmp_path / "tree", tmp_path / "out", resize=4, reencode=True)
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as archive:
+        kept = {member.name: archive.extractfile(member).read() for member in archive}
+    assert sorted(name for name in kept if "cls" not in name) == ["n01_long.png", "n01_short.jpg"]
+    assert kept["n01_long.png"] == long.read_bytes()
+
+
+def test_an_image_that_no_set_may_hold_is_rejected(tree, tmp_path):
+    assert sharding.images.MAX_BYTES == manifest.SAMPLE_LIMIT
+    padded = tree / "n01440764" / "padded.jpg"
+    padded.write_bytes(forms.picture(0, size=20))
+    with padded.open("ab") as file:
+        file.truncate(manifest.SAMPLE_LIMIT + 1)
+    made = make(tree, tmp_path / "out")
+    assert [reject.name for reject in made.rejects] == ["n01440764/padded.jpg"]
+    assert manifest.load(str(tmp_path / "out")).samples == made.manifest.samples
+
+
 def test_resize_shrinks_larger_images_only(tmp_path):
     images = {
         "a/large.png": forms.picture(0, size=64, form="PNG"),

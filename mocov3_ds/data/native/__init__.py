@@ -9,6 +9,7 @@ import ctypes
 import importlib.machinery
 import io
 import sys
+import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
@@ -27,6 +28,7 @@ Box = tuple[int, int, int, int]
 READ = 0
 """verdict: done. Any other one means: not for this code, let Pillow read the image or refuse it"""
 _MASK = (1 << 64) - 1
+_opening = threading.Lock()  # a thread that comes second must not open it again under the first
 _NOT_BUILT = "the extension was not built (no C++ compiler when the package was installed)"
 
 
@@ -59,13 +61,18 @@ def pack(spec: "ViewSpec") -> Spec:
     return Spec(*(getattr(spec, name) for name, *_ in Spec._fields_))
 
 
-@cache
 def library() -> ctypes.CDLL:
     """The library, its libjpeg opened and its pixels proven.
 
     Raises:
         RuntimeError: it cannot be used here; the message is the reason.
     """
+    with _opening:
+        return _opened()
+
+
+@cache
+def _opened() -> ctypes.CDLL:
     loaded = colour_library()
     tried = _libjpegs()
     for libjpeg in tried:

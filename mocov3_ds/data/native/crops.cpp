@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "draw.h"
 #include "entropy.h"
@@ -30,7 +31,9 @@ enum Verdict : int { READ = 0, NOT_PLAIN = 1, DAMAGED = 2, TRUNCATED = 3, NO_MEM
 
 constexpr int WEIGHT_BITS = 22, LOW_BITS = 11, HALF = 1 << (WEIGHT_BITS - 1);
 constexpr int SLACK = 64;  // bytes that vector loads and stores may touch past the end of a row
-constexpr int STRIP = 16;  // rows decoded before they are weighed; an MCU row has 8 or 16
+constexpr int STRIP = 2;   // rows decoded before they are weighed, while they are in the first cache
+constexpr int GROUP = 4;   // outputs whose weights lie together, as vectors take them
+constexpr int PACKED = 2;  // 16-bit numbers there for each weight
 constexpr int MARGIN = 8;  // columns around the region: upsampled chroma looks at its neighbours
 
 // Where the outputs of one axis come from: output i is the sum of taps[i] inputs from first[i] on.
@@ -38,12 +41,17 @@ struct Axis {
   int size, stride;
   int *first, *taps;
   int16_t *high, *low;  // (size, stride) each; beyond taps[i] they are 0
+  // For weigh_columns: of each group of outputs the steps of four inputs, and for each step a vector
+  // of high 0 to 3 and low 0 to 3 of each output.
+  int* steps;
+  int16_t* packed;
 };
 
 inline uint8_t clip8(int x) { return uint8_t(x < 0 ? 0 : x > 255 ? 255 : x); }
 
 namespace plain {
 #define AVX2 0
+#define AVX512 0
 #include "resample_kernels.h"
 #undef AVX2
 }  // namespace plain
@@ -52,10 +60,17 @@ BEGIN_AVX2
 namespace avx2 {
 #define AVX2 1
 #include "resample_kernels.h"
-#undef AVX2
+#undef AVX512
 }  // namespace avx2
 END_KERNELS
-namespace avx512 = avx2;
+BEGIN_AVX512
+namespace avx512 {
+#define AVX512 1
+#include "resample_kernels.h"
+#undef AVX512
+#undef AVX2
+}  // namespace avx512
+END_KERNELS
 #endif
 
 jpeg::Library library;
@@ -70,7 +85,7 @@ struct Scratch {
   bool ensure(size_t wanted) {
     if (wanted <= size) return true;
     std::free(bytes);
-    bytes = static_cast<uint8_t*>(std::malloc(wanted));
+    bytes = static_cast<uint8_t*>(std::aligned_alloc(64, wanted));
     size = bytes ? wanted : 0;
     return bytes;
   }
@@ -148,6 +163,22 @@ void fill(Axis& axis, int in, int out, int window, bool flip, double* weights) {
   }
 }
 
+// Lays the weights of whole groups out as weigh_columns takes them.
+void pack(Axis& axis) {
+  for (int x = 0; x + GROUP <= axis.size; x += GROUP) {
+    int most = 0;
+    for (int i = x; i < x + GROUP; i++) most = axis.taps[i] > most ? axis.taps[i] : most;
+    const int steps = axis.steps[x / GROUP] = (most + 3) / 4;
+    int16_t* to = axis.packed + size_t(x) * axis.stride * PACKED;
+    for (int step = 0; step < steps; step++)
+      for (int i = x; i < x + GROUP; i++)
+        for (const int16_t* from : {axis.high, axis.low}) {
+          std::memcpy(to, from + size_t(i) * axis.stride + 4 * step, 8);
+          to += 4;
+        }
+  }
+}
+
 // A crop being made.
 struct Work {
   Axis columns, rows;
@@ -167,13 +198,15 @@ bool rows_first(const Crop& crop) {
          crop.height - crop.out_height > 2 * (wider > 0 ? wider : 0);
 }
 
-void lay_axis(Pieces& pieces, Axis& axis, int in, int out, int size) {
+void lay_axis(Pieces& pieces, Axis& axis, int in, int out, int size, bool columns) {
   axis.size = size;
   axis.stride = (taps_of(in, out) + 3) / 4 * 4;
   axis.first = pieces.take<int>(size);
   axis.taps = pieces.take<int>(size);
   axis.high = pieces.take<int16_t>(size_t(size) * axis.stride);
   axis.low = pieces.take<int16_t>(size_t(size) * axis.stride);
+  axis.steps = pieces.take<int>(size / GROUP);
+  axis.packed = columns ? pieces.take<int16_t>(size_t(size) * axis.stride * PACKED) : nullptr;
 }
 
 void range_of(const Axis& axis, int* first, int* end) {
@@ -202,8 +235,8 @@ void lay(Pieces& pieces, Plan& plan, const Crop* crops, int image_width) {
   for (int i = 0; i < plan.count; i++) {
     const Crop& crop = crops[i];
     Work& work = plan.works[i];
-    lay_axis(pieces, work.columns, crop.width, crop.out_width, crop.size);
-    lay_axis(pieces, work.rows, crop.height, crop.out_height, crop.size);
+    lay_axis(pieces, work.columns, crop.width, crop.out_width, crop.size, true);
+    lay_axis(pieces, work.rows, crop.height, crop.out_height, crop.size, false);
     if (work.columns.stride > most_taps) most_taps = work.columns.stride;
     if (work.rows.stride > most_taps) most_taps = work.rows.stride;
     work.plane = size_t(crop.size);
@@ -215,7 +248,7 @@ void lay(Pieces& pieces, Plan& plan, const Crop* crops, int image_width) {
   }
   plan.weights = pieces.take<double>(most_taps);
   plan.line = pieces.take<uint8_t>(longest + 4 * most_taps);
-  // Two neighbouring outputs are weighed together: one reads as many pixels as the other has taps.
+  // Neighbouring outputs are weighed together: each reads as many pixels as the most taps of them.
   plan.strip_stride = (4 * (size_t(image_width) + most_taps) + SLACK + 63) / 64 * 64;
   plan.strip = pieces.take<uint8_t>(plan.strip_stride * STRIP);
 }
@@ -231,6 +264,7 @@ bool prepare(Plan& plan, const Crop* crops, int image_width) {
     const Crop& crop = crops[i];
     Work& work = plan.works[i];
     fill(work.columns, crop.width, crop.out_width, crop.window_left, crop.flip, plan.weights);
+    pack(work.columns);
     fill(work.rows, crop.height, crop.out_height, crop.window_top, false, plan.weights);
     range_of(work.columns, &work.first_column, &work.end_column);
     range_of(work.rows, &work.first_row, &work.end_row);
@@ -372,7 +406,12 @@ Verdict decode(Reading& reading, const Crop* crops, int count) {
   unsigned column = unsigned(left > MARGIN ? left - MARGIN : 0);
   unsigned columns = unsigned(right) + MARGIN - column;
   if (column + columns > object.width) columns = object.width - column;
-  if (columns < object.width) library.crop_columns(&object, &column, &columns);
+  // Where scans of a progressive image are missing, the library smooths across blocks, and at a cut
+  // column with other neighbours than a whole image has.
+  if (library.has_multiple_scans(&object))
+    column = 0;
+  else if (columns < object.width)
+    library.crop_columns(&object, &column, &columns);
   if (top > 0 && library.skip_rows(&object, unsigned(top)) != unsigned(top)) return DAMAGED;
   uint8_t* rows[STRIP];
   for (int i = 0; i < STRIP; i++) rows[i] = plan.strip + plan.strip_stride * i;
@@ -479,6 +518,7 @@ EXPORT int mocov3_open_library(const char* path, int tall_rows_first) {
         find(handle, "jpeg_destroy_decompress", opened.destroy) &&
         find(handle, "jpeg_mem_src", opened.memory_source) &&
         find(handle, "jpeg_read_header", opened.read_header) &&
+        find(handle, "jpeg_has_multiple_scans", opened.has_multiple_scans) &&
         find(handle, "jpeg_start_decompress", opened.start) &&
         find(handle, "jpeg_crop_scanline", opened.crop_columns) &&
         find(handle, "jpeg_skip_scanlines", opened.skip_rows) &&

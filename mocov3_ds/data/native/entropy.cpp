@@ -12,15 +12,44 @@
 namespace entropy {
 namespace {
 
-// Natural position of the k-th coefficient of a block.
-constexpr uint8_t NATURAL[64] = {
+// Natural position of the k-th coefficient of a block. Behind its end it is the last one's, which is
+// written after that, or never read as the data are damaged.
+struct Natural {
+  uint8_t at[64 + END];
+};
+constexpr uint8_t ZIGZAG[64] = {
     0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
     41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
+constexpr Natural NATURAL = [] {
+  Natural natural = {};
+  for (int k = 0; k < 64 + END; k++) natural.at[k] = k < 64 ? ZIGZAG[k] : 63;
+  return natural;
+}();
 constexpr int END_OF_BLOCK = 64;  // as a number of zeros
 
 INLINE int signed_value(uint32_t raw, int size) {  // the top half of a size's range is positive
   return size && raw < 1u << (size - 1) ? int(raw) - (1 << size) + 1 : int(raw);
+}
+
+void pair_up(Table& table) {
+  for (uint32_t pattern = 0; pattern < 1u << LOOK; pattern++) {
+    const Step first = table.steps[pattern];
+    Pair& pair = table.pairs[pattern];
+    if (!first.bits) {
+      pair = {first.value, 0, first.zeros, 0, 0, 0};
+    } else if (first.zeros == END_OF_BLOCK) {
+      pair = {0, 0, 0, END, first.bits, first.bits};
+    } else {
+      pair = {first.value, first.value, first.zeros, first.zeros, first.bits, first.bits};
+      const Step next = table.steps[pattern << first.bits & ((1u << LOOK) - 1)];
+      if (!next.bits || first.bits + next.bits > LOOK) continue;
+      const bool ends = next.zeros == END_OF_BLOCK;
+      pair.next_value = ends ? int16_t(0) : next.value;
+      pair.next = uint8_t(ends ? END : first.zeros + 1 + next.zeros);
+      pair.all_bits = uint8_t(first.bits + next.bits);
+    }
+  }
 }
 
 bool build(Table& table, const uint8_t* counts, const uint8_t* symbols, bool ac) {
@@ -53,6 +82,7 @@ bool build(Table& table, const uint8_t* counts, const uint8_t* symbols, bool ac)
     code <<= 1;
   }
   table.count = total;
+  if (ac) pair_up(table);
   return total > 0;
 }
 
@@ -135,19 +165,28 @@ INLINE bool decode_block(Bits& s, const Table& dc, const Table& ac, uint32_t& la
     last_dc += uint32_t(signed_value(take(s, size), size));
   }
   if (STORED) block[0] = int16_t(last_dc);
-  for (int k = 1; k < 64; k++) {
+  int k = 1;
+  while (k < 64) {
     if (s.count < 32) refill(s);
-    const Step step = ac.steps[s.buffer >> (64 - LOOK)];
-    if (step.bits) {
-      consume(s, step.bits);
-      k += step.zeros;
-      if (k > 63) return step.zeros == END_OF_BLOCK;
-      if (STORED) block[NATURAL[k]] = step.value;
-      continue;
+    const Pair pair = ac.pairs[s.buffer >> (64 - LOOK)];
+    if (pair.all_bits) {
+      if (k + pair.zeros < 63) {
+        consume(s, pair.all_bits);
+        if (STORED) block[NATURAL.at[k + pair.next]] = pair.next_value;
+        if (STORED) block[NATURAL.at[k + pair.zeros]] = pair.value;
+        k += pair.next + 1;
+        continue;
+      }
+      // The first coefficient is the block's last: what comes next is of another block.
+      consume(s, pair.bits);
+      if (pair.bits == pair.all_bits && pair.next == END) return true;
+      k += pair.zeros;
+      if (STORED && k == 63) block[63] = pair.value;
+      return k == 63;
     }
-    int symbol = step.value;
-    if (step.zeros)
-      consume(s, step.zeros);
+    int symbol = pair.value;
+    if (pair.zeros)
+      consume(s, pair.zeros);
     else if ((symbol = long_symbol(s, ac)) < 0)
       return false;
     const int size = symbol & 15;
@@ -155,9 +194,10 @@ INLINE bool decode_block(Bits& s, const Table& dc, const Table& ac, uint32_t& la
     k += symbol >> 4;
     if (k > 63) return false;
     const int value = signed_value(take(s, size), size);
-    if (STORED) block[NATURAL[k]] = int16_t(value);
+    if (STORED) block[NATURAL.at[k]] = int16_t(value);
+    k++;
   }
-  return true;
+  return k == 64 || k > END;
 }
 
 // The next restart marker must be right here.

@@ -19,8 +19,20 @@ struct Step {
   uint8_t bits;
 };
 
+// The same for AC codes, with the coefficient after it, if that fits in as well. Without one, the next
+// coefficient is the first again, so that two can be written each time.
+struct Pair {
+  int16_t value, next_value;
+  uint8_t zeros;     // or, if `all_bits` is 0, the length of the code, and `value` the symbol
+  uint8_t next;      // place of the next coefficient, counted from where this begins; END = none comes
+  uint8_t bits;      // of the first coefficient
+  uint8_t all_bits;  // of both
+};
+constexpr int END = 127;
+
 struct Table {
   Step steps[1 << LOOK];
+  Pair pairs[1 << LOOK];  // of AC codes
   uint32_t behind[17];  // first 16-bit pattern that is no code of length n or shorter
   int32_t shift[17];    // symbol of a code of length n: symbols[code + shift[n]]
   uint8_t symbols[256];

@@ -76,6 +76,7 @@ struct Library {
   void (*destroy)(Decompressor*);
   void (*memory_source)(Decompressor*, const uint8_t*, unsigned long);
   int (*read_header)(Decompressor*, int);
+  int (*has_multiple_scans)(Decompressor*);
   int (*start)(Decompressor*);
   void (*crop_columns)(Decompressor*, unsigned*, unsigned*);
   unsigned (*skip_rows)(Decompressor*, unsigned);
