@@ -11,6 +11,8 @@ buys back recomputation: chunks at the end of the batch keep their activations.
 Shape suffixes: B = rows, G = global batch, C H W = image, D = features.
 """
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from mocov3_ds.distributed import ranks
 from mocov3_ds.model.moco import Chunks
 from mocov3_ds.model.momentum import MomentumEncoder
 
+_log = logging.getLogger("mocov3_ds")
+
 _LARGEST_CHUNK = 64
 """images that keep a device busy; beyond this, room is better spent on kept chunks"""
 _MARGIN = 0.9
@@ -31,6 +35,8 @@ _LOGITS_BYTES = 512 * 2**20
 """the logits of a view are streamed over blocks of keys where they would need more than this"""
 _LOGITS_COPIES = 6
 """fp32 tensors of the logits' size that are alive at once"""
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -97,16 +103,19 @@ def fitting_chunks(room: Room, batch: int) -> Chunks:
     Raises:
         ValueError: on some rank the activations of not even one image fit.
     """
-    images = -int(ranks.all_reduce_max(torch.tensor(-room.images, device=ranks.this_device())))
-    if images < 1:
+    rooms = ranks.gather_objects(room)
+    number, tightest = min(enumerate(rooms), key=lambda of_rank: of_rank[1].images)
+    if tightest.images < 1:
         gib = 2**30
         raise ValueError(
-            f"not one image fits: {room.free / gib:.2f} GiB are free here, a step needs "
-            f"{room.rest / gib:.2f} GiB beside the backbone's activations and "
-            f"{room.per_image / gib:.2f} GiB for an image; use more ranks, a smaller --batch, "
+            f"not one image fits: {tightest.free / gib:.2f} GiB are free on rank {number}, a step "
+            f"needs {tightest.rest / gib:.2f} GiB beside the backbone's activations and "
+            f"{tightest.per_image / gib:.2f} GiB for an image; use more ranks, a smaller --batch, "
             "--recompute_blocks, or name a --chunk to try all the same."
         )
-    return choose_chunks(images, batch)
+    chunks = choose_chunks(tightest.images, batch)
+    _log.info("%s for %s of rank %d", chunks, tightest, number)
+    return chunks
 
 
 def choose_chunks(images: int, batch: int) -> Chunks:
@@ -126,16 +135,20 @@ def fitting_key_block(batch: int, global_batch: int) -> int:
 def activation_bytes(module: nn.Module, example: Tensor) -> int:
     """Memory that one more row costs a forward and backward pass of `module`.
 
-    On a GPU the allocator's peak is compared between four and two rows; on the CPU the tensors that
-    the forward pass keeps for the backward are counted.
+    The tensors that the forward pass keeps for the backward are counted with four and two rows. On
+    a GPU the allocator's peak of both passes is compared as well, and the larger difference counts:
+    the kept tensors leave out what a layer needs while it works, and the peak of so few rows may
+    lie where the gradient of a large weight is made and few activations are left.
 
     Args:
         module: needs no gradient of its own, is left as it was.
         example: one row of its input.
     """
-    measure = _peak_bytes if example.device.type == "cuda" else _kept_bytes
     few, more = (example.expand(rows, *example.shape[1:]).contiguous() for rows in (2, 4))
-    return max((measure(module, more) - measure(module, few)) // 2, 1)
+    of_two = _kept_bytes(module, more) - _kept_bytes(module, few)
+    if example.device.type == "cuda":
+        of_two = max(of_two, _peak_bytes(module, more) - _peak_bytes(module, few))
+    return max(of_two // 2, 1)
 
 
 def _with_gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -162,14 +175,22 @@ def _kept_bytes(module: nn.Module, x: Tensor) -> int:
 
 
 def _peak_bytes(module: nn.Module, x: Tensor) -> int:
-    tensors = _with_gradients(module)
+    both_passes = _BothPasses(module)
+    tensors = _with_gradients(both_passes)
+    for tensor in tensors.values():
+        if tensor.requires_grad:
+            # all of them together would be the peak, at the end, whatever the number of rows
+            tensor.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(x.device)
     torch.cuda.reset_peak_memory_stats(x.device)
     before = torch.cuda.memory_allocated(x.device)
     with torch.enable_grad():
-        output = torch.func.functional_call(module, tensors, (x,))
-        output.float().sum().backward()
+        torch.func.functional_call(both_passes, tensors, (x,))
     return torch.cuda.max_memory_allocated(x.device) - before
+
+
+def _let_go(tensor: Tensor) -> None:
+    tensor.grad = None
 
 
 def free_bytes(device: torch.device) -> int:
@@ -178,15 +199,56 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available = psutil.virtual_memory().available
-    limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        available = min(available, max(limit - used, 0))
-    return int(available) // ranks.local_world_size()
+    return int(min([available, *_group_rooms()])) // ranks.local_world_size()
 
 
-def _cgroup_bytes(name: str) -> int | None:
-    """A container's limit or use; None where there is no limit."""
+def total_bytes(device: torch.device) -> int:
+    """Memory of this rank's card, or of its machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return int(psutil.virtual_memory().total)
+
+
+def _group_rooms() -> Iterator[int]:
+    """Bytes that each control group around this process (a container, a batch job) still allows."""
     try:
-        return int((Path("/sys/fs/cgroup") / name).read_text())
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return None
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, names = _GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = _GROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = top / path.lstrip("/")
+        # a limit binds all groups below; and in a container the path may be the host's, while the
+        # files of its own group lie at the top
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(top):
+                yield from _group_room(folder, *names)
+
+
+def _group_room(folder: Path, limit: str, used: str, cached: str) -> Iterator[int]:
+    """Room in one control group; nothing where it sets no limit."""
+    try:
+        room = int((folder / limit).read_text()) - int((folder / used).read_text())
+        counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or "max"
+        return
+    # files read a while ago count as used, but make way before anything fails
+    yield max(room + int(counters.get(cached, 0)), 0)
+
+
+class _BothPasses(nn.Module):
+    """Forward and backward in one call: what is recomputed must meet the same replaced weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> None:
+        self.module(x).float().sum().backward()

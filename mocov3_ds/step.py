@@ -16,13 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.gate import DROP, step_within
 from mocov3_ds.model.loss import contrastive_loss
 from mocov3_ds.model.moco import BaseEncoder, Chunks, chunked_features
 from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.profiling import phase, turns_into
 
 Keys = Callable[[], tuple[Tensor, Tensor]]
 
@@ -46,18 +47,38 @@ class QueriesToLoss(nn.Module):
         self.base = base
         self.chunks = chunks or Chunks()
         self.temperature, self.key_block = temperature, key_block
+        self.pair: tuple[Tensor, Tensor] | None = None
+        """queries of view 1 and keys of view 2 (B, P) of the last forward, detached"""
 
     def forward(self, x1_BCHW: Tensor, x2_BCHW: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
         """Loss of this rank's queries (scalar) and the features (B, D) of view 1, detached."""
-        base, size = self.base, self.chunks.size
-        kept1, kept2 = kept_of_each_view(self.chunks, len(x1_BCHW))
-        features1_BD = chunked_features(base.backbone, x1_BCHW, size, kept1)
-        features2_BD = chunked_features(base.backbone, x2_BCHW, size, kept2)
-        q1_BP = base.predictor(base.projector(features1_BD))
-        q2_BP = base.predictor(base.projector(features2_BD))
+        base = self.base
+        features1_BD, features2_BD = self.features(x1_BCHW, x2_BCHW)
+        if features2_BD.requires_grad:  # the first of the two that the backward reaches
+            features2_BD.register_hook(turns_into("backbones"))  # type: ignore[no-untyped-call]
+        with phase("heads"):
+            q1_BP = base.predictor(base.projector(features1_BD))
+            q2_BP = base.predictor(base.projector(features2_BD))
         k1_BP, k2_BP = keys()
-        loss = self._contrast(q1_BP, k2_BP) + self._contrast(q2_BP, k1_BP)
+        with phase("loss"):
+            loss = self._contrast(q1_BP, k2_BP) + self._contrast(q2_BP, k1_BP)
+        self.pair = q1_BP.detach(), k2_BP
         return loss, features1_BD.detach()
+
+    def features(self, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Backbone features (B, D) of both views, one after the other, chunk by chunk."""
+        size = self.chunks.size
+        kept1, kept2 = kept_of_each_view(self.chunks, len(x1_BCHW))
+        return (
+            chunked_features(self._backbone, x1_BCHW, size, kept1),
+            chunked_features(self._backbone, x2_BCHW, size, kept2),
+        )
+
+    def _backbone(self, x_BCHW: Tensor) -> Tensor:
+        """Also what a chunk runs again in the backward."""
+        with phase("backbone"):
+            features_BD: Tensor = self.base.backbone(x_BCHW)
+        return features_BD
 
     def _contrast(self, q_BP: Tensor, k_BP: Tensor) -> Tensor:
         k_GP = ranks.all_gather_cat(k_BP)
@@ -81,7 +102,11 @@ class StepResult:
     features_BD: Tensor
     """backbone features of view 1 on this rank, detached"""
     applied: bool
-    """False where fp16 overflowed: the weights stayed, the loss scale was lowered"""
+    """False where the weights stayed: fp16 overflowed (the loss scale was lowered), or `trouble`"""
+    gradient_norm: float
+    """of the whole gradient, before clipping; not finite where it is not"""
+    trouble: str = ""
+    """why the step was dropped, in words; empty where it was not, and for an fp16 overflow"""
 
 
 def train_step(
@@ -91,8 +116,14 @@ def train_step(
     x2_BCHW: Tensor,
     *,
     momentum: float,
+    loss_limit: float = math.inf,
+    norm_limit: float = math.inf,
 ) -> StepResult:
     """Queries, momentum move, keys, loss, backward and optimizer step on one global batch.
+
+    A step whose loss or gradient is not finite, or above its limit, is dropped on all ranks before
+    the optimizer sees it. The momentum encoder has made its move of that step by then, towards
+    weights that are good: a dropped step is one whose update is zero.
 
     Args:
         engine: DeepSpeed engine over `QueriesToLoss`.
@@ -100,21 +131,36 @@ def train_step(
         x1_BCHW: first views of this rank's part, in the engine's dtype.
         x2_BCHW: second views.
         momentum: of the momentum encoder, this step.
-
-    Raises:
-        FloatingPointError: the loss is not finite; nothing was stepped.
+        loss_limit: largest loss that is trained on.
+        norm_limit: largest norm of the whole gradient that is trained on.
     """
     chunk = engine.module.chunks.size
 
     def keys() -> tuple[Tensor, Tensor]:
-        momentum_encoder.finish()
-        return momentum_encoder.keys(x1_BCHW, chunk), momentum_encoder.keys(x2_BCHW, chunk)
+        with phase("momentum"):
+            momentum_encoder.finish()
+        with phase("keys"):
+            return momentum_encoder.keys(x1_BCHW, chunk), momentum_encoder.keys(x2_BCHW, chunk)
 
-    momentum_encoder.begin(momentum)
+    with phase("momentum"):
+        momentum_encoder.begin(momentum)
     loss, features_BD = engine(x1_BCHW, x2_BCHW, keys)
     mean_loss = float(ranks.all_reduce_sum(loss.detach().float().clone())) / ranks.world_size()
-    if not torch.isfinite(torch.tensor(mean_loss)):
-        raise FloatingPointError(f"the loss is {mean_loss}")
-    engine.backward(loss)
-    engine.step()
-    return StepResult(mean_loss, features_BD, applied=bool(engine.was_step_applied()))
+    with phase("backward"), phase("heads and loss"):
+        engine.backward(loss)
+    with phase("optimizer"):
+        bad_loss = not mean_loss <= loss_limit or not math.isfinite(mean_loss)
+        norm = step_within(engine, DROP if bad_loss else norm_limit)
+    applied = bool(engine.was_step_applied())
+    trouble = "" if applied else _trouble(engine, mean_loss, loss_limit, norm, norm_limit)
+    return StepResult(mean_loss, features_BD, applied, norm, trouble)
+
+
+def _trouble(engine: Any, loss: float, loss_limit: float, norm: float, norm_limit: float) -> str:
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if loss > loss_limit:
+        return f"the loss {loss:.4g} is above {loss_limit:.4g}"
+    if not math.isfinite(norm):
+        return "" if engine.fp16_enabled() else "the gradient is not finite"
+    return f"the gradient's norm {norm:.4g} is above {norm_limit:.4g}"

@@ -18,6 +18,8 @@ def contrastive_loss(
 ) -> Tensor:
     """InfoNCE of each query against the keys of the whole global batch, times 2T.
 
+    Autocast is switched off inside.
+
     `2T * mean_i -log softmax(q_i . k_all / T)[first_key + i]` with q and k l2-normalised. The
     factor 2T and the sum over the two views (made by the caller) are the paper's footnote.
 
@@ -32,14 +34,15 @@ def contrastive_loss(
     Returns:
         scalar, fp32 (fp64 for fp64 input).
     """
-    q_BP, k_GP = _unit_rows(q_BP), _unit_rows(k_GP).detach()
-    if key_block <= 0 or key_block >= len(k_GP):
-        logits_BG = q_BP @ k_GP.T / temperature
-        target_B = torch.arange(first_key, first_key + len(q_BP), device=q_BP.device)
-        return 2 * temperature * F.cross_entropy(logits_BG, target_B)
-    log_sum_B: Tensor = _LogSumExpOverKeys.apply(q_BP, k_GP, temperature, key_block)
-    positive_B = (q_BP * k_GP[first_key : first_key + len(q_BP)]).sum(1) / temperature
-    return 2 * temperature * (log_sum_B - positive_B).mean()
+    with torch.autocast(q_BP.device.type, enabled=False):
+        q_BP, k_GP = _unit_rows(q_BP), _unit_rows(k_GP).detach()
+        if key_block <= 0 or key_block >= len(k_GP):
+            logits_BG = q_BP @ k_GP.T / temperature
+            target_B = torch.arange(first_key, first_key + len(q_BP), device=q_BP.device)
+            return 2 * temperature * F.cross_entropy(logits_BG, target_B)
+        log_sum_B: Tensor = _LogSumExpOverKeys.apply(q_BP, k_GP, temperature, key_block)
+        positive_B = (q_BP * k_GP[first_key : first_key + len(q_BP)]).sum(1) / temperature
+        return 2 * temperature * (log_sum_B - positive_B).mean()
 
 
 def chance_loss(global_batch: int, temperature: float) -> float:
@@ -76,7 +79,9 @@ class _LogSumExpOverKeys(torch.autograd.Function):
         q_BP, k_GP, log_sum_B = ctx.saved_tensors
         temperature, key_block = ctx.temperature, ctx.key_block
         grad_BP = torch.zeros_like(q_BP)
-        for k_KP in torch.split(k_GP, key_block):
-            weight_BK = torch.exp(q_BP @ k_KP.T / temperature - log_sum_B[:, None])
-            grad_BP.addmm_(weight_BK, k_KP)
+        # whoever calls the backward may have autocast on
+        with torch.autocast(q_BP.device.type, enabled=False):
+            for k_KP in torch.split(k_GP, key_block):
+                weight_BK = torch.exp(q_BP @ k_KP.T / temperature - log_sum_B[:, None])
+                grad_BP.addmm_(weight_BK, k_KP)
         return grad_BP * (grad_B / temperature)[:, None], None, None, None

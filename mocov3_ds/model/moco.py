@@ -7,6 +7,7 @@ Shape suffixes: B = images, C H W = image, D = backbone features, P = projector 
 output.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mocov3_ds.model.heads import build_predictor, build_projector
+from mocov3_ds.model.on_cpu import suit_cpu
 from mocov3_ds.model.vit import Positions, VitShape, build_vit
 
 
@@ -27,6 +29,7 @@ class EncoderShape:
     positions: Positions = "sincos"
     train_patch_projection: bool = False
     drop_path: float = 0.0
+    qk_norm: bool = False
 
 
 class BaseEncoder(nn.Module):
@@ -39,9 +42,12 @@ class BaseEncoder(nn.Module):
             positions=shape.positions,
             train_patch_projection=shape.train_patch_projection,
             drop_path=shape.drop_path,
+            qk_norm=shape.qk_norm,
+            class_token_only=True,
         )
         self.projector = build_projector(shape.vit.dim, shape.hidden, shape.out)
         self.predictor = build_predictor(shape.out, shape.hidden)
+        suit_cpu(self)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Queries (B, P) of one view, in a single pass."""
@@ -60,7 +66,9 @@ class Chunks:
     instead of computing them again; the very last chunk always does, which costs no memory"""
 
 
-def chunked_features(backbone: nn.Module, x_BCHW: Tensor, chunk: int = 0, kept: int = 0) -> Tensor:
+def chunked_features(
+    backbone: Callable[[Tensor], Tensor], x_BCHW: Tensor, chunk: int = 0, kept: int = 0
+) -> Tensor:
     """Class-token features (B, D) of a whole rank batch, activations of one chunk at a time.
 
     A ViT body has LayerNorm only, so its rows do not know each other and the backbone may see the
@@ -75,16 +83,20 @@ def chunked_features(backbone: nn.Module, x_BCHW: Tensor, chunk: int = 0, kept: 
         kept: chunks at the end that keep their activations. The backward starts there, so one of
             them in the last view costs no memory at the peak and saves the forward of a chunk.
     """
+
+    def class_tokens(x_BCHW: Tensor) -> Tensor:
+        # the network returns a view of its last layer's output; a copy lets go of the other tokens
+        return backbone(x_BCHW).contiguous()
+
     if chunk <= 0 or chunk >= len(x_BCHW):
-        features_BD: Tensor = backbone(x_BCHW)
-        return features_BD
+        return class_tokens(x_BCHW)
     pieces = torch.split(x_BCHW, chunk)
     features = []
     for index, piece in enumerate(pieces):
         if torch.is_grad_enabled() and index < len(pieces) - kept:
-            features.append(checkpoint(backbone, piece, use_reentrant=False))
+            features.append(checkpoint(class_tokens, piece, use_reentrant=False))
         else:
-            features.append(backbone(piece))
+            features.append(class_tokens(piece))
         # chunks must not share one autocast cast of a weight: their gradients would be summed in
         # the low precision (error growing with the square root of the number of chunks)
         torch.clear_autocast_cache()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.model.heads import build_projector
 from mocov3_ds.model.moco import BaseEncoder, EncoderShape, chunked_features
+from mocov3_ds.model.on_cpu import suit_cpu
 from mocov3_ds.model.vit import build_vit
 
 
@@ -44,8 +45,11 @@ class MomentumEncoder(nn.Module):
             shape.vit,
             positions=shape.positions,
             train_patch_projection=shape.train_patch_projection,
+            qk_norm=shape.qk_norm,
+            class_token_only=True,
         )
         self.projector = build_projector(shape.vit.dim, shape.hidden, shape.out)
+        suit_cpu(self)
         self.requires_grad_(False).to(device)
         self._low_precision = dtype != torch.float32
         self._master: dict[str, Tensor] = {name: p.data for name, p in self.named_parameters()}
@@ -56,6 +60,8 @@ class MomentumEncoder(nn.Module):
         self._partitioned = False
         self._pending: set[str] = set()
         self._weight_of_base = 0.0
+        self.features_BD: Tensor | None = None
+        """backbone features of the view whose keys were made last"""
 
     @torch.no_grad()
     def start_from(self, base_tensors: dict[str, Tensor]) -> None:
@@ -105,11 +111,16 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def _average(self, names: list[str]) -> None:
-        torch._foreach_lerp_(
-            [self._master[name] for name in names],
-            [self._trained[name].detach().to(torch.float32) for name in names],
-            self._weight_of_base,
-        )
+        """Move the masters, and the low-precision copies after them while they are in the cache."""
+        low = dict(self.named_parameters()) if self._low_precision else {}
+        triples: list[Triple] = [
+            (self._master[name], self._trained[name].detach(), low.get(name)) for name in names
+        ]
+        for masters, bases, copies in _pieces(triples):
+            bases = [base.to(torch.float32) for base in bases]
+            torch._foreach_lerp_(masters, bases, self._weight_of_base)
+            if copies:
+                torch._foreach_copy_(copies, masters)
 
     def begin(self, momentum: float) -> None:
         """Start this step's move `k <- momentum * k + (1 - momentum) * q`.
@@ -125,9 +136,8 @@ class MomentumEncoder(nn.Module):
             self._average(list(self._trained))
 
     def finish(self) -> None:
-        """Check that each tensor moved and refresh the low-precision copy; before the keys."""
+        """Check that each tensor moved; before the keys."""
         assert not self._pending, f"no forward pass reached {sorted(self._pending)[:3]}"
-        self._refresh()
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -139,7 +149,8 @@ class MomentumEncoder(nn.Module):
     @torch.no_grad()
     def keys(self, x_BCHW: Tensor, chunk: int = 0) -> Tensor:
         """Keys (B, P) of one view: backbone by chunks, projector on the whole rank batch."""
-        k_BP: Tensor = self.projector(chunked_features(self.backbone, x_BCHW, chunk))
+        self.features_BD = chunked_features(self.backbone, x_BCHW, chunk)
+        k_BP: Tensor = self.projector(self.features_BD)
         return k_BP
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -161,3 +172,32 @@ class MomentumEncoder(nn.Module):
                 f"momentum encoder of another model: missing {missing[:3]}, unknown {extra[:3]}."
             )
         self.start_from(tensors)
+
+
+Triple = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _pieces(triples: list[Triple]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """Flat pieces of (master, base, copy) tensors, in groups of a bounded count of numbers.
+
+    The bound keeps what a group makes in passing (an fp32 copy of low-precision weights) inside the
+    cache of a CPU core, where a fresh allocation of megabytes costs ten times the arithmetic, and
+    to 64 MiB on a GPU, where many small tensors in one launch are what counts.
+    """
+    at_once = 2**18 if triples[0][0].device.type == "cpu" else 2**24
+    groups: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    room = at_once
+    for triple in triples:
+        flats = [tensor.view(-1) for tensor in triple if tensor is not None]
+        start, numbers = 0, flats[0].numel()
+        while start < numbers:
+            end = min(start + room, numbers)
+            for group, flat in zip(groups, flats, strict=False):
+                group.append(flat[start:end])
+            room -= end - start
+            start = end
+            if not room:
+                yield groups
+                groups, room = ([], [], []), at_once
+    if groups[0]:
+        yield groups

@@ -8,13 +8,19 @@ Shape suffixes: B = images, C H W = image, N = tokens (class token first), D = e
 """
 
 import math
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+
+from mocov3_ds.model.on_cpu import attend
 
 Positions = Literal["sincos", "none"]
 
@@ -45,6 +51,8 @@ def build_vit(
     positions: Positions = "sincos",
     train_patch_projection: bool = False,
     drop_path: float = 0.0,
+    qk_norm: bool = False,
+    class_token_only: bool = False,
 ) -> VisionTransformer:
     """Make the backbone; `backbone(x_BCHW)` gives class-token features (B, D) after the last norm.
 
@@ -54,6 +62,10 @@ def build_vit(
         train_patch_projection: False keeps the random patch projection, the paper's cure for
             instability.
         drop_path: stochastic depth rate of the last block (0 in the paper's pretraining).
+        qk_norm: LayerNorm on the queries and keys of each attention head (arXiv 2302.05442), which
+            bounds the attention logits; another architecture than the paper's.
+        class_token_only: the last block computes the class token alone, which is all that MoCo v3
+            uses; `backbone(x)` and its gradients stay the same, the other tokens are not there.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -69,8 +81,10 @@ def build_vit(
         global_pool="token",
         pos_embed="learn" if positions == "sincos" else "none",
         drop_path_rate=drop_path,
+        qk_norm=qk_norm,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         weight_init="skip",
+        block_fn=partial(_block, shape.depth - 1) if class_token_only else Block,  # type: ignore[arg-type]
     )
     _initialise(vit)
     if positions == "sincos":
@@ -80,6 +94,70 @@ def build_vit(
         vit.pos_embed.requires_grad_(False)
     vit.patch_embed.proj.requires_grad_(train_patch_projection)
     return vit
+
+
+def _block(last: int, *, depth: int, **arguments: Any) -> Block:
+    """Block number `depth`, as timm's constructor asks for it."""
+    if depth == last:
+        return ClassTokenBlock(depth=depth, **{**arguments, "attn_layer": ClassTokenAttention})
+    return Block(depth=depth, **arguments)
+
+
+class ClassTokenBlock(Block):
+    """A block whose output is the class token's alone: (B, N, D) -> (B, 1, D).
+
+    Nobody reads the other rows of the last block, and they need most of its time: attention from
+    each token, output projection and MLP. One block of depth 12 costs 8 % of the network.
+    """
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """See the class; timm's masks have no use here."""
+        assert attn_mask is None and not is_causal
+        token_B1D: Tensor = x[:, :1] + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        token_B1D = token_B1D + self.drop_path2(self.ls2(self.mlp(self.norm2(token_B1D))))
+        return token_B1D  # noqa: RET504 (the type)
+
+
+class ClassTokenAttention(Attention):
+    """Attention from the class token to all: (B, N, D) -> (B, 1, D); weights and names are timm's.
+
+    The query of each token is computed with its key and value, in one product of one weight, which
+    ZeRO-3 gathers when `qkv` is called.
+    """
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """See the class."""
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        seen = attend(q[:, :, :1], k, v)
+        out_B1D: Tensor = self.proj(seen.transpose(1, 2).reshape(batch, 1, self.attn_dim))
+        return out_B1D
+
+
+def compile_blocks(vit: VisionTransformer) -> None:
+    """Compile the blocks with torch.compile at their first pass; one code serves all of them.
+
+    Raises:
+        ValueError: there is no C++ compiler, without which nothing can be compiled.
+    """
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        raise ValueError("compiling the blocks needs a C++ compiler: install g++ or set CXX.")
+    for block in vit.blocks:
+        block.compile()
+
+
+def as_written(vit: VisionTransformer) -> AbstractContextManager[Any]:
+    """Context in which compiled blocks run line by line, as hooks inside of them need it."""
+    if any(block._compiled_call_impl is not None for block in vit.blocks):
+        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()
 
 
 def sincos_positions(grid: int, dim: int) -> Tensor:

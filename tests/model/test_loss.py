@@ -42,6 +42,21 @@ def test_keys_get_no_gradient_and_low_precision_is_widened() -> None:
     assert k.grad is None
 
 
+# torch's own backward (no blocks) follows its caller
+@pytest.mark.parametrize(("key_block", "backward_inside"), [(0, False), (5, False), (5, True)])
+def test_autocast_does_not_reach_the_logits(key_block: int, backward_inside: bool) -> None:
+    found = []
+    for enabled in (False, True):
+        q = rows(0, dtype=torch.float32).requires_grad_()
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+        with autocast:
+            loss = contrastive_loss(q, rows(1, dtype=torch.float32), 0, 0.2, key_block)
+        with autocast if backward_inside else torch.autocast("cpu", enabled=False):
+            (gradient,) = torch.autograd.grad(loss, q)
+        found.append((loss, gradient))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_chance_is_the_loss_of_equal_keys() -> None:
     q = rows(0)
     k = rows(1, n=1).expand(12, -1)

@@ -117,3 +117,24 @@ def test_chunked_gradients_equal_the_plain_pass(chunk: int, drop_path: float, ke
 
     for ours, plain in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)  # fp64
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_chunk_leaves_class_tokens_behind_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, gradients: bool
+) -> None:
+    backbone = BaseEncoder(SHAPE).backbone
+    kept: list[torch.Tensor] = []
+    join = torch.cat
+
+    def spy(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        kept.extend(tensors)
+        return join(tensors, dim)
+
+    monkeypatch.setattr("mocov3_ds.model.moco.torch.cat", spy)
+    with torch.set_grad_enabled(gradients):
+        chunked_features(backbone, torch.randn(6, 3, 16, 16), chunk=2)
+    features = [tensor for tensor in kept if tensor.shape == (2, SHAPE.vit.dim)]
+    assert len(features) == 3
+    for tensor in features:  # a view would hold the tokens of all patches as well
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -96,3 +96,22 @@ def test_sizes_that_do_not_divide_are_told() -> None:
         build_vit(VitShape(image_size=30, patch_size=8, dim=48, depth=1, heads=4))
     with pytest.raises(ValueError, match="embedding 50 must be a multiple"):
         build_vit(VitShape(image_size=32, patch_size=8, dim=50, depth=1, heads=4))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_class_token_alone_is_the_same_network(qk_norm: bool) -> None:
+    torch.manual_seed(0)
+    whole = build_vit(TINY, drop_path=0.5, qk_norm=qk_norm).double()
+    alone = build_vit(TINY, drop_path=0.5, qk_norm=qk_norm, class_token_only=True).double()
+    alone.load_state_dict(whole.state_dict())  # the same names
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    features = []
+    for vit in (whole, alone):
+        torch.manual_seed(1)  # stochastic depth draws the same
+        features.append(vit(images))
+        torch.autograd.backward(features[-1].square().sum())
+    torch.testing.assert_close(features[1], features[0], rtol=1e-12, atol=1e-12)
+    theirs = dict(whole.named_parameters())
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-8, atol=1e-10)
+    assert alone.forward_features(images).shape == (6, 1, 48)
