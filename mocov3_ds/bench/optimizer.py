@@ -34,7 +34,7 @@ from mocov3_ds.model.vit import PAPER_SHAPES, build_vit
 from mocov3_ds.optim import AdamW, Lamb, Lars
 from mocov3_ds.optim.kernels import AdamTerms, kernels_for
 from mocov3_ds.optim.lamb import trust_ratio
-from mocov3_ds.optim.plan import UPDATE, WEIGHT, plan_of
+from mocov3_ds.optim.plan import NORMS, UPDATE, WEIGHT, plan_of
 from mocov3_ds.optim.rules import vit_rule
 from mocov3_ds.optim.segments import Flat, cut, run_on
 
@@ -226,7 +226,7 @@ def our_flat_lamb(tensors: dict[str, nn.Parameter]) -> Step:
         nonlocal done
         done += 1
         terms = AdamTerms(0.9, 0.999, True, 1e-6, DECAY, done, True)
-        sums_3S = torch.zeros_like(plan.norms_3S)
+        sums_3S = torch.zeros(NORMS, len(names), device=w.device)
         kernels.adam(share, w, g, m, v, terms, sums_3S, None)
         norms_3S = sums_3S.sqrt()
         ratio_S = trust_ratio(norms_3S[WEIGHT], norms_3S[UPDATE], plan.adapt_S, None)

@@ -20,6 +20,7 @@ from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
 
 _ADAM_KEYS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "backend")
+_ADAMW_KEYS = (*_ADAM_KEYS, "update_clip")
 _TRUST_KEYS = ("trust_clip", "always_adapt", "min_coeff", "max_coeff")
 _LAMB_KEYS = (*_ADAM_KEYS, *_TRUST_KEYS, "grad_averaging", "flat")
 _LARS_KEYS = (
@@ -27,8 +28,8 @@ _LARS_KEYS = (
     *_TRUST_KEYS,
 )
 _KINDS: dict[str, tuple[type[ShardedOptimizer], tuple[str, ...]]] = {
-    "adamw": (AdamW, _ADAM_KEYS),
-    "adam": (AdamW, _ADAM_KEYS),
+    "adamw": (AdamW, _ADAMW_KEYS),
+    "adam": (AdamW, _ADAMW_KEYS),
     "lamb": (Lamb, _LAMB_KEYS),
     "fusedlamb": (Lamb, _LAMB_KEYS),
     "lars": (Lars, _LARS_KEYS),
@@ -38,6 +39,7 @@ _HINTS = {
     "max_grad_norm": "use the DeepSpeed config's gradient_clipping",
     "torch_adam": "there is one implementation; remove it",
     "amsgrad": "AMSGrad is not implemented; remove it",
+    "update_clip": "the trust ratio sets the length of the step; use trust_clip, or AdamW",
     "eps_inside_sqrt": "eps is added outside the root; remove it",
 }
 
@@ -106,7 +108,10 @@ def _read(block: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
     kind = block["type"].lower()
     if kind not in _KINDS:
         raise ValueError(f"optimizer type {block['type']!r} is unknown; types are {_TYPES}.")
-    parameters = dict(block.get("params") or {})
+    given = block.get("params") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"the optimizer block's params are {given!r}, not an object.")
+    parameters = dict(given)
     if kind in ("adam", "adamw") and parameters.pop("adam_w_mode", True) is not True:
         raise ValueError(
             "adam_w_mode must be true: Adam with L2 decay is not implemented; use AdamW."

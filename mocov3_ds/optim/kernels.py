@@ -22,8 +22,11 @@ the same bytes to and from memory as `triton`; `plain` moves more than twice as 
 a low-precision copy: DeepSpeed's wrappers make theirs from the fp32 weights after the step in any
 case, and a second one would be bytes for nothing.
 
-Legend: S = tensors that one call of `step` updates; 3 = sums of squares of weight, direction and
-gradient.
+A path looks at how many rows `sums_QS` has: 3 are always needed, the RMS of g / sqrt(v) is the
+fourth, and with all 8 rows the moments before the step are measured, too. All of it is arithmetic
+on values that the pass has read in any case (LARS alone reads m in pass 1 as well, 4 bytes more).
+
+Legend: S = tensors that one call of `step` updates; Q = quantities measured, see `plan`.
 """
 
 import math
@@ -34,9 +37,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mocov3_ds.optim.plan import GRADIENT, UPDATE, WEIGHT, Share
+from mocov3_ds.optim.plan import (
+    AFTER,
+    BEFORE,
+    EVERYTHING,
+    GRADIENT,
+    MOMENTUM,
+    PEAK,
+    PRODUCT,
+    UPDATE,
+    WEIGHT,
+    Share,
+)
 
 BACKENDS = ("auto", "plain", "blocks", "triton")
+_FLOOR = 1e-15  # of sqrt(v) where eps is 0
 _ROW = 4096
 _BLOCK = 2**17  # elements a thread: five arrays of half a MiB stay in a core's part of the caches
 
@@ -91,6 +106,17 @@ class AdamTerms:
         """Divisor of the second moment."""
         return 1 - self.beta2**self.step if self.bias_correction else 1.0
 
+    @property
+    def bias2_before(self) -> float:
+        """Divisor of the second moment before this step; 1 before the first, where it is 0."""
+        before = 1 - self.beta2 ** (self.step - 1) if self.bias_correction else 1.0
+        return before or 1.0
+
+    @property
+    def floor(self) -> float:
+        """Smallest root of the second moment that a gradient is divided by, when measuring."""
+        return max(self.eps, _FLOOR)
+
 
 @dataclass(frozen=True)
 class LarsTerms:
@@ -106,7 +132,7 @@ Adam = Callable[
     None,
 ]
 Move = Callable[[Share, Tensor, Tensor, Tensor], None]
-LarsNorms = Callable[[Share, Tensor, Tensor, LarsTerms, Tensor], None]
+LarsNorms = Callable[[Share, Tensor, Tensor, Tensor, LarsTerms, Tensor], None]
 LarsMove = Callable[[Share, Tensor, Tensor, Tensor, LarsTerms, Tensor, Tensor], None]
 
 
@@ -114,11 +140,11 @@ class Kernels(NamedTuple):
     """One path. All tensors are one-dimensional fp32 flats; rows of S follow `Share.row`.
 
     Attributes:
-        adam: (share, w, g, m, v, terms, sums_3S, rate_S) updates m and v, adds to `sums_3S`, and
+        adam: (share, w, g, m, v, terms, sums_QS, rate_S) updates m and v, adds to `sums_QS`, and
             either leaves the direction in g (`rate_S` None) or moves w by `rate_S` at once, after
             which g is undefined.
         move: (share, w, u, rate_S) does w <- w - rate u.
-        lars_norms: (share, w, g, terms, sums_3S) adds to `sums_3S`; the direction is g + decay w.
+        lars_norms: (share, w, g, m, terms, sums_QS) adds to them; the direction is g + decay w.
         lars_move: (share, w, g, m, terms, ratio_S, rate_S) does m <- momentum m + ratio direction
             and w <- w - rate m (with `nesterov`: rate times ratio direction + momentum m).
     """
@@ -162,19 +188,34 @@ def _plain_adam(
     m: Tensor,
     v: Tensor,
     terms: AdamTerms,
-    sums_3S: Tensor,
+    sums_QS: Tensor,
     rate_S: Tensor | None,
 ) -> None:
     for segment in share.flat.segments:
         row = share.row(segment)
         w_, g_, m_, v_ = (segment.of(x) for x in (w, g, m, v))
-        sums_3S[WEIGHT, row] += _square_sum(w_)
-        sums_3S[GRADIENT, row] += _square_sum(g_)
+        sums_QS[WEIGHT, row] += _square_sum(w_)
+        sums_QS[GRADIENT, row] += _square_sum(g_)
+        if len(sums_QS) == EVERYTHING:
+            sums_QS[BEFORE, row] += _square_sum(g_ / _root(v_, terms.bias2_before, terms))
+            _plain_watch(g_, m_, sums_QS, row)
         _update_moments(g_, m_, v_, terms)
+        if len(sums_QS) > AFTER:
+            sums_QS[AFTER, row] += _square_sum(g_ / _root(v_, terms.bias2, terms))
         g_.copy_(_direction(w_, m_, v_, terms, share.decay(segment)))
-        sums_3S[UPDATE, row] += _square_sum(g_)
+        sums_QS[UPDATE, row] += _square_sum(g_)
     if rate_S is not None:
         _plain_move(share, w, g, rate_S)
+
+
+def _root(v: Tensor, bias2: float, terms: AdamTerms) -> Tensor:
+    return (v / bias2).sqrt().clamp_min(terms.floor)
+
+
+def _plain_watch(g: Tensor, m: Tensor, sums_QS: Tensor, row: int) -> None:
+    sums_QS[PRODUCT, row] += (g * m).sum()
+    sums_QS[MOMENTUM, row] += _square_sum(m)
+    sums_QS[PEAK, row] = torch.maximum(sums_QS[PEAK, row], g.abs().max())
 
 
 def _update_moments(g: Tensor, m: Tensor, v: Tensor, terms: AdamTerms) -> None:
@@ -193,13 +234,15 @@ def _plain_move(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
 
 
 def _plain_lars_norms(
-    share: Share, w: Tensor, g: Tensor, terms: LarsTerms, sums_3S: Tensor
+    share: Share, w: Tensor, g: Tensor, m: Tensor, terms: LarsTerms, sums_QS: Tensor
 ) -> None:
     for segment in share.flat.segments:
         row, w_, g_ = share.row(segment), segment.of(w), segment.of(g)
-        sums_3S[WEIGHT, row] += _square_sum(w_)
-        sums_3S[GRADIENT, row] += _square_sum(g_)
-        sums_3S[UPDATE, row] += _square_sum(g_ + terms.weight_decay * share.decay(segment) * w_)
+        sums_QS[WEIGHT, row] += _square_sum(w_)
+        sums_QS[GRADIENT, row] += _square_sum(g_)
+        sums_QS[UPDATE, row] += _square_sum(g_ + terms.weight_decay * share.decay(segment) * w_)
+        if len(sums_QS) == EVERYTHING:
+            _plain_watch(g_, segment.of(m), sums_QS, row)
 
 
 def _plain_lars_move(
@@ -242,27 +285,50 @@ def _block_adam(
     m: Tensor,
     v: Tensor,
     terms: AdamTerms,
-    sums_3S: Tensor,
+    sums_QS: Tensor,
     rate_S: Tensor | None,
 ) -> None:
     scratch = torch.empty(min(_BLOCK * torch.get_num_threads(), w.numel()))
+    more = torch.empty_like(scratch) if rate_S is None and len(sums_QS) > AFTER else scratch
     step = torch.tensor(float(terms.step) if terms.bias_correction else math.inf)
     for segment in share.flat.segments:
-        row, sums = share.row(segment), [0.0, 0.0, 0.0]
+        row, sums = share.row(segment), [0.0] * len(sums_QS)
         decay = terms.weight_decay * share.decay(segment)
         for block in _blocks(segment.offset, segment.length):
             w_, g_, m_, v_ = w[block], g[block], m[block], v[block]
             sums[WEIGHT] += _row_square_sum(w_)
             sums[GRADIENT] += _row_square_sum(g_)
+            if len(sums) == EVERYTHING:
+                out = scratch[: len(w_)]
+                sums[BEFORE] += _relative_square_sum(g_, v_, terms.bias2_before, terms, out)
+                _block_watch(g_, m_, sums)
             u_ = torch.mul(w_, decay, out=scratch[: len(w_)]) if decay else None
             u_ = scratch[: len(w_)].zero_() if u_ is None else u_
             _add_adam_direction(u_, g_, m_, v_, step, terms)
             sums[UPDATE] += _row_square_sum(u_)
+            if rate_S is not None:
+                w_.add_(u_, alpha=-float(rate_S[row]))
+            if len(sums) > AFTER:
+                out = u_ if rate_S is not None else more[: len(w_)]
+                sums[AFTER] += _relative_square_sum(g_, v_, terms.bias2, terms, out)
             if rate_S is None:
                 g_.copy_(u_)
-            else:
-                w_.add_(u_, alpha=-float(rate_S[row]))
-        sums_3S[:, row] += torch.tensor(sums)
+        sums_QS[:, row] += torch.tensor(sums)
+
+
+def _relative_square_sum(
+    g: Tensor, v: Tensor, bias2: float, terms: AdamTerms, out: Tensor
+) -> float:
+    """Sum of (g / max(sqrt(v / bias2), floor))^2; `out` is scratch of the same length."""
+    torch.clamp_min(v, bias2 * terms.floor**2, out=out)
+    return bias2 * _row_square_sum(out.rsqrt_().mul_(g))
+
+
+def _block_watch(g: Tensor, m: Tensor, sums: list[float]) -> None:
+    sums[PRODUCT] += float(torch.dot(g, m))
+    sums[MOMENTUM] += _row_square_sum(m)
+    low, high = torch.aminmax(g)
+    sums[PEAK] = max(sums[PEAK], -float(low), float(high))
 
 
 def _add_adam_direction(
@@ -296,18 +362,20 @@ def _block_move(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
 
 
 def _block_lars_norms(
-    share: Share, w: Tensor, g: Tensor, terms: LarsTerms, sums_3S: Tensor
+    share: Share, w: Tensor, g: Tensor, m: Tensor, terms: LarsTerms, sums_QS: Tensor
 ) -> None:
     scratch = torch.empty(min(_BLOCK * torch.get_num_threads(), w.numel()))
     for segment in share.flat.segments:
-        row, sums = share.row(segment), [0.0, 0.0, 0.0]
+        row, sums = share.row(segment), [0.0] * len(sums_QS)
         decay = terms.weight_decay * share.decay(segment)
         for block in _blocks(segment.offset, segment.length):
             w_, g_ = w[block], g[block]
             sums[WEIGHT] += _row_square_sum(w_)
             sums[GRADIENT] += _row_square_sum(g_)
             sums[UPDATE] += _row_square_sum(torch.add(g_, w_, alpha=decay, out=scratch[: len(w_)]))
-        sums_3S[:, row] += torch.tensor(sums)
+            if len(sums) == EVERYTHING:
+                _block_watch(g_, m[block], sums)
+        sums_QS[:, row] += torch.tensor(sums)
 
 
 def _block_lars_move(

@@ -14,7 +14,7 @@ from mocov3_ds.optim.arguments import (
     trust_bounds,
 )
 from mocov3_ds.optim.kernels import AdamTerms, Kernels
-from mocov3_ds.optim.plan import UPDATE, WEIGHT, Plan, Share
+from mocov3_ds.optim.plan import NORMS, UPDATE, WEIGHT, Plan, Share
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
 
@@ -87,16 +87,16 @@ class Lamb(ShardedOptimizer):
         share: Share,
         gradient: Tensor,
         group: Mapping[str, Any],
-        sums_3S: Tensor,
+        sums_QS: Tensor,
         rate_S: Tensor,
     ) -> None:
         weight, m, v = self._views(share)
         terms = AdamTerms.of(group, self.state[share.flat.tensor]["step"])
-        kernels.adam(share, weight, gradient, m, v, terms, sums_3S, None)
+        kernels.adam(share, weight, gradient, m, v, terms, sums_QS, None)
 
-    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_sums_3S: Tensor) -> Tensor:
+    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_QS: Tensor) -> Tensor:
         adapt_S = plan.adapt_S | group["always_adapt"]
-        norms_3S = _flat_norms(plan, own_sums_3S, adapt_S) if group["flat"] else plan.norms_3S
+        norms_3S = _flat_norms(plan, own_QS, adapt_S) if group["flat"] else plan.norms
         return trust_ratio(norms_3S[WEIGHT], norms_3S[UPDATE], adapt_S, group["trust_clip"])
 
     def _move(
@@ -120,9 +120,9 @@ def trust_ratio(
     return torch.where((weight_S > 0) & (update_S > 0) & adapt_S, ratio_S, 1.0)
 
 
-def _flat_norms(plan: Plan, own_sums_3S: Tensor, adapt_S: Tensor) -> Tensor:
+def _flat_norms(plan: Plan, own_QS: Tensor, adapt_S: Tensor) -> Tensor:
     """Norms over a flat's adapted elements on this rank, for each of its tensors; (3, S)."""
-    sums_3S = torch.where(adapt_S, own_sums_3S, 0.0)
+    sums_3S = torch.where(adapt_S, own_QS[:NORMS], 0.0)
     for share in plan.shares:
         sums_3S[:, share.rows] = sums_3S[:, share.rows].sum(dim=1, keepdim=True)
     return sums_3S.sqrt()

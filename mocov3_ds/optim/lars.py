@@ -77,13 +77,15 @@ class Lars(ShardedOptimizer):
         share: Share,
         gradient: Tensor,
         group: Mapping[str, Any],
-        sums_3S: Tensor,
+        sums_QS: Tensor,
         rate_S: Tensor,
     ) -> None:
-        kernels.lars_norms(share, share.flat.view(), gradient, _terms(group), sums_3S)
+        weight, momentum = self._views(share)
+        kernels.lars_norms(share, weight, gradient, momentum, _terms(group), sums_QS)
 
-    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_sums_3S: Tensor) -> Tensor:
-        weight_S, grad_S = plan.norms_3S[WEIGHT], plan.norms_3S[GRADIENT]
+    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_QS: Tensor) -> Tensor:
+        norms_3S = plan.norms
+        weight_S, grad_S = norms_3S[WEIGHT], norms_3S[GRADIENT]
         decay_S = plan.decay_S * group["weight_decay"]
         ratio_S = group["trust_coeff"] * weight_S / (grad_S + decay_S * weight_S + group["eps"])
         if group["trust_clip"] is not None:

@@ -3,10 +3,14 @@
 import math
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int) -> float:
-    """Linear warm-up from exactly 0 at step 0 to `peak`, then half a cosine down to 0."""
+def learning_rate(
+    step: int, *, peak: float, warmup_steps: float, total_steps: int, cosine: bool = True
+) -> float:
+    """Linear warm-up from exactly 0 at step 0 to `peak`, then half a cosine down to 0 (or none)."""
     if step < warmup_steps:
         return peak * step / warmup_steps
+    if not cosine:
+        return peak
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 

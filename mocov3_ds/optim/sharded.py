@@ -6,12 +6,14 @@
 
 A step sweeps once over the segments (moments, direction, square sums of weight, direction and
 gradient), adds the sums of all ranks in one small all-reduce, and moves the weights. Each rank
-takes part in the all-reduce, also one that holds nothing but padding.
+takes part in the all-reduce, also one that holds nothing but padding. With `watch` on, the same
+sweep measures four more quantities a tensor, in the same all-reduce, and the largest |gradient|,
+whose maximum over the ranks takes a second one of a float a tensor.
 
 DeepSpeed calls `step` once per flat tensor (stages 1 to 3) or once for all (stage 0), and once more
 with zero gradients while it is being built (stage 0, bf16); that last call changes nothing here.
 
-Legend: S = tensors that one call of `step` updates; 3 = weight, direction, gradient.
+Legend: S = tensors that one call of `step` updates; Q = quantities measured, see `plan`.
 """
 
 import math
@@ -25,7 +27,19 @@ from torch import Tensor
 from mocov3_ds.distributed import ranks
 from mocov3_ds.optim.arguments import NamedParameters, full_shape, trained_tensors
 from mocov3_ds.optim.kernels import BACKENDS, Kernels, kernels_for
-from mocov3_ds.optim.plan import Plan, Share, Signals, plan_of, signals_of
+from mocov3_ds.optim.plan import (
+    AFTER,
+    BEFORE,
+    EVERYTHING,
+    NORMS,
+    PEAK,
+    PRODUCT,
+    Plan,
+    Share,
+    Signals,
+    plan_of,
+    signals_of,
+)
 from mocov3_ds.optim.rules import RuleFor, checked, vit_rule
 from mocov3_ds.optim.segments import Flat, Segment, bits, whole
 
@@ -64,6 +78,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             name: checked(rule(name, shape), name) for name, shape in self._shapes.items()
         }
         self._backend = backend
+        self.watch = False
+        """whether coming steps measure gradient peaks, RMS of g / sqrt(v) and cosines as well"""
         self._flats: dict[Tensor, Flat] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._engine: Any = None
@@ -174,12 +190,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         gradients = [_gradient(share.flat) for share in plan.shares]
         kernels = kernels_for(self._backend, plan.device)
         plan.rate_S = plan.multiplier_S * group["lr"]
-        own_sums_3S = torch.zeros_like(plan.norms_3S)
+        quantities = EVERYTHING if self.watch else self._needs(group)
+        own_QS = torch.zeros(quantities, len(plan.names), device=plan.device)
         for share, gradient in zip(plan.shares, gradients, strict=True):
             self.state[share.flat.tensor]["step"] += 1
-            self._sweep(kernels, share, gradient, group, own_sums_3S, plan.rate_S)
-        plan.norms_3S = self._summed(plan, own_sums_3S).sqrt()
-        plan.ratio_S = self._ratio(plan, group, own_sums_3S)
+            self._sweep(kernels, share, gradient, group, own_QS, plan.rate_S)
+        plan.measures_QS = self._summed(plan, own_QS)
+        if self.watch:
+            self._forget_undefined(plan)
+        plan.ratio_S = self._ratio(plan, group, own_QS)
         for share, gradient in zip(plan.shares, gradients, strict=True):
             self._move(kernels, share, gradient, group, plan)
 
@@ -190,10 +209,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         share: Share,
         gradient: Tensor,
         group: Mapping[str, Any],
-        sums_3S: Tensor,
+        sums_QS: Tensor,
         rate_S: Tensor,
     ) -> None:
-        """First pass over one flat: add its square sums to `sums_3S`."""
+        """First pass over one flat: add what it measures to `sums_QS`."""
 
     @abstractmethod
     def _move(
@@ -206,9 +225,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Second pass: move the weights, now that norms and ratios are known."""
 
-    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_sums_3S: Tensor) -> Tensor:
+    def _needs(self, group: Mapping[str, Any]) -> int:
+        """Quantities Q that the step itself needs."""
+        return NORMS
+
+    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_QS: Tensor) -> Tensor:
         """Trust ratio of each tensor, (S,); 1 unless a subclass says otherwise."""
         return torch.ones_like(plan.rate_S)
+
+    def _adapts(self, plan: Plan) -> Tensor:
+        """Whether each tensor has a factor of its own on the direction, (S,)."""
+        return plan.adapt_S | bool(self.param_groups[0]["always_adapt"])
+
+    def _forget_undefined(self, plan: Plan) -> None:
+        """NaN instead of what has no meaning: RMS without v, v before the first step."""
+        if "exp_avg_sq" not in self.moments:
+            plan.measures_QS[AFTER:PRODUCT] = torch.nan
+        elif self.step_count == 1:
+            plan.measures_QS[BEFORE] = torch.nan
 
     def _views(self, share: Share) -> tuple[Tensor, ...]:
         """Weights and moments of a flat, each as one dimension."""
@@ -221,21 +255,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._plans[key] = plan_of([self._flats[tensor] for tensor in tensors], self._rules)
         return self._plans[key]
 
-    def _summed(self, plan: Plan, sums_3S: Tensor) -> Tensor:
+    def _summed(self, plan: Plan, own_QS: Tensor) -> Tensor:
         """Add the sums of the other ranks; whether to is a fact that all ranks share."""
         shards = [share.flat for share in plan.shares if share.flat.sharded]
         if not shards:
-            return sums_3S
+            return own_QS.clone()
         assert all(flat.group is shards[0].group for flat in shards) and len(shards) == len(
             plan.shares
         ), "one call of step updates tensors of one process group"
-        there = sums_3S.to(self._meeting_place or sums_3S.device, copy=True)
-        return ranks.all_reduce_sum(there, shards[0].group).to(sums_3S.device)
+        there = own_QS.to(self._meeting_place or own_QS.device, copy=True)
+        ranks.all_reduce_sum(there[:PEAK], shards[0].group)
+        if len(there) > PEAK:
+            ranks.all_reduce_max(there[PEAK], shards[0].group)
+        return there.to(own_QS.device)
 
     def signals(self) -> Signals | None:
-        """Norms and ratios of the last step, without communication; None before the first."""
+        """What the last step measured, without communication; None before the first."""
         plans = list(self._plans.values())
-        return signals_of(plans, list(self._shapes)) if plans else None
+        if not plans:
+            return None
+        return signals_of(plans, list(self._shapes), [self._adapts(plan) for plan in plans])
 
     def grad_norm(self) -> float:
         """Norm of the whole gradient of the last step, as the optimizer was given it."""

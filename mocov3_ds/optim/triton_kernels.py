@@ -2,15 +2,15 @@
 """Triton kernels of the two passes: one launch a pass over all segments of a flat tensor.
 
 A flat is cut into blocks of at most `_BLOCK` elements, each inside one segment, so that padding is
-never read or written. Pass 1 writes three partial square sums a block; `_reduce` adds those of each
-segment in a fixed order, without atomics, so that equal runs are bit-equal. Loads are vectorised
-where all offsets and lengths of the flat are multiples of 4 (true for the usual ViT on any power of
-two of ranks; an odd size costs speed, not correctness).
+never read or written. Pass 1 writes a block's part of each quantity; `_reduce` joins the parts of
+each segment in a fixed order, without atomics, so that equal runs are bit-equal. Loads are
+vectorised where all offsets and lengths of the flat are multiples of 4 (the usual ViT on any power
+of two ranks; an odd size costs speed, not correctness).
 
 Roots and divisions are the correctly rounded ones. With TRITON_INTERPRET=1 in the environment
 before triton is imported, the same code runs on the CPU, slowly, for tests.
 
-Legend: N = blocks of a flat, K = its segments here; 3 = sums of weight, direction and gradient.
+Legend: N = blocks of a flat, K = its segments here; Q = quantities measured, see `plan`.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from mocov3_ds.optim.kernels import AdamTerms, Kernels, LarsTerms
-from mocov3_ds.optim.plan import Share
+from mocov3_ds.optim.plan import AFTER, BEFORE, EVERYTHING, MOMENTUM, PEAK, PRODUCT, Share
 
 _BLOCK = 2048
 _REDUCE = 1024
@@ -41,7 +41,7 @@ class _Table:
         first_K: first block of each segment, int32.
         behind_K: the block behind its last, int32.
         rows_K: its tensor's row, int32.
-        partial_3N: room for the partial sums, fp32.
+        partial_QN: room for the parts of the blocks, fp32.
         aligned: whether each offset and length is a multiple of 4.
     """
 
@@ -52,7 +52,7 @@ class _Table:
     first_K: Tensor
     behind_K: Tensor
     rows_K: Tensor
-    partial_3N: Tensor
+    partial_QN: Tensor
     aligned: bool
 
     @property
@@ -94,7 +94,7 @@ def _new_table(share: Share) -> _Table:
         first_K=column(spans, 0, torch.int32),
         behind_K=column(spans, 1, torch.int32),
         rows_K=column(spans, 2, torch.int32),
-        partial_3N=torch.empty(3, len(blocks), device=device),
+        partial_QN=torch.empty(EVERYTHING, len(blocks), device=device),
         aligned=all(s.offset % 4 == 0 and s.length % 4 == 0 for s in segments),
     )
 
@@ -110,12 +110,33 @@ def _place(offsets, lengths, rows, decays, ALIGNED: tl.constexpr, BLOCK: tl.cons
     return start + lane, lane < length, tl.load(rows + block), tl.load(decays + block)
 
 
+_AFTER = tl.constexpr(AFTER)
+_BEFORE = tl.constexpr(BEFORE)
+_PRODUCT = tl.constexpr(PRODUCT)
+_MOMENTUM = tl.constexpr(MOMENTUM)
+_PEAK = tl.constexpr(PEAK)
+
+
 @triton.jit
 def _store_sums(partial, n_blocks, w, u, g):
     block = tl.program_id(0)
     tl.store(partial + block, tl.sum(w * w, axis=0))
     tl.store(partial + n_blocks + block, tl.sum(u * u, axis=0))
     tl.store(partial + 2 * n_blocks + block, tl.sum(g * g, axis=0))
+
+
+@triton.jit
+def _store_watch(partial, n_blocks, g, m):
+    block = tl.program_id(0)
+    tl.store(partial + _PRODUCT * n_blocks + block, tl.sum(g * m, axis=0))
+    tl.store(partial + _MOMENTUM * n_blocks + block, tl.sum(m * m, axis=0))
+    tl.store(partial + _PEAK * n_blocks + block, tl.max(tl.abs(g), axis=0))
+
+
+@triton.jit
+def _store_relative(partial, n_blocks, ROW: tl.constexpr, g, v, bias2, floor):
+    r = tl.div_rn(g, tl.maximum(tl.sqrt_rn(tl.div_rn(v, bias2)), floor))
+    tl.store(partial + ROW * n_blocks + tl.program_id(0), tl.sum(r * r, axis=0))
 
 
 @triton.jit
@@ -137,20 +158,28 @@ def adam_pass(
     gain2,
     bias1,
     bias2,
+    bias2_before,
     eps,
+    floor,
     weight_decay,
+    Q: tl.constexpr,
     MOVE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Moments, direction and partial sums of a block; moves w (MOVE) or leaves u in g."""
+    """Moments, direction and Q quantities of a block; moves w (MOVE) or leaves u in g."""
     at, here, row, decay = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
     w = tl.load(w_ + at, mask=here, other=0.0)
     g = tl.load(g_ + at, mask=here, other=0.0)
     m = tl.load(m_ + at, mask=here, other=0.0)
     v = tl.load(v_ + at, mask=here, other=0.0)
+    if Q > _BEFORE:
+        _store_relative(partial, n_blocks, _BEFORE, g, v, bias2_before, floor)
+        _store_watch(partial, n_blocks, g, m)
     m = beta1 * m + gain * g
     v = beta2 * v + gain2 * g * g
+    if Q > _AFTER:
+        _store_relative(partial, n_blocks, _AFTER, g, v, bias2, floor)
     u = tl.div_rn(tl.div_rn(m, bias1), tl.sqrt_rn(tl.div_rn(v, bias2)) + eps)
     u += (weight_decay * decay) * w
     u = tl.where(here, u, 0.0)
@@ -186,6 +215,7 @@ def move_pass(
 def lars_norms_pass(
     w_,
     g_,
+    m_,
     offsets,
     lengths,
     rows,
@@ -193,14 +223,18 @@ def lars_norms_pass(
     partial,
     n_blocks,
     weight_decay,
+    Q: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial sums of a block."""
+    """Q quantities of a block."""
     at, here, _, decay = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
     w = tl.load(w_ + at, mask=here, other=0.0)
     g = tl.load(g_ + at, mask=here, other=0.0)
     _store_sums(partial, n_blocks, w, g + (weight_decay * decay) * w, g)
+    if Q > _BEFORE:
+        m = tl.load(m_ + at, mask=here, other=0.0)
+        _store_watch(partial, n_blocks, g, m)
 
 
 @triton.jit
@@ -235,16 +269,20 @@ def lars_move_pass(
 
 @triton.jit
 def reduce_pass(partial, first, behind, rows, sums, n_blocks, n_rows, WIDTH: tl.constexpr):
-    """Add a segment's partial sums in a fixed order; program (segment, which of the 3 sums)."""
+    """Join a segment's parts in a fixed order; program (segment, which of the Q quantities)."""
     segment, which = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(first + segment), tl.load(behind + segment)
     lane = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), dtype=tl.float32)
+    peak = tl.zeros((WIDTH,), dtype=tl.float32)
     for block in range(start, end, WIDTH):
-        total += tl.load(
+        part = tl.load(
             partial + which * n_blocks + block + lane, mask=block + lane < end, other=0.0
         )
-    tl.store(sums + which * n_rows + tl.load(rows + segment), tl.sum(total, axis=0))
+        total += part
+        peak = tl.maximum(peak, part)
+    joined = tl.where(which == _PEAK, tl.max(peak, axis=0), tl.sum(total, axis=0))
+    tl.store(sums + which * n_rows + tl.load(rows + segment), joined)
 
 
 def check(device: torch.device) -> None:
@@ -262,15 +300,15 @@ def _options(table: _Table) -> dict[str, Any]:
     return {"ALIGNED": table.aligned, "BLOCK": _BLOCK, "num_warps": 8, "enable_fp_fusion": True}
 
 
-def _reduce(table: _Table, sums_3S: Tensor) -> None:
-    reduce_pass[(len(table.first_K), 3)](
-        table.partial_3N,
+def _reduce(table: _Table, sums_QS: Tensor) -> None:
+    reduce_pass[(len(table.first_K), len(sums_QS))](
+        table.partial_QN,
         table.first_K,
         table.behind_K,
         table.rows_K,
-        sums_3S,
+        sums_QS,
         table.blocks,
-        sums_3S.shape[1],
+        sums_QS.shape[1],
         WIDTH=_REDUCE,
     )
 
@@ -282,7 +320,7 @@ def _adam(
     m: Tensor,
     v: Tensor,
     terms: AdamTerms,
-    sums_3S: Tensor,
+    sums_QS: Tensor,
     rate_S: Tensor | None,
 ) -> None:
     table = _table(share)
@@ -293,12 +331,12 @@ def _adam(
         g,
         m,
         v,
-        sums_3S if rate_S is None else rate_S,  # unread without MOVE
+        sums_QS if rate_S is None else rate_S,  # unread without MOVE
         table.offsets_N,
         table.lengths_N,
         table.rows_N,
         table.decays_N,
-        table.partial_3N,
+        table.partial_QN,
         table.blocks,
         terms.beta1,
         terms.beta2,
@@ -306,12 +344,15 @@ def _adam(
         1 - terms.beta2,
         terms.bias1,
         terms.bias2,
+        terms.bias2_before,
         terms.eps,
+        terms.floor,
         terms.weight_decay,
+        Q=len(sums_QS),
         MOVE=rate_S is not None,
         **_options(table),
     )
-    _reduce(table, sums_3S)
+    _reduce(table, sums_QS)
 
 
 def _move(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
@@ -329,23 +370,27 @@ def _move(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
         )
 
 
-def _lars_norms(share: Share, w: Tensor, g: Tensor, terms: LarsTerms, sums_3S: Tensor) -> None:
+def _lars_norms(
+    share: Share, w: Tensor, g: Tensor, m: Tensor, terms: LarsTerms, sums_QS: Tensor
+) -> None:
     table = _table(share)
     if table.blocks == 0:
         return
     lars_norms_pass[(table.blocks,)](
         w,
         g,
+        m,
         table.offsets_N,
         table.lengths_N,
         table.rows_N,
         table.decays_N,
-        table.partial_3N,
+        table.partial_QN,
         table.blocks,
         terms.weight_decay,
+        Q=len(sums_QS),
         **_options(table),
     )
-    _reduce(table, sums_3S)
+    _reduce(table, sums_QS)
 
 
 def _lars_move(

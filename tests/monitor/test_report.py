@@ -41,6 +41,18 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
+def test_damaged_lines_are_left_out_and_the_others_stay(tmp_path: Path) -> None:
+    log(tmp_path, 0, 5)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[1], lines[2] = b'{"step": 1, \xff\xfe}', b"[1, 2]"
+    lines[3] = b'{"step": "three"}'
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    assert [row["step"] for row in read_rows(path)] == [0, 4, 5]
+    log(tmp_path, 4, 5)
+    assert [row["step"] for row in read_rows(path)] == [0, 4, 5]
+
+
 def test_other_ranks_are_silent(tmp_path: Path) -> None:
     report = Report(tmp_path, steps_done=0, total_steps=3, speaks=False)
     report.values(0, knn=1.0)

@@ -1,4 +1,4 @@
-"""LAMB, LARS and a small odd-sized model, written plainly: whole tensors, one process, fp32.
+"""LAMB, LARS, StableAdamW and a small odd-sized model, written plainly: whole tensors, one process.
 
 LAMB: arXiv 1904.00962, Algorithm 2, with bias-corrected moments and decay inside the direction.
 LARS: arXiv 1708.03888, Algorithm 1.
@@ -6,6 +6,8 @@ LARS: arXiv 1708.03888, Algorithm 1.
 
 import torch
 from torch import Tensor, nn
+
+from tests.reference import adamw_step
 
 
 def lamb_step(
@@ -57,6 +59,32 @@ def lars_step(
     d = ratio * (g + wd * w)
     m = momentum * m + d
     return w - lr * (d + momentum * m if nesterov else m), m
+
+
+def update_clip(g: Tensor, v: Tensor, t: int, *, b2: float, eps: float = 1e-8) -> float:
+    """StableAdamW's factor on the rate of step t, 1 / max(1, RMS); v from before the step."""
+    v_hat = (b2 * v + (1 - b2) * g * g) / (1 - b2**t)
+    rms = (g * g / v_hat.clamp_min(eps * eps)).mean().sqrt()
+    return 1 / max(1.0, float(rms))
+
+
+def stable_adamw_step(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    t: int,
+    *,
+    lr: float,
+    wd: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """arXiv 2304.13013, Algorithm 2, with Adam's own bias corrections; returns (w, m, v)."""
+    lr = lr * update_clip(g, v, t, b2=b2, eps=eps) if clip else lr
+    return adamw_step(w, g, m, v, t, lr=lr, wd=wd, b1=b1, b2=b2, eps=eps)
 
 
 class OddModel(nn.Module):

@@ -88,6 +88,7 @@ def test_flat_from_the_command_line() -> None:
         (None, "needs an optimizer block"),
         ({"type": "SGD"}, "type 'SGD' is unknown; types are AdamW"),
         ({"type": "Lamb", "parms": {}}, "unknown key 'parms'; known: type, params"),
+        ({"type": "Lamb", "params": 3}, "params are 3, not an object"),
         ({"type": "Lamb", "params": {"weigth_decay": 1}}, "did you mean 'weight_decay'"),
         ({"type": "Lamb", "params": {"max_grad_norm": 1.0}}, "use the DeepSpeed config's gradient"),
         ({"type": "AdamW", "params": {"amsgrad": True}}, "AMSGrad is not implemented"),

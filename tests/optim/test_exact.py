@@ -89,7 +89,7 @@ def check(result: dict[str, Any], case: Case) -> None:
     assert case.optimizer == "adamw" or max(ratios) > 3 * min(ratios), result
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_equals_the_unsharded_optimizer(world_size: int) -> None:
     results = ranks_of(world_size)
     for case, *of_ranks in zip(FEW[world_size], *[r["errors"] for r in results], strict=True):
@@ -194,7 +194,7 @@ def plain_run() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return first, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_the_run_does_not_depend_on_the_sharding(world_size: int) -> None:
     first, want = plain_run()
     for case, got in zip(RUNS[world_size], ranks_of(world_size)[0]["runs"], strict=True):

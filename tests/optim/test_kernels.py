@@ -9,7 +9,20 @@ from torch import Tensor
 
 from mocov3_ds.optim import kernels
 from mocov3_ds.optim.kernels import BLOCKS, PLAIN, AdamTerms, Kernels, LarsTerms, kernels_for
-from mocov3_ds.optim.plan import GRADIENT, UPDATE, WEIGHT, Share
+from mocov3_ds.optim.plan import (
+    AFTER,
+    BEFORE,
+    EVERYTHING,
+    GRADIENT,
+    MOMENTUM,
+    NORMS,
+    NORMS_AND_RMS,
+    PEAK,
+    PRODUCT,
+    UPDATE,
+    WEIGHT,
+    Share,
+)
 from mocov3_ds.optim.rules import Rule
 from mocov3_ds.optim.segments import Flat, Segment
 from tests.optim import plain
@@ -55,13 +68,13 @@ def rates() -> Tensor:
     return rate_S
 
 
-def adam_error(path: Kernels, terms: AdamTerms, move: bool, gap: int) -> float:
-    """Largest error relative to each result's own size, of moments, weights, u and square sums."""
+def adam_error(path: Kernels, terms: AdamTerms, move: bool, gap: int, quantities: int) -> float:
+    """Largest error relative to each result's own size, of moments, weights, u and quantities."""
     one = share(gap)
     w, g, m, v = arrays(one, 4)
     before = [x.double() for x in (w, g, m, v)]
-    sums_3S = torch.zeros(3, ROWS)
-    path.adam(one, w, g, m, v, terms, sums_3S, rates() if move else None)
+    sums_QS = torch.zeros(quantities, ROWS)
+    path.adam(one, w, g, m, v, terms, sums_QS, rates() if move else None)
     if not move:
         u = g.clone()
         path.move(one, w, g, rates())
@@ -79,18 +92,37 @@ def adam_error(path: Kernels, terms: AdamTerms, move: bool, gap: int) -> float:
         errors += [relative(segment.of(w), w1)]
         errors += [] if move else [relative(segment.of(u), u1)]
         for which, x in ((WEIGHT, w0), (GRADIENT, g0), (UPDATE, u1)):
-            errors.append(relative(sums_3S[which, FIRST + segment.index], x.square().sum()))
-    check_rest(one, [w, m, v], sums_3S)
+            errors.append(relative(sums_QS[which, FIRST + segment.index], x.square().sum()))
+        watched = {AFTER: (g0 / (v1 / c2).sqrt()).square().sum()}
+        b2 = 1 - terms.beta2 ** (terms.step - 1) if terms.bias_correction else 1.0
+        watched[BEFORE] = (g0 / (v0 / (b2 or 1.0)).sqrt()).square().sum()
+        watched |= watch_of_momentum(g0, m0)
+        errors += watch_errors(sums_QS[:, FIRST + segment.index], watched, g0, m0)
+    check_rest(one, [w, m, v], sums_QS)
     return max(errors)
 
 
-def lars_error(path: Kernels, terms: LarsTerms, gap: int) -> float:
+def watch_of_momentum(g: Tensor, m: Tensor) -> dict[int, Tensor]:
+    return {PRODUCT: (g * m).sum(), MOMENTUM: m.square().sum(), PEAK: g.abs().max()}
+
+
+def watch_errors(ours_Q: Tensor, want: dict[int, Tensor], g: Tensor, m: Tensor) -> list[float]:
+    """Of those of the quantities that were asked for; a product may cancel, its factors do not."""
+    size = {PRODUCT: float(g.norm() * m.norm())}
+    return [
+        abs(float(ours_Q[row]) - float(value)) / size.get(row, float(value))
+        for row, value in want.items()
+        if row < len(ours_Q)
+    ]
+
+
+def lars_error(path: Kernels, terms: LarsTerms, gap: int, quantities: int) -> float:
     one = share(gap)
     w, g, m = arrays(one, 3)
     before = [x.double() for x in (w, g, m)]
-    sums_3S = torch.zeros(3, ROWS)
+    sums_QS = torch.zeros(quantities, ROWS)
     ratio_S = rates() * 0.7
-    path.lars_norms(one, w, g, terms, sums_3S)
+    path.lars_norms(one, w, g, m, terms, sums_QS)
     path.lars_move(one, w, g, m, terms, ratio_S, rates())
     errors = []
     for segment in one.flat.segments:
@@ -101,8 +133,10 @@ def lars_error(path: Kernels, terms: LarsTerms, gap: int) -> float:
         w1 = w0 - rate * (rate * 0.7 * u1 + terms.momentum * m1 if terms.nesterov else m1)
         errors += [relative(segment.of(m), m1), relative(segment.of(w), w1)]
         for which, x in ((WEIGHT, w0), (GRADIENT, g0), (UPDATE, u1)):
-            errors.append(relative(sums_3S[which, FIRST + segment.index], x.square().sum()))
-    check_rest(one, [w, m], sums_3S)
+            errors.append(relative(sums_QS[which, FIRST + segment.index], x.square().sum()))
+        watched = watch_of_momentum(g0, m0)
+        errors += watch_errors(sums_QS[:, FIRST + segment.index], watched, g0, m0)
+    check_rest(one, [w, m], sums_QS)
     return max(errors)
 
 
@@ -110,7 +144,7 @@ def relative(ours: Tensor, want: Tensor) -> float:
     return float((ours.double() - want).norm() / want.norm())
 
 
-def check_rest(one: Share, flats: list[Tensor], sums_3S: Tensor) -> None:
+def check_rest(one: Share, flats: list[Tensor], sums_QS: Tensor) -> None:
     """Padding is as it was, and rows of tensors that are not here are zero."""
     for x in flats:
         for first, behind in one.flat.gaps():
@@ -118,7 +152,7 @@ def check_rest(one: Share, flats: list[Tensor], sums_3S: Tensor) -> None:
         assert all(segment.of(x).isfinite().all() for segment in one.flat.segments)
     here = {one.row(segment) for segment in one.flat.segments}
     elsewhere = [row for row in range(ROWS) if row not in here]
-    assert not sums_3S[:, elsewhere].any()
+    assert not sums_QS[:, elsewhere].any()
 
 
 ADAM_TERMS = {
@@ -135,13 +169,13 @@ ADAM_TERMS = {
 
 def all_errors(path: Kernels) -> dict[str, float]:
     errors = {}
-    for gap in (0, 3):
+    for gap, q in ((0, NORMS), (3, NORMS), (3, NORMS_AND_RMS), (3, EVERYTHING)):
         for name, terms in ADAM_TERMS.items():
             for move in (False, True):
-                errors[f"adam {name} move={move} gap={gap}"] = adam_error(path, terms, move, gap)
+                errors[f"adam {name} {move=} {gap=} {q=}"] = adam_error(path, terms, move, gap, q)
         for nesterov in (False, True):
             terms = replace(LARS, nesterov=nesterov)
-            errors[f"lars nesterov={nesterov} gap={gap}"] = lars_error(path, terms, gap)
+            errors[f"lars {nesterov=} {gap=} {q=}"] = lars_error(path, terms, gap, q)
     return errors
 
 
@@ -168,7 +202,7 @@ def triton_errors() -> dict[str, float]:
 def test_triton_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # must be there before triton is imported
     (errors,) = run_ranks(1, triton_errors)
-    assert len(errors) == 2 * (2 * len(ADAM_TERMS) + 2)
+    assert len(errors) == 4 * (2 * len(ADAM_TERMS) + 2)
     for case, error in errors.items():
         assert error < 5e-7, case
 
@@ -185,10 +219,10 @@ def test_triton_compiles_for_a_gpu_that_is_not_here(aligned: bool, flag: bool) -
     table = {"offsets": "*i64", "lengths": "*i32", "rows": "*i32", "decays": "*fp32"}
     adam = dict.fromkeys(("w_", "g_", "m_", "v_", "rate"), "*fp32") | table
     adam |= {"partial": "*fp32", "n_blocks": "i32"}
-    scalars = ("beta1", "beta2", "gain", "gain2", "bias1", "bias2", "eps", "weight_decay")
-    adam |= dict.fromkeys(scalars, "fp32")
+    scalars = ("beta1", "beta2", "gain", "gain2", "bias1", "bias2", "bias2_before", "eps")
+    adam |= dict.fromkeys((*scalars, "floor", "weight_decay"), "fp32")
     move = dict.fromkeys(("w_", "u_", "rate"), "*fp32") | table
-    norms = {"w_": "*fp32", "g_": "*fp32"} | table
+    norms = dict.fromkeys(("w_", "g_", "m_"), "*fp32") | table
     norms |= {"partial": "*fp32", "n_blocks": "i32", "weight_decay": "fp32"}
     lars = dict.fromkeys(("w_", "g_", "m_", "ratio", "rate"), "*fp32") | table
     lars |= {"weight_decay": "fp32", "momentum": "fp32"}
@@ -196,9 +230,9 @@ def test_triton_compiles_for_a_gpu_that_is_not_here(aligned: bool, flag: bool) -
     reduce |= {"sums": "*fp32", "n_blocks": "i32", "n_rows": "i32"}
     shape = {"ALIGNED": aligned, "BLOCK": 2048}
     for kernel, signature, constants in [
-        (tk.adam_pass, adam, shape | {"MOVE": flag}),
+        (tk.adam_pass, adam, shape | {"MOVE": flag, "Q": EVERYTHING if flag else NORMS}),
         (tk.move_pass, move, shape),
-        (tk.lars_norms_pass, norms, shape),
+        (tk.lars_norms_pass, norms, shape | {"Q": EVERYTHING if flag else NORMS}),
         (tk.lars_move_pass, lars, shape | {"NESTEROV": flag}),
         (tk.reduce_pass, reduce, {"WIDTH": 1024}),
     ]:

@@ -23,6 +23,14 @@ def test_learning_rate_without_warmup_starts_at_the_peak() -> None:
     assert learning_rate(0, peak=1.0, warmup_steps=0, total_steps=4) == 1.0
 
 
+def test_a_constant_rate_follows_the_warmup() -> None:
+    rates = [
+        learning_rate(step, peak=2.0, warmup_steps=4, total_steps=9, cosine=False)
+        for step in range(9)
+    ]
+    assert rates == [0.0, 0.5, 1.0, 1.5, *[2.0] * 5]
+
+
 def test_encoder_momentum() -> None:
     assert encoder_momentum(0, start=0.99, total_steps=100) == pytest.approx(0.99)
     assert encoder_momentum(50, start=0.99, total_steps=100) == pytest.approx(0.995)
