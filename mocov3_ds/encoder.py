@@ -6,9 +6,10 @@ Read are runs of ours and single checkpoints of them, exported folders, the publ
 """
 
 import argparse
+import contextlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from torch import Tensor
 from mocov3_ds import checkpoint
 from mocov3_ds.checkpoint import Checkpoint
 from mocov3_ds.config import Config, from_json, read_json
-from mocov3_ds.layouts import Which, shape_of, to_timm
+from mocov3_ds.layouts import Which, has_qk_norm, shape_of, to_timm
+from mocov3_ds.model.on_cpu import suit_cpu
 from mocov3_ds.model.vit import Positions, VitShape, build_vit, sincos_positions
 
 __all__ = ["Weights", "Which", "build", "load_encoder", "read_run", "read_weights"]
@@ -94,7 +96,10 @@ def read_run(run: Path) -> Config:
     path = run / "config.json"
     if not path.exists():
         raise ValueError(f"{run} is no run folder: it holds no config.json.")
-    return from_json(read_json(path))
+    try:
+        return from_json(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from None
 
 
 def read_weights(path: str | Path, which: Which = "base", *, heads: int = 0) -> Weights:
@@ -128,8 +133,13 @@ def build(weights: Weights, *, image_size: int = 0, drop_path: float = 0.0) -> V
         ValueError: shapes that do not fit together, an impossible image size.
     """
     shape = replace(weights.shape, image_size=image_size or weights.shape.image_size)
-    with torch.device("meta"):  # no time for an initialisation that is thrown away
-        vit = build_vit(shape, positions=weights.positions, drop_path=drop_path)
+    with _of(weights.path), torch.device("meta"):  # no time for a thrown away initialisation
+        vit = build_vit(
+            shape,
+            positions=weights.positions,
+            drop_path=drop_path,
+            qk_norm=has_qk_norm(weights.tensors),
+        )
     tensors = dict(weights.tensors)
     if "pos_embed" in tensors:
         tensors["pos_embed"] = positions_for(
@@ -145,7 +155,17 @@ def build(weights: Weights, *, image_size: int = 0, drop_path: float = 0.0) -> V
             f"{shape.depth} blocks: {json.dumps(wrong[:3])}."
         )
     vit.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    suit_cpu(vit)
     return vit.eval()
+
+
+@contextlib.contextmanager
+def _of(path: Path) -> Iterator[None]:
+    """Name the file in what is wrong with sizes that it gave."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} gives no encoder: {error}") from None
 
 
 def positions_for(pos_1ND: Tensor, grid: int) -> Tensor:
@@ -225,7 +245,8 @@ def _of_folder(folder: Path) -> tuple[Mapping[str, Tensor], int, str]:
             tensors, heads, kind = _of_file(folder / name)
             config = folder / "config.json"
             if not heads and config.is_file():
-                heads = int(read_json(config).get("num_attention_heads", 0))
+                told = read_json(config).get("num_attention_heads", 0)
+                heads = told if isinstance(told, int) else 0
             return tensors, heads, kind
     raise ValueError(
         "it is no run (config.json and checkpoints/), no DeepSpeed checkpoint (latest, "

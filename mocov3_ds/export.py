@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.encoder import Weights, Which, build, read_weights
 from mocov3_ds.evaluation import results
-from mocov3_ds.layouts import to_moco_v3, to_timm, to_transformers
+from mocov3_ds.layouts import has_qk_norm, to_moco_v3, to_timm, to_transformers
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 
 Format = Literal["timm", "deit", "hf", "moco-v3"]
@@ -70,6 +70,11 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; give another --out.")
     weights = read_weights(path, which, heads=heads)
+    if has_qk_norm(weights.tensors) and to != "timm":
+        raise ValueError(
+            f"{path} was trained with --model.qk_norm: its attention has norms on queries and "
+            f"keys, for which --to {to} has no place; use --to timm."
+        )
     encoder = build(weights, image_size=image_size)
     size = image_size or weights.shape.image_size
     weights = replace(weights, shape=replace(weights.shape, image_size=size))
@@ -109,7 +114,8 @@ def _compare(encoder: nn.Module, again: Forward, size: int) -> tuple[float, floa
 
 
 def _write_timm(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forward:
-    file, sizes = out / "model.safetensors", timm_sizes(weights.shape)
+    file = out / "model.safetensors"
+    sizes = timm_sizes(weights.shape, qk_norm=has_qk_norm(tensors))
     save_file(tensors, str(file), metadata={"format": "pt", "num_heads": f"{weights.shape.heads}"})
     (out / "timm.json").write_text(json.dumps(sizes, indent=1) + "\n")
     again: nn.Module = timm.create_model(
@@ -235,9 +241,9 @@ def _heads_of(weights: Weights) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def timm_sizes(shape: VitShape) -> dict[str, Any]:
+def timm_sizes(shape: VitShape, *, qk_norm: bool = False) -> dict[str, Any]:
     """Arguments that make any of timm's ViTs the one of this shape."""
-    return {
+    sizes = {
         "img_size": shape.image_size,
         "patch_size": shape.patch_size,
         "embed_dim": shape.dim,
@@ -245,6 +251,7 @@ def timm_sizes(shape: VitShape) -> dict[str, Any]:
         "num_heads": shape.heads,
         "num_classes": 0,
     }
+    return sizes | {"qk_norm": True} if qk_norm else sizes
 
 
 def _name(shape: VitShape) -> tuple[str, str]:
@@ -266,7 +273,7 @@ def _card(weights: Weights, to: Format, difference: float) -> str:
             "Class-token features of a Vision Transformer pretrained without labels "
             "([MoCo v3](https://arxiv.org/abs/2104.02057)), exported with mocov3-ds.",
             "## Load it",
-            _how_to_load(shape, to),
+            _how_to_load(weights, to),
             f"Input: RGB in [0, 1], normalised by mean {_MEAN} and std {_STD}, "
             f"{shape.image_size} x {shape.image_size} pixels. Evaluation resizes the shorter side "
             f"to {round(shape.image_size * 256 / 224)} (bilinear) and crops the centre. Output: "
@@ -282,8 +289,9 @@ def _card(weights: Weights, to: Format, difference: float) -> str:
     )
 
 
-def _how_to_load(shape: VitShape, to: Format) -> str:
-    name, sizes = _name(shape)[0], timm_sizes(shape)
+def _how_to_load(weights: Weights, to: Format) -> str:
+    name = _name(weights.shape)[0]
+    sizes = timm_sizes(weights.shape, qk_norm=has_qk_norm(weights.tensors))
     arguments = ", ".join(f"{key}={value}" for key, value in sizes.items())
     code = {
         "timm": f'import timm\n\nmodel = timm.create_model(\n    "{name}", '

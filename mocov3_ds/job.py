@@ -4,7 +4,7 @@ Shape suffixes: V = the two views, B = rank batch, C H W = image.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mocov3_ds import checkpoint, fit
+from mocov3_ds import checkpoint, fit, mirror, run_folder
 from mocov3_ds.checkpoint import Checkpoint
-from mocov3_ds.config import Config, Run
+from mocov3_ds.config import Config, Run, group_rates
 from mocov3_ds.data import decode
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.cache import Cache
@@ -31,13 +31,24 @@ from mocov3_ds.distributed.engine import (
     start_engine,
 )
 from mocov3_ds.evaluation.monitor import KnnMonitor
+from mocov3_ds.guard import Guard
+from mocov3_ds.model.groups import group_of
 from mocov3_ds.model.loss import chance_loss
 from mocov3_ds.model.moco import BaseEncoder, Chunks, EncoderShape
 from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.model.vit import compile_blocks
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.optim.rules import Rule
 from mocov3_ds.optim.schedule import scaled_rate
+from mocov3_ds.planning import memory, pace
+from mocov3_ds.planning.hardware import Cluster, card_of_device
+from mocov3_ds.planning.memory import Memory
+from mocov3_ds.planning.pace import Pace
+from mocov3_ds.saver import Saver
 from mocov3_ds.step import QueriesToLoss
+from mocov3_ds.watch import Watch, check_response
+
+_LAST_WRITE_S = 20.0
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -59,6 +70,15 @@ class Job:
     total_steps: int
     warmup_steps: float
     step: int
+    saver: Saver
+    watch: Watch
+    guard: Guard
+    position: int
+    """global batches gone through; the next one, counted from 0"""
+    manifest: Manifest
+    open_stream: Callable[[int, dict[int, str]], Stream]
+    open_watch: Callable[[Checkpoint], Watch]
+    save_s: float = 0.0
 
     @property
     def backbone(self) -> nn.Module:
@@ -73,20 +93,46 @@ class Job:
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Both views (B, C, H, W) on the device, in the network's dtype."""
-        x1_BCHW, x2_BCHW = (
-            photometric(
-                crops.to(self.device, non_blocking=True),
-                params,
-                self.spec.mean,
-                self.spec.std,
-                self.dtype,
+        mean, std, dtype = self.spec.mean, self.spec.std, self.dtype
+        crops_VBCHW = batch.crops_VBCHW.to(self.device, non_blocking=True)
+        if self.config.views.colour == "threads":
+            x1_BCHW, x2_BCHW = (normalise(crops, mean, std, dtype) for crops in crops_VBCHW)
+        else:
+            x1_BCHW, x2_BCHW = (
+                photometric(crops, params, mean, std, dtype)
+                for crops, params in zip(crops_VBCHW, batch.params_VBP, strict=True)
             )
-            for crops, params in zip(batch.crops_VBCHW, batch.params_VBP, strict=True)
-        )
         return x1_BCHW, x2_BCHW
 
-    def save(self) -> None:
-        """Write a checkpoint of everything the run needs to go on."""
+    def count_step(self) -> None:
+        """A step and its global batch are done."""
+        self.step += 1
+        self.position += 1
+
+    def return_to(self, saved: Checkpoint) -> None:
+        """Be as a checkpoint of this run says, but go on with the batch after the present one."""
+        for name, buffer in self.engine.module.base.named_buffers():
+            buffer.copy_(saved.tensor("base", name))
+        _restore(self, saved)
+        kept = {name: self.guard.state()[name] for name in ("count", "left_out", "returned_to")}
+        before = saved.state.get("trouble", {})
+        self.guard = Guard(self.config.trouble, {**before, **kept})
+        self.watch.close()
+        self.watch = self.open_watch(saved)
+        self.step, self.position = saved.step, max(saved.position, self.position + 1)
+        bad = _merged(ranks.gather_objects(self.stream.bad))
+        self.stream.close()
+        self.stream = self.open_stream(self.position, bad)
+
+    def save(self, *, last: bool = False) -> None:
+        """Write a checkpoint of everything the run needs to go on; all ranks must call.
+
+        Args:
+            last: nothing is trained after it, so it is waited for.
+
+        Raises:
+            ValueError: it could not be written; the former one is in force.
+        """
         trained = {n for n, p in self.engine.module.base.named_parameters() if p.requires_grad}
         groups: dict[str, Any] = {
             "base": self._base_tensors(trained),
@@ -98,17 +144,54 @@ class Job:
         state = {
             "optimizer_steps": self.optimizer.step_count,
             "loss_scale": self.optimizer.loss_scale(),
-            "chunks": {**asdict(self.engine.module.chunks), "world_size": ranks.world_size()},
+            "chunks": {
+                **asdict(self.engine.module.chunks),
+                **_chunks_depend_on(self.config, self.engine),
+            },
+            "watch": self.watch.state(),
+            "position": self.position,
+            "trouble": self.guard.state(),
+            "bad_samples": _merged(ranks.gather_objects(self.stream.bad)),
         }
-        checkpoint.save(self.config.folder, self.step, groups, state, keep=self.config.save.keep)
+        background = self.config.save.background and not last
+        self.save_s += self.saver.save(self.step, groups, state, background=background)
+
+    def stall_s(self) -> float:
+        """Seconds that the step loop stood still for checkpoints since this was last asked."""
+        seconds, self.save_s = self.save_s, 0.0
+        return seconds
+
+    def close(self) -> None:
+        """Wait for what is on its way to disk and mirror, and leave data and folder; each rank."""
+        self.stream.close()
+        self.watch.close()
+        self.saver.close()
+        run_folder.unlock(self.config.folder)
+
+    def abandon(self) -> None:
+        """Leave where the run has failed, which is to be told soon; each rank.
+
+        A checkpoint on its way to the disk gets a moment, its copy to a mirror none.
+        """
+        self.stream.close()
+        self.watch.close()
+        self.saver.wait(_LAST_WRITE_S)
+        run_folder.unlock(self.config.folder)
 
     def _base_tensors(self, trained: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """fp32 masters of the trained tensors, the engine's own copy of the frozen ones."""
+        """fp32 masters of the trained tensors; the frozen ones and buffers as they are.
+
+        The engine keeps frozen weights in low precision alone. Where the momentum encoder's fp32
+        copy rounds to the same, that is taken, so that a sitting in bf16 costs them nothing.
+        """
         for name, state in self.optimizer.full_state("weight"):
             yield name.removeprefix("base."), state["weight"]
+        masters = dict(self.momentum_encoder.full_state())
         for name, tensor in full_tensors(self.engine.module.base):
             if name not in trained:
-                yield name, tensor
+                master = masters.get(name, tensor)
+                same = torch.equal(master.to(tensor.dtype), tensor)
+                yield name, master if same else tensor
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, state in self.optimizer.full_state(*self.optimizer.moments):
@@ -140,6 +223,43 @@ class Job:
             return "each view in one pass"
         return f"chunks of {chunks.size} images ({chunks.kept} kept)"
 
+    def plan(self) -> Memory:
+        """What the planner thinks this rank holds."""
+        return memory.of_a_rank(
+            encoder_shape(self.config),
+            stage=self.engine.zero_optimization_stage(),
+            world_size=ranks.world_size(),
+            batch=self.config.batch,
+            size=self.dtype.itemsize,
+            chunks=self.engine.module.chunks,
+            recompute_blocks=self.config.recompute_blocks,
+            key_block=self.engine.module.key_block,
+            moments=len(self.optimizer.moments),
+            bucket=int(self.engine.zero_reduce_bucket_size()),
+            on_demand=self.device.type == "cpu",
+        )
+
+    def pace(self) -> Pace | None:
+        """How fast the planner thinks a step is; None on a CPU and on cards it does not know."""
+        if self.device.type != "cuda":
+            return None
+        card = card_of_device(torch.cuda.get_device_name(self.device))
+        if card is None:
+            return None
+        per_node = min(ranks.local_world_size(), ranks.world_size())
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return pace.of_a_step(
+            encoder_shape(self.config),
+            Cluster(card, ranks.world_size(), per_node),
+            stage=self.engine.zero_optimization_stage(),
+            batch=self.config.batch,
+            precision=names[self.dtype],
+            optimizer=type(self.optimizer).__name__.lower(),
+            chunks=self.engine.module.chunks,
+            recompute_blocks=self.config.recompute_blocks,
+            bucket=int(self.engine.zero_reduce_bucket_size()),
+        )
+
     def what_next(self) -> str:
         """Last words: where things lie and what can be done with them."""
         folder = self.config.folder
@@ -169,6 +289,11 @@ def build_job(run: Run, device: torch.device) -> Job:
     json_config = engine_config(
         run.engine, global_batch=config.batch, world_size=ranks.world_size()
     )
+    if config.compile_blocks and json_config["zero_optimization"]["stage"] == 3:
+        raise ValueError(
+            "--compile_blocks does not go with ZeRO stage 3, which gathers weights inside of a "
+            "block; use --ds zero_optimization.stage=2."
+        )
     dtype = compute_dtype(json_config)
     shape = encoder_shape(config)
     peak_rate = scaled_rate(base_rate(run.engine.get("optimizer")), config.batch)
@@ -188,6 +313,7 @@ def build_job(run: Run, device: torch.device) -> Job:
     torch.manual_seed(config.seed)
     base = BaseEncoder(shape)
     base.backbone.set_grad_checkpointing(config.recompute_blocks)
+    _freeze(base, config)
     rank_batch = config.batch // ranks.world_size()
     model = QueriesToLoss(
         base,
@@ -196,10 +322,9 @@ def build_job(run: Run, device: torch.device) -> Job:
     )
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = build_optimizer(run.engine.get("optimizer"), trained, partial(_rule, config))
+    check_response(config, optimizer)
     # the last thing that can be refused is the folder itself
-    ranks.first_does(
-        partial(checkpoint.claim_folder, config.folder, run.as_json(), train_shards.digest)
-    )
+    ranks.first_does(partial(_enter, config, run.as_json(), train_shards.digest))
     saved = checkpoint.newest_of_all_ranks(config.folder)
     if saved is not None:
         load_base(base, saved)
@@ -208,14 +333,12 @@ def build_job(run: Run, device: torch.device) -> Job:
     momentum_encoder.start_from(dict(full_tensors(engine.module.base)))
     momentum_encoder.follow(engine.module.base)
     model.chunks = _chunks(config, engine, momentum_encoder, saved)
-    job = Job(
-        config=config,
-        device=device,
-        dtype=dtype,
-        engine=engine,
-        optimizer=optimizer,
-        momentum_encoder=momentum_encoder,
-        stream=Stream(
+    if config.compile_blocks:
+        compile_blocks(base.backbone)
+        compile_blocks(momentum_encoder.backbone)
+
+    def open_stream(position: int, bad_before: dict[int, str]) -> Stream:
+        return Stream(
             train_shards,
             views=spec,
             image_size=config.views.image_size,
@@ -223,36 +346,84 @@ def build_job(run: Run, device: torch.device) -> Job:
             rank=ranks.rank(),
             world_size=ranks.world_size(),
             seed=config.seed,
-            position=saved.step if saved else 0,
+            position=position,
             lanes=config.data.lanes,
             pool=config.data.pool,
             threads=config.data.threads,
+            augment=config.views.colour == "threads",
+            fixed_views=config.views.fixed,
             bad_sample_budget=config.data.max_bad_samples,
             bad_samples=config.folder / "bad_samples.jsonl",
+            bad_before=bad_before,
             cache=_cache(config),
             pin=device.type == "cuda",
-        ),
+        )
+
+    groups = [group_of(name) for name, _ in trained]
+    open_watch = partial(Watch, config, optimizer, groups, train_shards)
+    state = saved.state if saved is not None else {}
+    position = saved.position if saved is not None else 0
+    job = Job(
+        config=config,
+        device=device,
+        dtype=dtype,
+        engine=engine,
+        optimizer=optimizer,
+        momentum_encoder=momentum_encoder,
+        stream=open_stream(position, _merged([state.get("bad_samples", {})])),
         monitor=_monitor(config, spec, train_shards, probe_shards, device, dtype),
         spec=spec,
         peak_rate=peak_rate,
         total_steps=max(1, round(config.epochs * steps_per_epoch)),
         warmup_steps=config.warmup_epochs * steps_per_epoch,
         step=saved.step if saved else 0,
+        saver=_saver(config),
+        watch=open_watch(saved),
+        guard=Guard(config.trouble, state.get("trouble", {})),
+        position=position,
+        manifest=train_shards,
+        open_stream=open_stream,
+        open_watch=open_watch,
     )
     if saved is not None:
         _restore(job, saved)
     return job
 
 
+def _merged(of_ranks: list[dict[Any, str]]) -> dict[int, str]:
+    """Unreadable samples of all ranks; the keys of a JSON object are text."""
+    return {int(sample): reason for each in of_ranks for sample, reason in each.items()}
+
+
+def _enter(config: Config, resolved: dict[str, Any], data: str) -> None:
+    """Make the run folder this job's own, and bring it up to its mirror; the first rank alone."""
+    if config.save.mirror:
+        mirror.check_same(config.save.mirror, resolved, data)
+    run_folder.enter(config.folder, resolved, data)
+    checkpoint.sweep(config.folder)
+    if config.save.mirror:
+        mirror.fetch_newer(config.save.mirror, config.folder)
+
+
+def _saver(config: Config) -> Saver:
+    run, save = config.folder, config.save
+    # a rewind may need the one before the newest
+    least = 2 if config.trouble.policy == "rewind" else 1
+    kept = {"keep": max(save.keep, least), "keep_every": save.keep_every}
+    copies = mirror.Mirror(save.mirror, run, **kept) if save.mirror else None
+    return Saver(run, **kept, host_bytes=int(save.host_gb * 1e9), mirror=copies)
+
+
 def _chunks(
     config: Config, engine: Any, encoder: MomentumEncoder, saved: Checkpoint | None
 ) -> Chunks:
-    """Chunks as given, as in the last sitting on as many ranks (same bits), or as memory allows."""
-    world, batch = ranks.world_size(), config.batch // ranks.world_size()
+    """Chunks as given, as chosen by the last sitting on alike ranks (same bits), or measured."""
+    batch = config.batch // ranks.world_size()
     if config.chunk:
         return Chunks(size=config.chunk if config.chunk < batch else 0, kept=config.keep_chunks)
-    before = saved.state["chunks"] if saved is not None else {}
-    if before.get("world_size") == world:
+    before = saved.value("chunks") if saved is not None else {}
+    conditions = _chunks_depend_on(config, engine)
+    if all(before.get(key) == value for key, value in conditions.items()):
         return Chunks(size=before["size"], kept=before["kept"])
     size, parameter = config.views.image_size, next(encoder.parameters())
     room = fit.measure_room(
@@ -263,9 +434,24 @@ def _chunks(
         gradient_bytes=gradient_bytes(engine),
         recompute_blocks=config.recompute_blocks,
     )
-    chunks = fit.fitting_chunks(room, batch)
-    _log.info("%s for %s", chunks, room)
-    return chunks
+    return fit.fitting_chunks(room, batch)
+
+
+def _chunks_depend_on(config: Config, engine: Any) -> dict[str, Any]:
+    """What a sitting may change that decides the chunks, as JSON; all ranks must call.
+
+    It is the same on each rank, so that either all of them measure or none.
+    """
+    total = min(ranks.gather_objects(fit.total_bytes(ranks.this_device())))
+    keys = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
+    return {
+        "world_size": ranks.world_size(),
+        "given": bool(config.chunk),
+        "recompute_blocks": config.recompute_blocks,
+        "engine": {key: engine.config.get(key) for key in keys},
+        # drivers and kernels differ by some MiB in what they keep of the same memory
+        "memory_gib": round(total / 2**30),
+    }
 
 
 def encoder_shape(config: Config) -> EncoderShape:
@@ -277,6 +463,7 @@ def encoder_shape(config: Config) -> EncoderShape:
         positions=config.model.positions,
         train_patch_projection=config.model.patch_lr > 0,
         drop_path=config.model.drop_path,
+        qk_norm=config.model.qk_norm,
     )
 
 
@@ -296,6 +483,8 @@ def open_data(config: Config) -> tuple[Manifest, Manifest | None]:
 
         train, probes = ranks.first_does(partial(ensure_samples, config.runs / "sample-images"))
     splits = manifests.load(train), manifests.load(probes) if probes else None
+    if config.data.limit:
+        splits = splits[0].first(config.data.limit), splits[1]
     for split in splits:
         if probes and config.knn.probes and split is not None and not split.labelled:
             raise ValueError(
@@ -331,8 +520,8 @@ def _restore(job: Job, saved: Checkpoint) -> None:
         moments = {key: saved.tensor("optimizer", f"{key}/{name}") for key in job.optimizer.moments}
         return {"weight": saved.tensor("base", name.removeprefix("base.")), **moments}
 
-    job.optimizer.load_full_state(optimizer_state, saved.state["optimizer_steps"])
-    job.optimizer.load_loss_scale(saved.state["loss_scale"])
+    job.optimizer.load_full_state(optimizer_state, saved.value("optimizer_steps"))
+    job.optimizer.load_loss_scale(saved.value("loss_scale"))
     job.momentum_encoder.load_full_state(saved.group("momentum"))
     if job.monitor is not None and saved.names("extra"):
         job.monitor.load_full_state(saved.group("extra"))
@@ -346,13 +535,22 @@ def _cache(config: Config) -> Cache | None:
     return Cache(Path(config.data.cache).expanduser(), int(config.data.cache_gb * 1e9))
 
 
+def _freeze(base: BaseEncoder, config: Config) -> None:
+    """Take the layer groups whose rate is 0 out of the training."""
+    rates = group_rates(config.model)
+    for name, parameter in base.named_parameters():
+        if parameter.requires_grad and rates[group_of(name)] == 0:
+            parameter.requires_grad_(False)
+
+
 def _rule(config: Config, name: str, shape: tuple[int, ...]) -> Rule:
     """Weight decay, rate and trust-ratio rule of one tensor."""
     matrix = len(shape) > 1 and not name.endswith("cls_token")
-    patch = ".patch_embed.proj." in name
+    group = group_of(name)
+    patch_lr = config.model.patch_lr if group == "patch_embed" else 1.0
     return Rule(
         decay=matrix or config.decay == "all",
-        lr_multiplier=config.model.patch_lr if patch else 1.0,
+        lr_multiplier=patch_lr * group_rates(config.model)[group],
         adapt=matrix,
     )
 
@@ -394,4 +592,5 @@ def _monitor(
         temperature=config.knn.temperature,
         prepare=prepare,
         device=device,
+        momentum_encoder=config.knn.momentum_encoder,
     )

@@ -8,7 +8,7 @@ Shape suffixes: N = tokens (class token first), D = embedding.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -76,8 +76,13 @@ def to_timm(tensors: Tensors, which: Which = "base") -> dict[str, Tensor]:
             if depth
             else f"it holds no transformer blocks below {prefix!r}."
         )
-    names = wanted | ({"pos_embed"} & {*own})
+    names = wanted | {n for n in own if n == "pos_embed" or has_qk_norm([n])}
     return {name: own[name].detach().float().contiguous() for name in sorted(names)}
+
+
+def has_qk_norm(names: Iterable[str]) -> bool:
+    """Whether names (timm's) are of a ViT with norms on the queries and keys of each head."""
+    return any(re.match(r"blocks\.\d+\.attn\.[qk]_norm\.", name) for name in names)
 
 
 def shape_of(tensors: Tensors, heads: int = 0) -> VitShape:

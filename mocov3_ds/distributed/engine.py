@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 _KNOWN_KEYS = {
@@ -54,6 +55,7 @@ _KNOWN_KEYS = {
     "log_level",
     "round_robin_gradients",
 }
+_OBJECTS = ("zero_optimization", "fp16", "bf16", "torch_autocast", "data_types")
 _HAS_NO_EFFECT = {
     "scheduler": "the schedule is ours: --warmup_epochs and --epochs",
     "activation_checkpointing": "use --chunk",
@@ -95,11 +97,22 @@ def engine_config(
             "fp16 at ZeRO stage 0 is computed wrongly by DeepSpeed (the loss scale is divided out "
             "but never applied); use --ds zero_optimization.stage=1."
         )
-    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0)
+    offload = zero.get("offload_optimizer") or {}
+    if not isinstance(offload, Mapping):
+        raise ValueError(
+            f"zero_optimization.offload_optimizer is {offload!r}; it must be an object such as "
+            '{"device": "cpu"}.'
+        )
+    ratio = offload.get("ratio", 1.0)
     if ratio != 1.0:
         raise ValueError(
             f"zero_optimization.offload_optimizer.ratio is {ratio}, under which DeepSpeed updates "
             "part of the weights with an AdamW of its own; remove it."
+        )
+    if not config.get("bf16", {}).get("check_grad_overflow", True):
+        raise ValueError(
+            "bf16.check_grad_overflow is false, under which DeepSpeed computes no gradient norm at "
+            "ZeRO stages 1 and 2, so that no bad step could be dropped; remove it."
         )
     derived = {
         "train_batch_size": global_batch,
@@ -134,6 +147,9 @@ def _check_keys(given: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(key, _KNOWN_KEYS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"the DeepSpeed config has an unknown key {key!r}{hint}")
+    for key in _OBJECTS:
+        if not isinstance(given.get(key, {}), Mapping):
+            raise ValueError(f"the DeepSpeed config's {key!r} is {given[key]!r}, not an object.")
 
 
 def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -194,3 +210,15 @@ def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach().clone()
     for name, buffer in module.named_buffers():
         yield name, buffer.detach().clone()
+
+
+def full_gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole reduced gradient, fp32, of each trained parameter; all ranks must iterate.
+
+    Between `engine.backward` and `engine.step`. One without a gradient counts as zero.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            found = safe_get_full_grad(parameter)
+            yield name, torch.zeros(shape) if found is None else found.detach().float().view(shape)

@@ -8,15 +8,24 @@ Shape suffixes: B = rows of this rank, G = rows of all ranks.
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_COLLECTIVES = (
+    *("allreduce", "allreduce_coalesced", "reduce", "broadcast", "allgather", "_allgather_base"),
+    *("all_gather_single", "allgather_into_tensor_coalesced", "all_gather_single_coalesced"),
+    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single"),
+    *("reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced", "alltoall_base"),
+)
 
 
 def start(timeout_s: float = 600.0) -> torch.device:
@@ -32,17 +41,24 @@ def start(timeout_s: float = 600.0) -> torch.device:
     _fill_launcher_variables()
     device = this_device()
     if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        store, number, size = next(rendezvous("env://", timeout=timeout))
+        # torchrun --max-restarts keeps its store, with the addresses of ranks that are gone in it
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_s),
+            store=PrefixStore(f"attempt-{attempt}", store),
+            rank=number,
+            world_size=size,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     return device
 
 
 def _fill_launcher_variables() -> None:
-    given = [name for name in _LAUNCHER_VARIABLES if os.environ.get(name)]
-    if len(given) == len(_LAUNCHER_VARIABLES):
+    given = [name for name in LAUNCHER_VARIABLES if os.environ.get(name)]
+    if len(given) == len(LAUNCHER_VARIABLES):
         return
     if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         if "MASTER_ADDR" not in os.environ:
@@ -57,16 +73,17 @@ def _fill_launcher_variables() -> None:
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         return
     if "RANK" in given or "WORLD_SIZE" in given:
-        missing = [name for name in _LAUNCHER_VARIABLES if name not in given]
+        missing = [name for name in LAUNCHER_VARIABLES if name not in given]
         raise ValueError(
             f"the launcher set {', '.join(given)} but not {', '.join(missing)}; start the run with "
             "deepspeed, torchrun, accelerate launch or plain python."
         )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    os.environ.update(alone, MASTER_PORT=str(free_port()))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -154,6 +171,24 @@ def all_reduce_max(x: Tensor, group: Any = None) -> Tensor:
     return x
 
 
+def reduce_scatter_sum(x: Tensor) -> Tensor:
+    """This rank's part of the sum over all ranks: (world size * n,) -> (n,)."""
+    if world_size() == 1:
+        return x
+    part = x.new_empty(len(x) // world_size())
+    dist.reduce_scatter_single(part, x, op=dist.ReduceOp.SUM)
+    return part
+
+
+def all_gather_flat(x: Tensor) -> Tensor:
+    """Parts of all ranks side by side in one buffer: (n,) -> (world size * n,)."""
+    if world_size() == 1:
+        return x
+    whole = x.new_empty(len(x) * world_size())
+    dist.all_gather_single(whole, x)
+    return whole
+
+
 def broadcast(x: Tensor, source: int = 0) -> Tensor:
     """Make `x` on each rank what it is on rank `source`, in place; returns `x`."""
     if world_size() > 1:
@@ -195,3 +230,32 @@ def gather_objects(obj: Any) -> list[Any]:
     objects: list[Any] = [None] * world_size()
     dist.all_gather_object(objects, obj)
     return objects
+
+
+@contextmanager
+def timed_collectives(phase: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
+    """Run every collective of this process, ours and DeepSpeed's, inside `phase("collective")`.
+
+    Their start and the wait for them are what is seen: the whole of a call that blocks, and of one
+    that goes on beside other work only what was not hidden. Methods of torch's classes are
+    exchanged for the while, as DeepSpeed keeps references to the functions above them.
+    """
+
+    def inside(method: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with phase("collective"):
+                return method.__get__(self)(*args, **kwargs)
+
+        return call
+
+    places: list[tuple[type, str]] = [(dist.Work, "wait")]
+    places += [(dist.ProcessGroup, name) for name in _COLLECTIVES]
+    places = [(owner, name) for owner, name in places if name in vars(owner)]
+    originals = [(owner, name, vars(owner)[name]) for owner, name in places]
+    for owner, name, method in originals:
+        setattr(owner, name, inside(method))
+    try:
+        yield
+    finally:
+        for owner, name, method in originals:
+            setattr(owner, name, method)

@@ -39,10 +39,17 @@ def test_agreeing_and_auto_values_pass() -> None:
         ({"scheduler": {}}, "'scheduler' has no effect here"),
         ({"zero_optimization": {"stage": 4}}, "stage is 4"),
         ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "fp16 at ZeRO stage 0"),
+        ({"zero_optimization": 3}, "'zero_optimization' is 3, not an object"),
+        ({"bf16": None}, "'bf16' is None, not an object"),
+        (
+            {"zero_optimization": {"offload_optimizer": "cpu"}},
+            "offload_optimizer is 'cpu'; it must be an object",
+        ),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
             "offload_optimizer.ratio",
         ),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "bf16.check_grad_overflow"),
     ],
 )
 def test_refused(given: dict[str, object], words: str) -> None:
@@ -58,14 +65,16 @@ def test_indivisible_batch_names_the_neighbours() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_each_file_is_what_its_name_says(path: Path) -> None:
     config = json.loads(path.read_text())
-    stage, optimizer, precision, offload = re.fullmatch(
-        r"zero(\d)_(\w+?)_(bf16|fp16|fp32)(_offload)?", path.stem
+    stage, optimizer, precision, offload, card = re.fullmatch(
+        r"zero(\d)_(\w+?)_(bf16|fp16|fp32)(_offload)?(_\d+gb)?", path.stem
     ).groups()  # type: ignore[union-attr]
     assert config["zero_optimization"]["stage"] == int(stage)
     assert config["optimizer"]["type"].lower() == optimizer
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     assert compute_dtype(config) == dtype
     assert ("offload_optimizer" in config["zero_optimization"]) == bool(offload)
+    buckets = {None: None, "_24gb": 25_000_000, "_40gb": 50_000_000, "_80gb": 200_000_000}
+    assert config["zero_optimization"].get("reduce_bucket_size") == buckets[card]
     engine_config(config, global_batch=8, world_size=2)
 
 

@@ -1,0 +1,1 @@
+"""What `doctor.py` examines, one module for each concern; each check returns findings."""

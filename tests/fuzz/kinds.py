@@ -1,0 +1,443 @@
+"""The kinds of input, each a set of sound files, how it is damaged, and the entry points it meets.
+
+`feed` returns "accepted" or "skipped" (bad samples were counted or listed), or raises; what may be
+raised is judged by the harness.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from PIL import Image
+
+from data_prep import shard as sharding
+from data_prep import verify as verifying
+from data_prep.sources import open_source
+from mocov3_ds import checkpoint
+from mocov3_ds.config import parse
+from mocov3_ds.data import decode
+from mocov3_ds.data import manifest as manifests
+from mocov3_ds.data.decode import UnreadableImage
+from mocov3_ds.data.lanes import Order
+from mocov3_ds.data.manifest import ROW
+from mocov3_ds.data.stream import Stream
+from mocov3_ds.data.views import ViewSpec
+from mocov3_ds.distributed.engine import compute_dtype, engine_config
+from mocov3_ds.encoder import load_encoder, read_run
+from mocov3_ds.export import export
+from mocov3_ds.job import encoder_shape
+from mocov3_ds.monitor.report import keep_rows_until, read_rows
+from mocov3_ds.optim.build import base_rate, build_optimizer
+from mocov3_ds.optim.schedule import scaled_rate
+from tests.data.pictures import picture, stored
+from tests.data.sets import make_set
+from tests.evaluation.runs import make_run
+from tests.fuzz.mutate import mutated
+
+Outcome = Literal["accepted", "skipped"]
+Files = Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input."""
+
+    name: str
+    share: int
+    """inputs of each round of all kinds"""
+    sound: Callable[[], list[Files]]
+    """undamaged inputs: path -> content"""
+    feed: Callable[[Path], Outcome]
+    seal: Callable[[dict[str, bytes]], None] | None = None
+    """makes digests right again, so that the damage is met behind them"""
+    names_files: bool = True
+    """whether an error must say which file it is about"""
+
+    def make(self, folder: Path, rng: Generator) -> None:
+        """Write a damaged input."""
+        choices = self.sound()
+        files = dict(choices[int(rng.integers(len(choices)))])
+        names = sorted(files)
+        for _ in range(1 + int(rng.random() < 0.2)):
+            name = names[int(rng.integers(len(names)))]
+            files[name] = mutated(name, files[name], rng)
+        if self.seal is not None and rng.random() < 0.6:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                self.seal(files)
+        for name, data in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
+def _files_of(folder: Path) -> Files:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+# ----------------------------------------------------------------------------------------- images
+
+
+@cache
+def jpegs() -> list[Files]:
+    images = [
+        stored(picture(60, 80)),
+        stored(picture(61, 79), subsampling=1),
+        stored(picture(40, 70), progressive=True),
+        stored(picture(50, 50), restart_marker_blocks=3),
+        stored(picture(64, 48).convert("L")),
+        stored(picture(30, 30).convert("CMYK")),
+    ]
+    return [{"image.jpg": data} for data in images]
+
+
+@cache
+def other_images() -> list[Files]:
+    small = picture(30, 40)
+    kinds = ("PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
+    found = [{"image.png": stored(small, kind)} for kind in kinds]
+    grey = Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100)
+    found += [{"image.png": stored(small.quantize(), "PNG")}, {"image.png": stored(grey, "PNG")}]
+    return found
+
+
+def read_image(folder: Path) -> Outcome:
+    data = next(folder.iterdir()).read_bytes()
+    try:
+        height, width = decode.size_of(data)
+        out = np.empty((2, 3, 16, 16), np.uint8)
+        box = (0, 0, height, width)
+        decode.two_crops(data, (box, box), (False, True), out)
+        decode.centre_crop(data, 16, 20)
+    except UnreadableImage as error:
+        assert str(error)
+        return "skipped"
+    return "accepted"
+
+
+# ----------------------------------------------------------------------------------------- shards
+
+
+@cache
+def tars() -> list[Files]:
+    with TemporaryDirectory() as folder:
+        make_set(folder, [5])
+        samples = (Path(folder) / "t-000.tar").read_bytes()
+    classes = io.BytesIO()
+    with tarfile.open(fileobj=classes, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for number in range(4):
+            data = stored(picture(20, 20, number))
+            info = tarfile.TarInfo(f"train/class{number % 2}/{'x' * 90}{number}.jpg")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return [{"t-000.tar": samples}, {"t-000.tar": classes.getvalue()}]
+
+
+def read_tar(folder: Path) -> Outcome:
+    """Index and verify it where it lies, and shard what it holds."""
+    outcome: Outcome = "accepted"
+    trouble: list[Exception] = []
+    try:
+        made = verifying.index(str(folder), workers=1, quiet=True)
+        if made.made["rejected"] or not verifying.verify(str(folder), workers=1, quiet=True).sound:
+            outcome = "skipped"
+    except (ValueError, OSError) as error:
+        trouble.append(error)
+    try:
+        options = sharding.Options(shard_size="3")
+        summary = sharding.shard(
+            open_source(str(folder / "t-000.tar")),
+            str(folder / "out"),
+            options,
+            workers=1,
+            quiet=True,
+        )
+        if summary.rejects:
+            outcome = "skipped"
+    except (ValueError, OSError) as error:
+        trouble.append(error)
+    for error in trouble:
+        clear(error, folder)
+    if len(trouble) == 2:
+        raise trouble[-1]
+    return outcome
+
+
+@cache
+def sets() -> list[Files]:
+    with TemporaryDirectory() as folder:
+        make_set(folder, [5, 4])
+        return [_files_of(Path(folder))]
+
+
+def seal_set(files: dict[str, bytes]) -> None:
+    tree = json.loads(files["manifest.json"])
+    tree["index"]["sha256"] = hashlib.sha256(files["index.bin"]).hexdigest()
+    for entry in tree["shards"]:
+        if entry["name"] in files:
+            entry["sha256"] = hashlib.sha256(files[entry["name"]]).hexdigest()
+            entry["bytes"] = len(files[entry["name"]])
+    rows = np.frombuffer(files["index.bin"], ROW).copy()
+    shard = files["t-000.tar"]
+    for row in rows[:5]:  # the checksums of what lies there now
+        image = shard[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
+        row["crc32"] = zlib.crc32(image)
+    files["index.bin"] = rows.tobytes()
+    tree["index"]["sha256"] = hashlib.sha256(files["index.bin"]).hexdigest()
+    files["manifest.json"] = json.dumps(tree).encode()
+
+
+def read_set(folder: Path) -> Outcome:
+    """Load it, verify it, stream two batches of it."""
+    made = manifests.load(str(folder))
+    sound = verifying.verify(str(folder), workers=1, quiet=True).sound
+    if made.samples > 10**6:
+        return "accepted"
+    stream = Stream(
+        made,
+        views=ViewSpec(),
+        image_size=16,
+        global_batch=4,
+        rank=0,
+        world_size=1,
+        seed=0,
+        lanes=2,
+        pool=4,
+        threads=0,
+        bad_sample_budget=3,
+    )
+    with stream:
+        for _ in range(2):
+            next(stream)
+        return "skipped" if stream.skipped or not sound else "accepted"
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+@cache
+def settings() -> list[Files]:
+    flags = {
+        "recipe": "vit_b16",
+        "batch": 64,
+        "epochs": 3,
+        "warmup_epochs": 1,
+        "views.crop_min": 0.2,
+        "views.image_size": 32,
+        "model.dim": 48,
+        "model.heads": 3,
+        "model.depth": 2,
+        "moco.temperature": 0.2,
+        "moco.momentum_schedule": "cosine",
+        "data.lanes": 8,
+        "data.pool": 64,
+        "knn.k": 20,
+        "save.keep": 2,
+        "seed": 3,
+    }
+    overrides = ["zero_optimization.stage=2", "optimizer.params.lr=1e-3", 'bf16={"enabled": true}']
+    engine = {
+        "optimizer": {"type": "Lamb", "params": {"lr": 5e-4, "betas": [0.9, 0.999], "eps": 1e-6}},
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+        "gradient_clipping": 1.0,
+        "fp16": {"enabled": False, "initial_scale_power": 8},
+        "train_batch_size": "auto",
+    }
+    text = json.dumps({"flags": flags, "ds": overrides}).encode()
+    return [{"command.json": text, "engine.json": json.dumps(engine).encode()}]
+
+
+def read_settings(folder: Path) -> Outcome:
+    """The command line and the DeepSpeed JSON, up to where a run would touch its folder."""
+    try:
+        command = json.loads((folder / "command.json").read_bytes())
+        flags, overrides = dict(command["flags"]), list(command["ds"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # this file is the harness's own
+        flags, overrides = {}, []
+    arguments = [part for key, value in flags.items() for part in (f"--{key}", f"{value}")]
+    arguments += [part for text in overrides for part in ("--ds", f"{text}")]
+    arguments += ["--deepspeed_config", str(folder / "engine.json")]
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+        try:
+            run = parse(arguments)
+        except SystemExit as end:
+            raise SystemExit(said.getvalue() or end.code) from None
+    config = run.config
+    engine = engine_config(run.engine, global_batch=config.batch, world_size=1)
+    compute_dtype(engine)
+    scaled_rate(base_rate(run.engine.get("optimizer")), config.batch)
+    layer = torch.nn.Linear(3, 2)
+    build_optimizer(run.engine.get("optimizer"), layer.named_parameters())
+    views = config.views
+    ViewSpec(
+        crop_min=views.crop_min,
+        crop_max=views.crop_max,
+        blur_p=views.blur_p,
+        solarise_p=views.solarise_p,
+    )
+    if config.batch <= 150:
+        order = Order((100, 50), config.batch, config.seed, config.data.lanes, config.data.pool)
+        next(order.pieces(0, 0, 1))
+    encoder_shape(config)
+    return "accepted"
+
+
+# ------------------------------------------------------------------------------------- run folders
+
+
+@cache
+def runs() -> list[Files]:
+    with TemporaryDirectory() as folder:
+        made = make_run(Path(folder) / "run", step=3)
+        rows = [{"step": n, "loss": 1 / n, "lr": 1e-3} for n in range(1, 6)]
+        (made / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [_files_of(made)]
+
+
+def seal_run(files: dict[str, bytes]) -> None:
+    """Digests of the files in state.json, and its own."""
+    name = next(n for n in files if n.endswith("state.json"))
+    state = json.loads(files[name])
+    folder = name.rpartition("/")[0]
+    state["files"] = {
+        n: hashlib.sha256(files[f"{folder}/{n}"]).hexdigest()
+        for n in state["files"]
+        if f"{folder}/{n}" in files
+    }
+    if "digest" in state:
+        rest = {n: v for n, v in state.items() if n != "digest"}
+        state["digest"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    files[name] = json.dumps(state).encode()
+
+
+def read_run_folder(folder: Path) -> Outcome:
+    """Settings, newest checkpoint, encoder, export's source, metrics."""
+    trouble: list[Exception] = []
+    steps: list[Callable[[], Any]] = [
+        lambda: read_run(folder),
+        lambda: load_encoder(folder, "momentum"),
+        lambda: load_encoder(folder / "checkpoints"),
+        lambda: load_encoder(folder / "checkpoints/step-00000003"),
+        lambda: _whole_checkpoint(folder),
+        lambda: checkpoint.claim_folder(folder, {"config": {"batch": 8}, "deepspeed": {}}, "data"),
+    ]
+    for step in steps:
+        try:
+            step()
+        except (ValueError, OSError) as error:
+            clear(error, folder)
+            trouble.append(error)
+    if len(trouble) > 1:  # the settings of `claim_folder` are always another run's
+        raise trouble[0]
+    return "accepted"
+
+
+def _whole_checkpoint(folder: Path) -> None:
+    found = checkpoint.newest(folder)
+    if found is None:
+        raise ValueError(f"{folder} holds no whole checkpoint")
+    for group in ("base", "momentum", "optimizer", "extra"):
+        found.group(group)
+
+
+@cache
+def metrics() -> list[Files]:
+    return [{"metrics.jsonl": runs()[0]["metrics.jsonl"]}]
+
+
+def read_metrics(folder: Path) -> Outcome:
+    path = folder / "metrics.jsonl"
+    before = len(path.read_bytes().splitlines())
+    rows = read_rows(path)
+    keep_rows_until(path, 3)
+    kept = read_rows(path)
+    assert all(row["step"] <= 3 for row in kept)
+    return "skipped" if len(rows) < before else "accepted"
+
+
+# ----------------------------------------------------------------------------------------- weights
+
+
+@cache
+def weights() -> list[Files]:
+    """An exported folder, the published layout, and DeepSpeed's own folder."""
+    with TemporaryDirectory() as temporary:
+        made = make_run(Path(temporary) / "run")
+        found = []
+        for program in ("timm", "hf"):
+            out = Path(temporary) / program
+            export(made, out, to=program)  # type: ignore[arg-type]
+            found.append(_files_of(out))
+        vit = load_encoder(made).state_dict()
+        file = io.BytesIO()
+        prefixed = {f"module.base_encoder.{n}": t for n, t in vit.items()}
+        torch.save({"epoch": 3, "arch": "vit_small", "state_dict": prefixed, "num_heads": 4}, file)
+        found.append({"model.pth": file.getvalue()})
+        file = io.BytesIO()
+        torch.save({"module": {f"base.backbone.{n}": t for n, t in vit.items()}}, file)
+        found.append(
+            {"latest": b"global_step3", "global_step3/mp_rank_00_model_states.pt": file.getvalue()}
+        )
+    return [{n: d for n, d in files.items() if not n.endswith(".md")} for files in found]
+
+
+def read_weights(folder: Path) -> Outcome:
+    """By folder and, where there is one, by file."""
+    trouble: list[Exception] = []
+    paths = [folder, *(p for p in folder.iterdir() if p.suffix in (".pth", ".safetensors"))]
+    for path in paths:
+        try:
+            told = path.suffix == ".pth" or (path == folder and (folder / "config.json").exists())
+            load_encoder(path, heads=0 if told else 4)  # the others do not tell their heads
+        except (ValueError, OSError) as error:
+            clear(error, folder)
+            trouble.append(error)
+    if trouble:
+        raise trouble[0]
+    return "accepted"
+
+
+# ------------------------------------------------------------------------------------------- judge
+
+
+def clear(error: BaseException, folder: Path | None) -> None:
+    """One sentence for people that says which file of `folder` it is about.
+
+    Raises:
+        AssertionError: it is none.
+    """
+    words = re.sub(r"(.)\1{99,}", r"\1...", f"{error}".strip())  # what was given may be repeated
+    if isinstance(error, SystemExit):  # a parser's own page, with a usage line
+        assert words, "ended without a word"
+        return
+    assert len(words) > 10, f"says nothing: {error!r}"
+    assert len(words) < 1500, f"{len(words)} characters: {words[:200]!r}"
+    assert words.count("\n") < 2, f"more than a sentence: {words[:300]!r}"
+    assert "Traceback" not in words
+    assert folder is None or folder.name in words, f"does not say which file: {words[:300]!r}"
+
+
+KINDS = [
+    Kind("JPEG", 3, jpegs, read_image),
+    Kind("other images", 2, other_images, read_image),
+    Kind("tar", 2, tars, read_tar),
+    Kind("sharded set", 2, sets, read_set, seal_set),
+    Kind("settings", 2, settings, read_settings, names_files=False),
+    Kind("run folder", 2, runs, read_run_folder, seal_run),
+    Kind("metrics", 1, metrics, read_metrics),
+    Kind("weights", 2, weights, read_weights),
+]
