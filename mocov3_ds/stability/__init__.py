@@ -1,0 +1,1 @@
+"""Studies of huge-batch stability: detectors, verdicts, grids, replay, report."""

@@ -1,0 +1,218 @@
+"""The report as one HTML file: nothing outside it is asked for, phone or desk, light or dark."""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+_WHAT = {
+    "I": "share of accuracy-time lost to dips, %",
+    "E": "gradient events per 1000 steps",
+    "R": "share of steps with RMS of the patch projection above 2.3",
+    "T": "final accuracy of the frozen twin minus this, points",
+    "jumps": "rises of the loss more than 1 % above the median of the 30 steps before",
+    "steps above": "steps that far above",
+    "worst excess": "the largest such excess, %",
+}
+_COLUMNS = {
+    "I": ("I", "{:.2f}"),
+    "E": ("E", "{:.1f}"),
+    "R": ("R", "{:.3f}"),
+    "T": ("T", "{:+.1f}"),
+    "jumps": ("jumps", "{:.1f}"),
+    "steps_above": ("steps above", "{:.1f}"),
+    "worst_excess": ("worst excess", "{:.1f}"),
+    "knn_best": ("k-NN best", "{:.1f}"),
+    "knn_final": ("k-NN final", "{:.1f}"),
+    "loss_final": ("final loss", "{:.3f}"),
+}
+
+_STYLE = """
+:root { --ink:#1b1f24; --soft:#57606a; --paper:#f6f7f9; --card:#ffffff; --line:#d9dde2;
+  --bad:#b3261e; --warn:#8a5a00; --good:#1a7f4b; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink:#e8eaed; --soft:#a2abb5; --paper:#0b0d0f; --card:#121212; --line:#30363d;
+    --bad:#ff8a80; --warn:#f0b849; --good:#5dd39e; }
+  .picture img { filter: invert(.93) hue-rotate(180deg); } }
+* { box-sizing: border-box; }
+body { margin:0; background:var(--paper); color:var(--ink);
+  font:16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width:1120px; margin:0 auto; padding:20px 14px 60px; }
+h1 { font-size:1.5rem; line-height:1.25; margin:.2em 0; }
+h2 { font-size:1.1rem; margin:1.8em 0 .5em; }
+p, li { max-width:70ch; } p { margin:.4em 0; } .soft { color:var(--soft); font-size:.9rem; }
+code { font:.85em ui-monospace, Menlo, Consolas, monospace; overflow-wrap:anywhere; }
+.pictures { display:grid; gap:14px; align-items:start;
+  grid-template-columns:repeat(auto-fit, minmax(min(100%,440px),1fr)); }
+.picture { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:12px;
+  margin:0; min-width:0; }
+.picture h3 { font-size:1rem; margin:0; } .picture img { width:100%; height:auto; display:block; }
+.scroll { overflow-x:auto; background:var(--card); border:1px solid var(--line);
+  border-radius:8px; }
+table { border-collapse:collapse; width:100%; font-size:.86rem; font-variant-numeric:tabular-nums; }
+th, td { padding:6px 10px; text-align:right; vertical-align:top; white-space:nowrap;
+  border-bottom:1px solid var(--line); }
+th:first-child, td:first-child { text-align:left; white-space:normal; min-width:9em;
+  position:sticky; left:0; background:var(--card); }
+td.words, th.words { text-align:left; white-space:normal; min-width:11em; }
+tr:last-child td { border-bottom:0; }
+td small { display:block; color:var(--soft); font-size:.92em; }
+.v { font-weight:600; } .bad { color:var(--bad); } .warn { color:var(--warn); }
+.good { color:var(--good); }
+details summary { cursor:pointer; margin:1em 0 .4em; } dl { margin:.4em 0; }
+dt { font-weight:600; margin-top:.6em; } dd { margin:0; max-width:70ch; }
+"""
+_TONE = {
+    "DIVERGED": "bad",
+    "RESTARTED": "bad",
+    "DEGRADING": "bad",
+    "UNSTABLE": "bad",
+    "TWITCHY": "warn",
+    "STABLE": "good",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of the page; `data` is a PNG, None where the runs give nothing to draw."""
+
+    name: str
+    title: str
+    words: str
+    data: bytes | None
+
+
+def page(
+    *,
+    title: str,
+    about: str,
+    scale: str,
+    command: str,
+    arms: Sequence[Mapping[str, Any]],
+    runs: Sequence[Mapping[str, Any]],
+    pictures: Sequence[Picture],
+    findings: Sequence[str],
+    advice: Sequence[tuple[str, str]],
+    unseen: Sequence[str],
+) -> str:
+    """The whole page.
+
+    Args:
+        title: of the study.
+        about: what it asks.
+        scale: of the grid, empty for a single run.
+        command: that made the runs.
+        arms: rows of `report.arm_rows`.
+        runs: rows of `report.run_rows`.
+        pictures: those without data are named in a sentence.
+        findings: sentences.
+        advice: (which arms, what to try).
+        unseen: what the tables do not show, sentences.
+    """
+    missing = [picture.title for picture in pictures if picture.data is None]
+    parts = [
+        f"<h1>Stability: {escape(title)}</h1>",
+        f"<p>{escape(about)}</p>" * bool(about),
+        f'<p class="soft">{_facts(scale, runs)}</p>',
+        f'<p class="soft">Made by <code>{escape(command)}</code></p>' * bool(command),
+        "<h2>Verdicts</h2>",
+        _arm_table(arms),
+        f'<p class="soft">Means over seeds; below them least to largest. {_legend()}</p>',
+        "<h2>What was found</h2>",
+        "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in findings) + "</ul>",
+        "<h2>Pictures</h2>",
+        '<div class="pictures">' + "".join(map(_picture, pictures)) + "</div>",
+        f'<p class="soft">Nothing to draw for: {escape(", ".join(missing))}.</p>' * bool(missing),
+        "<h2>What to try next</h2>",
+        "<dl>" + "".join(f"<dt>{_toned(a)}</dt><dd>{escape(b)}.</dd>" for a, b in advice) + "</dl>",
+        "<details><summary>Every run</summary>" + _run_table(runs) + "</details>",
+    ]
+    if unseen:
+        notes = "".join(f"<li>{escape(line)}</li>" for line in unseen)
+        parts.append(f"<h2>To keep in mind</h2><ul>{notes}</ul>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Stability: {escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _facts(scale: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    steps = max(run["steps"] for run in runs)
+    at = f"scale {escape(scale)}, " if scale else ""
+    return f"{at}{len(runs)} run{'s' * (len(runs) > 1)}, up to {steps} steps each."
+
+
+def _legend() -> str:
+    return (
+        "; ".join(f"<b>{escape(name)}</b> {escape(words)}" for name, words in _WHAT.items()) + "."
+    )
+
+
+def _arm_table(arms: Sequence[Mapping[str, Any]]) -> str:
+    paper = any(row["paper"] is not None for row in arms)
+    heads = [name for name, _ in _COLUMNS.values()] + ["paper, linear probe"] * paper
+    lines = [f"<th>arm</th><th class=words>verdict</th>{_cells('th', heads)}"]
+    for row in arms:
+        values = [_spread(row, key, form) for key, (_, form) in _COLUMNS.items()]
+        values += [_number(row["paper"], "{:.1f}")] * paper
+        lines.append(
+            f"<td>{escape(row['arm'])}</td><td class=words>{_toned(row['verdicts'])}</td>"
+            f"{_cells('td', values)}"
+        )
+    return _table(lines)
+
+
+def _run_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    heads = [name for name, _ in _COLUMNS.values()]
+    lines = [f"<th>run</th><th class=words>verdict</th>{_cells('th', heads)}"]
+    for row in runs:
+        values = [_number(row[key], form) for key, (_, form) in _COLUMNS.items()]
+        lines.append(
+            f"<td>{escape(row['run'])}</td><td class=words>{_toned(row['verdict'])}"
+            f"<small>{escape(row['why'])}</small></td>{_cells('td', values)}"
+        )
+    return _table(lines)
+
+
+def _table(lines: Sequence[str]) -> str:
+    return (
+        f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+    )
+
+
+def _cells(tag: str, values: Sequence[str]) -> str:
+    return "".join(f"<{tag}>{value}</{tag}>" for value in values)
+
+
+def _spread(row: Mapping[str, Any], key: str, form: str) -> str:
+    """Mean, and below it the range over seeds."""
+    mean = _number(row[key], form)
+    low, high = (_number(row[f"{key}_{end}"], form) for end in ("min", "max"))
+    return mean if low == high else f"{mean}<small>{low} to {high}</small>"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else form.format(value)
+
+
+def _toned(words: str) -> str:
+    """Text with its verdicts coloured."""
+    text = escape(words)
+    for word, tone in _TONE.items():
+        text = text.replace(word, f'<span class="v {tone}">{word}</span>')
+    return text
+
+
+def _picture(picture: Picture) -> str:
+    if picture.data is None:
+        return ""
+    data = base64.b64encode(picture.data).decode()
+    return (
+        f'<figure class="picture"><h3>{escape(picture.title)}</h3>'
+        f'<p class="soft">{escape(picture.words)}</p>'
+        f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}"></figure>'
+    )
