@@ -1,0 +1,1 @@
+"""What fits, how fast and at what cost: arithmetic on architecture and hardware, nothing is run."""
