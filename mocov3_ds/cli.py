@@ -1,5 +1,6 @@
 """`mocov3`: what one does with a run besides training it."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,8 @@ from mocov3_ds.evaluation.look import look as draw_pictures
 from mocov3_ds.evaluation.samples import labelled_splits, split_urls
 from mocov3_ds.export import Format
 from mocov3_ds.export import export as export_encoder
+from mocov3_ds.launch import Cluster, Kind, write_kit
+from mocov3_ds.planning.command import plan
 
 RunFolder = Annotated[Path, tyro.conf.Positional]
 
@@ -158,6 +161,28 @@ def look(
         print(path)
 
 
+def replay(
+    run: RunFolder,
+    step: Annotated[int, tyro.conf.Positional],
+    /,
+) -> None:
+    """Run one step of a run again, exactly, and show each stage of it and the samples to blame.
+
+    For a step that RUN/trouble/step-N.json tells of, or any other. It starts from the nearest
+    checkpoint before the step and lives up to it: bit for bit on as many ranks as it had (CPU),
+    e.g. `torchrun --nproc-per-node 8 -m mocov3_ds.cli replay RUN STEP`; else up to rounding.
+
+    Args:
+        run: run folder; its trouble/ gets the views of the samples as PNG.
+        step: from 1, as metrics.jsonl counts.
+    """
+    from mocov3_ds.replay import replay as run_again  # the engine takes a while
+
+    for line in run_again(run, step):
+        if ranks.is_first():
+            print(line)
+
+
 def views(
     shards: Annotated[str, tyro.conf.Positional],
     /,
@@ -184,15 +209,74 @@ def views(
     print(f"{out}: ours differs from the same draws by Pillow by at most {largest} of 255")
 
 
+def stability() -> None:
+    """Study huge batches: grids of runs, their report, the replay of an event (see --help)."""
+
+
+def launch(
+    kind: Annotated[Kind, tyro.conf.Positional],
+    train: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    cluster: Annotated[Cluster, tyro.conf.arg(name="")] = Cluster(),  # noqa: B008 (frozen)
+    out: Path | None = None,
+) -> None:
+    """Write the files that start a run on a cluster.
+
+        mocov3 launch slurm --nodes 4 --gpus 8 -- --recipe vit_l16 --data.shards s3://bucket/imagenet
+
+    Args:
+        kind: Slurm, plain Kubernetes, DeepSpeed's own launcher over ssh, torchrun or accelerate on
+            each node, or the file that builds a container image.
+        train: flags of train.py, after --
+        cluster: the machines.
+        out: folder to make; empty = launch-KIND.
+    """
+    folder = out or Path(f"launch-{kind}")
+    for path in write_kit(kind, cluster, folder, train):
+        print(path)
+
+
 def main() -> int:
     """Entry point of the `mocov3` command."""
     try:
+        try:
+            return _main()
+        finally:
+            sys.stdout.flush()  # here, where it can be caught
+    except BrokenPipeError:  # `| head` has read enough; a shell calls that 128 + SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
+
+
+def _main() -> int:
+    if sys.argv[1:2] == ["stability"]:  # a command with commands of its own
+        from mocov3_ds.stability import commands
+
+        return commands.main(sys.argv[2:] or ["--help"])
+    try:
         tyro.extras.subcommand_cli_from_dict(
-            {"knn": knn, "export": export, "look": look, "views": views}, prog="mocov3"
+            {
+                "knn": knn,
+                "export": export,
+                "look": look,
+                "views": views,
+                "replay": replay,
+                "launch": launch,
+                "plan": plan,
+                "stability": stability,
+            },
+            prog="mocov3",
         )
     except ValueError as error:
         if ranks.is_first():
             print(f"mocov3: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of one machine, maybe: each rank tells its own
+        where = f"{error.filename}: {error.strerror}." if error.filename else f"{error}"
+        print(f"mocov3: error: {where}", file=sys.stderr)
         return 2
     finally:
         ranks.stop()

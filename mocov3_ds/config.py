@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mocov3_ds.model.groups import group_names
 from mocov3_ds.model.vit import PAPER_SHAPES, Positions, VitShape
 
 
@@ -29,6 +30,8 @@ class DataConfig:
     """folder or URL of the training shards (with manifest.json); empty = drawn sample images"""
     probe_shards: str = ""
     """labelled held-out shards for the k-NN monitor; empty = none (drawn ones without `shards`)"""
+    limit: int = 0
+    """train on this many samples, the first of the set; 0 = all"""
     threads: int = 4
     """decode threads of each rank"""
     lanes: int = 1024
@@ -61,6 +64,11 @@ class ViewConfig:
     """probability of the blur in view 1 and view 2"""
     solarise_p: tuple[float, float] = (0.0, 0.2)
     """probability of solarisation in view 1 and view 2"""
+    colour: Literal["device", "threads"] = "device"
+    """where jitter, grey, blur and solarisation run: on the training device, or in the decode
+    threads, for machines whose processors idle while the device is busy"""
+    fixed: bool = False
+    """the same two views of an image in each epoch: no noise but the choice of images"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +93,12 @@ class ModelConfig:
     """learning rate of the patch projection relative to the others; 0 freezes it (Sec. 4.3)"""
     drop_path: float = 0.0
     """stochastic depth rate of the last block"""
+    group_lr: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """learning rate of one layer group relative to the others, e.g. --model.group_lr block_0=0.2
+    (repeatable; 0 freezes it; patch_embed, cls, block_0 ..., norm, projector, predictor)"""
+    qk_norm: bool = False
+    """LayerNorm on queries and keys of each attention head, which bounds the attention logits;
+    another architecture, which only timm of the export formats can hold"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +120,16 @@ class SaveConfig:
     every_steps: int = 500
     """steps between checkpoints (one is always written at the end)"""
     keep: int = 2
-    """newest checkpoints that stay on disk"""
+    """newest checkpoints that stay on disk (two at least with --trouble.policy rewind)"""
+    keep_every: int = 0
+    """checkpoints of multiples of so many steps stay as well; 0 = none"""
+    background: bool = True
+    """write while training goes on; the step loop waits for copies in host memory alone"""
+    host_gb: float = 16.0
+    """10^9 bytes of such copies on the first rank (a whole checkpoint is 16 bytes a weight with
+    Adam or LAMB); with less, the step loop waits for the disk"""
+    mirror: str = ""
+    """folder or URL that checkpoints are copied to, and that a fresh machine goes on from"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +146,48 @@ class KnnConfig:
     """training features compared against; 0 = a tenth of the training samples, 4096 at least"""
     probes: int = 5000
     """held-out images that are classified, the same ones each time"""
+    momentum_encoder: bool = True
+    """judge the momentum encoder as well, against a queue of its own (as large once more)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalConfig:
+    """What is measured of each layer group beside the loss: RUN/signals.f32, signals.json."""
+
+    every: int = 1
+    """steps between rows of gradient, update, trust ratio, g / sqrt(v) and cosine; 0 = no file"""
+    features_every: int = 10
+    """steps between spread and cosines of queries and keys; 0 = none"""
+    attention_every: int = 50
+    """steps between largest attention logit and entropy of three blocks; 0 = none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlarmConfig:
+    """What an early alarm does, 3 to 5 steps before the loss shows anything (monitor/alarm.py)."""
+
+    response: Literal["none", "clip", "halve_lr"] = "none"
+    """nothing but a file in RUN/alarms; AdamW's update clip; or half the learning rate"""
+    steps: int = 20
+    """steps after an alarm for which the response lasts"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TroubleConfig:
+    """What happens at a loss or gradient that is not finite, or a spike; RUN/trouble names it."""
+
+    policy: Literal["stop", "skip", "rewind"] = "stop"
+    """stop the run; skip that batch, its update dropped on all ranks; or go back to the newest
+    checkpoint (the second time to the one before it) and on behind that batch"""
+    limit: int = 10
+    """bad steps of a run that are skipped or rewound; one more stops it"""
+    loss_spike: float = 0.0
+    """a loss above this many times the trailing median is bad as well; 0 = no loss is"""
+    gradient_spike: float = 0.0
+    """the same for the norm of the whole gradient, before clipping (under fp16 the loss scale is
+    lowered, too)"""
+    window: int = 100
+    """steps of that median (none is judged before 20 of them)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +212,32 @@ class Config:
     """chunks that keep their activations, trading memory for time (chosen when chunk is 0)"""
     recompute_blocks: bool = False
     """recompute each block in the backward: less memory inside a chunk, or instead of chunks"""
+    compile_blocks: bool = False
+    """compile the blocks with torch.compile (not at ZeRO stage 3): same values up to rounding, a
+    minute or so at the start; slower on an AMD processor, where fp32 has a faster way"""
     key_block: int = 0
     """keys per block of the loss (exact at any value); 0 = all where 512 MiB hold the logits"""
     epochs: float = 300.0
     """passes over the training samples"""
     warmup_epochs: float = 40.0
     """epochs of linear warm-up"""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """after the warm-up: half a cosine down to 0, or the peak rate to the end"""
     stop_after_steps: int = 0
     """end early, as a kill would, with a checkpoint; 0 = run to the end of the schedule"""
+    hang_timeout: float = 0.0
+    """seconds that reading a batch, computing a step, logging or saving may take before the run
+    ends and names the rank that hangs; 0 = ten times the longest so far, no less than 40 s for
+    computing, 10 minutes for disks and a store's own patience for data, an hour the first two times
+    (k-NN may take for ever)"""
     decay: Literal["all", "matrices"] = "all"
     """weight decay on all trained tensors (the reference) or not on biases, norms, class token"""
+    stopped_status: int = 0
+    """exit status where a signal ended the run early, with a checkpoint; not 0 for a manager that
+    starts again only what failed (Kubernetes)"""
+    profile: int = 0
+    """steps to profile after two others: a table where the time goes and a trace of each rank, in
+    the run's profile/; 0 = none"""
     seed: int = 0
     """of the initialisation, the order of samples and the views"""
     deterministic: bool = False
@@ -167,6 +248,9 @@ class Config:
     moco: MocoConfig = field(default_factory=MocoConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
+    trouble: TroubleConfig = field(default_factory=TroubleConfig)
+    signals: SignalConfig = field(default_factory=SignalConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
     deepspeed_config: Path | None = None
     """DeepSpeed JSON; its optimizer block is honoured, batch sizes are derived from `batch`"""
     ds: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -292,7 +376,7 @@ def parse(argv: Sequence[str] | None = None) -> Run:
         ValueError: unknown recipe, a number that cannot be, unreadable JSON, a malformed `--ds`.
         SystemExit: tyro's own messages (unknown flag, wrong type, --help).
     """
-    arguments = _without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
+    arguments = without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
     recipe = _recipe(arguments)
     config = tyro.cli(Config, default=recipe.config, args=arguments, prog="train.py")
     _check(config)
@@ -312,19 +396,40 @@ def _check(config: Config) -> None:
         ("key_block", config.key_block, 0, math.inf),
         ("warmup_epochs", config.warmup_epochs, 0, config.epochs),
         ("stop_after_steps", config.stop_after_steps, 0, math.inf),
+        ("hang_timeout", config.hang_timeout, 0, math.inf),
+        ("stopped_status", config.stopped_status, 0, 255),
+        ("profile", config.profile, 0, 1000),
+        ("data.limit", config.data.limit, 0, math.inf),
         ("data.threads", config.data.threads, 0, 1024),
         ("data.lanes", config.data.lanes, 1, math.inf),
         ("data.pool", config.data.pool, 1, math.inf),
         ("data.max_bad_samples", config.data.max_bad_samples, 0, math.inf),
+        ("views.image_size", config.views.image_size, 1, 16384),
+        ("model.patch_size", config.model.patch_size, 1, 16384),
+        ("model.dim", config.model.dim, 1, 2**20),
+        ("model.depth", config.model.depth, 1, 4096),
+        ("model.heads", config.model.heads, 1, 4096),
+        ("model.hidden", config.model.hidden, 1, 2**24),
+        ("model.out", config.model.out, 1, 2**24),
         ("model.patch_lr", config.model.patch_lr, 0, 1),
         ("model.drop_path", config.model.drop_path, 0, 1),
         ("moco.momentum", config.moco.momentum, 0, 1),
         ("save.every_steps", config.save.every_steps, 1, math.inf),
         ("save.keep", config.save.keep, 1, math.inf),
+        ("save.keep_every", config.save.keep_every, 0, math.inf),
+        ("save.host_gb", config.save.host_gb, 0, math.inf),
+        ("trouble.limit", config.trouble.limit, 0, math.inf),
+        ("trouble.loss_spike", config.trouble.loss_spike, 0, math.inf),
+        ("trouble.gradient_spike", config.trouble.gradient_spike, 0, math.inf),
+        ("trouble.window", config.trouble.window, 1, math.inf),
         ("knn.every_steps", config.knn.every_steps, 0, math.inf),
         ("knn.k", config.knn.k, 1, math.inf),
         ("knn.bank", config.knn.bank, 0, math.inf),
         ("knn.probes", config.knn.probes, 0, math.inf),
+        ("signals.every", config.signals.every, 0, math.inf),
+        ("signals.features_every", config.signals.features_every, 0, math.inf),
+        ("signals.attention_every", config.signals.attention_every, 0, math.inf),
+        ("alarm.steps", config.alarm.steps, 1, math.inf),
     ]
     for flag, value, low, high in bounds:
         if not low <= value <= high:
@@ -338,9 +443,47 @@ def _check(config: Config) -> None:
             f"--keep_chunks {config.keep_chunks} has no effect without --chunk: both are chosen "
             "from the free memory then."
         )
+    group_rates(config.model)
+    if config.alarm.response != "none" and config.signals.every != 1:
+        raise ValueError(
+            f"--alarm.response {config.alarm.response} needs the signals of each step; give "
+            "--signals.every 1."
+        )
 
 
-def _without_launcher_flags(arguments: list[str]) -> list[str]:
+def group_rates(model: ModelConfig) -> dict[str, float]:
+    """Learning rate of each layer group relative to the others, from input to output.
+
+    Raises:
+        ValueError: an unknown group, one named twice, a rate that is no number from 0 on, or one
+            without effect.
+    """
+    rates = dict.fromkeys(group_names(model.depth), 1.0)
+    seen: set[str] = set()
+    for entry in model.group_lr:
+        group, _, value = entry.partition("=")
+        if group not in rates or group in seen:
+            wrong = "is there twice" if group in seen else "names no layer group"
+            raise ValueError(f"--model.group_lr {entry} {wrong}; groups are {', '.join(rates)}.")
+        seen.add(group)
+        try:
+            rates[group] = float(value)
+        except ValueError:
+            rates[group] = math.nan
+        if not 0 <= rates[group] < math.inf:
+            raise ValueError(
+                f"--model.group_lr {entry} gives no rate; write GROUP=NUMBER with a number from 0 "
+                "on, e.g. patch_embed=0.2."
+            )
+        if group == "patch_embed" and model.patch_lr == 0 and rates[group] > 0:
+            raise ValueError(
+                f"--model.group_lr {entry} has no effect on a frozen patch projection; give "
+                "--model.patch_lr 1 as well."
+            )
+    return rates
+
+
+def without_launcher_flags(arguments: list[str]) -> list[str]:
     """Drop `--local_rank N`, appended by the deepspeed launcher; LOCAL_RANK says the same."""
     kept, skip = [], False
     for argument in arguments:
@@ -360,6 +503,15 @@ def _recipe(arguments: list[str]) -> Recipe:
             name = arguments[position + 1]
         elif argument.startswith("--recipe="):
             name = argument.partition("=")[2]
+    return find_recipe(name)
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by its name.
+
+    Raises:
+        ValueError: there is none.
+    """
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -374,10 +526,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: missing file, not JSON, not an object.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"there is no DeepSpeed config {path}; see ds_configs/.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object.")
@@ -416,8 +568,9 @@ def from_json(tree: Mapping[str, Any]) -> Config:
     """
     try:
         config: Config = _filled(Config(), tree["config"])
+        _check(config)
         return config
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"config.json was written by version {tree.get('version')} of mocov3-ds and is not "
             f"understood by this one ({error})."

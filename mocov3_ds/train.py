@@ -7,6 +7,7 @@
 The same command again continues where the run folder ends.
 """
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -16,21 +17,27 @@ if (
 ):  # run as a file by a launcher: the repository root, not this folder, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
+from mocov3_ds import failure, trouble
+from mocov3_ds.advance import Advance, advance
 from mocov3_ds.config import Run, parse
-from mocov3_ds.data.stream import Batch
-from mocov3_ds.distributed import ranks
+from mocov3_ds.data import counters
+from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.job import Job, build_job
 from mocov3_ds.monitor.report import Report, memory_gib
-from mocov3_ds.optim.schedule import encoder_momentum, learning_rate
+from mocov3_ds.planning.drift import Drift
 from mocov3_ds.preemption import Preemption
-from mocov3_ds.step import train_step
+from mocov3_ds.profiling import Profile
+
+_COLLECTIVES_S = 7200.0
+"""Ranks may wait for one that reads from a store, or fetches a checkpoint; `heartbeat` sees those
+that are dead or hang long before."""
 
 
 def train(run: Run) -> None:
     """Run (or continue, or merely confirm as finished) one pretraining run."""
-    device = ranks.start()
+    device = ranks.start(timeout_s=_COLLECTIVES_S)
+    heartbeat.start(run.config.hang_timeout)
+    drift = Drift(device)
     job = build_job(run, device)
     report = Report(
         run.config.folder,
@@ -41,81 +48,78 @@ def train(run: Run) -> None:
     report.say(job.summary())
     if job.step == 0:
         first_look(job, report)
+        if run.config.trouble.policy == "rewind":
+            job.save()  # there is always something to return to
     last = job.total_steps
     if run.config.stop_after_steps:
         last = min(last, run.config.stop_after_steps)
-    preemption = Preemption()
     try:
+        steps(job, report, drift, last)
+    except BaseException:
+        job.abandon()
+        raise
+    heartbeat.at(job.step, "close")
+    job.close()
+    heartbeat.stop()
+    if ranks.is_first():
+        print(job.what_next())  # noqa: T201
+    if job.step < last and run.config.stopped_status:
+        sys.exit(run.config.stopped_status)
+
+
+def steps(job: Job, report: Report, drift: Drift, last: int) -> None:
+    """All steps up to `last`, with their checkpoints; ends early where a signal asks for it."""
+    config, device = job.config, job.device
+    with contextlib.ExitStack() as closing:
+        closing.callback(report.close)
+        profile = Profile(config.folder, config.profile, device, report.say)
+        closing.callback(profile.close)
+        preemption = Preemption()
+        closing.callback(preemption.close)
         while job.step < last:
-            one_step(job, report, last)
+            with profile.step():
+                one_step(job, report, last)
             asked = preemption.on_any_rank()
-            if asked or job.step == last or job.step % run.config.save.every_steps == 0:
-                job.save()
+            ends = asked or job.step == last
+            if drift.due(ends):
+                report.say(drift.line(job.plan(), memory_gib(device), job.pace()))
+            if ends or job.step % config.save.every_steps == 0:
+                heartbeat.at(job.step, "save")
+                job.save(last=ends)
             if asked:
                 report.say("asked to stop by a signal: the state is saved")
                 break
-    finally:
-        preemption.close()
-        report.close()
-        job.stream.close()
-    if ranks.is_first():
-        print(job.what_next())  # noqa: T201
 
 
 def one_step(job: Job, report: Report, last: int) -> None:
-    """Data, schedules, the exact step, and its line in the log."""
-    config, started = job.config, time.perf_counter()
-    batch = next_batch(job)
-    x1_BCHW, x2_BCHW = job.views(batch)
-    lr = learning_rate(
-        job.step,
-        peak=job.peak_rate,
-        warmup_steps=job.warmup_steps,
-        total_steps=job.total_steps,
-    )
-    momentum = encoder_momentum(
-        job.step,
-        start=config.moco.momentum,
-        total_steps=job.total_steps,
-        cosine=config.moco.momentum_schedule == "cosine",
-    )
-    job.optimizer.set_lr(lr)
-    # stochastic depth draws from the step's own seed, so a resumed run repeats an unbroken one
-    torch.manual_seed(hash((config.seed, job.step, ranks.rank())) % 2**63)
-    result = train_step(job.engine, job.momentum_encoder, x1_BCHW, x2_BCHW, momentum=momentum)
-    job.step += 1
+    """The exact step, what is seen of it, and its line in the log."""
+    started = time.perf_counter()
+    taken = advance(job)
+    if taken.result.trouble and not trouble.answer(job, report, taken):
+        return  # rewound: the steps since the checkpoint come again, with other batches
     seconds = time.perf_counter() - started
+    heartbeat.at(job.step, "look")
     row = {
         "step": job.step,
         "epoch": job.step / job.stream.batches_per_epoch,
-        "samples": job.step * config.batch,
-        "loss": result.loss,
+        "samples": job.step * job.config.batch,
+        **taken.measured(),
         "chance_loss": job.chance_loss,
-        "lr": lr,
-        "momentum": momentum,
-        "grad_norm": job.optimizer.grad_norm(),
-        "applied": result.applied,
-        "images_per_s": config.batch / seconds,
-        "data_wait_s": batch.wait_s,
+        "images_per_s": job.config.batch / seconds,
+        "save_s": job.stall_s(),
         "memory_gib": memory_gib(job.device),
-        "skipped_samples": sum(job.stream.skipped.values()),
-        **watch(job, batch, result.features_BD, job.step == last),
+        "skipped_samples": len(job.stream.bad),
+        **counters.since_last_asked(),
+        **watch(job, taken, job.step == last),
     }
+    if taken.result.applied:  # else they are those of the step before
+        row["grad_norm"] = job.optimizer.grad_norm()
+    if not taken.result.trouble:
+        row |= job.watch.record(job, taken.batch, taken.x1_BCHW, row)
+    heartbeat.at(job.step, "log")
     report.step(row)
     if "knn_full" in row:
         report.say(f"k-NN after step {job.step}: {row['knn_full']:.2f} %")
-
-
-def next_batch(job: Job) -> Batch:
-    """This rank's part of the next global batch; trouble with the data is this rank's own to say.
-
-    Raises:
-        SystemExit: too many unreadable samples, or a store that cannot be read.
-    """
-    try:
-        return next(job.stream)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: error: rank {ranks.rank()}, step {job.step + 1}: {error}")
 
 
 def first_look(job: Job, report: Report) -> None:
@@ -124,41 +128,35 @@ def first_look(job: Job, report: Report) -> None:
         report.say("no labelled probe images (--data.probe_shards), so no k-NN monitor")
         return
     accuracy, chance = job.monitor.full(job.backbone), job.monitor.chance()
-    report.values(0, knn_full=accuracy, knn_chance=chance)
+    report.values(0, knn_full=accuracy, knn_chance=chance, knn_probes=job.monitor.probes())
     report.say(f"k-NN of the random initialisation: {accuracy:.2f} % (chance {chance:.2f} %)")
 
 
-def watch(job: Job, batch: Batch, features_BD: torch.Tensor, last: bool) -> dict[str, float]:
+def watch(job: Job, taken: Advance, last: bool) -> dict[str, float]:
     """Feed the k-NN monitor; every few tens of steps, and at the end, ask it."""
     if job.monitor is None:
         return {}
-    job.monitor.push(features_BD, batch.labels_B)
+    if not taken.result.trouble:
+        features_BD, momentum_BD = taken.result.features_BD, job.momentum_encoder.features_BD
+        job.monitor.push(features_BD, taken.batch.labels_B, momentum_BD)
     every = job.config.knn.every_steps
     values = {}
     if every and job.step % every == 0:
         values["knn"] = job.monitor.dense(job.backbone)
+        if job.config.knn.momentum_encoder:
+            values["knn_momentum"] = job.monitor.dense_momentum(job.momentum_encoder.backbone)
     if last:
         values["knn_full"] = job.monitor.full(job.backbone)
     return values
 
 
 def main() -> int:
-    """Command line; bad input ends with one sentence and status 2, a diverged run with 3."""
+    """Command line; what goes wrong ends with one sentence and a status, see `failure.end`."""
     try:
         train(parse())
-    except (ValueError, OSError) as error:
-        return _end(2, str(error))
-    except FloatingPointError as error:
-        return _end(3, str(error))
-    except KeyboardInterrupt:
-        return _end(130, "interrupted; the same command continues from the newest checkpoint")
+    except BaseException as error:
+        return failure.end(error)
     return 0
-
-
-def _end(status: int, sentence: str) -> int:
-    if ranks.is_first():
-        print(f"train.py: error: {sentence}", file=sys.stderr)  # noqa: T201
-    return status
 
 
 if __name__ == "__main__":

@@ -7,11 +7,24 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mocov3_ds.distributed.ranks import LAUNCHER_VARIABLES
 from tests import object_store
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _launcher_variables_end_with_their_test() -> Iterator[None]:
+    """A test that joins a group of one sets them, and a command of a later test would obey them."""
+    before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture

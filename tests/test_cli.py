@@ -114,6 +114,32 @@ def test_bad_input_is_one_sentence(
         assert told.count("\n") == 1
 
 
+def test_a_path_that_cannot_be_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--recipe", "vit_l16", "--data.shards", "s3://bucket/set"]
+    assert call(monkeypatch, "launch", "slurm", "--out", "/proc/foo", "--", *flags) == 2
+    assert capsys.readouterr().err == "mocov3: error: /proc/foo: No such file or directory.\n"
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--list"], ["plan", "--help"]])
+def test_a_reader_that_leaves_early(arguments: list[str]) -> None:
+    """As `mocov3 ... | head`: silence, and the status of a tool that SIGPIPE ended."""
+    command = [sys.executable, "-m", "mocov3_ds.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        ended = subprocess.run(
+            command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=environment
+        )
+    finally:
+        os.close(write)
+    assert ended.returncode == 141
+    assert "Broken" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_the_modules_are_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,8 +173,8 @@ def test_accelerate_launches_two_ranks(tmp_path: Path) -> None:
     ranks.stop()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     out = ["--out", str(tmp_path / "two")]
-    joined = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by this process
-    environment = {n: v for n, v in os.environ.items() if n not in joined}
+    # without what this process joined a group of one rank with
+    environment = {n: v for n, v in os.environ.items() if n not in ranks.LAUNCHER_VARIABLES}
     subprocess.run(
         [*launch, "-m", "mocov3_ds.evaluation.linear", str(run), *options, *out],
         check=True,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mocov3_ds.config import RECIPES, parse, with_overrides
+from mocov3_ds.config import RECIPES, from_json, parse, with_overrides
 
 
 def test_no_arguments_is_the_tiny_recipe() -> None:
@@ -63,9 +63,28 @@ def test_json_that_is_no_object(tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(ValueError, match="holds a list, not a JSON object"):
         parse(["--deepspeed_config", str(path)])
-    path.write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
-        parse(["--deepspeed_config", str(path)])
+    for damaged in (b"{", b'{"a": "\xff"}', b"[" * 100_000):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"ds\.json is not valid JSON"):
+            parse(["--deepspeed_config", str(path)])
+
+
+def test_sizes_beyond_any_machine_are_refused_before_anything_is_built() -> None:
+    for flag in ("model.depth", "model.dim", "views.image_size"):
+        with pytest.raises(ValueError, match=f"--{flag} {10**30} cannot be; it must be 1 to"):
+            parse([f"--{flag}", str(10**30)])
+
+
+def test_a_damaged_config_of_a_run_is_refused() -> None:
+    tree = json.loads(json.dumps(parse([]).as_json()))
+    assert from_json(tree).batch == parse([]).config.batch
+    for model in ({"depth": 10**30}, {"depth": " "}, {"dim": [1]}, {"depth": float("inf")}):
+        damaged = {
+            **tree,
+            "config": {**tree["config"], "model": {**tree["config"]["model"], **model}},
+        }
+        with pytest.raises(ValueError, match=r"config\.json was written by version .* not"):
+            from_json(damaged)
 
 
 def test_unknown_flag_ends_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:

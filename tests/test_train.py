@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SMALL = [
     *("--model.out", "16", "--data.threads", "2", "--data.lanes", "4", "--save.every_steps", "2"),
     *("--knn.every_steps", "3", "--knn.probes", "30", "--knn.bank", "32"),
 ]
-_OF_THE_CLOCK = {"images_per_s", "data_wait_s", "memory_gib"}
+_OF_THE_CLOCK = {"images_per_s", "data_wait_s", "save_s", "memory_gib"}
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,17 @@ def test_bad_input_gets_one_sentence_and_leaves_everything_as_it_was(
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["taken"]
 
 
+def test_colour_work_in_the_decode_threads_trains_the_same(
+    tmp_path: Path, shards: list[str]
+) -> None:
+    good = [*SMALL, *shards, "--stop_after_steps", "2"]
+    ways = ["device", "threads"]
+    cases = [[*good, "--name", way, "--views.colour", way] for way in ways]
+    assert [status for status, _ in run_ranks(1, outcomes, str(tmp_path), cases)[0]] == [0, 0]
+    device, threads = ([r["loss"] for r in rows_of(tmp_path / "runs" / way)[1:]] for way in ways)
+    assert device == pytest.approx(threads, rel=1e-6)  # fp32 operations in another order
+
+
 def broken_picture(number: int) -> bytes:
     data: bytes = picture(number)
     return data[:-40] if number == 4 else data
@@ -183,6 +195,43 @@ def test_an_unreadable_sample_is_listed_and_stops_the_run_beyond_the_budget(
     listed = (tmp_path / "runs/patient/bad_samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in listed] == ["img4.jpg"]
     assert rows_of(tmp_path / "runs/patient")[-1]["skipped_samples"] == 1
+
+
+def failure_beside_a_slow_mirror(folder: str, command: list[str]) -> tuple[int, str, bool]:
+    """Status and words of a run that fails at step 5, and whether it waited for the mirror."""
+    from mocov3_ds import advance, mirror
+
+    released, waited = threading.Event(), threading.Event()
+
+    def copy(*_: Any, **__: Any) -> None:
+        if not released.wait(60):
+            waited.set()
+
+    next_batch = advance.next_batch
+
+    def fails(job: Any) -> Any:
+        if job.step == 4:
+            raise SystemExit("step 5: no more data")
+        return next_batch(job)
+
+    mirror.copy_to = copy
+    advance.next_batch = fails
+    ((status, words),) = outcomes(folder, [command])
+    released.set()
+    return status, words, waited.is_set()
+
+
+def test_a_run_that_fails_says_so_before_its_mirror_is_done(
+    tmp_path: Path, shards: list[str]
+) -> None:
+    command = [*SMALL, *shards, "--knn.probes", "0", "--save.mirror", str(tmp_path / "mirror")]
+    status, words, waited = run_ranks(
+        1, failure_beside_a_slow_mirror, str(tmp_path), command, timeout=180
+    )[0]
+    assert status == 1
+    assert "train.py: error: step 5: no more data" in words
+    assert not waited
+    assert (tmp_path / "runs/tiny/checkpoints/latest").read_text() == "step-00000004\n"
 
 
 LAUNCHERS = {

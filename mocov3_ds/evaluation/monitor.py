@@ -1,5 +1,8 @@
 """The k-NN monitor of a training run: dense on the way, full at both ends.
 
+Both encoders can be watched, each against a queue of its own features: the momentum encoder's
+average smooths a dip away, and the gap between the two accuracies is itself a signal.
+
 Shape suffixes: B = rank batch, C H W = image, D = features, P = probes, N = bank of this rank.
 """
 
@@ -28,6 +31,7 @@ class KnnMonitor:
         temperature: of the vote.
         prepare: uint8 crops to what the network takes.
         device: where features live.
+        momentum_encoder: whether `push` is given its features, too.
     """
 
     def __init__(
@@ -41,16 +45,24 @@ class KnnMonitor:
         temperature: float,
         prepare: Prepare,
         device: torch.device,
+        momentum_encoder: bool = False,
     ) -> None:
         self._probes = list(probes)
         self._bank = bank
         self.queue = FeatureQueue(capacity, dim, device)
+        self.momentum_queue = FeatureQueue(capacity, dim, device) if momentum_encoder else None
         self._k, self._temperature = k, temperature
         self._prepare = prepare
 
-    def push(self, features_BD: Tensor, labels_B: Tensor) -> None:
-        """Remember the features of a training step."""
-        self.queue.push(features_BD, labels_B.to(features_BD.device))
+    def push(
+        self, features_BD: Tensor, labels_B: Tensor, momentum_BD: Tensor | None = None
+    ) -> None:
+        """Remember the features of a training step, and those of the momentum encoder."""
+        labels_B = labels_B.to(features_BD.device)
+        self.queue.push(features_BD, labels_B)
+        if self.momentum_queue is not None:
+            assert momentum_BD is not None
+            self.momentum_queue.push(momentum_BD, labels_B)
 
     def _probe_features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
         features_PD, targets_P, _ = join(*extract(backbone, self._probes, self._prepare))
@@ -61,6 +73,12 @@ class KnnMonitor:
         probes_PD, targets_P = self._probe_features(backbone)
         return self._accuracy(*self.queue.filled(), probes_PD, targets_P)
 
+    def dense_momentum(self, backbone: nn.Module) -> float:
+        """The same for the momentum encoder, with its own queue as the bank."""
+        assert self.momentum_queue is not None
+        probes_PD, targets_P = self._probe_features(backbone)
+        return self._accuracy(*self.momentum_queue.filled(), probes_PD, targets_P)
+
     def full(self, backbone: nn.Module) -> float:
         """Accuracy in percent with centre crops of the fixed training subset as the bank."""
         probes_PD, targets_P = self._probe_features(backbone)
@@ -69,6 +87,11 @@ class KnnMonitor:
 
     def _accuracy(self, bank: Tensor, labels: Tensor, probes: Tensor, targets: Tensor) -> float:
         return knn_accuracy(bank, labels, probes, targets, k=self._k, temperature=self._temperature)
+
+    def probes(self) -> int:
+        """Held-out images that each evaluation classifies, over all ranks."""
+        own = torch.tensor(sum(len(labels) for _, labels, _ in self._probes))
+        return int(ranks.all_reduce_sum(own.to(self.queue.labels_N.device)))
 
     def chance(self) -> float:
         """Accuracy in percent of always naming the most frequent class of all probes."""
@@ -84,12 +107,16 @@ class KnnMonitor:
         yield "queue.features", ranks.all_gather_stack(features_ND).transpose(0, 1).flatten(0, 1)
         yield "queue.labels", ranks.all_gather_stack(labels_N).transpose(0, 1).flatten()
         yield "queue.pushed", torch.tensor(self.queue.pushed * ranks.world_size())
+        if self.momentum_queue is not None:
+            momentum_ND, _ = self.momentum_queue.oldest_first()
+            joined = ranks.all_gather_stack(momentum_ND).transpose(0, 1).flatten(0, 1)
+            yield "momentum_queue.features", joined
 
     def load_full_state(self, tensors: dict[str, Tensor]) -> None:
         """Take this rank's part of what `full_state` gave."""
         mine = slice(ranks.rank(), None, ranks.world_size())
-        self.queue.refill(
-            tensors["queue.features"][mine],
-            tensors["queue.labels"][mine],
-            int(tensors["queue.pushed"]) // ranks.world_size(),
-        )
+        labels_N = tensors["queue.labels"][mine]
+        pushed = int(tensors["queue.pushed"]) // ranks.world_size()
+        self.queue.refill(tensors["queue.features"][mine], labels_N, pushed)
+        if self.momentum_queue is not None and "momentum_queue.features" in tensors:
+            self.momentum_queue.refill(tensors["momentum_queue.features"][mine], labels_N, pushed)
