@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any, Protocol, TypeVar
 
@@ -55,7 +56,8 @@ def process_pool(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> It
     try:
         pending: set[Future[R]] = set()
         for task in tasks:
-            pending.add(pool.submit(work, task))
+            with _ctrl_c_waits():  # submitting may start a worker
+                pending.add(pool.submit(work, task))
             if len(pending) >= 2 * workers:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
@@ -116,6 +118,16 @@ def ray_cluster(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Ite
     finally:
         for left in pending:
             ray.cancel(left)
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C comes afterwards, and never to a process started meanwhile, slowly as it may start."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

@@ -12,15 +12,14 @@ Shape suffixes: B = rows, G = global batch, C H W = image, D = features.
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from mocov3_ds import host_memory
 from mocov3_ds.distributed import ranks
 from mocov3_ds.model.moco import Chunks
 from mocov3_ds.model.momentum import MomentumEncoder
@@ -35,8 +34,6 @@ _LOGITS_BYTES = 512 * 2**20
 """the logits of a view are streamed over blocks of keys where they would need more than this"""
 _LOGITS_COPIES = 6
 """fp32 tensors of the logits' size that are alive at once"""
-_OWN_GROUPS = Path("/proc/self/cgroup")
-_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -198,8 +195,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    available = psutil.virtual_memory().available
-    return int(min([available, *_group_rooms()])) // ranks.local_world_size()
+    return host_memory.free_bytes() // ranks.local_world_size()
 
 
 def total_bytes(device: torch.device) -> int:
@@ -207,40 +203,6 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return int(psutil.virtual_memory().total)
-
-
-def _group_rooms() -> Iterator[int]:
-    """Bytes that each control group around this process (a container, a batch job) still allows."""
-    try:
-        lines = _OWN_GROUPS.read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, names = _GROUPS, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top = _GROUPS / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        own = top / path.lstrip("/")
-        # a limit binds all groups below; and in a container the path may be the host's, while the
-        # files of its own group lie at the top
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(top):
-                yield from _group_room(folder, *names)
-
-
-def _group_room(folder: Path, limit: str, used: str, cached: str) -> Iterator[int]:
-    """Room in one control group; nothing where it sets no limit."""
-    try:
-        room = int((folder / limit).read_text()) - int((folder / used).read_text())
-        counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such group, or "max"
-        return
-    # files read a while ago count as used, but make way before anything fails
-    yield max(room + int(counters.get(cached, 0)), 0)
 
 
 class _BothPasses(nn.Module):

@@ -1,10 +1,12 @@
 """Real gloo ranks for tests: `run_ranks(2, fn, *args)` returns what `fn` returned on each rank.
 
-`fn` must be a top-level function of a test module. Each call starts fresh processes; put several
-configurations into one call, since a rank that imports DeepSpeed takes seconds to start. A rank
-that raises fails the test with its traceback, one that hangs is ended by its process id.
+`fn` must be a top-level function of a test module. Each call starts fresh processes, forked from a
+server of one thread that has imported torch and DeepSpeed once, which takes seconds: nothing else
+of a call lives on in the next. A rank that raises fails the test with its traceback, one that hangs
+is ended by its process id.
 """
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -12,21 +14,39 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
+
+_SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # read by what is imported
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 240.0
+    world_size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240.0,
+    import_again: bool = False,
 ) -> list[Any]:
-    """Run `fn(*args)` on each of `world_size` gloo ranks and return the results in rank order."""
-    context = multiprocessing.get_context("spawn")
+    """Run `fn(*args)` on each of `world_size` gloo ranks and return the results in rank order.
+
+    Args:
+        world_size: number of ranks.
+        fn: what each runs.
+        args: its arguments.
+        timeout: seconds until the last result.
+        import_again: whether ranks import everything anew, for a setting that an import reads.
+    """
+    context: Any = multiprocessing.get_context("spawn") if import_again else _forks()
     port = _free_port()
     processes, pipes = [], []
     for rank in range(world_size):
         here, there = context.Pipe(duplex=False)
         process = context.Process(
-            target=_one_rank, args=(there, rank, world_size, port, fn, args), daemon=True
+            target=_one_rank,
+            args=(there, rank, world_size, port, dict(os.environ), fn, args),
+            daemon=True,
         )
         process.start()
         there.close()
@@ -40,6 +60,16 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+@functools.cache
+def _forks() -> Any:
+    """A context whose processes are forks of one that has imported what all ranks need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.imported_once"])
+    with mock.patch.dict(os.environ, _SETTINGS):
+        forkserver.ensure_running()
+    return context
 
 
 def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[Any]:
@@ -63,17 +93,24 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[A
 
 
 def _one_rank(
-    pipe: Connection, rank: int, world_size: int, port: int, fn: Callable[..., Any], args: Any
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    environment: dict[str, str],
+    fn: Callable[..., Any],
+    args: Any,
 ) -> None:
+    os.environ.clear()  # the server's is that of the first call
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
+        **_SETTINGS,
     )
     try:
         import torch

@@ -4,7 +4,6 @@ import json
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mocov3_ds import fit, job
+from mocov3_ds import fit, host_memory, job
 from mocov3_ds.config import Config
 from mocov3_ds.distributed import ranks
 from mocov3_ds.fit import Room
@@ -220,42 +219,10 @@ def test_a_resumed_run_takes_the_chunks_that_were_chosen_under_the_same_conditio
 GIB = 2**30
 
 
-@pytest.mark.parametrize(
-    ("groups", "files", "free"),
-    [
-        ("0::/", {}, 20),  # no files: no bound
-        ("0::/", {"": ("max", 9, 3)}, 20),
-        ("0::/", {"": (10, 9, 3)}, 4),  # the cache of files read a while ago makes way
-        ("0::/", {"": (10, 12, 0)}, 0),
-        ("0::/job/step", {"job/step": (10, 4, 0), "job": (8, 5, 1), "": ("max", 9, 0)}, 4),
-        ("0::/docker/1a2b", {"": (10, 4, 0)}, 6),  # the host's path, the container's files
-        ("3:cpu:/\n2:memory:/job\n0::/", {"memory/job": (10, 9, 3)}, 4),
-        ("3:cpu,memory:/job", {"memory/job": (2**33, 9, 3), "memory": (10, 8, 0)}, 2),
-    ],
-)
-def test_free_memory_in_a_container(
-    groups: str,
-    files: dict[str, tuple[int | str, int, int]],
-    free: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "own").write_text(groups + "\n")
-    for folder, (limit, used, cached) in files.items():
-        old = folder.startswith("memory")
-        names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
-        (tmp_path / "fs" / folder).mkdir(parents=True, exist_ok=True)
-        for name, value in zip(names, (limit, used), strict=True):
-            content = str(value * GIB) if isinstance(value, int) else value
-            (tmp_path / "fs" / folder / f"memory.{name}").write_text(content + "\n")
-        counter = f"{'total_' * old}inactive_file {cached * GIB}"
-        (tmp_path / "fs" / folder / "memory.stat").write_text(f"anon 5\n{counter}\n")
-    monkeypatch.setattr(fit, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(fit, "_GROUPS", tmp_path / "fs")
-    there = SimpleNamespace(available=20 * GIB)
-    monkeypatch.setattr(fit.psutil, "virtual_memory", lambda: there)
+def test_the_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "free_bytes", lambda: 9)
     monkeypatch.setattr(ranks, "local_world_size", lambda: 2)
-    assert fit.free_bytes(torch.device("cpu")) == free * GIB // 2
+    assert fit.free_bytes(torch.device("cpu")) == 4
 
 
 def test_key_blocks_bound_the_logits() -> None:

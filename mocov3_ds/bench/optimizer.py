@@ -22,7 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import psutil
 import timm
 import torch
 import tyro
@@ -30,6 +29,7 @@ from timm.optim.lamb import Lamb as TimmLamb
 from timm.optim.lars import Lars as TimmLars
 from torch import Tensor, nn
 
+from mocov3_ds import host_memory
 from mocov3_ds.model.vit import PAPER_SHAPES, build_vit
 from mocov3_ds.optim import AdamW, Lamb, Lars
 from mocov3_ds.optim.kernels import AdamTerms, kernels_for
@@ -135,7 +135,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that can be used."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return host_memory.free_bytes()
 
 
 def turn(

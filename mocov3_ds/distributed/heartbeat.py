@@ -44,6 +44,7 @@ from typing import Any
 import psutil
 from torch.distributed import DistError
 
+from mocov3_ds import host_memory
 from mocov3_ds.distributed import ranks
 
 STATUS = 75
@@ -342,7 +343,7 @@ class Heart:
         memory = self._process.memory_info().rss
         return Beat(
             self._step, self._stage, seconds, self.limit(), place, waits,
-            memory / 2**30, _free_bytes() / 2**30, _oom_kills(),
+            memory / 2**30, host_memory.free_bytes() / 2**30, _oom_kills(),
         )  # fmt: skip
 
     def _say(self, message: dict[str, Any]) -> None:
@@ -583,16 +584,6 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-def _free_bytes() -> int:
-    """Memory that this machine, or the container around this process, has left."""
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no bound
-        bound = int((group / "memory.max").read_text())
-        free = min(free, bound - int((group / "memory.current").read_text()))
-    return free
 
 
 def _oom_kills() -> int:

@@ -119,9 +119,8 @@ def test_triton_kernels_under_zero(world_size: int, monkeypatch: pytest.MonkeyPa
         for stage in range(4)
         for p, kind in (("fp32", "lamb"), ("bf16", "lamb"), ("fp32", "adamw"), ("fp32", "lars"))
     ]
-    for case, result in zip(
-        cases, run_ranks(world_size, engines.errors, cases, timeout=2400)[0], strict=True
-    ):
+    results = run_ranks(world_size, engines.errors, cases, timeout=2400, import_again=True)[0]
+    for case, result in zip(cases, results, strict=True):
         check(result, case)
 
 
