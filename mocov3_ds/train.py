@@ -108,7 +108,7 @@ def one_step(job: Job, report: Report, last: int) -> None:
         "images_per_s": job.config.batch / seconds,
         "save_s": job.stall_s(),
         "memory_gib": memory_gib(job.device),
-        "skipped_samples": len(job.stream.bad),
+        "stand_ins": taken.batch.stand_ins,
         **counters.since_last_asked(),
         **watch(job, taken, job.step == last),
     }

@@ -186,15 +186,19 @@ def test_an_unreadable_sample_is_listed_and_stops_the_run_beyond_the_budget(
 ) -> None:
     make_set(str(tmp_path / "some"), [20, 12], image=broken_picture)
     command = [*SMALL, "--data.shards", "some", "--knn.probes", "0", "--stop_after_steps", "4"]
-    cases = [command, [*command, "--name", "patient", "--data.max_bad_samples", "1"]]
-    (stopped, words), (patient, _) = run_ranks(1, outcomes, str(tmp_path), cases)[0]
+    patient = [*command, "--name", "patient", "--data.max_bad_samples", "1"]
+    halves = [[*patient, "--name", "halves", "--stop_after_steps", step] for step in ("2", "4")]
+    cases = [command, patient, *halves]
+    (stopped, words), *others = run_ranks(1, outcomes, str(tmp_path), cases)[0]
     assert stopped == 1
     assert "train.py: error: rank 0, step" in words
     assert "t-000.tar" in words
-    assert patient == 0
+    assert [status for status, _ in others] == [0, 0, 0]
     listed = (tmp_path / "runs/patient/bad_samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in listed] == ["img4.jpg"]
-    assert rows_of(tmp_path / "runs/patient")[-1]["skipped_samples"] == 1
+    rows = rows_of(tmp_path / "runs/patient")
+    assert sum(row["stand_ins"] for row in rows if row["step"]) == 2  # met once in each epoch
+    assert rows_of(tmp_path / "runs/halves") == rows
 
 
 def failure_beside_a_slow_mirror(folder: str, command: list[str]) -> tuple[int, str, bool]:

@@ -67,6 +67,8 @@ class Batch:
     """int64, -1 = none"""
     ids_B: Tensor
     """int64, of the samples in the manifest"""
+    stand_ins: int
+    """samples that stand in for unreadable ones"""
     wait_s: float
     """seconds that the caller waited for it"""
 
@@ -193,12 +195,12 @@ class Stream:
             rows = self._take_rows(until_done=True)
             if rows is not None:
                 self._decode(*rows)
-        buffer, ids = batch
         return Batch(
-            buffer.crops_VBCHW,
-            buffer.params_VBP,
-            torch.from_numpy(self._manifest.index_N["label"][ids].astype(np.int64)),
-            torch.from_numpy(ids),
+            batch.buffer.crops_VBCHW,
+            batch.buffer.params_VBP,
+            torch.from_numpy(self._manifest.index_N["label"][batch.ids_B].astype(np.int64)),
+            torch.from_numpy(batch.ids_B),
+            batch.stand_ins,
             time.perf_counter() - started,
         )
 
@@ -335,17 +337,17 @@ class Stream:
         self._room_made.notify_all()  # what the next batch needs is read whatever is held
 
     def _decode(self, batch: "_Decoding", rows: range) -> None:
-        for row in rows:
-            self._decode_row(batch, row)
+        stand_ins = sum(self._decode_row(batch, row) for row in rows)
         with self._lock:
+            batch.stand_ins += stand_ins
             self._held -= batch.bytes_of(rows)
             self._room_made.notify()
             batch.left -= len(rows)
             if not batch.left:
                 self._batch_done.notify_all()
 
-    def _decode_row(self, batch: "_Decoding", row: int) -> None:
-        """Fill a row with its sample, or with the one that stands in where it is unreadable."""
+    def _decode_row(self, batch: "_Decoding", row: int) -> bool:
+        """Fill a row with its sample, or with one that stands in where it is unreadable: which."""
         planned = sample_id = int(batch.ids_B[row])
         data, batch.data[row] = batch.data[row], None
         buffer = batch.buffer
@@ -366,7 +368,7 @@ class Stream:
                         augment=self._augment,
                     )
                     batch.ids_B[row] = sample_id
-                    return
+                    return attempt > 0
                 except UnreadableImage as error:
                     reason = str(error)
             self._bad.add(sample_id, batch.epoch, reason)
@@ -377,7 +379,7 @@ class Stream:
             f"unreadable; python -m data_prep verify {self._manifest.url} lists the damage."
         )
 
-    def _take_done(self) -> "tuple[_Buffer, NDArray[np.int64]] | None":
+    def _take_done(self) -> "_Decoding | None":
         """The oldest batch if it is decoded; raises what a thread raised."""
         with self._lock:
             if self._error is not None:
@@ -388,7 +390,7 @@ class Stream:
                 return None
             batch = self._decoding.popleft()
             self._lent.append(batch.buffer)
-            return batch.buffer, batch.ids_B
+            return batch
 
 
 class _Gathered:
@@ -419,6 +421,7 @@ class _Decoding:
         self.ids_B, self.data = gathered.ids_B, gathered.data
         self._bytes_B = manifest.index_N["size"][self.ids_B]
         self.taken, self.left = 0, len(self.ids_B)
+        self.stand_ins = 0
 
     def take(self) -> range:
         """The next rows to decode; empty when all are taken."""
