@@ -26,7 +26,7 @@ def run_ranks(
     world_size: int,
     fn: Callable[..., Any],
     *args: Any,
-    timeout: float = 240.0,
+    timeout: float = 600.0,
     import_again: bool = False,
 ) -> list[Any]:
     """Run `fn(*args)` on each of `world_size` gloo ranks and return the results in rank order.

@@ -162,8 +162,9 @@ CASES += [(2, WHOLE, 0, True), (1, Chunks(size=99), 0, False)]  # larger than th
 @pytest.mark.parametrize(("world_size", "smallest"), [(1, 2**14), (2, 1), (4, 2**14)])
 def test_equals_one_plain_process(world_size: int, smallest: int) -> None:
     plain = plain_run()
-    for parts in run_ranks(world_size, engine_runs, CASES, smallest)[:1]:
-        for case, ours in zip(CASES, parts, strict=True):
+    cases = CASES if world_size < 4 else CASES[:10]
+    for parts in run_ranks(world_size, engine_runs, cases, smallest)[:1]:
+        for case, ours in zip(cases, parts, strict=True):
             # fp32 against fp64, the worst tensor: measured 2e-6 to 9.2e-6 of its movement
             assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-5), case
             for group, wanted in (("base", plain["base"]), ("momentum", plain["momentum"])):

@@ -56,7 +56,7 @@ def start(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # the run without arguments takes two minutes of a quiet core
         check=False,
     )
 

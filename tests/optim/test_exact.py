@@ -104,14 +104,15 @@ def test_equals_the_unsharded_optimizer(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_equals_the_unsharded_optimizer_everywhere(world_size: int) -> None:
     cases = [c for c in EVERYTHING if BATCH % (world_size * c.accumulate) == 0]
-    for case, result in zip(
-        cases, run_ranks(world_size, engines.errors, cases, timeout=2400)[0], strict=True
-    ):
+    if world_size > 2:  # minutes on two cores: each takes every other one
+        cases = [c for c in cases if EVERYTHING.index(c) % 2 == world_size % 2]
+    results = run_ranks(world_size, engines.errors, cases, timeout=2400)[0]
+    for case, result in zip(cases, results, strict=True):
         check(result, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_triton_kernels_under_zero(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # must be there before triton is imported
     cases = [

@@ -124,7 +124,8 @@ def peaks(cases: list[tuple[int, str, int, Chunks, bool]]) -> list[float]:
 # what DeepSpeed gathers when, and twice for a moment, is not the plan's to know
 WITHIN = (0.04, 0.04, 0.08, 0.1)
 ON_TWO_RANKS = [(0, *way) for way in WAYS[:2]]
-ON_TWO_RANKS += [(stage, *way) for stage in (1, 2, 3) for way in WAYS]
+ON_TWO_RANKS += [(stage, *way) for stage in (1, 3) for way in WAYS]
+ON_TWO_RANKS += [(2, *way) for way in WAYS[::2]]
 
 
 @pytest.mark.parametrize(
