@@ -38,7 +38,7 @@ def run_ranks(
         timeout: seconds until the last result.
         import_again: whether ranks import everything anew, for a setting that an import reads.
     """
-    context: Any = multiprocessing.get_context("spawn") if import_again else _forks()
+    context: Any = multiprocessing.get_context("spawn") if import_again else forks()
     port = _free_port()
     processes, pipes = [], []
     for rank in range(world_size):
@@ -63,7 +63,7 @@ def run_ranks(
 
 
 @functools.cache
-def _forks() -> Any:
+def forks() -> Any:
     """A context whose processes are forks of one that has imported what all ranks need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.imported_once"])

@@ -50,9 +50,9 @@ class Launched:
 
     def end(self) -> tuple[int, str]:
         """Exit status of the launcher and all output, once all have ended."""
-        deadline = time.monotonic() + 120  # a quiet machine takes half a minute, a busy one longer
+        deadline = time.monotonic() + 240  # a quiet machine takes half a minute, a busy one longer
         try:
-            status = self.launcher.wait(120)
+            status = self.launcher.wait(240)
         except subprocess.TimeoutExpired:
             below = psutil.Process(self.launcher.pid).children(recursive=True)
             states = [(process.pid, process.status(), process.cmdline()[:5]) for process in below]

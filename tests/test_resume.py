@@ -208,7 +208,7 @@ class Lives:
 
     def __init__(self, command: list[str], folder: Path, run: Path) -> None:
         self.run, self._metrics = run, run / "metrics.jsonl"
-        self._deadline = time.monotonic() + 1200
+        self._deadline = time.monotonic() + 2400
         self._former: set[int] = set()
         self.process = subprocess.Popen(
             command,

@@ -21,6 +21,7 @@ import torch
 from mocov3_ds import failure
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.distributed.heartbeat import Beat, Member
+from tests.ranks_pool import forks
 
 WORLD = 3
 STEP_OF_TROUBLE = 5
@@ -38,7 +39,7 @@ def one_rank(rank: int, port: int, folder: str, trouble: str, of_rank: int) -> N
     )  # fmt: skip
     try:
         ranks.start(timeout_s=100)
-        heartbeat.start(hang_timeout=3.0 if trouble == "hang" else 0.0, silence_s=3.0)
+        heartbeat.start(hang_timeout=3.0 if trouble == "hang" else 0.0, silence_s=5.0)
         for step in range(1, 500 if trouble != "none" else 9):
             heartbeat.at(step, "data")
             if step == STEP_OF_TROUBLE and rank == of_rank:
@@ -80,8 +81,7 @@ def outcome(
     body: Callable[..., None] = one_rank,
 ) -> tuple[list[int | None], str]:
     """Exit codes of all ranks, and all that they said."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "mocov3_ds.failure"])
+    context = forks()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
