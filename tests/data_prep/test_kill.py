@@ -80,6 +80,15 @@ def children(process):
     return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+    """Also where the tests run in the background of a script, whose commands are deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 @pytest.mark.parametrize("when", ["workers are starting", "three shards are finished"])
 def test_ctrl_c_ends_in_one_sentence_and_the_next_run_goes_on(tmp_path, when):
     images = {f"{n % 3}/{n}.png": forms.picture(n, size=200, form="PNG") for n in range(150)}
