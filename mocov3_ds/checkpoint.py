@@ -36,10 +36,9 @@ from torch import Tensor
 from mocov3_ds import __version__
 from mocov3_ds.distributed import ranks
 from mocov3_ds.durable import digest, sync, write_text
-from mocov3_ds.run_folder import claim_folder
 
 __all__ = [
-    "FORMAT", "Checkpoint", "Part", "Refused", "Tensors", "claim_folder", "drop", "drop_after",
+    "FORMAT", "Checkpoint", "Part", "Refused", "Tensors", "drop", "drop_after",
     "folders", "install", "newest", "newest_of_all_ranks", "parts", "read_state", "save", "staying",
     "step_of", "sweep", "write",
 ]  # fmt: skip

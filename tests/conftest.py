@@ -1,14 +1,13 @@
 """Settings that each test process shares."""
 
 import os
-import socket
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from mocov3_ds.distributed.ranks import LAUNCHER_VARIABLES
-from tests import object_store
+from tests import object_store, ranks_pool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -30,10 +29,7 @@ def _launcher_variables_end_with_their_test() -> Iterator[None]:
 @pytest.fixture
 def free_port() -> int:
     """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    return ranks_pool.free_port()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mocov3_ds.data import stores
+from tests.ranks_pool import free_port
 
 
 class Server:
@@ -62,13 +63,6 @@ class Rclone(Server):
         address, sign_in = f"127.0.0.1:{self.port}", "key,secret"
         return [program, "serve", "s3", "--config", os.devnull, "--addr", address,
                 "--auth-key", sign_in, str(self._folder)]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @contextlib.contextmanager

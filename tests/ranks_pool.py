@@ -39,7 +39,7 @@ def run_ranks(
         import_again: whether ranks import everything anew, for a setting that an import reads.
     """
     context: Any = multiprocessing.get_context("spawn") if import_again else forks()
-    port = _free_port()
+    port = free_port()
     processes, pipes = [], []
     for rank in range(world_size):
         here, there = context.Pipe(duplex=False)
@@ -128,7 +128,8 @@ def _one_rank(
     os._exit(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

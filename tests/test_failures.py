@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.data.sets import make_set, picture
-from tests.test_train import LAUNCHERS, SMALL, TRAIN, environment, rows_of
+from tests.data.sets import make_set
+from tests.test_train import LAUNCHERS, SMALL, TRAIN, broken_picture, environment, rows_of
 
 pytestmark = pytest.mark.slow
 AGAIN = "The same command continues from the newest checkpoint."
@@ -131,11 +131,6 @@ def test_ranks_do_not_outlive_their_launcher(
     status, said = job.end()
     assert status == -signal.SIGKILL
     assert re.search(rf"its launcher, {launcher} \(pid {job.launcher.pid}\), is gone\.", said), said
-
-
-def broken_picture(number: int) -> bytes:
-    data: bytes = picture(number)
-    return data[:-40] if number == 4 else data
 
 
 def test_unreadable_data_of_one_rank_ends_both(launch: Launch, tmp_path: Path) -> None:

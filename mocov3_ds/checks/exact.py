@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mocov3_ds.checks import plain
-from mocov3_ds.checks.finding import Finding, judged
+from mocov3_ds.checks.finding import Finding, judged, sound
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import (
     engine_config,
@@ -62,13 +62,13 @@ def check_gather(device: torch.device) -> Finding:
     wanted = torch.arange(ranks.world_size() * rows * width, dtype=torch.float32).view(-1, width)
     same = gathered.shape == wanted.shape and torch.equal(gathered, wanted)
     wrong = 0 if same else _rows_that_differ(gathered, wanted)
-    return Finding(
+    return sound(
         "key gather",
-        "pass" if same else "fail",
         f"{len(wanted) - wrong} of {len(wanted)} rows",
         "all rows, in rank order",
-        "" if same else _NETWORK,
-        {"rows": len(wanted), "wrong": wrong},
+        trouble=not same,
+        remedy=_NETWORK,
+        numbers={"rows": len(wanted), "wrong": wrong},
     )
 
 

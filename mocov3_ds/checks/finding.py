@@ -51,6 +51,31 @@ def judged(
     )
 
 
+def sound(
+    name: str,
+    measured: str,
+    wanted: str,
+    *,
+    trouble: object,
+    remedy: str,
+    numbers: Mapping[str, float] | None = None,
+) -> Finding:
+    """Pass unless there is trouble.
+
+    Args:
+        name: of the finding.
+        measured: what was found; a trouble in words takes its place.
+        wanted: what a sound machine shows.
+        trouble: words, or anything else that is true when something is wrong.
+        remedy: what to do then.
+        numbers: what was measured, for machines.
+    """
+    if isinstance(trouble, str) and trouble:
+        measured = trouble
+    status: Status = "fail" if trouble else "pass"
+    return Finding(name, status, measured, wanted, remedy if trouble else "", numbers or {})
+
+
 def merged(of_ranks: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> list[Finding]:
     """One finding a name: the worst status wins, and the ranks that have it are named.
 

@@ -19,7 +19,7 @@ import torch
 
 import mocov3_ds
 from mocov3_ds import durable
-from mocov3_ds.checks.finding import Finding, Status
+from mocov3_ds.checks.finding import Finding, Status, sound
 from mocov3_ds.config import Config
 from mocov3_ds.data import decode, native
 from mocov3_ds.distributed import ranks
@@ -91,15 +91,13 @@ def check_versions(of_ranks: Sequence[Mapping[str, str]]) -> Finding:
         if len(where) > 1:
             said = "; ".join(f"{v} on rank{_list(r)}" for v, r in where.items())
             differing.append(f"{name} is {said}")
-    return Finding(
+    return sound(
         "versions",
-        "fail" if differing else "pass",
-        ". ".join(differing) or ", ".join(f"{n} {v}" for n, v in of_ranks[0].items()),
+        ", ".join(f"{n} {v}" for n, v in of_ranks[0].items()),
         "equal on all ranks",
-        "install the same packages (one image or one shared environment) on all machines."
-        if differing
-        else "",
-        {"differing": len(differing)},
+        trouble=". ".join(differing),
+        remedy="install the same packages (one image or one shared environment) on all machines.",
+        numbers={"differing": len(differing)},
     )
 
 
@@ -306,15 +304,13 @@ def check_rename(folder: Path) -> Finding:
             trouble = "the renamed folder is not whole"
     except OSError as error:
         trouble = f"{error}"
-    return Finding(
+    return sound(
         "run folder: rename",
-        "fail" if trouble else "pass",
-        trouble or "at once",
         "at once",
-        "checkpoints are put in place by a rename: use a POSIX file system (local disk, NFS 4, "
-        "Lustre, CephFS), not an object store mounted as a folder."
-        if trouble
-        else "",
+        "at once",
+        trouble=trouble,
+        remedy="checkpoints are put in place by a rename: use a POSIX file system (local disk, "
+        "NFS 4, Lustre, CephFS), not an object store mounted as a folder.",
     )
 
 
@@ -330,15 +326,13 @@ def check_lock(folder: Path) -> Finding:
                 trouble = "two holders at once"
     except OSError as error:
         trouble = f"{error}"
-    return Finding(
+    return sound(
         "run folder: lock",
-        "fail" if trouble else "pass",
-        trouble or "one holder",
         "one holder",
-        "two jobs could write one run: mount the file system with locks (NFS: without nolock; "
-        "Lustre: -o flock)."
-        if trouble
-        else "",
+        "one holder",
+        trouble=trouble,
+        remedy="two jobs could write one run: mount the file system with locks (NFS: without "
+        "nolock; Lustre: -o flock).",
     )
 
 
@@ -354,13 +348,11 @@ def check_shared(folder: Path) -> Finding:
         trouble = "" if path.read_bytes() == content else "another content than rank 0 wrote"
     except OSError as error:
         trouble = f"{type(error).__name__}: {error.strerror}"
-    return Finding(
+    return sound(
         "run folder: shared",
-        "fail" if trouble else "pass",
-        trouble or "seen by each rank",
         "seen by each rank",
-        "each rank reads the checkpoint that rank 0 wrote: put --runs on a file system that all "
-        "machines mount."
-        if trouble
-        else "",
+        "seen by each rank",
+        trouble=trouble,
+        remedy="each rank reads the checkpoint that rank 0 wrote: put --runs on a file system that "
+        "all machines mount.",
     )

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from mocov3_ds.checks.finding import Finding
+from mocov3_ds.checks.finding import Finding, sound
 from mocov3_ds.distributed import ranks
 
 _MB = 10**6
@@ -109,15 +109,15 @@ def _bandwidth(name: str, of_ranks: list[dict[int, float]], wrong: int) -> Findi
         for s in sizes
     ]
     left_out = [f"{s}" for s in _SIZES_MB if s not in sizes]
-    return Finding(
+    return sound(
         name,
-        "fail" if wrong else "pass",
         ("WRONG numbers; " if wrong else "")
         + f"GB/s {', '.join(spread)}"
         + (f"; no memory for {' and '.join(left_out)} MB" if left_out else ""),
         "right sums",
-        _REMEDY if wrong else "",
-        numbers,
+        trouble=wrong,
+        remedy=_REMEDY,
+        numbers=numbers,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mocov3_ds.checks.finding import Finding
+from mocov3_ds.checks.finding import Finding, sound
 from mocov3_ds.data import decode, manifest, storage
 from mocov3_ds.data.decode import UnreadableImage
 from mocov3_ds.data.manifest import Manifest
@@ -51,13 +51,13 @@ def check_store(url: str, size: int = _OBJECT_BYTES) -> list[Finding]:
     except (OSError, ValueError) as error:
         trouble = f"{error}"
     return [
-        Finding(
+        sound(
             name,
-            "fail" if trouble else "pass",
-            trouble or f"{written:.0f} MB/s written, {read:.0f} MB/s read by a rank, equal bytes",
+            f"{written:.0f} MB/s written, {read:.0f} MB/s read by a rank, equal bytes",
             "write, list, ranges, delete",
-            _REACH if trouble else "",
-            {"written MB/s": written, "read MB/s": read},
+            trouble=trouble,
+            remedy=_REACH,
+            numbers={"written MB/s": written, "read MB/s": read},
         )
     ]
 
@@ -118,16 +118,15 @@ def _decoding(made: Manifest, number: int, content: bytes) -> Finding:
         content[int(row["offset"]) : int(row["offset"]) + int(row["size"])] for row in rows
     )
     rate = read / max(seconds, 1e-9)
-    return Finding(
+    return sound(
         "decoding",
-        "fail" if unreadable else "pass",
         f"{rate:.0f} images/s a thread, two crops of {_VIEW} pixels"
         + (f"; {unreadable} of {len(rows)} images are unreadable" if unreadable else ""),
         "all readable",
-        "list them: python -m data_prep verify URL; a run replaces up to --data.max_bad_samples."
-        if unreadable
-        else "",
-        {"images/s": rate, "unreadable": unreadable},
+        trouble=unreadable,
+        remedy="list them: python -m data_prep verify URL; a run replaces up to "
+        "--data.max_bad_samples.",
+        numbers={"images/s": rate, "unreadable": unreadable},
     )
 
 

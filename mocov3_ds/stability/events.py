@@ -416,7 +416,16 @@ HORIZON = 8
 
 @dataclass(frozen=True)
 class Foretold:
-    """Counts of an alarm's episodes and of the loss events; see `verdict.AlarmQuality`."""
+    """How well an early alarm foretells loss events within the next 8 steps.
+
+    Attributes:
+        alarms: episodes of it.
+        right: episodes that a loss event followed.
+        caught: loss events that it foretold.
+        events: loss events in all.
+        base_rate: share of all steps that a loss event follows: precision of a random alarm.
+        leads: steps from the alarm to the onset of each caught event.
+    """
 
     alarms: int
     right: int
@@ -424,6 +433,16 @@ class Foretold:
     events: int
     base_rate: float
     leads: tuple[int, ...]
+
+    @property
+    def precision(self) -> float:
+        """Share of the alarms that were right; NaN without alarms."""
+        return self.right / self.alarms if self.alarms else float("nan")
+
+    @property
+    def recall(self) -> float:
+        """Share of the loss events that were foretold; NaN without events."""
+        return self.caught / self.events if self.events else float("nan")
 
 
 def foretold(steps_T: Steps, alarm_T: Flags, onsets: Sequence[int]) -> Foretold:

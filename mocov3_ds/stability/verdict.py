@@ -215,38 +215,16 @@ class Lead:
 
 
 @dataclass(frozen=True)
-class AlarmQuality:
-    """How well an early alarm foretells loss events within the next 8 steps.
+class AlarmQuality(events.Foretold):
+    """How well one alarm of one layer group foretold the loss events.
 
     Attributes:
         alarm: its name in `monitor.alarm.RULES`.
         group: the layer group it watches.
-        alarms: episodes of it.
-        right: episodes that a loss event followed.
-        caught: loss events that it foretold.
-        events: loss events in all.
-        base_rate: share of all steps that a loss event follows: precision of a random alarm.
-        leads: steps from the alarm to the onset of each caught event.
     """
 
     alarm: str
     group: str
-    alarms: int
-    right: int
-    caught: int
-    events: int
-    base_rate: float
-    leads: tuple[int, ...]
-
-    @property
-    def precision(self) -> float:
-        """Share of the alarms that were right; NaN without alarms."""
-        return self.right / self.alarms if self.alarms else float("nan")
-
-    @property
-    def recall(self) -> float:
-        """Share of the loss events that were foretold; NaN without events."""
-        return self.caught / self.events if self.events else float("nan")
 
 
 @dataclass(frozen=True)

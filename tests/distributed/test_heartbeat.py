@@ -21,7 +21,7 @@ import torch
 from mocov3_ds import failure
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.distributed.heartbeat import Beat, Member
-from tests.ranks_pool import forks
+from tests.ranks_pool import forks, free_port
 
 WORLD = 3
 STEP_OF_TROUBLE = 5
@@ -82,9 +82,7 @@ def outcome(
 ) -> tuple[list[int | None], str]:
     """Exit codes of all ranks, and all that they said."""
     context = forks()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes: list[BaseProcess] = [
         context.Process(target=body, args=(rank, port, str(folder), trouble, of_rank))
         for rank in range(WORLD)

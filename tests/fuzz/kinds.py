@@ -26,7 +26,7 @@ from PIL import Image
 from data_prep import shard as sharding
 from data_prep import verify as verifying
 from data_prep.sources import open_source
-from mocov3_ds import checkpoint
+from mocov3_ds import checkpoint, run_folder
 from mocov3_ds.config import parse
 from mocov3_ds.data import decode
 from mocov3_ds.data import manifest as manifests
@@ -333,7 +333,7 @@ def read_run_folder(folder: Path) -> Outcome:
         lambda: load_encoder(folder / "checkpoints"),
         lambda: load_encoder(folder / "checkpoints/step-00000003"),
         lambda: _whole_checkpoint(folder),
-        lambda: checkpoint.claim_folder(folder, {"config": {"batch": 8}, "deepspeed": {}}, "data"),
+        lambda: run_folder.claim_folder(folder, {"config": {"batch": 8}, "deepspeed": {}}, "data"),
     ]
     for step in steps:
         try:

@@ -20,6 +20,7 @@ import yaml
 from mocov3_ds.launch import Cluster, Kind, write_kit
 from mocov3_ds.monitor.report import read_rows
 from tests.data.sets import make_set
+from tests.ranks_pool import free_port
 from tests.test_train import SMALL, environment
 
 pytestmark = pytest.mark.slow
@@ -45,12 +46,6 @@ def until(true: Callable[[], bool], what: str, seconds: float = 300) -> None:
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.2)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
