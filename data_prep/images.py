@@ -5,8 +5,8 @@ from typing import Literal
 
 from PIL import Image, ImageFile
 
-from mocov3_ds.data import decode
 from mocov3_ds.data.manifest import SAMPLE_LIMIT
+from mocov3_ds.data.views import decode
 
 Check = Literal["header", "decode"]
 

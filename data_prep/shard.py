@@ -34,10 +34,10 @@ from numpy.typing import NDArray
 from data_prep import engines, images, tar
 from data_prep.progress import Progress
 from data_prep.sources import Item, Listing
-from mocov3_ds import __version__
 from mocov3_ds.data import manifest, storage
-from mocov3_ds.data.decode import UnreadableImage
 from mocov3_ds.data.manifest import Manifest, Shard
+from mocov3_ds.data.views.decode import UnreadableImage
+from mocov3_ds.version import __version__
 
 PLAN, RECEIPTS, REJECTS = "plan.json", "receipts", "rejects.jsonl"
 

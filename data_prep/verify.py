@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from data_prep import engines, images, sources, tar
 from data_prep.progress import Progress
-from mocov3_ds import __version__
-from mocov3_ds.data import decode, manifest, storage
+from mocov3_ds.data import manifest, storage
 from mocov3_ds.data.manifest import Manifest, Shard
+from mocov3_ds.data.views import decode
+from mocov3_ds.version import __version__
 
 _REPEATS_SHOWN = 20
 

@@ -2,17 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from mocov3_ds.encoder import load_encoder
+from mocov3_ds.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from mocov3_ds.encoders.load import load_encoder
+
 __all__ = ["__version__", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and timm only where an encoder is wanted."""
     if name == "load_encoder":
-        from mocov3_ds.encoder import load_encoder
+        from mocov3_ds.encoders.load import load_encoder
 
         return load_encoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

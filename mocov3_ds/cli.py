@@ -8,14 +8,14 @@ from typing import Annotated
 import tyro
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.encoder import Which, build, read_weights
+from mocov3_ds.encoders.export import Format
+from mocov3_ds.encoders.export import export as export_encoder
+from mocov3_ds.encoders.load import Which, build, read_weights
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.features import split_features
 from mocov3_ds.evaluation.knn import knn_accuracy
 from mocov3_ds.evaluation.look import look as draw_pictures
 from mocov3_ds.evaluation.samples import labelled_splits, split_urls
-from mocov3_ds.export import Format
-from mocov3_ds.export import export as export_encoder
 from mocov3_ds.launch import Cluster, Kind, write_kit
 from mocov3_ds.planning.command import plan
 
@@ -176,7 +176,7 @@ def replay(
         run: run folder; its trouble/ gets the views of the samples as PNG.
         step: from 1, as metrics.jsonl counts.
     """
-    from mocov3_ds.replay import replay as run_again  # the engine takes a while
+    from mocov3_ds.faults.replay import replay as run_again  # the engine takes a while
 
     for line in run_again(run, step):
         if ranks.is_first():
@@ -203,7 +203,7 @@ def views(
         seed: of the run.
         epoch: pass over the data.
     """
-    from mocov3_ds.contact_sheet import contact_sheet  # torchvision takes a while
+    from mocov3_ds.data.views.contact_sheet import contact_sheet  # torchvision takes a while
 
     largest = contact_sheet(shards, out, rows=rows, size=size, seed=seed, epoch=epoch)
     print(f"{out}: ours differs from the same draws by Pillow by at most {largest} of 255")

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mocov3_ds.model.groups import group_names
+from mocov3_ds.model.layer_groups import group_names
 from mocov3_ds.model.vit import PAPER_SHAPES, Positions, VitShape
 
 
@@ -355,7 +355,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 @dataclass(frozen=True)
-class Run:
+class Settings:
     """A resolved command line."""
 
     config: Config
@@ -369,7 +369,7 @@ class Run:
         return {"config": config, "deepspeed": self.engine}
 
 
-def parse(argv: Sequence[str] | None = None) -> Run:
+def parse(argv: Sequence[str] | None = None) -> Settings:
     """Read the command line; `--recipe X --help` shows the defaults of recipe X.
 
     Raises:
@@ -384,7 +384,7 @@ def parse(argv: Sequence[str] | None = None) -> Run:
     if config.deepspeed_config is not None:
         own = read_json(config.deepspeed_config)
         engine = {"optimizer": engine["optimizer"]} | own
-    return Run(config, with_overrides(engine, config.ds))
+    return Settings(config, with_overrides(engine, config.ds))
 
 
 def _check(config: Config) -> None:

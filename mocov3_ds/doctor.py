@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-if (
-    not __package__
-):  # run as a file by a launcher: the repository root, not this folder, on the path
+# run as a file by a launcher: the repository root, not this folder, on the path
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch

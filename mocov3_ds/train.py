@@ -12,35 +12,34 @@ import sys
 import time
 from pathlib import Path
 
-if (
-    not __package__
-):  # run as a file by a launcher: the repository root, not this folder, on the path
+# run as a file by a launcher: the repository root, not this folder, on the path
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mocov3_ds import failure, trouble
-from mocov3_ds.advance import Advance, advance
-from mocov3_ds.config import Run, parse
-from mocov3_ds.data import counters
+from mocov3_ds.config import Settings, parse
+from mocov3_ds.data.storage import counters
 from mocov3_ds.distributed import heartbeat, ranks
-from mocov3_ds.job import Job, build_job
-from mocov3_ds.monitor.report import Report, memory_gib
+from mocov3_ds.faults import bad_step_policy, exit_status
+from mocov3_ds.faults.preemption import Preemption
+from mocov3_ds.monitoring.profiler import Profile
+from mocov3_ds.monitoring.run_log import Report, memory_gib
 from mocov3_ds.planning.drift import Drift
-from mocov3_ds.preemption import Preemption
-from mocov3_ds.profiling import Profile
+from mocov3_ds.training.advance import Advance, advance
+from mocov3_ds.training.run import Run, build_job
 
 _COLLECTIVES_S = 7200.0
 """Ranks may wait for one that reads from a store, or fetches a checkpoint; `heartbeat` sees those
 that are dead or hang long before."""
 
 
-def train(run: Run) -> None:
+def train(settings: Settings) -> None:
     """Run (or continue, or merely confirm as finished) one pretraining run."""
     device = ranks.start(timeout_s=_COLLECTIVES_S)
-    heartbeat.start(run.config.hang_timeout)
+    heartbeat.start(settings.config.hang_timeout)
     drift = Drift(device)
-    job = build_job(run, device)
+    job = build_job(settings, device)
     report = Report(
-        run.config.folder,
+        settings.config.folder,
         steps_done=job.step,
         total_steps=job.total_steps,
         speaks=ranks.is_first(),
@@ -48,11 +47,11 @@ def train(run: Run) -> None:
     report.say(job.summary())
     if job.step == 0:
         first_look(job, report)
-        if run.config.trouble.policy == "rewind":
+        if settings.config.trouble.policy == "rewind":
             job.save()  # there is always something to return to
     last = job.total_steps
-    if run.config.stop_after_steps:
-        last = min(last, run.config.stop_after_steps)
+    if settings.config.stop_after_steps:
+        last = min(last, settings.config.stop_after_steps)
     try:
         steps(job, report, drift, last)
     except BaseException:
@@ -63,11 +62,11 @@ def train(run: Run) -> None:
     heartbeat.stop()
     if ranks.is_first():
         print(job.what_next())  # noqa: T201
-    if job.step < last and run.config.stopped_status:
-        sys.exit(run.config.stopped_status)
+    if job.step < last and settings.config.stopped_status:
+        sys.exit(settings.config.stopped_status)
 
 
-def steps(job: Job, report: Report, drift: Drift, last: int) -> None:
+def steps(job: Run, report: Report, drift: Drift, last: int) -> None:
     """All steps up to `last`, with their checkpoints; ends early where a signal asks for it."""
     config, device = job.config, job.device
     with contextlib.ExitStack() as closing:
@@ -91,11 +90,11 @@ def steps(job: Job, report: Report, drift: Drift, last: int) -> None:
                 break
 
 
-def one_step(job: Job, report: Report, last: int) -> None:
+def one_step(job: Run, report: Report, last: int) -> None:
     """The exact step, what is seen of it, and its line in the log."""
     started = time.perf_counter()
     taken = advance(job)
-    if taken.result.trouble and not trouble.answer(job, report, taken):
+    if taken.result.trouble and not bad_step_policy.answer(job, report, taken):
         return  # rewound: the steps since the checkpoint come again, with other batches
     seconds = time.perf_counter() - started
     heartbeat.at(job.step, "look")
@@ -122,7 +121,7 @@ def one_step(job: Job, report: Report, last: int) -> None:
         report.say(f"k-NN after step {job.step}: {row['knn_full']:.2f} %")
 
 
-def first_look(job: Job, report: Report) -> None:
+def first_look(job: Run, report: Report) -> None:
     """k-NN accuracy of the random initialisation, and of guessing."""
     if job.monitor is None:
         report.say("no labelled probe images (--data.probe_shards), so no k-NN monitor")
@@ -132,7 +131,7 @@ def first_look(job: Job, report: Report) -> None:
     report.say(f"k-NN of the random initialisation: {accuracy:.2f} % (chance {chance:.2f} %)")
 
 
-def watch(job: Job, taken: Advance, last: bool) -> dict[str, float]:
+def watch(job: Run, taken: Advance, last: bool) -> dict[str, float]:
     """Feed the k-NN monitor; every few tens of steps, and at the end, ask it."""
     if job.monitor is None:
         return {}
@@ -151,11 +150,11 @@ def watch(job: Job, taken: Advance, last: bool) -> dict[str, float]:
 
 
 def main() -> int:
-    """Command line; what goes wrong ends with one sentence and a status, see `failure.end`."""
+    """Command line; what goes wrong ends with one sentence and a status, see `exit_status.end`."""
     try:
         train(parse())
     except BaseException as error:
-        return failure.end(error)
+        return exit_status.end(error)
     return 0
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from mocov3_ds.model.moco import BaseEncoder, Chunks, EncoderShape
-from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.model.base_encoder import BaseEncoder, Chunks, EncoderShape
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
 
 
 def begin(
@@ -38,7 +38,7 @@ def begin(
         start_engine,
     )
     from mocov3_ds.optim.build import build_optimizer
-    from mocov3_ds.step import QueriesToLoss
+    from mocov3_ds.training.step import QueriesToLoss
 
     model = QueriesToLoss(BaseEncoder(shape), temperature=0.2, chunks=chunks)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mocov3_ds.data import stores
+from mocov3_ds.data.storage import stores
 from tests.ranks_pool import free_port
 
 

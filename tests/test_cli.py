@@ -12,7 +12,7 @@ import torch
 from mocov3_ds import cli
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.distributed import ranks
-from mocov3_ds.encoder import load_encoder
+from mocov3_ds.encoders.load import load_encoder
 from mocov3_ds.evaluation import finetune, linear
 from tests.data.sets import make_set
 from tests.evaluation.runs import make_run, make_splits
@@ -25,7 +25,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def plain_knn(run: Path, train: str, val: str, k: int) -> float:
     """One vote at a time, features one image at a time."""
-    from mocov3_ds.data.views import ViewSpec, normalise
+    from mocov3_ds.data.views.photometric import ViewSpec, normalise
     from mocov3_ds.evaluation.samples import centre_crop, epoch_order, reader
 
     encoder, spec = load_encoder(run), ViewSpec()

@@ -17,15 +17,17 @@ from unittest import mock
 import pytest
 import torch
 
-from mocov3_ds import doctor, job
+from mocov3_ds import doctor
 from mocov3_ds.checks import exact, machine, network, resume, stores
 from mocov3_ds.checks.finding import Finding, judged, merged
 from mocov3_ds.config import RECIPES
-from mocov3_ds.data import decode, storage
+from mocov3_ds.data import storage
+from mocov3_ds.data.views import decode
 from mocov3_ds.distributed import ranks
-from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.optim.lamb import Lamb
 from mocov3_ds.optim.sharded import ShardedOptimizer
+from mocov3_ds.training import run
 from tests.data.sets import make_set, picture
 from tests.ranks_pool import run_ranks
 
@@ -145,11 +147,11 @@ BREAKAGES: list[Broken] = [
      {"clocks of the ranks"}),
 ]  # fmt: skip
 RESUMES: list[tuple[str, Any, str, Callable[[Any], Any], set[str]]] = [
-    ("nothing saved", job.Job, "save", lambda f: lambda self, last: None,
+    ("nothing saved", run.Run, "save", lambda f: lambda self, last: None,
      {"checkpoint: save and load"}),
     ("momentum encoder forgotten", MomentumEncoder, "load_full_state", lambda f: lambda s, t: None,
      {"resume, same stage", "resume, ZeRO-1 to ZeRO-3"}),
-    ("samples from the start", job, "Stream", from_the_start,
+    ("samples from the start", run, "Stream", from_the_start,
      {"resume, same stage", "resume, ZeRO-1 to ZeRO-3"}),
     ("moments forgotten", Lamb, "load_full_state", lambda f: lambda *_: None,
      {"resume, same stage", "resume, ZeRO-1 to ZeRO-3"}),

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from mocov3_ds import train
-from mocov3_ds.monitor.report import read_rows
+from mocov3_ds.monitoring.run_log import read_rows
 from tests.data.sets import make_set, picture
 from tests.ranks_pool import run_ranks
 
@@ -203,7 +203,8 @@ def test_an_unreadable_sample_is_listed_and_stops_the_run_beyond_the_budget(
 
 def failure_beside_a_slow_mirror(folder: str, command: list[str]) -> tuple[int, str, bool]:
     """Status and words of a run that fails at step 5, and whether it waited for the mirror."""
-    from mocov3_ds import advance, mirror
+    from mocov3_ds.checkpoints import mirror
+    from mocov3_ds.training import advance
 
     released, waited = threading.Event(), threading.Event()
 

@@ -22,15 +22,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from mocov3_ds import checkpoint
+from mocov3_ds.checkpoints import checkpoint
+from mocov3_ds.checkpoints.saver import Saver
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import compute_dtype, engine_config, full_tensors, start_engine
-from mocov3_ds.model.moco import BaseEncoder, EncoderShape
-from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import PAPER_SHAPES
 from mocov3_ds.optim import AdamW
-from mocov3_ds.saver import Saver
-from mocov3_ds.step import QueriesToLoss, train_step
+from mocov3_ds.training.step import QueriesToLoss, train_step
 
 
 @dataclass(frozen=True, kw_only=True)

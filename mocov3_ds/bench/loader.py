@@ -30,11 +30,11 @@ import torch
 import tyro
 from PIL import Image
 
-from mocov3_ds.bench import reference_views
-from mocov3_ds.data import decode, manifest, native, views
-from mocov3_ds.data.pairs import make_pair
-from mocov3_ds.data.stream import Stream
-from mocov3_ds.data.views import ViewSpec
+from mocov3_ds.data import manifest
+from mocov3_ds.data.loader import Stream
+from mocov3_ds.data.views import decode, native, photometric, reference
+from mocov3_ds.data.views.pairs import make_pair
+from mocov3_ds.data.views.photometric import ViewSpec
 
 YARDSTICK = "Pillow + torchvision, DataLoader"
 LOADERS = {
@@ -164,7 +164,7 @@ def _wall_rate(url: str, options: Options, threads: int) -> float:
 
 
 def _floor_rate(url: str, options: Options) -> float:
-    images = list(islice(reference_views.samples_of(manifest.load(url)), 500))
+    images = list(islice(reference.samples_of(manifest.load(url)), 500))
     delivered, started = 0, time.perf_counter()
     while delivered < options.images:
         _entropy(images)
@@ -212,7 +212,7 @@ def _loader_ms(name: str, url: str, options: Options) -> float:
 def _reference_ms(url: str, options: Options, second_set: bool) -> float:
     found = manifest.load(url)
     batch = min(options.batch, found.samples)
-    loader = reference_views.loader(found, ViewSpec(), options.size, batch, 1, second_set)
+    loader = reference.loader(found, ViewSpec(), options.size, batch, 1, second_set)
     delivered, started = 0, _cpu_s()
     while delivered < options.images:
         for first, _ in loader:
@@ -233,9 +233,9 @@ def _ours(url: str, options: Options, threads: int, colour: str) -> tuple[float,
         for one in islice(stream, batches):
             for crops_BCHW, params_BP in zip(one.crops_VBCHW, one.params_VBP, strict=True):
                 if colour == "uint8":
-                    views.augment(crops_BCHW.numpy(), params_BP.numpy())
+                    photometric.augment(crops_BCHW.numpy(), params_BP.numpy())
                 elif colour == "float32":
-                    views.photometric(
+                    photometric.photometric(
                         crops_BCHW, params_BP, spec.mean, spec.std, torch.float32, out_BCHW
                     )
         images = batches * batch
@@ -276,7 +276,7 @@ class _Clock:
 
 def _stages_ms(url: str, options: Options) -> dict[str, float]:
     """CPU milliseconds of an image by stage, of the yardstick and of ours."""
-    images = list(islice(reference_views.samples_of(manifest.load(url)), 500))
+    images = list(islice(reference.samples_of(manifest.load(url)), 500))
     clock = _Clock()
     _reference_stages(images, options.size, clock)
     clock("floor: entropy decoding (1/8 DCT)", partial(_entropy, images))
@@ -287,10 +287,10 @@ def _stages_ms(url: str, options: Options) -> dict[str, float]:
 
 def _reference_stages(images: list[bytes], size: int, clock: _Clock) -> None:
     spec = ViewSpec()
-    transforms = [reference_views.view_transform(spec, view, size).transforms for view in (0, 1)]
+    transforms = [reference.view_transform(spec, view, size).transforms for view in (0, 1)]
     names = ("crop and resize", "jitter", "grey", "blur", "solarise", "flip", "to tensor")
     for data in images:
-        image = clock("Pillow: decode", partial(reference_views.open_rgb, data))
+        image = clock("Pillow: decode", partial(reference.open_rgb, data))
         for steps in transforms:
             view: Any = image
             for name, step in zip((*names, "normalise"), steps, strict=True):
@@ -308,14 +308,19 @@ def _entropy(images: list[bytes]) -> None:
 def _native_stages(images: list[bytes], size: int, clock: _Clock) -> None:
     spec = ViewSpec()
     crops_VCHW = np.empty((2, 3, size, size), np.uint8)
-    rows_VP = np.empty((2, views.PARAMETERS), np.float32)
+    rows_VP = np.empty((2, photometric.PARAMETERS), np.float32)
     for number, data in enumerate(images):
         pair = partial(make_pair, data, spec, 0, 0, number, crops_VCHW, rows_VP)
         clock("native: draw, decode, crop, resize, flip", pair)
-        clock("native: jitter, grey, blur, solarise", partial(views.augment, crops_VCHW, rows_VP))
+        clock(
+            "native: jitter, grey, blur, solarise",
+            partial(photometric.augment, crops_VCHW, rows_VP),
+        )
         crops = torch.from_numpy(crops_VCHW)
-        plain = torch.tensor([views._PLAIN_ROW] * 2)
-        normalise = partial(views.photometric, crops, plain, spec.mean, spec.std, torch.float32)
+        plain = torch.tensor([photometric._PLAIN_ROW] * 2)
+        normalise = partial(
+            photometric.photometric, crops, plain, spec.mean, spec.std, torch.float32
+        )
         clock("native: normalise", normalise)
 
 

@@ -20,8 +20,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from mocov3_ds.model.moco import BaseEncoder, EncoderShape
-from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import PAPER_SHAPES
 
 MOMENTUM = 0.99

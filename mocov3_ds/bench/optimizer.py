@@ -29,14 +29,14 @@ from timm.optim.lamb import Lamb as TimmLamb
 from timm.optim.lars import Lars as TimmLars
 from torch import Tensor, nn
 
-from mocov3_ds import host_memory
+from mocov3_ds.distributed import host_memory
+from mocov3_ds.distributed.segments import Flat, cut, run_on
 from mocov3_ds.model.vit import PAPER_SHAPES, build_vit
 from mocov3_ds.optim import AdamW, Lamb, Lars
 from mocov3_ds.optim.kernels import AdamTerms, kernels_for
 from mocov3_ds.optim.lamb import trust_ratio
-from mocov3_ds.optim.plan import NORMS, UPDATE, WEIGHT, plan_of
 from mocov3_ds.optim.rules import vit_rule
-from mocov3_ds.optim.segments import Flat, cut, run_on
+from mocov3_ds.optim.step_tables import NORMS, UPDATE, WEIGHT, plan_of
 
 YARDSTICK = "timm Lamb"
 DECAY = 0.1

@@ -38,15 +38,15 @@ from torch.profiler import ProfilerActivity, profile
 from mocov3_ds.config import RECIPES
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import engine_config, full_tensors, start_engine
-from mocov3_ds.job import encoder_shape
-from mocov3_ds.model.moco import BaseEncoder, Chunks, EncoderShape
-from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.model.base_encoder import BaseEncoder, Chunks, EncoderShape
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape
 from mocov3_ds.optim import AdamW
 from mocov3_ds.planning import memory, pace
 from mocov3_ds.planning.calibrate import calibrate
 from mocov3_ds.planning.hardware import read_cluster, with_rates
-from mocov3_ds.step import QueriesToLoss, train_step
+from mocov3_ds.training.run import encoder_shape
+from mocov3_ds.training.step import QueriesToLoss, train_step
 
 _GIB = 2**30
 _STEPS = 3

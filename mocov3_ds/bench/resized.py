@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_prep import images
 from data_prep.sources import open_source
 from mocov3_ds.bench.shard import image_at
-from mocov3_ds.data.views import ViewSpec, draw
+from mocov3_ds.data.views.photometric import ViewSpec, draw
 
 _AREAS = (0.08, 0.15, 0.3, 0.6, 1.0)
 _SEED = 0

@@ -25,10 +25,10 @@ from torch import nn
 
 from mocov3_ds.bench.optimizer import filled, shapes_of, timed
 from mocov3_ds.config import RECIPES
-from mocov3_ds.model.groups import group_names, group_of
-from mocov3_ds.model.moco import BaseEncoder, EncoderShape
-from mocov3_ds.monitor.alarm import Alarms
-from mocov3_ds.monitor.signals import ByGroup, SignalFile
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.layer_groups import group_names, group_of
+from mocov3_ds.monitoring.alarms import Alarms
+from mocov3_ds.monitoring.signal_file import ByGroup, SignalFile
 from mocov3_ds.optim import AdamW, Lamb, Lars
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -131,10 +131,10 @@ def parts_of_a_step(rounds: int) -> tuple[list[float], list[float]]:
 def whole_steps(blocks: int, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of the main job's steps, blocks without and with signals in turns."""
     # imported here: the optimizers above need no engine
-    from mocov3_ds.advance import advance
     from mocov3_ds.config import parse
     from mocov3_ds.distributed import ranks
-    from mocov3_ds.job import build_job
+    from mocov3_ds.training.advance import advance
+    from mocov3_ds.training.run import build_job
 
     times: dict[bool, list[float]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:

@@ -43,13 +43,13 @@ from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import compute_dtype, engine_config, full_tensors, start_engine
+from mocov3_ds.model.base_encoder import BaseEncoder, Chunks, EncoderShape
+from mocov3_ds.model.cpu_ops import linear
 from mocov3_ds.model.heads import BatchNormOverRanks
-from mocov3_ds.model.moco import BaseEncoder, Chunks, EncoderShape
-from mocov3_ds.model.momentum import MomentumEncoder
-from mocov3_ds.model.on_cpu import linear
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, as_written, build_vit, compile_blocks
 from mocov3_ds.optim import AdamW
-from mocov3_ds.step import QueriesToLoss, train_step
+from mocov3_ds.training.step import QueriesToLoss, train_step
 
 Kind = Literal["direct", "joint", "channels_last", "compiled", "blocks", "chunks", "plain"]
 

@@ -25,13 +25,13 @@ from mocov3_ds.distributed.engine import (
     full_tensors,
     start_engine,
 )
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.heads import BatchNormOverRanks
-from mocov3_ds.model.moco import BaseEncoder, EncoderShape
-from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape
 from mocov3_ds.optim.lamb import Lamb
 from mocov3_ds.optim.rules import vit_rule
-from mocov3_ds.step import QueriesToLoss, train_step
+from mocov3_ds.training.step import QueriesToLoss, train_step
 
 _SHAPE = EncoderShape(
     vit=VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3), hidden=20, out=12

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-import mocov3_ds
-from mocov3_ds import durable
+from mocov3_ds import version
 from mocov3_ds.checks.finding import Finding, Status, sound
 from mocov3_ds.config import Config
-from mocov3_ds.data import decode, native
+from mocov3_ds.data.storage import atomic
+from mocov3_ds.data.views import decode, native
 from mocov3_ds.distributed import ranks
-from mocov3_ds.job import encoder_shape
-from mocov3_ds.model.moco import BaseEncoder
+from mocov3_ds.model.base_encoder import BaseEncoder
+from mocov3_ds.training.run import encoder_shape
 
 _MIB, _GIB = 2**20, 2**30
 _DISK_BYTES = 64 * _MIB
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
         "deepspeed": _version("deepspeed"),
         "timm": _version("timm"),
         "numpy": _version("numpy"),
-        "mocov3-ds": f"{mocov3_ds.__version__} ({_source_digest()[:8]})",
+        "mocov3-ds": f"{version.__version__} ({_source_digest()[:8]})",
     }
     if torch.cuda.is_available():
         found["CUDA"] = f"{torch.version.cuda}"
@@ -62,7 +62,7 @@ def _version(package: str) -> str:
 def _source_digest() -> str:
     """Of the program's own files: another checkout on one machine is another program."""
     digest = hashlib.sha256()
-    folder = Path(mocov3_ds.__file__).parent
+    folder = Path(version.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
@@ -292,7 +292,7 @@ def check_rename(folder: Path) -> Finding:
         aside.mkdir()
         (aside / "part").write_bytes(b"1" * 4096)
         aside.replace(final)
-        durable.sync(folder)
+        atomic.sync(folder)
         old, new = folder / f"old-{ranks.rank()}", folder / f"new-{ranks.rank()}"
         old.write_text("old")
         with old.open() as reader:
@@ -342,7 +342,7 @@ def check_shared(folder: Path) -> Finding:
     content = ranks.broadcast_object(content)
     if ranks.is_first():
         path.write_bytes(content)
-        durable.sync(folder)
+        atomic.sync(folder)
     ranks.barrier()
     try:
         trouble = "" if path.read_bytes() == content else "another content than rank 0 wrote"

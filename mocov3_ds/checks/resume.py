@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mocov3_ds.advance import advance
 from mocov3_ds.checks.finding import Finding, judged
 from mocov3_ds.checks.machine import check_shared
 from mocov3_ds.config import parse
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import full_tensors
-from mocov3_ds.job import build_job
+from mocov3_ds.training.advance import advance
+from mocov3_ds.training.run import build_job
 
 _IMAGES, _ROWS, _STOP, _LAST = 96, 4, 2, 4
 _REMEDY = (

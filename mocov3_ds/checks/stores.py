@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from mocov3_ds.checks.finding import Finding, sound
-from mocov3_ds.data import decode, manifest, storage
-from mocov3_ds.data.decode import UnreadableImage
+from mocov3_ds.data import manifest, storage
 from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.views import decode
+from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.distributed import ranks
 
 _MB = 10**6

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocov3_ds.data import storage
-from mocov3_ds.data.cache import Cache
 from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.storage.cache import Cache
 
 GAP = 256 << 10
 """Bytes between two wanted samples that are read and thrown away rather than asked for apart."""

@@ -44,8 +44,7 @@ from typing import Any
 import psutil
 from torch.distributed import DistError
 
-from mocov3_ds import host_memory
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import host_memory, ranks
 
 STATUS = 75
 """Exit status of a rank that ends because another one, or the launcher, did."""

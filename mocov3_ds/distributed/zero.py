@@ -22,7 +22,7 @@ from deepspeed import comm
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.optim.segments import Flat, Segment, Shape, cut, run_on, whole
+from mocov3_ds.distributed.segments import Flat, Segment, Shape, cut, run_on, whole
 
 Names = Mapping[Tensor, str]
 

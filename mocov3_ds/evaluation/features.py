@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mocov3_ds.data.loader import evaluation_batches
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.data.stream import evaluation_batches
-from mocov3_ds.data.views import ViewSpec, normalise
+from mocov3_ds.data.views.photometric import ViewSpec, normalise
 from mocov3_ds.distributed import ranks
 
 Prepare = Callable[[Tensor], Tensor]

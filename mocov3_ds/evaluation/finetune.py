@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.encoder import Weights, Which, build, read_weights
+from mocov3_ds.encoders.load import Weights, Which, build, read_weights
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.protocol import (
     Precision,

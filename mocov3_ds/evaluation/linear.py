@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mocov3_ds.data.views import ViewSpec, normalise
+from mocov3_ds.data.views.photometric import ViewSpec, normalise
 from mocov3_ds.distributed import ranks
-from mocov3_ds.encoder import Which, build, read_weights
+from mocov3_ds.encoders.load import Which, build, read_weights
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.protocol import (
     Precision,

@@ -22,8 +22,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.data.views import ViewSpec, normalise
-from mocov3_ds.encoder import Which, build, read_weights
+from mocov3_ds.data.views.photometric import ViewSpec, normalise
+from mocov3_ds.encoders.load import Which, build, read_weights
 from mocov3_ds.evaluation.features import split_features
 from mocov3_ds.evaluation.knn import nearest
 from mocov3_ds.evaluation.samples import centre_crop, labelled_splits, reader, split_urls

@@ -21,13 +21,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mocov3_ds.data import decode, storage, views
 from mocov3_ds.data import manifest as manifests
-from mocov3_ds.data.decode import UnreadableImage
+from mocov3_ds.data import storage
 from mocov3_ds.data.fetch import Unreadable, fetch_one, key_of
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.data.views import ViewSpec
-from mocov3_ds.encoder import Weights
+from mocov3_ds.data.views import decode, photometric
+from mocov3_ds.data.views.decode import UnreadableImage
+from mocov3_ds.data.views.photometric import ViewSpec
+from mocov3_ds.encoders.load import Weights
 
 Ids = NDArray[np.int64]
 Pixels = Callable[[bytes, int, int, int], Tensor]
@@ -210,7 +211,7 @@ class _RandomCrop:
 
     def __call__(self, data: bytes, sample_id: int, epoch: int, place: int) -> Tensor:
         height, width = decode.size_of(data)
-        boxes, flips, _ = views.draw(self.spec, self.seed, epoch, sample_id, height, width)
+        boxes, flips, _ = photometric.draw(self.spec, self.seed, epoch, sample_id, height, width)
         out = np.empty((1, 3, self.size, self.size), dtype=np.uint8)
         decode.two_crops(data, boxes[:1], flips[:1], out)
         return torch.from_numpy(out[0])

@@ -20,7 +20,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mocov3_ds.model.on_cpu import attend
+from mocov3_ds.model.cpu_ops import attend
 
 Positions = Literal["sincos", "none"]
 

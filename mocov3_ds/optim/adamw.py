@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mocov3_ds.optim.arguments import NamedParameters, number, pair_of_betas, switch
 from mocov3_ds.optim.kernels import AdamTerms, Kernels
-from mocov3_ds.optim.plan import NORMS, NORMS_AND_RMS, Plan, Share
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
+from mocov3_ds.optim.step_tables import NORMS, NORMS_AND_RMS, Plan, Share
 
 
 class AdamW(ShardedOptimizer):

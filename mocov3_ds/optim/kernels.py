@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mocov3_ds.optim.plan import (
+from mocov3_ds.optim.step_tables import (
     AFTER,
     BEFORE,
     EVERYTHING,

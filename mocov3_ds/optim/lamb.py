@@ -14,9 +14,9 @@ from mocov3_ds.optim.arguments import (
     trust_bounds,
 )
 from mocov3_ds.optim.kernels import AdamTerms, Kernels
-from mocov3_ds.optim.plan import NORMS, UPDATE, WEIGHT, Plan, Share
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
+from mocov3_ds.optim.step_tables import NORMS, UPDATE, WEIGHT, Plan, Share
 
 
 class Lamb(ShardedOptimizer):

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mocov3_ds.optim.arguments import NamedParameters, number, switch, trust_bounds
 from mocov3_ds.optim.kernels import Kernels, LarsTerms
-from mocov3_ds.optim.plan import GRADIENT, WEIGHT, Plan, Share
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
+from mocov3_ds.optim.step_tables import GRADIENT, WEIGHT, Plan, Share
 
 
 class Lars(ShardedOptimizer):

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.segments import Flat, Segment, bits, whole
 from mocov3_ds.optim.arguments import NamedParameters, full_shape, trained_tensors
 from mocov3_ds.optim.kernels import BACKENDS, Kernels, kernels_for
-from mocov3_ds.optim.plan import (
+from mocov3_ds.optim.rules import RuleFor, checked, vit_rule
+from mocov3_ds.optim.step_tables import (
     AFTER,
     BEFORE,
     EVERYTHING,
@@ -40,8 +42,6 @@ from mocov3_ds.optim.plan import (
     plan_of,
     signals_of,
 )
-from mocov3_ds.optim.rules import RuleFor, checked, vit_rule
-from mocov3_ds.optim.segments import Flat, Segment, bits, whole
 
 
 class ShardedOptimizer(torch.optim.Optimizer):

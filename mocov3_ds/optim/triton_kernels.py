@@ -23,7 +23,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from mocov3_ds.optim.kernels import AdamTerms, Kernels, LarsTerms
-from mocov3_ds.optim.plan import AFTER, BEFORE, EVERYTHING, MOMENTUM, PEAK, PRODUCT, Share
+from mocov3_ds.optim.step_tables import AFTER, BEFORE, EVERYTHING, MOMENTUM, PEAK, PRODUCT, Share
 
 _BLOCK = 2048
 _REDUCE = 1024

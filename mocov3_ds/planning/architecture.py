@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from mocov3_ds.model.moco import EncoderShape
+from mocov3_ds.model.base_encoder import EncoderShape
 
 ATTENTION_BACKWARD = 2.5
 """flash attention's backward against its forward: it computes the scores again, five products"""

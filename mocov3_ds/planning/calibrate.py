@@ -14,7 +14,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from mocov3_ds.model.on_cpu import linear
+from mocov3_ds.model.cpu_ops import linear
 
 _ROWS, _DIM, _HEADS, _IMAGES = 8 * 197, 768, 12, 8
 _SECONDS = 1.0

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import tyro
 
 from mocov3_ds.config import Config, find_recipe, read_json, with_overrides
-from mocov3_ds.model.moco import EncoderShape
+from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.optim.arguments import number
-from mocov3_ds.planning import report, tables
+from mocov3_ds.planning import plan_text, tables
 from mocov3_ds.planning.calibrate import calibrate as measure_rates
 from mocov3_ds.planning.hardware import Cluster, list_of_presets, read_cluster, with_rates
 from mocov3_ds.planning.options import Option, Wish, fitting_options
@@ -90,7 +90,7 @@ def plan(
         options = fitting_options(wish, cluster, stages)
         # files first: whoever reads the text may close the pipe early
         if picture is not None:
-            report.picture(picture, wish, cluster, options)
+            plan_text.picture(picture, wish, cluster, options)
         if write_json is not None:
             own = engine_json(wish, options[0])
             write_json.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def plan(
             launch = launch_command(replace(wish, engine=own), cluster, options[0], write_json)
         else:
             launch = launch_command(wish, cluster, options[0], deepspeed_config, ds)
-        say = _json if as_json else report.text
+        say = _json if as_json else plan_text.text
         print(say(wish, cluster, options, price_per_gpu_hour, launch))
         if picture is not None and not as_json:
             print(picture)
@@ -124,7 +124,7 @@ def _check_alone(given: dict[str, object]) -> None:
 
 
 def _json(wish: Wish, cluster: Cluster, options: list[Option], price: float, launch: str) -> str:
-    plain = report.as_json(wish, cluster, options, price, launch)
+    plain = plan_text.as_json(wish, cluster, options, price, launch)
     return json.dumps(plain, indent=2, allow_nan=False)
 
 
@@ -177,7 +177,7 @@ def _check_optimizer(block: Any) -> None:
 
 def shape_of(config: Config) -> EncoderShape:
     """Architecture that the settings describe."""
-    from mocov3_ds.job import encoder_shape  # brings the loader with it
+    from mocov3_ds.training.run import encoder_shape  # brings the loader with it
 
     return encoder_shape(config)
 

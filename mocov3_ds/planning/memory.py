@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mocov3_ds.model.moco import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import Chunks, EncoderShape
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.architecture import TensorSize
 from mocov3_ds.planning.traffic import PERSISTENCE
-from mocov3_ds.step import kept_of_each_view
+from mocov3_ds.training.step import kept_of_each_view
 
 Moment = Literal["keys", "loss", "heads", "turn", "middle", "reduce", "update"]
 MOMENTS: tuple[Moment, ...] = ("keys", "loss", "heads", "turn", "middle", "reduce", "update")

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mocov3_ds import fit
-from mocov3_ds.model.moco import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import Chunks, EncoderShape
 from mocov3_ds.optim.arguments import number
 from mocov3_ds.planning import architecture, memory, pace, traffic
 from mocov3_ds.planning.hardware import GB, GIB, Cluster
 from mocov3_ds.planning.memory import Memory
 from mocov3_ds.planning.pace import Pace
+from mocov3_ds.training import chunk_size
 
 _STAGES = (0, 1, 2, 3)
 _MOST_CARDS = 1024
@@ -147,9 +147,9 @@ def _check(wish: Wish, cluster: Cluster) -> None:
 
 def _option(wish: Wish, cluster: Cluster, stage: int, recompute: bool) -> Option:
     images = wish.batch // cluster.cards
-    key_block = fit.fitting_key_block(images, wish.batch)
+    key_block = chunk_size.fitting_key_block(images, wish.batch)
     room = _images_that_fit(wish, cluster, stage, recompute, key_block)
-    chunks = fit.choose_chunks(room, images) if room else Chunks(size=1)
+    chunks = chunk_size.choose_chunks(room, images) if room else Chunks(size=1)
     held = _memory(wish, cluster, stage, recompute, key_block, chunks)
     speed = None
     if room:
@@ -197,7 +197,7 @@ def _images_that_fit(
     images = wish.batch // cluster.cards
 
     def fits(room: int) -> bool:
-        chunks = fit.choose_chunks(room, images)
+        chunks = chunk_size.choose_chunks(room, images)
         held = _memory(wish, cluster, stage, recompute, key_block, chunks)
         return held.total <= cluster.usable
 
@@ -301,7 +301,7 @@ def _bigger_cards(cluster: Cluster) -> Iterator[tuple[int, Cluster]]:
 
 
 def _something_fits(wish: Wish, cluster: Cluster, stages: tuple[int, ...]) -> bool:
-    key_block = fit.fitting_key_block(wish.batch // cluster.cards, wish.batch)
+    key_block = chunk_size.fitting_key_block(wish.batch // cluster.cards, wish.batch)
     return any(
         _images_that_fit(wish, cluster, stage, recompute, key_block)
         for stage, recompute in _ways(wish, stages)

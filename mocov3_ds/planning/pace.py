@@ -6,11 +6,11 @@ the collectives of batch norm and loss are waited for. So it is an upper bound i
 
 from dataclasses import dataclass
 
-from mocov3_ds.model.moco import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import Chunks, EncoderShape
 from mocov3_ds.planning import architecture, traffic
 from mocov3_ds.planning.hardware import MOVES, Cluster
 from mocov3_ds.planning.traffic import Collective, Passes
-from mocov3_ds.step import kept_of_each_view
+from mocov3_ds.training.step import kept_of_each_view
 
 IMAGENET = 1_281_167
 """training images of ImageNet-1k: what an epoch means here"""

@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mocov3_ds.model.moco import EncoderShape
-from mocov3_ds.optim.plan import EVERYTHING, NORMS, PEAK
+from mocov3_ds.model.base_encoder import EncoderShape
+from mocov3_ds.optim.step_tables import EVERYTHING, NORMS, PEAK
 from mocov3_ds.planning.architecture import TensorSize, features_of_norms, tensors, trained
 
 BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}

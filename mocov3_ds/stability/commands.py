@@ -131,7 +131,7 @@ def report(source: Folder, /, *, out: Path | None = None, command: str = "") -> 
         out: folder of the page, the pictures and the tables; empty = SOURCE/report.
         command: that made the runs, to be printed on the page.
     """
-    from mocov3_ds.stability.report import report as make_report  # matplotlib takes a while
+    from mocov3_ds.stability.study_page import report as make_report  # matplotlib takes a while
 
     page = make_report(source, out or source / "report", command=command)
     print(f"{page}: open it in a browser; runs.csv, arms.csv, events.csv and PNGs lie beside it")
@@ -163,7 +163,7 @@ def replay(
         out: folder of forks, table and picture; empty = RUN-replay-step-STEP-rate-FACTOR beside
             the run.
     """
-    from mocov3_ds.stability import replay as replays
+    from mocov3_ds.stability import counterfactual as replays
 
     if not 0 <= factor < 1:
         raise ValueError(f"--factor {factor} must be from 0 (frozen) to below 1.")

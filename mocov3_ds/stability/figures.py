@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mocov3_ds.monitor.signals import Table
+from mocov3_ds.monitoring.signal_file import Table
 from mocov3_ds.stability import events
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.verdict import Judgement, LossEvent, Series

@@ -38,7 +38,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from mocov3_ds.config import RECIPES, Config, Run, parse
+from mocov3_ds.config import RECIPES, Config, Settings, parse
 from mocov3_ds.optim.build import build_optimizer
 
 if sys.version_info >= (3, 11):
@@ -80,7 +80,7 @@ _REPEATED = ("model.group_lr",)  # flags that are given once a value
 _TOP = ("title", "about", "seeds", "twins", "base", "axes", "arms", "scale")
 _OF_A_SCALE = ("base", "axes", "arms", "seeds", "twins")
 
-Settings = Mapping[str, Any]
+Overrides = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Cell:
     """folder of the run"""
     label: str
     """what sets it apart from other cells, for people; equal for all seeds"""
-    settings: Settings
+    settings: Overrides
     """all settings, `seed` included"""
-    varied: Settings
+    varied: Overrides
     """those that differ between cells, without `seed`"""
     twin: str = ""
     """name of the cell that differs by the frozen patch projection alone"""
@@ -127,7 +127,7 @@ class Grid:
 @dataclass(frozen=True)
 class _Arm:
     name: str = ""
-    settings: Settings = field(default_factory=dict)
+    settings: Overrides = field(default_factory=dict)
     axes: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
@@ -213,8 +213,8 @@ def lay_out(tree: Mapping[str, Any], name: str, scale: str, seeds: int | None = 
 
 def _cells(
     arm: str,
-    settings: Settings,
-    varied: Settings,
+    settings: Overrides,
+    varied: Overrides,
     axes: Collection[str],
     seeds: int,
     with_twin: bool,
@@ -256,14 +256,14 @@ def _with_twin(cell: Cell, cells: Iterable[Cell]) -> Cell:
     return dataclasses.replace(cell, twin=names[0]) if names else cell
 
 
-def patch_rate(settings: Settings) -> float:
+def patch_rate(settings: Overrides) -> float:
     """Rate of the patch projection relative to the others; 0 = frozen."""
     value = settings.get("patch", "trained")
     return {"trained": 1.0, "frozen": 0.0}[value] if isinstance(value, str) else float(value)
 
 
-def flags(settings: Settings) -> list[str]:
-    """Settings as flags of train.py.
+def flags(settings: Overrides) -> list[str]:
+    """Overrides as flags of train.py.
 
     The optimizer block is given whole, so that nothing of the recipe's is left in it.
     """
@@ -316,7 +316,7 @@ def flag(key: str, value: Any) -> list[str]:
     return [f"--{key}", str(value)]
 
 
-def check(cell: Cell, where: str) -> Run:
+def check(cell: Cell, where: str) -> Settings:
     """What train.py makes of a cell's flags.
 
     Raises:
@@ -382,7 +382,7 @@ def _known(tree: Mapping[str, Any], known: Sequence[str], name: str, where: str)
             )
 
 
-def _settings_known(settings: Settings, name: str, where: str) -> None:
+def _settings_known(settings: Overrides, name: str, where: str) -> None:
     for key in settings:
         _setting_known(key, name, where)
     patch = settings.get("patch", "trained")
@@ -456,7 +456,7 @@ def _products(axes: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(axes, values, strict=True))
 
 
-def _label(arm: str, varied: Settings, axes: Collection[str]) -> str:
+def _label(arm: str, varied: Overrides, axes: Collection[str]) -> str:
     """The arm's name and what varies within it, e.g. `LAMB, lr 5e-04, frozen`."""
     parts = [arm] if arm else []
     for key, value in varied.items():

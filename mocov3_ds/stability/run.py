@@ -33,9 +33,9 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from mocov3_ds import durable
+from mocov3_ds.data.storage import atomic
 from mocov3_ds.distributed import ranks
-from mocov3_ds.monitor.report import read_rows
+from mocov3_ds.monitoring.run_log import read_rows
 from mocov3_ds.stability.grid import Cell, Grid
 
 TRAIN = Path(__file__).parents[1] / "train.py"
@@ -244,7 +244,7 @@ def _last_words(said: str) -> str:
 
 
 def _write(path: Path, tree: Any) -> None:
-    durable.write_text(path, json.dumps(tree, indent=1))
+    atomic.write_text(path, json.dumps(tree, indent=1))
 
 
 # ---------------------------------------------------------------------------------- executors

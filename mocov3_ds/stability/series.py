@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mocov3_ds.encoder import read_run
-from mocov3_ds.monitor import signals
-from mocov3_ds.monitor.report import read_rows
+from mocov3_ds.encoders.load import read_run
+from mocov3_ds.monitoring import signal_file
+from mocov3_ds.monitoring.run_log import read_rows
 from mocov3_ds.stability.verdict import Array, Series, Steps
 
 
@@ -60,7 +60,7 @@ def _signals(run: Path, steps_T: Steps) -> tuple[tuple[str, ...], Array, Array]:
     if not (run / "signals.json").exists():
         nothing = np.empty((0, len(steps_T)))
         return (), nothing, nothing
-    table = signals.read(run)
+    table = signal_file.read(run)
     _, here, there = np.intersect1d(steps_T, table.steps, return_indices=True)
     arrays = []
     for signal in ("grad_linf", "rms"):

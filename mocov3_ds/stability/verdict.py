@@ -33,7 +33,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from mocov3_ds.monitor.alarm import RMS_HIGH, RULES
+from mocov3_ds.monitoring.alarms import RMS_HIGH, RULES
 from mocov3_ds.stability import events
 from mocov3_ds.stability.events import Burst
 

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from mocov3_ds.bench import checkpoint
-from mocov3_ds.model.moco import EncoderShape
+from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 from tests.ranks_pool import run_ranks
 

@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from mocov3_ds.bench import loader, reference_views
-from mocov3_ds.data.views import ViewSpec
+from mocov3_ds.bench import loader
+from mocov3_ds.data.views import reference
+from mocov3_ds.data.views.photometric import ViewSpec
 from tests.data.pictures import picture, stored
 from tests.data.sets import make_set
 
@@ -35,7 +36,7 @@ def test_all_tables_are_printed(shards, capsys):
 
 def test_stages_cover_the_yardstick(shards):
     stages = loader._stages_ms(shards, loader.Options(shards=(shards,), size=32))
-    steps = len(reference_views.view_transform(ViewSpec(), 0, 32).transforms)
+    steps = len(reference.view_transform(ViewSpec(), 0, 32).transforms)
     assert sum(name.startswith("Pillow: ") for name in stages) == steps + 1  # and the decoding
 
 
@@ -45,7 +46,7 @@ def test_the_yardstick_makes_two_normalised_views(shards, second_set):
     random.seed(0)
     torch.manual_seed(0)
     found = loader.manifest.load(shards)
-    batches = list(reference_views.loader(found, ViewSpec(), 32, 4, 0, second_set))
+    batches = list(reference.loader(found, ViewSpec(), 32, 4, 0, second_set))
     assert len(batches) == 2
     for views in batches:
         for view_BCHW in views:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mocov3_ds.bench import step
-from mocov3_ds.model.moco import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import Chunks, EncoderShape
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 from tests.ranks_pool import run_ranks
 

@@ -18,9 +18,9 @@ import psutil
 import pytest
 import torch
 
-from mocov3_ds import failure
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.distributed.heartbeat import Beat, Member
+from mocov3_ds.faults import exit_status
 from tests.ranks_pool import forks, free_port
 
 WORLD = 3
@@ -51,7 +51,7 @@ def one_rank(rank: int, port: int, folder: str, trouble: str, of_rank: int) -> N
             time.sleep(0.03)
         heartbeat.stop()
     except BaseException as error:
-        os._exit(failure.end(error))
+        os._exit(exit_status.end(error))
     os._exit(0)
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mocov3_ds import checkpoint, run_folder
-from mocov3_ds.config import RECIPES, Run, ViewConfig
-from mocov3_ds.job import encoder_shape
-from mocov3_ds.model.moco import BaseEncoder
-from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.checkpoints import checkpoint, run_folder
+from mocov3_ds.config import RECIPES, Settings, ViewConfig
+from mocov3_ds.model.base_encoder import BaseEncoder
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
+from mocov3_ds.training.run import encoder_shape
 from tests.data.sets import make_set
 
 SIZE, DIM, HEADS = 16, 32, 4
@@ -42,7 +42,7 @@ def make_run(
         if parameter.requires_grad:  # the two encoders share what is frozen
             shaken[name] += 0.05 * torch.randn_like(shaken[name])
     momentum.start_from(shaken)
-    run_folder.claim_folder(folder, Run(config, dict(recipe.engine)).as_json(), "data")
+    run_folder.claim_folder(folder, Settings(config, dict(recipe.engine)).as_json(), "data")
     checkpoint.save(
         folder,
         step,

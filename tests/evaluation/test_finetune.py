@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from mocov3_ds.encoder import load_encoder, read_weights
+from mocov3_ds.encoders.load import load_encoder, read_weights
 from mocov3_ds.evaluation import finetune as finetuning
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.finetune import (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mocov3_ds.distributed import ranks
 from mocov3_ds.evaluation.features import extract, join
 from mocov3_ds.evaluation.knn import FeatureQueue, knn_accuracy
-from mocov3_ds.evaluation.monitor import KnnMonitor
+from mocov3_ds.monitoring.knn_monitor import KnnMonitor
 from tests.ranks_pool import run_ranks
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mocov3_ds.data import manifest as manifests
-from mocov3_ds.data.views import ViewSpec, normalise
-from mocov3_ds.encoder import load_encoder
+from mocov3_ds.data.views.photometric import ViewSpec, normalise
+from mocov3_ds.encoders.load import load_encoder
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.linear import HeadBank, LinearConfig, cosine, linear
 from mocov3_ds.evaluation.samples import centre_crop, epoch_order, random_crop, reader

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mocov3_ds.encoder import load_encoder
+from mocov3_ds.encoders.load import load_encoder
 from mocov3_ds.evaluation.look import (
     _RIGHT,
     _WRONG,

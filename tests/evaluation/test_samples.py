@@ -11,7 +11,7 @@ from torchvision.transforms import CenterCrop, PILToTensor, Resize
 
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
-from mocov3_ds.encoder import read_weights
+from mocov3_ds.encoders.load import read_weights
 from mocov3_ds.evaluation.samples import (
     UnreadableSample,
     centre_crop,

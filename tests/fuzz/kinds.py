@@ -26,22 +26,22 @@ from PIL import Image
 from data_prep import shard as sharding
 from data_prep import verify as verifying
 from data_prep.sources import open_source
-from mocov3_ds import checkpoint, run_folder
+from mocov3_ds.checkpoints import checkpoint, run_folder
 from mocov3_ds.config import parse
-from mocov3_ds.data import decode
 from mocov3_ds.data import manifest as manifests
-from mocov3_ds.data.decode import UnreadableImage
-from mocov3_ds.data.lanes import Order
+from mocov3_ds.data.loader import Stream
 from mocov3_ds.data.manifest import ROW
-from mocov3_ds.data.stream import Stream
-from mocov3_ds.data.views import ViewSpec
+from mocov3_ds.data.sample_order import Order
+from mocov3_ds.data.views import decode
+from mocov3_ds.data.views.decode import UnreadableImage
+from mocov3_ds.data.views.photometric import ViewSpec
 from mocov3_ds.distributed.engine import compute_dtype, engine_config
-from mocov3_ds.encoder import load_encoder, read_run
-from mocov3_ds.export import export
-from mocov3_ds.job import encoder_shape
-from mocov3_ds.monitor.report import keep_rows_until, read_rows
+from mocov3_ds.encoders.export import export
+from mocov3_ds.encoders.load import load_encoder, read_run
+from mocov3_ds.monitoring.run_log import keep_rows_until, read_rows
 from mocov3_ds.optim.build import base_rate, build_optimizer
-from mocov3_ds.optim.schedule import scaled_rate
+from mocov3_ds.training.run import encoder_shape
+from mocov3_ds.training.schedule import scaled_rate
 from tests.data.pictures import picture, stored
 from tests.data.sets import make_set
 from tests.evaluation.runs import make_run

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from mocov3_ds.launch import Cluster, Kind, write_kit
-from mocov3_ds.monitor.report import read_rows
+from mocov3_ds.monitoring.run_log import read_rows
 from tests.data.sets import make_set
 from tests.ranks_pool import free_port
 from tests.test_train import SMALL, environment

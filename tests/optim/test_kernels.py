@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mocov3_ds.distributed.segments import Flat, Segment
 from mocov3_ds.optim import kernels
 from mocov3_ds.optim.kernels import BLOCKS, PLAIN, AdamTerms, Kernels, LarsTerms, kernels_for
-from mocov3_ds.optim.plan import (
+from mocov3_ds.optim.rules import Rule
+from mocov3_ds.optim.step_tables import (
     AFTER,
     BEFORE,
     EVERYTHING,
@@ -23,8 +25,6 @@ from mocov3_ds.optim.plan import (
     WEIGHT,
     Share,
 )
-from mocov3_ds.optim.rules import Rule
-from mocov3_ds.optim.segments import Flat, Segment
 from tests.optim import plain
 from tests.ranks_pool import run_ranks
 

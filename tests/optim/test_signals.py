@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mocov3_ds.optim import AdamW
 from mocov3_ds.optim.build import build_optimizer
-from mocov3_ds.optim.plan import EVERYTHING, NORMS
+from mocov3_ds.optim.step_tables import EVERYTHING, NORMS
 from tests.optim import engines, plain
 from tests.optim.engines import Case, Witness, movement_error, rule
 from tests.ranks_pool import run_ranks

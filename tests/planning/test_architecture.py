@@ -8,12 +8,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mocov3_ds import fit
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.heads import build_predictor, build_projector
-from mocov3_ds.model.moco import BaseEncoder, EncoderShape
-from mocov3_ds.model.momentum import MomentumEncoder
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, build_vit
 from mocov3_ds.planning import architecture
+from mocov3_ds.training import chunk_size
 
 SMALL = EncoderShape(
     vit=VitShape(image_size=32, patch_size=8, dim=36, depth=3, heads=3), hidden=50, out=14
@@ -51,7 +51,7 @@ def test_kept_bytes_of_the_papers_backbones(name: str, dtype: torch.dtype, recom
     shape = EncoderShape(vit=dataclasses.replace(PAPER_SHAPES[name], depth=3))
     backbone = build_vit(shape.vit, class_token_only=True).to(dtype)
     backbone.set_grad_checkpointing(recompute)
-    measured = fit.activation_bytes(backbone, torch.zeros(1, 3, 224, 224, dtype=dtype))
+    measured = chunk_size.activation_bytes(backbone, torch.zeros(1, 3, 224, 224, dtype=dtype))
     ours = architecture.backbone_bytes(shape, dtype.itemsize, recompute_blocks=recompute)
     assert ours == pytest.approx(measured, rel=0.02)
 
@@ -62,7 +62,7 @@ def test_kept_bytes_of_the_papers_backbones(name: str, dtype: torch.dtype, recom
 def test_kept_bytes_at_full_depth(name: str, dtype: torch.dtype) -> None:
     shape = EncoderShape(vit=PAPER_SHAPES[name])
     backbone = build_vit(shape.vit, class_token_only=True).to(dtype)
-    measured = fit.activation_bytes(backbone, torch.zeros(1, 3, 224, 224, dtype=dtype))
+    measured = chunk_size.activation_bytes(backbone, torch.zeros(1, 3, 224, 224, dtype=dtype))
     assert architecture.backbone_bytes(shape, dtype.itemsize) == pytest.approx(measured, rel=0.02)
 
 
@@ -73,7 +73,7 @@ def test_kept_bytes_of_the_heads(dtype: torch.dtype) -> None:
     both = torch.nn.Sequential(projector, predictor)
     features = torch.zeros(1, 384, dtype=dtype)
     shape = EncoderShape(vit=PAPER_SHAPES["vit_s16"], hidden=1024, out=256)
-    measured = fit.activation_bytes(both, features)
+    measured = chunk_size.activation_bytes(both, features)
     # the measure does not count a module's own input
     ours = architecture.head_bytes(shape, dtype.itemsize) - features.nbytes
     assert ours == pytest.approx(measured, rel=0.02)

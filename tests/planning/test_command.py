@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from mocov3_ds import cli
-from mocov3_ds.config import RECIPES, Run, parse
+from mocov3_ds.config import RECIPES, Settings, parse
 from mocov3_ds.distributed.engine import engine_config
-from mocov3_ds.model.moco import Chunks
+from mocov3_ds.model.base_encoder import Chunks
 from mocov3_ds.planning import hardware, memory, pace, traffic
 from mocov3_ds.planning.command import launch_command, wish_of
 from mocov3_ds.planning.hardware import PRESETS, read_cluster
@@ -58,7 +58,7 @@ def test_text_json_picture_and_deepspeed_json(
     assert run.engine["zero_optimization"]["stage"] == best["stage"]
 
 
-def launched(said: str) -> tuple[str, Run]:
+def launched(said: str) -> tuple[str, Settings]:
     """What `deepspeed` and train.py read of the command in a plan's JSON."""
     command = shlex.split(json.loads(said)["launch"])
     script = command.index("mocov3_ds/train.py")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mocov3_ds.config import parse
-from mocov3_ds.job import build_job
 from mocov3_ds.planning.drift import SETTLED, Drift
 from mocov3_ds.planning.hardware import GIB, card_of_device
 from mocov3_ds.planning.memory import Memory, Part
 from mocov3_ds.planning.pace import Pace
+from mocov3_ds.training.run import build_job
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mocov3_ds.model.moco import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import Chunks, EncoderShape
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 from mocov3_ds.planning import architecture, memory
 from mocov3_ds.planning.memory import Memory
@@ -47,7 +47,7 @@ def zero(stage: int, bucket: int) -> dict[str, int]:
 def held(cases: list[tuple[int, str]]) -> list[int]:
     """Bytes of tensors between two steps, of each case."""
     from mocov3_ds.distributed import ranks
-    from mocov3_ds.step import train_step
+    from mocov3_ds.training.step import train_step
 
     found = []
     for stage, precision in cases:
@@ -93,10 +93,10 @@ def peaks(cases: list[tuple[int, str, int, Chunks, bool]]) -> list[float]:
     """Most bytes that tensors made in a step hold at once, of each case."""
     from mocov3_ds.bench.planned import peak_of_tensors
     from mocov3_ds.distributed import ranks
-    from mocov3_ds.model import on_cpu
-    from mocov3_ds.step import train_step
+    from mocov3_ds.model import cpu_ops
+    from mocov3_ds.training.step import train_step
 
-    on_cpu.SMALLEST = 2**40  # torch's own layers, as on a GPU: a gradient is copied once more
+    cpu_ops.SMALLEST = 2**40  # torch's own layers, as on a GPU: a gradient is copied once more
     found = []
     for stage, precision, images, chunks, recomputed in cases:
         engine, encoder, dtype = begin(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mocov3_ds.model.moco import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import Chunks, EncoderShape
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 from mocov3_ds.planning import pace, traffic
 from mocov3_ds.planning.traffic import Collective, Passes
@@ -38,8 +38,8 @@ def counted(cases: list[Case]) -> list[list[Call]]:
     """The collectives of the third step of each case, on this rank."""
     take = log_collectives()
     from mocov3_ds.distributed import ranks
-    from mocov3_ds.step import train_step
-    from tests.test_step import views
+    from mocov3_ds.training.step import train_step
+    from tests.training.test_step import views
 
     found = []
     for stage, precision, optimizer, chunk, watch, zero in cases:

@@ -1,0 +1,1 @@
+"""How stored bytes become two views: decode, draw, crop, colour."""

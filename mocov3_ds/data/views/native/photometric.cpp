@@ -1,0 +1,110 @@
+// Colour work on uint8 crops on the CPU: the same numbers as mocov3_ds/data/views/photometric.py (`photometric`).
+
+#include "photometric.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+#include "parameters.h"
+
+namespace {
+
+using namespace views;
+
+constexpr int BLOCK = 1024;  // pixels that pass all operations while they are in the first cache
+
+// The n-th permutation of 0 .. 3 in lexicographic order, as itertools gives them.
+void order_of(int n, int* order) {
+  for (int i = 0; i < 4; i++) order[i] = i;
+  for (; n > 0; n--) std::next_permutation(order, order + 4);
+}
+
+namespace plain {
+#include "photometric_kernels.h"
+}  // namespace plain
+#if X86_KERNELS
+BEGIN_AVX2
+namespace avx2 {
+#include "photometric_kernels.h"
+}  // namespace avx2
+END_KERNELS
+BEGIN_AVX512
+namespace avx512 {
+#include "photometric_kernels.h"
+}  // namespace avx512
+END_KERNELS
+#endif
+
+// Memory kept by the thread.
+template <typename T>
+struct Kept {
+  T* values = nullptr;
+  size_t size = 0;
+  bool ensure(size_t wanted) {
+    if (wanted <= size) return true;
+    delete[] values;
+    values = new (std::nothrow) T[wanted];
+    size = values ? wanted : 0;
+    return values;
+  }
+  ~Kept() { delete[] values; }
+};
+thread_local Kept<uint16_t> planes;  // two padded planes of 16-bit pixels for the blur
+thread_local Kept<uint8_t> copy;     // the image being changed
+
+}  // namespace
+
+namespace views {
+
+bool augment(uint8_t* image, int height, int width, const float* row) {
+  const size_t reach = row[BOX_RADIUS] >= 0 ? size_t(row[BOX_RADIUS]) + 1 : 0;
+  const size_t size = (height + 2 * reach) * (width + 2 * reach);
+  if (!planes.ensure(2 * size)) return false;
+  ON_THIS_CPU(augment(image, height, width, row, planes.values, planes.values + size));
+  return true;
+}
+
+template <typename T>
+void normalise(const uint8_t* image, size_t plane, const float* scale, const float* shift, T* out) {
+  for (int c = 0; c < 3; c++) {
+    ON_THIS_CPU(normalise(image + c * plane, plane, scale[c], shift[c], out + c * plane));
+  }
+}
+
+}  // namespace views
+
+extern "C" {
+
+// Images (count, 3, height, width) with the colours that their rows (count, 10) ask for, normalised to
+// `out` of the same shape: float32 if kind is 0, bfloat16 if it is 1. Returns 0, or 1 without memory.
+__attribute__((visibility("default"))) int mocov3_photometric(
+    const uint8_t* images, const float* rows, int64_t count, int height, int width,
+    const float* scale, const float* shift, int kind, void* out) {
+  const size_t plane = size_t(height) * width;
+  if (!copy.ensure(3 * plane)) return 1;
+  uint8_t* image = copy.values;
+  for (int64_t i = 0; i < count; i++) {
+    std::memcpy(image, images + 3 * plane * i, 3 * plane);
+    if (!views::augment(image, height, width, rows + i * views::PARAMETERS)) return 1;
+    if (kind == 0)
+      views::normalise(image, plane, scale, shift, static_cast<float*>(out) + 3 * plane * i);
+    else
+      views::normalise(image, plane, scale, shift, static_cast<uint16_t*>(out) + 3 * plane * i);
+  }
+  return 0;
+}
+
+// The same colours in place. Returns 0, or 1 without memory.
+__attribute__((visibility("default"))) int mocov3_augment(uint8_t* images, const float* rows,
+                                                          int64_t count, int height, int width) {
+  const size_t image = 3 * size_t(height) * width;
+  for (int64_t i = 0; i < count; i++)
+    if (!views::augment(images + image * i, height, width, rows + i * views::PARAMETERS)) return 1;
+  return 0;
+}
+
+}  // extern "C"

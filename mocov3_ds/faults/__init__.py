@@ -1,0 +1,1 @@
+"""What happens when a run goes wrong: bad steps, signals, exit status, replay."""

@@ -1,0 +1,203 @@
+"""The momentum encoder: whole on each rank, fp32, moved once per optimizer step.
+
+Order of the paper's Alg. 1: the queries are computed first, the momentum encoder then moves from
+the *current* base weights (this step's optimizer update is still to come), and only then makes the
+keys. Parameters alone are averaged; batch-norm statistics are those of the batch at hand.
+
+Why fp32: an exponential average whose increment is below half a unit in the last place stands
+still. Stored in bf16 it was off by 23-31 % of its movement at m = 0.99 and 96-98 % at m = 0.9999,
+after 300 to 3000 steps of Adam-sized drift; stored in fp32 but fed bf16 base weights, by 0.02 %.
+So the master is fp32 always, and where the network runs in low precision a copy is cast once per
+step for the forward pass.
+
+Shape suffixes: B = images, C H W = image, P = projector output.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape, chunked_features
+from mocov3_ds.model.cpu_ops import suit_cpu
+from mocov3_ds.model.heads import build_projector
+from mocov3_ds.model.vit import build_vit
+
+
+class MomentumEncoder(nn.Module):
+    """Backbone and projector without gradient; see the module's text for the rules it keeps.
+
+    Build it before the engine exists, call `follow` after (the engine may have cast, broadcast or
+    partitioned the base encoder), and never make it a child of the trained module: ZeRO-3 would
+    partition it and the low precision would be its only copy.
+    """
+
+    def __init__(
+        self,
+        shape: EncoderShape,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.backbone = build_vit(
+            shape.vit,
+            positions=shape.positions,
+            train_patch_projection=shape.train_patch_projection,
+            qk_norm=shape.qk_norm,
+            class_token_only=True,
+        )
+        self.projector = build_projector(shape.vit.dim, shape.hidden, shape.out)
+        suit_cpu(self)
+        self.requires_grad_(False).to(device)
+        self._low_precision = dtype != torch.float32
+        self._master: dict[str, Tensor] = {name: p.data for name, p in self.named_parameters()}
+        if self._low_precision:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.to(dtype)
+        self._trained: dict[str, nn.Parameter] = {}
+        self._partitioned = False
+        self._pending: set[str] = set()
+        self._weight_of_base = 0.0
+        self.features_BD: Tensor | None = None
+        """backbone features of the view whose keys were made last"""
+
+    @torch.no_grad()
+    def start_from(self, base_tensors: dict[str, Tensor]) -> None:
+        """Become a copy of the base encoder.
+
+        Args:
+            base_tensors: full tensors of the base encoder by name (predictor entries are ignored).
+        """
+        for name, buffer in self.named_buffers():
+            buffer.copy_(base_tensors[name])
+        for name, master in self._master.items():
+            master.copy_(base_tensors[name])
+        self._refresh()
+
+    def follow(self, base: BaseEncoder) -> None:
+        """Move with `base` from now on; call once, after the engine took `base` over.
+
+        Where ZeRO-3 partitions the weights, each module is averaged in a forward pre-hook that runs
+        right after the engine's own, while the weights are gathered anyway: no extra collective.
+        """
+        trained = {
+            n: p for n, p in base.named_parameters() if p.requires_grad and n in self._master
+        }
+        self._trained = trained
+        self._partitioned = any(hasattr(p, "ds_id") for p in trained.values())
+        if not self._partitioned:
+            return
+        for prefix, module in base.named_modules():
+            names = [
+                name
+                for name in (
+                    f"{prefix}.{leaf}" if prefix else leaf
+                    for leaf, _ in module.named_parameters(recurse=False)
+                )
+                if name in trained
+            ]
+            if names:
+                module.register_forward_pre_hook(self._hook(names))
+
+    def _hook(self, names: list[str]) -> Any:
+        def average(_module: nn.Module, _inputs: Any) -> None:
+            if self._pending and names[0] in self._pending:
+                self._average(names)
+                self._pending.difference_update(names)
+
+        return average
+
+    @torch.no_grad()
+    def _average(self, names: list[str]) -> None:
+        """Move the masters, and the low-precision copies after them while they are in the cache."""
+        low = dict(self.named_parameters()) if self._low_precision else {}
+        triples: list[Triple] = [
+            (self._master[name], self._trained[name].detach(), low.get(name)) for name in names
+        ]
+        for masters, bases, copies in _pieces(triples):
+            bases = [base.to(torch.float32) for base in bases]
+            torch._foreach_lerp_(masters, bases, self._weight_of_base)
+            if copies:
+                torch._foreach_copy_(copies, masters)
+
+    def begin(self, momentum: float) -> None:
+        """Start this step's move `k <- momentum * k + (1 - momentum) * q`.
+
+        Call it before the queries are computed. Frozen tensors are equal in both encoders and stay
+        bit-identical: they are not touched.
+        """
+        assert not self._pending, f"the last move never finished: {sorted(self._pending)[:3]}"
+        self._weight_of_base = 1.0 - momentum
+        if self._partitioned:
+            self._pending = set(self._trained)
+        else:
+            self._average(list(self._trained))
+
+    def finish(self) -> None:
+        """Check that each tensor moved; before the keys."""
+        assert not self._pending, f"no forward pass reached {sorted(self._pending)[:3]}"
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if not self._low_precision:
+            return
+        parameters = dict(self.named_parameters())
+        torch._foreach_copy_(list(parameters.values()), [self._master[n] for n in parameters])
+
+    @torch.no_grad()
+    def keys(self, x_BCHW: Tensor, chunk: int = 0) -> Tensor:
+        """Keys (B, P) of one view: backbone by chunks, projector on the whole rank batch."""
+        self.features_BD = chunked_features(self.backbone, x_BCHW, chunk)
+        k_BP: Tensor = self.projector(self.features_BD)
+        return k_BP
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 master (or buffer) of each tensor."""
+        yield from self._master.items()
+        yield from self.named_buffers()
+
+    @torch.no_grad()
+    def load_full_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `full_state` gave.
+
+        Raises:
+            ValueError: names differ.
+        """
+        expected = {name for name, _ in self.full_state()}
+        if expected != set(tensors):
+            missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+            raise ValueError(
+                f"momentum encoder of another model: missing {missing[:3]}, unknown {extra[:3]}."
+            )
+        self.start_from(tensors)
+
+
+Triple = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _pieces(triples: list[Triple]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """Flat pieces of (master, base, copy) tensors, in groups of a bounded count of numbers.
+
+    The bound keeps what a group makes in passing (an fp32 copy of low-precision weights) inside the
+    cache of a CPU core, where a fresh allocation of megabytes costs ten times the arithmetic, and
+    to 64 MiB on a GPU, where many small tensors in one launch are what counts.
+    """
+    at_once = 2**18 if triples[0][0].device.type == "cpu" else 2**24
+    groups: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    room = at_once
+    for triple in triples:
+        flats = [tensor.view(-1) for tensor in triple if tensor is not None]
+        start, numbers = 0, flats[0].numel()
+        while start < numbers:
+            end = min(start + room, numbers)
+            for group, flat in zip(groups, flats, strict=False):
+                group.append(flat[start:end])
+            room -= end - start
+            start = end
+            if not room:
+                yield groups
+                groups, room = ([], [], []), at_once
+    if groups[0]:
+        yield groups

@@ -1,0 +1,1 @@
+"""What one step is and what one run is."""

@@ -1,0 +1,34 @@
+"""The table of what a step needs: its arithmetic, and a row of a real (small) network."""
+
+from dataclasses import replace
+
+import pytest
+
+from mocov3_ds.bench import chunk_size
+from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
+from mocov3_ds.training import chunk_size as measuring
+
+
+def test_states_by_hand() -> None:
+    # bf16 weight 2, momentum master 4 and copy 2; fp32 master and two moments 12 over the ranks
+    assert chunk_size.state_bytes(100, 80, 2, world_size=1) == 100 * 2 + 100 * 12 + 80 * 6
+    assert chunk_size.state_bytes(100, 80, 2, world_size=4) == 100 * 2 + 100 * 3 + 80 * 6
+    # fp32: the network's own weights, no second copy of the momentum encoder
+    assert chunk_size.state_bytes(100, 80, 4, world_size=1) == 100 * 4 + 100 * 12 + 80 * 4
+
+
+def test_words_for_a_choice() -> None:
+    room = measuring.Room(free=0, rest=0, per_image=10)
+    assert chunk_size.choice(room, 8) == "does not fit"
+    assert chunk_size.choice(replace(room, free=1000), 8) == "one pass"
+    assert chunk_size.choice(replace(room, free=100), 8) == "4 (+1)"
+
+
+def test_a_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = VitShape(image_size=16, patch_size=8, dim=24, depth=1, heads=3)
+    monkeypatch.setitem(PAPER_SHAPES, "vit_s16", tiny)
+    chunk_size.main(chunk_size.Options(shapes=("vit_s16",), batch=64, ranks=(1, 2), chunk=8))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| vit_s16")]
+    assert [row.split(" | ")[2:4] for row in rows] == [["1", "64"], ["2", "32"]]
+    with pytest.raises(ValueError, match="64 cannot be shared by 3 ranks"):
+        chunk_size.main(chunk_size.Options(shapes=("vit_s16",), batch=64, ranks=(3,)))

@@ -1,0 +1,194 @@
+"""A folder belongs to one run, and one job at a time works on it."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mocov3_ds.checkpoints import run_folder
+
+
+def resolved(**changes: object) -> dict[str, object]:
+    config = {"batch": 8, "epochs": 3, "model": {"dim": 16}, "data": {"threads": 1, "lanes": 4}}
+    return {"config": {**config, **changes}, "deepspeed": {"optimizer": {"type": "AdamW"}}}
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_folder.claim_folder(run, resolved(), "data")
+    run_folder.claim_folder(run, resolved(save={"keep": 9}), "data")  # decides no number
+    run_folder.claim_folder(run, resolved(data={"threads": 7, "lanes": 4}), "data")
+    before = (run / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"epochs is 3 there, 5 here.*--name"):
+        run_folder.claim_folder(run, resolved(epochs=5), "data")
+    with pytest.raises(ValueError, match=r"model\.dim is 16 there, 32 here"):
+        run_folder.claim_folder(run, resolved(model={"dim": 32}), "data")
+    with pytest.raises(ValueError, match="training shards is data there, other here"):
+        run_folder.claim_folder(run, resolved(), "other")
+    assert (run / "config.json").read_text() == before
+    assert json.loads(before)["data_digest"] == "data"
+
+
+def test_a_knob_that_an_older_version_did_not_have_stands_at_its_default(tmp_path: Path) -> None:
+    run_folder.claim_folder(tmp_path, resolved(), "data")
+    run_folder.claim_folder(tmp_path, resolved(lr_schedule="cosine"), "data")
+    with pytest.raises(ValueError, match="lr_schedule is cosine there, constant here"):
+        run_folder.claim_folder(tmp_path, resolved(lr_schedule="constant"), "data")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', "\xff"])
+def test_a_damaged_config_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json of .* is damaged; move the folder away"):
+        run_folder.enter(tmp_path, resolved(), "data")
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is not empty and holds no config\.json"):
+        run_folder.enter(tmp_path, resolved(), "data")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# ------------------------------------------------------------------------------- one job at a time
+
+HOLDER = """
+import fcntl, json, os, sys
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(file, fcntl.LOCK_EX)
+os.ftruncate(file, 0)
+os.pwrite(file, sys.argv[2].encode() or json.dumps(
+    {"host": sys.argv[3], "pid": os.getpid(), "since": "noon"}).encode(), 0)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def hold(run: Path, content: str = "", host: str = "") -> subprocess.Popen[bytes]:
+    """A process that holds a run's lock until it is killed."""
+    run.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run / "lock"), content, host or socket.gethostname()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    with process:  # closes the pipes
+        process.kill()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "run"
+    run_folder.unlock(tmp_path / "run")
+
+
+def test_a_second_job_is_refused_and_changes_nothing(
+    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder.claim_folder(run, resolved(), "data")
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 0.3)
+    holder = hold(run)
+    try:
+        words = (
+            rf"in use by process {holder.pid} on {socket.gethostname()} since noon.*"
+            rf"end it \(kill {holder.pid}; .*--name"
+        )
+        with pytest.raises(ValueError, match=words):
+            run_folder.enter(run, resolved(), "data")
+        assert "waiting 0 s for its end" in caplog.text
+        assert json.loads((run / "lock").read_text())["pid"] == holder.pid
+    finally:
+        end(holder)
+    run_folder.enter(run, resolved(), "data")
+    assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "lock"]
+
+
+def test_a_job_on_another_host_is_named(run: Path) -> None:
+    holder = hold(run, host="node7")
+    try:
+        with pytest.raises(ValueError, match=rf"kill {holder.pid} on node7;"):
+            run_folder.lock(run, patience_s=0)
+    finally:
+        end(holder)
+
+
+@pytest.mark.parametrize("content", ["not json", "{}", '{"host": 1, "pid": "x", "since": 0}'])
+def test_a_holder_without_a_name(run: Path, content: str) -> None:
+    holder = hold(run, content)
+    try:
+        with pytest.raises(ValueError, match="in use by another job"):
+            run_folder.lock(run, patience_s=0)
+    finally:
+        end(holder)
+
+
+def test_a_predecessor_that_is_just_dying_is_waited_for(run: Path) -> None:
+    holder = hold(run)
+    killer = threading.Timer(0.3, holder.kill)
+    killer.start()
+    run_folder.lock(run, patience_s=60)
+    killer.join()
+    end(holder)
+
+
+def test_one_process_may_lock_again_and_let_go(run: Path) -> None:
+    run_folder.lock(run)
+    run_folder.lock(run)
+    run_folder.unlock(run)
+    run_folder.unlock(run)
+    end(hold(run))
+
+
+def test_a_forked_child_does_not_keep_the_lock(run: Path) -> None:
+    run_folder.lock(run)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(write)
+        os.read(read, 1)  # until the parent closes its end
+        os._exit(0)
+    os.close(read)
+    # the child's copy is closed before fork returns there, so at the latest when it reads
+    run_folder.unlock(run)
+    run_folder.lock(run, patience_s=30)
+    os.close(write)
+    os.waitpid(child, 0)
+
+
+def test_a_folder_that_was_replaced_is_noticed(run: Path) -> None:
+    run_folder.check_still_ours(run)
+    run_folder.lock(run)
+    run_folder.check_still_ours(run)
+    (run / "lock").unlink()
+    with pytest.raises(ValueError, match="was removed or replaced"):
+        run_folder.check_still_ours(run)
+    (run / "lock").write_text("")
+    with pytest.raises(ValueError, match="was removed or replaced"):
+        run_folder.check_still_ours(run)
+
+
+def test_a_file_system_without_locks_is_told(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run_folder.lock(run)
+    assert "no locks here (No locks available); start no second job" in caplog.text

@@ -1,0 +1,212 @@
+"""Decoding: torchvision's pixels, odd files, and a reason for each unreadable one.
+
+Each test runs with each decoder that is there; simplejpeg with torch's resize has a tolerance.
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from mocov3_ds.data.views import decode
+from mocov3_ds.data.views.decode import UnreadableImage, centre_crop, size_of, two_crops
+from tests.data.pictures import picture, stored
+
+DECODERS = ("native", "simplejpeg", "pillow")
+BOXES = [(5, 20, 90, 110), (0, 0, 97, 131)]
+
+
+@pytest.fixture(autouse=True, params=DECODERS)
+def decoder(request, monkeypatch):
+    monkeypatch.setenv("MOCOV3_DS_DECODER", request.param)
+    decode._choice.cache_clear()
+    absent = decode._absence(request.param)
+    if absent:
+        pytest.skip(f"{request.param}: {absent}")
+    yield request.param
+    decode._choice.cache_clear()
+
+
+def assert_pixels(got, expected):
+    if decode.backend() == "simplejpeg":
+        gap = np.abs(got.astype(int) - expected)
+        assert gap.max() <= 2 and gap.mean() < 0.1, (gap.max(), gap.mean())
+    else:
+        np.testing.assert_array_equal(got, expected)
+
+
+def crops_of(data, boxes=BOXES, flips=(False, True), size=64):
+    out = np.zeros((2, 3, size, size), np.uint8)
+    two_crops(data, boxes, flips, out)
+    return out
+
+
+def reference_crops(image, boxes=BOXES, flips=(False, True), size=64):
+    views = []
+    for (top, left, height, width), flip in zip(boxes, flips, strict=True):
+        view = tv.resized_crop(image, top, left, height, width, [size, size])
+        views.append(np.asarray(tv.hflip(view) if flip else view).transpose(2, 0, 1))
+    return np.stack(views)
+
+
+def decoded(data):
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("size", [32, 224])
+def test_two_crops_are_torchvisions(subsampling, size):
+    data = stored(picture(), quality=90, subsampling=subsampling)
+    assert_pixels(crops_of(data, size=size), reference_crops(decoded(data), size=size))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_plain_jpegs_do_not_need_pillow(decoder, mode, progressive, monkeypatch):
+    data = stored(picture().convert(mode), progressive=progressive)
+    expected = reference_crops(decoded(data))
+    if decoder != "pillow":
+        monkeypatch.delattr(decode, "rgb")
+    assert_pixels(crops_of(data), expected)
+
+
+def test_views_share_no_pixels_with_their_neighbours_in_a_batch():
+    data = stored(picture())
+    batch = np.zeros((2, 5, 3, 16, 16), np.uint8)
+    two_crops(data, BOXES, [True, False], batch[:, 3])  # strided, as the ring of buffers is
+    np.testing.assert_array_equal(batch[:, 3], crops_of(data, flips=[True, False], size=16))
+    assert not batch[:, [0, 1, 2, 4]].any()
+
+
+def test_size_is_height_and_width():
+    assert size_of(stored(picture(40, 70))) == (40, 70)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_jpeg_modes_become_rgb_as_pillow_converts_them(mode):
+    data = stored(picture().convert(mode))
+    assert_pixels(crops_of(data), reference_crops(decoded(data)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1"])
+def test_png_modes_become_rgb(mode):
+    image = picture().convert(mode)
+    data = stored(image, "PNG")  # also the PNG that ImageNet names .JPEG: contents decide
+    assert_pixels(crops_of(data), reference_crops(image.convert("RGB")))
+
+
+def test_palette_with_transparency_keeps_its_colours():
+    image = picture().convert("P")
+    data = stored(image, "PNG", transparency=bytes(range(256)))
+    assert_pixels(crops_of(data), reference_crops(image.convert("RGB")))
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+    deep = (np.mgrid[:97, :131][1] * 500).astype(np.uint16)
+    data = stored(Image.fromarray(deep), "PNG")
+    expected = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    assert_pixels(crops_of(data), reference_crops(expected))
+
+
+@pytest.mark.parametrize(("kind", "shift"), [("PPM", 8), ("TIFF", 0)])
+def test_32_bit_integers_are_16_bits_deep_only_where_their_format_says_so(kind, shift):
+    deep = np.mgrid[:97, :131][1].astype(np.int32) * 2 << shift
+    data = stored(Image.fromarray(deep), kind)
+    expected = Image.fromarray((deep >> shift).clip(0, 255).astype(np.uint8)).convert("RGB")
+    assert_pixels(crops_of(data), reference_crops(expected))
+
+
+def test_exif_rotation_is_ignored_as_the_reference_does():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = stored(picture(), exif=exif)
+    assert size_of(data) == (97, 131)
+    assert_pixels(crops_of(data), reference_crops(decoded(data)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(97, 131), (131, 97), (40, 300), (64, 64)])
+@pytest.mark.parametrize(("size", "resize"), [(224, 256), (32, 37), (64, 64)])
+def test_centre_crop_is_torchvisions(height, width, size, resize):
+    data = stored(picture(height, width))
+    image = tv.resize(decoded(data), resize, InterpolationMode.BILINEAR)
+    expected = np.asarray(tv.center_crop(image, [size, size])).transpose(2, 0, 1)
+    np.testing.assert_array_equal(centre_crop(data, size, resize), expected)
+
+
+def test_centre_crop_larger_than_the_image_is_an_error():
+    with pytest.raises(ValueError, match="224 pixels needs resize >= 224, got 200"):
+        centre_crop(stored(picture()), 224, 200)
+
+
+def bomb():
+    """A PNG header that promises 60,000 x 60,000 pixels."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [b"IHDR" + header, b"IDAT"]
+    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def unreadable():
+    whole = stored(picture())
+    return {
+        "empty file": b"",
+        "not an image": b"<html>404 not found</html>" * 40,
+        "damaged header|not an image": whole[:20],
+        "truncated JPEG": whole[: len(whole) // 2],
+        "truncated JPEG data": whole[:-1],
+        "truncated PNG|damaged PNG": stored(picture(), "PNG")[:2000],
+        "too many pixels: at most": bomb(),
+    }
+
+
+@pytest.mark.parametrize("reason", unreadable())
+def test_unreadable_images_say_why(reason):
+    with pytest.raises(UnreadableImage, match=reason):
+        crops_of(unreadable()[reason])
+    with pytest.raises(UnreadableImage, match=reason):
+        centre_crop(unreadable()[reason], 32, 37)
+
+
+def test_images_just_too_large_are_refused(monkeypatch):
+    monkeypatch.setattr(decode, "MAX_PIXELS", 97 * 131 - 1)
+    with pytest.raises(UnreadableImage, match="too many pixels: 131 x 97, at most 12706"):
+        size_of(stored(picture()))
+
+
+def test_a_program_is_never_started_for_a_postscript_file():
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(UnreadableImage, match="not an image"):
+        size_of(data)
+
+
+# --------------------------------------------------------------------------------- the decoders
+
+
+@pytest.mark.parametrize("name", ["native", "simplejpeg"])
+def test_a_decoder_that_is_forced_but_absent_is_refused_with_its_reason(name, monkeypatch):
+    monkeypatch.setenv("MOCOV3_DS_DECODER", name)
+    monkeypatch.setattr(decode, "_absence", lambda _: "it is away")
+    decode._choice.cache_clear()
+    with pytest.raises(ValueError, match=f"DECODER={name} cannot run: it is away; unset"):
+        decode.backend()
+
+
+def test_an_unknown_decoder_is_refused(monkeypatch):
+    monkeypatch.setenv("MOCOV3_DS_DECODER", "fastest")
+    decode._choice.cache_clear()
+    with pytest.raises(ValueError, match="fastest is none of native, simplejpeg, pillow"):
+        decode.backend()
+
+
+def test_the_next_decoder_runs_and_the_log_says_why(monkeypatch):
+    monkeypatch.delenv("MOCOV3_DS_DECODER")
+    absent = {"native": "no compiler", "simplejpeg": "not installed", "pillow": ""}
+    monkeypatch.setattr(decode, "_absence", absent.get)
+    decode._choice.cache_clear()
+    assert decode.backend() == "pillow"
+    assert decode.about() == "pillow; not native: no compiler; not simplejpeg: not installed"

@@ -1,0 +1,273 @@
+"""The colour work of the views: Pillow's arithmetic to the last bit, however it is computed."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import functional as tvf
+
+from mocov3_ds.data.views import photometric as views
+from mocov3_ds.data.views.photometric import ORDERS, ViewSpec, draw, normalise, photometric
+
+SPEC = ViewSpec()
+UNIT = {
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1 / 255,) * 3,
+    "dtype": torch.float32,
+}  # pixels as they are
+PLAIN_ROW = (1.0, 1.0, 1.0, 0.0, -1.0, 0.0, -1.0, 0.0, 0.0, 0.0)
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def implementation(request, monkeypatch):
+    """Each test of a result runs with each writing of the colour work on the CPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(views.native, "ready", lambda: False)
+    elif not views.native.ready():
+        pytest.skip("the extension is not built")
+    return request.param
+
+
+def crops(count, size=48, seed=0):
+    """Noise, flat and near-black crops, and smooth ones: rounding differs between them."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size
+    smooth = 255 * np.stack([x, y, (x + y) / 2])
+    kinds = [
+        rng.integers(0, 256, (3, size, size)),
+        np.broadcast_to(rng.integers(0, 256, (3, 1, 1)), (3, size, size)),
+        rng.integers(0, 5, (3, size, size)),
+        smooth,
+    ]
+    return torch.from_numpy(np.stack([kinds[i % 4] for i in range(count)]).astype(np.uint8))
+
+
+def image_of(crop_CHW):
+    return Image.fromarray(crop_CHW.permute(1, 2, 0).contiguous().numpy())
+
+
+def pixels_of(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def rows(**columns):
+    """Parameter rows with some columns (given in capitals' names) set per row."""
+    count = len(next(iter(columns.values())))
+    table = torch.tensor([PLAIN_ROW] * count)
+    for name, values in columns.items():
+        table[:, getattr(views, name.upper())] = torch.tensor(values, dtype=torch.float32)
+    return table
+
+
+def blur_rows(sigmas):
+    boxes = [views.box_of(s) for s in sigmas]
+    radius, weight, edge = zip(*boxes, strict=True)
+    return rows(box_radius=radius, box_weight=weight, box_edge=edge)
+
+
+def ours(crops_BCHW, params_BP):
+    return photometric(crops_BCHW, params_BP, **UNIT).round().to(torch.uint8)
+
+
+# -------------------------------------------------------------------------------- operations
+
+
+FACTORS = torch.tensor([0.0, 0.6, 0.7731, 0.99, 1.0, 1.0101, 1.2345, 1.4, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("column", "adjust"),
+    [
+        (views.BRIGHTNESS, tvf.adjust_brightness),
+        (views.CONTRAST, tvf.adjust_contrast),
+        (views.SATURATION, tvf.adjust_saturation),
+    ],
+)
+def test_enhancers_equal_pillow_bit_for_bit(column, adjust):
+    for crop in crops(4):
+        x_RCHW = crop.float().expand(len(FACTORS), -1, -1, -1)
+        got_RCHW = views._JITTER_OPERATIONS[column](x_RCHW, FACTORS.view(-1, 1, 1, 1))
+        for got, factor in zip(got_RCHW, FACTORS.tolist(), strict=True):
+            assert torch.equal(got.to(torch.uint8), pixels_of(adjust(image_of(crop), factor)))
+
+
+@pytest.mark.parametrize(
+    ("column", "adjust"),
+    [
+        (views.BRIGHTNESS, tvf.adjust_brightness),
+        (views.CONTRAST, tvf.adjust_contrast),
+        (views.SATURATION, tvf.adjust_saturation),
+    ],
+)
+def test_wide_factors_in_a_row_equal_pillow_bit_for_bit(column, adjust):
+    order = next(i for i, o in enumerate(ORDERS) if (o[0], o[3]) == (column, views.HUE))
+    params = rows(order=[order] * len(FACTORS))
+    params[:, column] = FACTORS
+    for crop in crops(4):
+        got_RCHW = ours(crop.expand(len(FACTORS), -1, -1, -1), params)
+        for got, factor in zip(got_RCHW, FACTORS.tolist(), strict=True):
+            expected = tvf.adjust_hue(adjust(image_of(crop), factor), 0.0)
+            assert torch.equal(got, pixels_of(expected))
+
+
+def hue_of_all(colours_N3, factors):
+    """Pillow's and our turn of a list of colours (N must be a square number)."""
+    side = math.isqrt(len(colours_N3))
+    plane_CHW = torch.from_numpy(colours_N3.reshape(side, side, 3)).permute(2, 0, 1)
+    params = rows(hue=[int(f * 255) & 255 for f in factors], order=[0] * len(factors))
+    got_BCHW = ours(plane_CHW.expand(len(factors), -1, -1, -1), params)
+    image = image_of(plane_CHW)
+    return got_BCHW, torch.stack([pixels_of(tvf.adjust_hue(image, f)) for f in factors])
+
+
+def test_hue_equals_pillow_bit_for_bit_on_a_lattice_of_colours():
+    levels = np.array([0, 1, 2, 3, 50, 51, 85, 127, 128, 170, 200, 253, 254, 255])
+    lattice = np.array([*product(levels, repeat=3)], np.uint8)
+    colours = np.concatenate([lattice, lattice[: 53**2 - len(lattice)]])
+    got, expected = hue_of_all(colours, [-0.5, -0.1, -0.03, 0.0, 0.01, 0.0999, 0.5])
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.slow
+def test_hue_equals_pillow_bit_for_bit_on_every_colour():
+    index = np.arange(1 << 24, dtype=np.uint32)
+    colours = np.stack([index >> 16, index >> 8 & 255, index & 255], -1).astype(np.uint8)
+    got, expected = hue_of_all(colours, [0.07])
+    assert torch.equal(got, expected)
+
+
+def test_grey_equals_pillow_bit_for_bit():
+    x_BCHW = crops(4)
+    for got, crop in zip(ours(x_BCHW, rows(grey=[1] * 4)), x_BCHW, strict=True):
+        assert torch.equal(got, pixels_of(tvf.to_grayscale(image_of(crop), 3)))
+
+
+def test_solarise_equals_pillow_bit_for_bit():
+    x_BCHW = crops(4)
+    for got, crop in zip(ours(x_BCHW, rows(solarise=[1] * 4)), x_BCHW, strict=True):
+        assert torch.equal(got, pixels_of(ImageOps.solarize(image_of(crop))))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 48])
+def test_blur_equals_pillow_bit_for_bit(size):
+    sigmas = [0.1, 0.3, 0.5, 0.77, 1.0, 1.2247, 1.3, 1.6, 1.99, 2.0, 3.7, 8.0]
+    x_BCHW = crops(4, size).repeat_interleave(len(sigmas), 0)
+    got_BCHW = ours(x_BCHW, blur_rows(sigmas * 4))
+    for got, crop, sigma in zip(got_BCHW, x_BCHW, sigmas * 4, strict=True):
+        expected = image_of(crop).filter(ImageFilter.GaussianBlur(sigma))
+        assert torch.equal(got, pixels_of(expected)), sigma
+
+
+def test_box_weights_are_pillows_for_many_sigmas():
+    """An impulse shows the weights: twelve bits of them per pass would not pass unnoticed."""
+    crop = torch.zeros(3, 15, 15, dtype=torch.uint8)
+    crop[:, 7, 7] = 255
+    sigmas = np.random.default_rng(1).uniform(0.1, 2.0, 300).tolist()
+    got_BCHW = ours(crop.expand(300, -1, -1, -1), blur_rows(sigmas))
+    for got, sigma in zip(got_BCHW, sigmas, strict=True):
+        assert torch.equal(got, pixels_of(image_of(crop).filter(ImageFilter.GaussianBlur(sigma))))
+
+
+def reference_chain(crop_CHW, row):
+    """The same row with Pillow and torchvision, one operation after another."""
+    image, row = image_of(crop_CHW), row.tolist()
+    adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
+    if row[views.ORDER] >= 0:
+        for column in ORDERS[int(row[views.ORDER])]:
+            if column == views.HUE:
+                turn = int(row[views.HUE])
+                turn = turn - 256 if turn > 127 else turn
+                image = tvf.adjust_hue(image, (turn + math.copysign(0.5, turn)) / 255)
+            else:
+                image = adjust[column](image, row[column])
+    if row[views.GREY]:
+        image = tvf.to_grayscale(image, 3)
+    if row[views.BOX_RADIUS] >= 0:
+        image = image.filter(ImageFilter.GaussianBlur(SIGMA_OF[tuple(row[6:9])]))
+    if row[views.SOLARISE]:
+        image = ImageOps.solarize(image)
+    return image
+
+
+SIGMA_OF = {}
+
+
+@pytest.fixture
+def remembered_sigmas(monkeypatch):
+    plain = views.box_of
+
+    def remember(sigma):
+        box = plain(sigma)
+        SIGMA_OF[tuple(map(float, box))] = sigma
+        return box
+
+    monkeypatch.setattr(views, "box_of", remember)
+
+
+@pytest.mark.usefixtures("remembered_sigmas")
+@pytest.mark.parametrize("view", [0, 1])
+def test_drawn_chains_equal_pillow_bit_for_bit(view):
+    x_BCHW = crops(96, 40)
+    drawn = [draw(SPEC, 3, 1, i, 300, 400)[2][view] for i in range(96)]
+    params = torch.from_numpy(np.stack(drawn))
+    for got, crop, row in zip(ours(x_BCHW, params), x_BCHW, params, strict=True):
+        assert torch.equal(got, pixels_of(reference_chain(crop, row)))
+
+
+def test_normalisation_is_torchvisions():
+    x_BCHW = crops(4)
+    expected = torch.stack([tvf.normalize(x / 255, SPEC.mean, SPEC.std) for x in x_BCHW])
+    got = photometric(x_BCHW, rows(grey=[0] * 4), SPEC.mean, SPEC.std, torch.float32)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    assert torch.equal(got, normalise(x_BCHW, SPEC.mean, SPEC.std, torch.float32))
+    low = photometric(x_BCHW, rows(grey=[0] * 4), SPEC.mean, SPEC.std, torch.bfloat16)
+    assert torch.equal(low, got.bfloat16())
+
+
+def test_a_row_does_not_depend_on_its_place_in_the_batch(monkeypatch):
+    x_BCHW = crops(24, 16, seed=5)
+    params = torch.from_numpy(np.stack([draw(SPEC, 0, 0, i, 90, 90)[2][1] for i in range(24)]))
+    whole = photometric(x_BCHW, params, SPEC.mean, SPEC.std, torch.float32)
+    places = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    moved = photometric(x_BCHW[places], params[places], SPEC.mean, SPEC.std, torch.float32)
+    assert torch.equal(moved, whole[places])
+    monkeypatch.setattr(views, "_CACHED_VALUES", 1)  # one row at a time
+    assert torch.equal(photometric(x_BCHW, params, SPEC.mean, SPEC.std, torch.float32), whole)
+
+
+def test_the_crops_are_not_changed():
+    x_BCHW = crops(4)
+    before = x_BCHW.clone()
+    photometric(x_BCHW, rows(grey=[1] * 4), SPEC.mean, SPEC.std, torch.float32)
+    assert torch.equal(x_BCHW, before)
+
+
+def test_augment_is_photometric_without_its_normalisation():
+    x_BCHW = crops(32, 24)
+    params = torch.from_numpy(np.stack([draw(SPEC, 1, 0, i, 90, 90)[2][1] for i in range(32)]))
+    expected = ours(x_BCHW, params)
+    views.augment(x_BCHW.numpy(), params.numpy())
+    assert torch.equal(x_BCHW, expected)
+
+
+def test_augment_takes_any_strides_and_touches_nothing_else():
+    pool = torch.zeros(2, 5, 3, 16, 16, dtype=torch.uint8)
+    pool[:, 3] = crops(2, 16)
+    params = rows(solarise=[1, 0], grey=[0, 1])
+    expected = ours(pool[:, 3], params)
+    views.augment(pool.numpy()[:, 3], params.numpy())
+    assert torch.equal(pool[:, 3], expected)
+    assert not pool[:, [0, 1, 2, 4]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_can_go_into_a_given_tensor(dtype):
+    x_BCHW = crops(8, 16)
+    params = torch.from_numpy(np.stack([draw(SPEC, 0, 0, i, 90, 90)[2][1] for i in range(8)]))
+    out = torch.full(x_BCHW.shape, float("nan"), dtype=dtype)
+    got = photometric(x_BCHW, params, SPEC.mean, SPEC.std, dtype, out)
+    assert got.data_ptr() == out.data_ptr()
+    assert torch.equal(out, photometric(x_BCHW, params, SPEC.mean, SPEC.std, dtype))

@@ -1,0 +1,249 @@
+"""Signals of real runs: what a file holds, what an alarm leaves and does, and cures as options."""
+
+import json
+import os
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mocov3_ds import train
+from mocov3_ds.checkpoints import checkpoint
+from mocov3_ds.config import RECIPES, parse
+from mocov3_ds.encoders.export import export
+from mocov3_ds.encoders.load import load_encoder
+from mocov3_ds.monitoring import alarms
+from mocov3_ds.monitoring.signal_file import read
+from mocov3_ds.stability.series import read_series
+from mocov3_ds.stability.verdict import judge
+from mocov3_ds.training.run import _rule
+from tests.data.sets import make_set
+from tests.ranks_pool import run_ranks
+from tests.test_train import SMALL, outcomes, rows_of
+
+OFTEN = ["--signals.features_every", "4", "--signals.attention_every", "5"]
+HALVE = ["--alarm.response", "halve_lr", "--alarm.steps", "3"]
+CLIP = [
+    "--alarm.response",
+    "clip",
+    "--alarm.steps",
+    "3",
+    "--ds",
+    "optimizer.params.betas=[0.9,0.9]",
+]
+QK = ["--model.qk_norm", "--model.group_lr", "block_0=0", "--model.group_lr", "cls=3"]
+
+
+def at_the_fourth_step(rms_T: np.ndarray, grad_T: np.ndarray) -> np.ndarray:
+    """A rule that a run of a few steps breaks: its history has just four steps."""
+    return np.full(len(rms_T), len(rms_T) == 4)
+
+
+def sit(folder: str, flags: list[str], sittings: dict[str, list[str]]) -> None:
+    """Train each run by the main job, with an alarm at the fourth step."""
+    os.chdir(folder)
+    warnings.filterwarnings("ignore")
+    alarms.RULES = {"fourth": at_the_fourth_step}  # type: ignore[misc]
+    for name, own in sittings.items():
+        train.train(parse([*flags, *own, "--name", name.rstrip("'")]))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the runs that the tests look at."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_set(str(folder / "train"), [20, 7, 23])
+    make_set(str(folder / "probes"), [33])
+    flags = [*SMALL, "--data.shards", str(folder / "train"), *OFTEN, "--save.keep", "9"]
+    flags += ["--data.probe_shards", str(folder / "probes"), "--model.patch_lr", "1"]
+    sittings = {
+        "plain": [],
+        "halved": HALVE,
+        "broken": [*HALVE, "--stop_after_steps", "5"],  # in the middle of the response
+        "broken'": HALVE,
+        "clipped": CLIP,
+        "sparse": ["--signals.every", "3"],
+        "off": ["--signals.every", "0"],
+        "qk": QK,
+    }
+    run_ranks(1, sit, str(folder), flags, sittings, timeout=600)
+    run_ranks(2, sit, str(folder), flags, {"two": HALVE}, timeout=600)
+    return folder / "runs"
+
+
+def test_each_column_is_filled_when_it_is_due(runs: Path) -> None:
+    table = read(runs / "plain")
+    assert table.groups == (
+        "patch_embed",
+        "cls",
+        "block_0",
+        "block_1",
+        "norm",
+        "projector",
+        "predictor",
+    )
+    assert table.steps.tolist() == list(range(1, 13))
+    for signal in ("grad_linf", "grad_l2", "weight_l2", "update_l2", "rms"):
+        assert np.isfinite(table.grid(signal)).all() and (table.grid(signal)[:, 1:] > 0).any()
+    assert np.isnan(table.grid("rms_before")[:, 0]).all()
+    assert np.isfinite(table.grid("rms_before")[:, 1:]).all()
+    assert (np.abs(table.grid("cosine")[:, 2:]) <= 1).all()
+    assert np.isnan(table.grid("trust")).all()  # AdamW without its clip has no such factor
+    for name in ("features_std", "features_rank", "positive", "negative"):
+        assert table.measured(name)[0].tolist() == [4, 8, 12]
+    for name in ("knn", "knn_momentum"):
+        assert table.measured(name)[0].tolist() == [3, 6, 9, 12]
+    for group in ("block_0", "block_1"):
+        assert table.measured(f"{group}/entropy")[0].tolist() == [5, 10]
+        assert (table.measured(f"{group}/max_logit")[1] > 0).all()
+    rows = [row for row in rows_of(runs / "plain") if row["step"] > 0]
+    np.testing.assert_allclose(table.scalar("loss"), [row["loss"] for row in rows], rtol=1e-6)
+    np.testing.assert_allclose(table.scalar("lr"), [row["lr"] for row in rows], rtol=1e-6)
+
+
+def test_fewer_rows_and_none(runs: Path) -> None:
+    table = read(runs / "sparse")
+    assert table.steps.tolist() == [3, 4, 5, 6, 8, 9, 10, 12]
+    assert table.measured("block_1/grad_l2")[0].tolist() == [3, 6, 9, 12]
+    assert not (runs / "off/signals.json").exists()
+    losses = [[row.get("loss") for row in rows_of(runs / name)] for name in ("plain", "off")]
+    assert losses[0] == losses[1]  # measuring changes no bit
+
+
+def test_an_alarm_leaves_the_rows_before_it_and_the_samples(runs: Path) -> None:
+    (path,) = (runs / "plain/alarms").iterdir()
+    content = json.loads(path.read_text())
+    assert (path.name, content["step"], content["alarms"]) == ("step-00000004.json", 4, ["fourth"])
+    assert content["group"] == "patch_embed"
+    table = read(runs / "plain")
+    rows = np.array([[np.nan if v is None else v for v in row] for row in content["rows"]])
+    np.testing.assert_array_equal(rows.astype(np.float32), table.values_TC[:4])
+    assert tuple(content["columns"]) == table.columns
+    assert len({sample["id"] for sample in content["samples"]}) == 16
+    assert all(s["key"] and s["shard"].endswith(".tar") for s in content["samples"])
+    (of_two,) = (runs / "two/alarms").iterdir()  # the same global batch
+    samples = [json.loads(p.read_text())["samples"] for p in (path, of_two)]
+    assert sorted(s["key"] for s in samples[0]) == sorted(s["key"] for s in samples[1])
+
+
+@pytest.mark.parametrize("name", ["halved", "two"])
+def test_halved_rate_lasts_as_long_as_asked(runs: Path, name: str) -> None:
+    plain, halved = (
+        {r["step"]: r for r in rows_of(runs / n) if r["step"]} for n in ("plain", name)
+    )
+    share = [halved[step]["lr"] / plain[step]["lr"] for step in range(2, 12)]
+    assert share == [1, 1, 1, 0.5, 0.5, 0.5, 1, 1, 1, 1]
+    assert halved[4]["alarms"] == ["fourth"] and halved[4]["response"] == "halve_lr"
+    assert "response" not in plain[4] and "alarms" not in halved[5]
+
+
+def test_a_run_stopped_in_the_middle_of_a_response_goes_on_with_it(runs: Path) -> None:
+    assert (runs / "broken/signals.f32").read_bytes() == (runs / "halved/signals.f32").read_bytes()
+    rows = [
+        [{k: v for k, v in row.items() if k != "knn_full"} for row in rows_of(runs / name)]
+        for name in ("broken", "halved")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_clipped_updates_last_as_long_as_asked(runs: Path) -> None:
+    table = read(runs / "clipped")
+    steps, factors = table.measured("predictor/trust")
+    assert steps.tolist() == [5, 6, 7]
+    assert (factors > 0).all() and (factors <= 1).all()
+
+
+def test_signals_do_not_depend_on_the_ranks(runs: Path) -> None:
+    one, two = read(runs / "halved"), read(runs / "two")
+    for signal in ("grad_l2", "grad_linf", "weight_l2", "rms"):
+        a, b = one.grid(signal), two.grid(signal)
+        close = np.abs(a - b) <= 2e-2 * np.abs(a) + 1e-6
+        assert close[:, :4].all(), signal
+    for name in ("features_std", "features_rank", "positive", "negative", "loss"):
+        a, b = one.measured(name)[1], two.measured(name)[1]
+        np.testing.assert_allclose(a[:1], b[:1], rtol=1e-3, atol=1e-5)
+
+
+def test_a_group_of_rate_zero_stays_and_is_not_measured(runs: Path) -> None:
+    folders = checkpoint.folders(runs / "qk")
+    first, last = (checkpoint.Checkpoint(f).group("base") for f in (folders[0], folders[-1]))
+    for name in first:
+        still = ".blocks.0." in name or name.endswith("pos_embed")
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            assert torch.equal(first[name], last[name]) == still, name
+    table = read(runs / "qk")
+    assert np.isnan(table.column("block_0", "grad_l2")).all()
+    assert np.isfinite(table.column("block_0", "entropy")[[4, 9]]).all()  # watched all the same
+
+
+def test_query_key_norm_is_trained_and_goes_to_timm_alone(runs: Path, tmp_path: Path) -> None:
+    encoder = load_encoder(runs / "qk")
+    weight = encoder.blocks[1].attn.q_norm.weight
+    assert weight.shape == (12,) and not torch.equal(weight, torch.ones(12))
+    assert export(runs / "qk", tmp_path / "timm", to="timm") < 1e-5
+    again = load_encoder(tmp_path / "timm", heads=2)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(again(x), encoder(x))
+    for to in ("hf", "deit", "moco-v3"):
+        with pytest.raises(ValueError, match=f"for which --to {to} has no place; use --to timm"):
+            export(runs / "qk", tmp_path / to, to=to)  # type: ignore[arg-type]
+        assert not (tmp_path / to).exists()
+
+
+def test_a_run_is_read_as_a_series(runs: Path) -> None:
+    series = read_series(runs / "plain", twin_knn=50.0)
+    assert series.steps_T.tolist() == list(range(1, 13)) and series.total_steps == 12
+    assert (series.probes, series.knn_steps_K.tolist()) == (30, [3, 6, 9, 12])
+    np.testing.assert_array_equal(series.rms_GT, read(runs / "plain").grid("rms"))
+    assert not series.stopped_non_finite and judge(series).lost_to_twin is not None
+    bare = read_series(runs / "off")
+    assert bare.groups == () and judge(bare).lead is None
+    with pytest.raises(ValueError, match="is no run folder"):
+        read_series(runs)
+
+
+def test_rates_of_groups() -> None:
+    flags = ["--model.patch_lr", "0.2", "--model.group_lr", "patch_embed=10"]
+    rule = partial(_rule, parse([*flags, "--model.group_lr", "block_3=0.5"]).config)
+    for name, rate in (
+        ("base.backbone.patch_embed.proj.weight", 2.0),
+        ("base.backbone.blocks.3.mlp.fc1.weight", 0.5),
+        ("base.backbone.blocks.0.mlp.fc1.weight", 1.0),
+        ("base.predictor.0.weight", 1.0),
+    ):
+        assert rule(name, (3, 3)).lr_multiplier == pytest.approx(rate)
+
+
+BAD: list[tuple[list[str], str]] = [
+    (
+        ["--model.group_lr", "block_7=1"],
+        "names no layer group; groups are patch_embed, cls, block_0",
+    ),
+    (["--model.group_lr", "cls=x"], "gives no rate"),
+    (["--model.group_lr", "cls=-1"], "gives no rate"),
+    (["--model.group_lr", "cls=1", "--model.group_lr", "cls=2"], "is there twice"),
+    (["--model.group_lr", "patch_embed=10"], "has no effect on a frozen patch projection"),
+    ([*HALVE, "--signals.every", "2"], "needs the signals of each step"),
+    (["--alarm.steps", "0"], "--alarm.steps 0 cannot be"),
+    (["--signals.every", "-1"], "--signals.every -1 cannot be"),
+    (
+        ["--alarm.response", "clip", "--ds", "optimizer.type=Lamb"],
+        "needs AdamW: the trust ratio of",
+    ),
+    (
+        ["--alarm.response", "clip", "--ds", "optimizer.params.update_clip=true"],
+        "update_clip is always on",
+    ),
+]
+
+
+def test_bad_input_gets_a_sentence(tmp_path: Path) -> None:
+    ((*found,),) = run_ranks(1, outcomes, str(tmp_path), [flags for flags, _ in BAD], timeout=300)
+    for (flags, words), (status, said) in zip(BAD, found, strict=True):
+        assert status == 2 and words in said, (flags, said)
+        assert said.count("\n") == 1 or "error:" in said.splitlines()[-1]
+    assert not (tmp_path / "runs/tiny").exists()
+    assert RECIPES["tiny"].config.alarm.response == "none"

@@ -1,0 +1,95 @@
+"""Compiled blocks: the same step up to rounding at stages 0 to 2, in chunks of unequal size."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from mocov3_ds.config import parse
+from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.engine import engine_config, full_tensors, start_engine
+from mocov3_ds.model import cpu_ops
+from mocov3_ds.model.base_encoder import BaseEncoder, Chunks, EncoderShape
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
+from mocov3_ds.model.vit import VitShape, compile_blocks
+from mocov3_ds.monitoring.attention import attention_extremes
+from mocov3_ds.optim import AdamW
+from mocov3_ds.training.run import build_job
+from mocov3_ds.training.step import QueriesToLoss, train_step
+from tests.ranks_pool import run_ranks
+
+SHAPE = EncoderShape(
+    vit=VitShape(image_size=16, patch_size=8, dim=24, depth=3, heads=3), hidden=32, out=16
+)
+
+
+def after_two_steps(stage: int, compiled: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses, and the weights of base and momentum encoder, of 5 images a rank in chunks of 2."""
+    torch.manual_seed(0)
+    model = QueriesToLoss(BaseEncoder(SHAPE), temperature=0.2, chunks=Chunks(size=2))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    config = engine_config(
+        {"zero_optimization": {"stage": stage}},
+        global_batch=5 * ranks.world_size(),
+        world_size=ranks.world_size(),
+    )
+    engine = start_engine(model, AdamW(named, lr=1e-3), config)
+    encoder = MomentumEncoder(SHAPE)
+    encoder.start_from(dict(full_tensors(model.base)))
+    encoder.follow(model.base)
+    if compiled:
+        compile_blocks(model.base.backbone)
+        compile_blocks(encoder.backbone)
+    generator = torch.Generator().manual_seed(ranks.rank())
+    losses = []
+    for _ in range(2):
+        x1, x2 = (torch.randn(5, 3, 16, 16, generator=generator) for _ in range(2))
+        losses.append(train_step(engine, encoder, x1, x2, momentum=0.9).loss)
+    if compiled:
+        extremes = attention_extremes(model.base.backbone, x1, (0, 2))
+        assert all(logit > 0 for logit, _ in extremes.values())
+    weights = {f"base.{name}": tensor for name, tensor in full_tensors(model.base)}
+    return losses, weights | {f"momentum.{n}": t.clone() for n, t in encoder.full_state()}
+
+
+def all_stages() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
+    cpu_ops.SMALLEST = 1  # of this rank's process: also layers that are computed otherwise on a CPU
+    compiled = [after_two_steps(stage, compiled=True) for stage in (0, 1, 2)]
+    return [after_two_steps(1, compiled=False), *compiled]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_make_the_same_step() -> None:
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler")
+    [plain, *compiled], _ = run_ranks(2, all_stages, timeout=900)
+    for losses, weights in compiled:
+        assert losses == pytest.approx(plain[0], rel=1e-5)
+        assert {*weights} == {*plain[1]}
+        for name, tensor in weights.items():
+            if name.endswith(("backbone.norm.bias", "attn.qkv.bias", "running_mean")):
+                continue  # a gradient of rounding noise, which Adam makes whole steps of; and means
+            torch.testing.assert_close(tensor, plain[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler: install g"):
+        compile_blocks(BaseEncoder(SHAPE).backbone)
+
+
+def refused(runs: Path) -> str:
+    run = parse(
+        ["--compile_blocks", "--ds", "zero_optimization.stage=3", "--runs", str(runs)],
+    )
+    with pytest.raises(ValueError) as error:
+        build_job(run, torch.device("cpu"))
+    return str(error.value)
+
+
+def test_stage_3_is_refused(tmp_path: Path) -> None:
+    [sentence] = run_ranks(1, partial(refused, tmp_path))
+    assert sentence.startswith("--compile_blocks does not go with ZeRO stage 3")
+    assert list(tmp_path.iterdir()) == []
