@@ -1,8 +1,10 @@
 """Files that are whole and on disk when a function returns."""
 
+import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 _BLOCK = 1 << 20
@@ -43,22 +45,43 @@ class Appender:
         self._file.close()
 
 
+@contextlib.contextmanager
+def replace_when_whole(path: Path) -> Iterator[Path]:
+    """Give a file new content: at any moment it has the old one or the new one, never a part.
+
+    The content is written to a temporary file beside `path`, synced to the disk, and renamed; then
+    the folder is synced, so that a power cut after the block finds the new content.
+
+    Args:
+        path: the file, which may exist already.
+
+    Yields:
+        The temporary file's path, to be written in whatever way.
+
+    Raises:
+        OSError: the file cannot be written; the old content stays and the temporary file goes.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk names no file
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Give a file new content: it has the old one or the new one, never a part, at any moment.
+    """Give a file new text, whole or not at all; see `replace_when_whole`.
 
     Raises:
         OSError: it cannot be written; the old content stays.
     """
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_text(text)
-        sync(aside)
-        aside.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names no file
-        aside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with replace_when_whole(path) as temporary:
+        temporary.write_text(text)
 
 
 def sync(path: Path) -> None:
