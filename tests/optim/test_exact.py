@@ -149,7 +149,7 @@ def runs(cases: Sequence[Case]) -> list[dict[str, Tensor]]:
 
 def readme_example() -> tuple[float, float, set[str]]:
     """Mean loss of the first and last steps of the README's example, and what its signals name."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "mocov3_ds/optim/README.md").read_text()
     (code,) = re.findall(r"<!-- lamb example -->\n```python\n(.*?)```", readme, re.DOTALL)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 11, generator=generator).bfloat16()
