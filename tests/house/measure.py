@@ -28,6 +28,7 @@ class House:
     """Everything that was counted, and where."""
 
     file_lines: dict[str, int] = field(default_factory=dict)
+    code_lines: int = 0
     function_lines: dict[str, int] = field(default_factory=dict)
     function_names: dict[str, str] = field(default_factory=dict)
     assignments: int = 0
@@ -51,6 +52,7 @@ def measure(root: Path) -> House:
         tree = ast.parse(text)
         house.file_lines[relative] = len(text.splitlines())
         house.imports[module_name(path, root)] = imported_modules(tree, modules)
+        house.code_lines += code_lines(text, tree)
         count_functions(house, tree, relative)
         count_assignments(house, tree, relative)
     house.test_lines = sum(len(p.read_text().splitlines()) for p in (root / "tests").rglob("*.py"))
@@ -78,6 +80,20 @@ def module_name(path: Path, root: Path) -> str:
     """The dotted name that the file at `path` is imported by."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def code_lines(text: str, tree: ast.Module) -> int:
+    """Lines of a file that are neither blank, nor a comment alone, nor inside a docstring."""
+    lines = {
+        number
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip() and not line.lstrip().startswith("#")
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if isinstance(node.value.value, str):
+                lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(lines)
 
 
 def imported_modules(tree: ast.Module, modules: set[str]) -> set[str]:
@@ -193,6 +209,7 @@ def table(house: House) -> list[tuple[str, str, str]]:
     graph = rooms(house.imports)
     return [
         ("product: files / lines", f"{len(files)} / {sum(files)}", ""),
+        ("product: lines of code", str(house.code_lines), ""),
         ("top-level modules + folders", f"{house.top_modules} + {house.folders}", "<= 6 modules"),
         ("circles of modules", str(len(circles(house.imports))), "0"),
         ("arrows between rooms", str(sum(map(len, graph.values()))), ""),
