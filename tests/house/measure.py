@@ -90,8 +90,8 @@ def code_lines(text: str, tree: ast.Module) -> int:
         if line.strip() and not line.lstrip().startswith("#")
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
                 lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return len(lines)
 
