@@ -1,72 +1,62 @@
-"""The one parser: precedence, launcher flags, errors."""
+"""Bounds beside the fields, settings that contradict one another, config.json of a run."""
 
+import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
-from mocov3_ds.config import RECIPES, from_json, parse, with_overrides
-
-
-def test_no_arguments_is_the_tiny_recipe() -> None:
-    run = parse([])
-    assert run.config == RECIPES["tiny"].config
-    assert run.config.folder == Path("runs/tiny")
-
-
-def test_recipe_then_flags() -> None:
-    run = parse(["--recipe", "vit_l16", "--batch", "8192", "--data.shards", "x"])
-    assert (run.config.model.dim, run.config.model.depth) == (1024, 24)
-    assert run.config.batch == 8192
-    assert run.engine["optimizer"]["params"]["lr"] == 1.5e-4
-
-
-@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=0"]])
-def test_launcher_flags_are_swallowed(flag: list[str]) -> None:
-    assert parse([*flag, "--seed", "3"]).config.seed == 3
-
-
-def test_deepspeed_file_then_overrides(tmp_path: Path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}))
-    run = parse(
-        ["--deepspeed_config", str(path), "--ds", "zero_optimization.stage=2", "--ds", "a.b=text"]
-    )
-    assert run.engine["zero_optimization"]["stage"] == 2
-    assert run.engine["bf16"] == {"enabled": True}
-    assert run.engine["a"] == {"b": "text"}
-    assert run.engine["optimizer"] == RECIPES["tiny"].engine["optimizer"]
-
-
-def test_an_optimizer_block_in_the_file_wins(tmp_path: Path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"optimizer": {"type": "Lamb", "params": {"lr": 1}}}))
-    assert parse(["--deepspeed_config", str(path)]).engine["optimizer"]["type"] == "Lamb"
+from mocov3_ds.config import Bounds, Config, MocoConfig, ModelConfig, check_config, from_json
+from mocov3_ds.recipes import parse
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("bounds", "good", "bad", "allowed"),
     [
-        (["--recipe", "vit_b"], "no recipe 'vit_b' .did you mean vit_b16"),
-        (["--deepspeed_config", "nowhere.json"], "no DeepSpeed config nowhere.json"),
-        (["--ds", "stage"], "not of the form key.sub=value"),
-        (["--ds", "optimizer.type.x=1"], "'type' holds 'AdamW', not an object"),
+        (Bounds(1), 1, 0, "must be 1 or more"),
+        (Bounds(0, 1), 1, 1.5, "must be 0 to 1"),
+        (Bounds(0, 255), 0, -1, "must be 0 to 255"),
+        (Bounds(0, exclusive=True), 0.1, 0, "must be above 0"),
+        (Bounds(0, exclusive=True), 0.1, float("inf"), "must be above 0"),
+        (Bounds(0), float("inf"), float("nan"), "must be 0 or more"),
     ],
 )
-def test_errors(argv: list[str], words: str) -> None:
+def test_bounds(bounds: Bounds, good: float, bad: float, allowed: str) -> None:
+    bounds.check_value("model.depth", good)
+    with pytest.raises(ValueError, match=f"--model.depth {bad} cannot be; it {allowed}"):
+        bounds.check_value("model.depth", bad)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Config(moco=MocoConfig(temperature=0)), "--moco.temperature 0 cannot be"),
+        (Config(model=ModelConfig(drop_path=1.5)), "--model.drop_path 1.5 cannot be"),
+        (Config(epochs=0), "--epochs 0 cannot be; it must be above 0"),
+        (Config(epochs=30, warmup_epochs=40), "--warmup_epochs 40 cannot be; it must be 0 to 30"),
+        (Config(keep_chunks=2), "--keep_chunks 2 has no effect without --chunk"),
+    ],
+)
+def test_contradictions_and_bad_numbers(config: Config, words: str) -> None:
+    check_config(Config())
     with pytest.raises(ValueError, match=words):
-        parse(argv)
+        check_config(config)
 
 
-def test_json_that_is_no_object(tmp_path: Path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text("[1]")
-    with pytest.raises(ValueError, match="holds a list, not a JSON object"):
-        parse(["--deepspeed_config", str(path)])
-    for damaged in (b"{", b'{"a": "\xff"}', b"[" * 100_000):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"ds\.json is not valid JSON"):
-            parse(["--deepspeed_config", str(path)])
+def test_each_number_has_bounds_but_the_free_ones() -> None:
+    """A new setting gets its bounds beside the field, or its name here."""
+
+    def without_bounds(kind: object, prefix: str = "") -> set[str]:
+        names = set()
+        for entry in dataclasses.fields(kind):
+            value = getattr(kind, entry.name)
+            if dataclasses.is_dataclass(value):
+                names |= without_bounds(value, f"{prefix}{entry.name}.")
+            elif type(value) in (int, float) and not hasattr(entry.type, "__metadata__"):
+                names.add(prefix + entry.name)
+        return names
+
+    free = {"data.cache_gb", "views.crop_min", "views.crop_max", "knn.temperature", "seed"}
+    assert without_bounds(Config()) == free | {"warmup_epochs"}  # up to `epochs`
 
 
 def test_sizes_beyond_any_machine_are_refused_before_anything_is_built() -> None:
@@ -85,33 +75,3 @@ def test_a_damaged_config_of_a_run_is_refused() -> None:
         }
         with pytest.raises(ValueError, match=r"config\.json was written by version .* not"):
             from_json(damaged)
-
-
-def test_unknown_flag_ends_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse(["--bach", "12"])
-    assert ended.value.code != 0
-    assert "--batch" in capsys.readouterr().err
-
-
-def test_overrides_do_not_touch_the_recipe() -> None:
-    before = json.dumps(RECIPES["tiny"].engine)
-    with_overrides(RECIPES["tiny"].engine, ["optimizer.params.lr=9"])
-    assert json.dumps(RECIPES["tiny"].engine) == before
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_name_themselves(name: str) -> None:
-    assert RECIPES[name].config.recipe == name
-
-
-# Sec. 5 of the paper and CONFIG.md of its code
-@pytest.mark.parametrize("name", ["vit_s16", "vit_b16", "vit_l16", "vit_h14"])
-def test_the_papers_values(name: str) -> None:
-    config, engine = RECIPES[name].config, RECIPES[name].engine
-    assert (config.batch, config.epochs, config.warmup_epochs) == (4096, 300, 40)
-    assert (config.moco.temperature, config.moco.momentum) == (0.2, 0.99)
-    assert (config.model.hidden, config.model.out, config.model.patch_lr) == (4096, 256, 0.0)
-    assert config.views.crop_min == 0.08
-    assert engine["optimizer"]["params"] == {
-        "lr": 1.5e-4, "betas": [0.9, 0.999], "weight_decay": 0.1}  # fmt: skip

@@ -1,0 +1,225 @@
+"""The recipes, and the one parser of a training command line.
+
+A recipe is a named starting point: our settings, DeepSpeed's, and what the paper reports for them.
+Precedence, low to high: recipe, the file of `--deepspeed_config`, flags.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from mocov3_ds.config import (
+    Config,
+    KnnConfig,
+    ModelConfig,
+    SaveConfig,
+    Settings,
+    ViewConfig,
+    check_config,
+)
+from mocov3_ds.model.vit import PAPER_SHAPES
+from mocov3_ds.settings.spelling import did_you_mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named starting point: our settings, DeepSpeed's, and what the paper reports."""
+
+    config: Config
+    engine: Mapping[str, Any]
+    """the DeepSpeed JSON"""
+    paper: str = ""
+    """accuracy that the paper reports, in words"""
+
+
+def engine_defaults(
+    optimizer: str, stage: int, precision: str, **parameters: Any
+) -> dict[str, Any]:
+    """A DeepSpeed JSON as a dict; the files of `ds_configs/` have the same form.
+
+    Args:
+        optimizer: value of the optimizer block's "type", such as "AdamW".
+        stage: ZeRO stage, 0 to 3.
+        precision: "fp32", "bf16" or "fp16".
+        parameters: values of the optimizer block's "params".
+    """
+    config: dict[str, Any] = {
+        "optimizer": {"type": optimizer, "params": parameters},
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,
+    }
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    return config
+
+
+def _paper_config(shape: str, **changes: Any) -> Config:
+    """The paper's settings for one of its networks; the defaults of `Config` are the paper's."""
+    vit = PAPER_SHAPES[shape]
+    model = ModelConfig(patch_size=vit.patch_size, dim=vit.dim, depth=vit.depth, heads=vit.heads)
+    return dataclasses.replace(Config(recipe=shape, model=model), **changes)
+
+
+_ADAMW = engine_defaults("AdamW", 1, "bf16", lr=1.5e-4, betas=[0.9, 0.999], weight_decay=0.1)
+_LAMB = engine_defaults("Lamb", 1, "bf16", lr=5e-4, betas=[0.9, 0.999], weight_decay=1e-3)
+
+
+# arXiv 2104.02057: Sec. 5 (recipe), Tables 1-3 (accuracy); base rate and decay from CONFIG.md of
+# the authors' code; LAMB values from Sec. 4.1, Fig. 3 (100 epochs). All at 224 px, batch 4096.
+RECIPES: dict[str, Recipe] = {
+    "tiny": Recipe(
+        Config(
+            recipe="tiny",
+            batch=256,
+            epochs=12,
+            warmup_epochs=2,
+            views=ViewConfig(image_size=32, crop_min=0.3, blur_p=(0.5, 0.1)),
+            model=ModelConfig(patch_size=8, dim=128, depth=4, heads=4, hidden=512, out=128),
+            save=SaveConfig(every_steps=50),
+            knn=KnnConfig(every_steps=20, bank=2048, probes=1000),
+        ),
+        engine_defaults("AdamW", 1, "fp32", lr=1.5e-3, betas=[0.9, 0.999], weight_decay=0.1),
+    ),
+    "cifar10": Recipe(
+        Config(
+            recipe="cifar10",
+            batch=256,
+            epochs=20,
+            warmup_epochs=1,
+            views=ViewConfig(image_size=32, crop_min=0.2, blur_p=(0.0, 0.0)),
+            model=ModelConfig(patch_size=4, dim=192, depth=4, heads=3, hidden=512, out=128),
+            save=SaveConfig(every_steps=100),
+            knn=KnnConfig(every_steps=50, bank=5120, probes=10000),
+        ),
+        engine_defaults("AdamW", 1, "bf16", lr=1e-3, betas=[0.9, 0.999], weight_decay=0.1),
+    ),
+    "vit_s16": Recipe(_paper_config("vit_s16"), _ADAMW, "linear probe 72.5 %"),
+    "vit_b16": Recipe(_paper_config("vit_b16"), _ADAMW, "linear probe 76.5 %"),
+    "vit_l16": Recipe(_paper_config("vit_l16"), _ADAMW, "linear probe 77.6 %"),
+    "vit_h14": Recipe(_paper_config("vit_h14"), _ADAMW, "linear probe 78.1 %"),
+    "vit_b16_lamb": Recipe(
+        _paper_config("vit_b16", recipe="vit_b16_lamb", epochs=100),
+        _LAMB,
+        "linear probe 72.5 % after 100 epochs, trained patch projection",
+    ),
+    "vit_l16_lamb": Recipe(
+        _paper_config("vit_l16", recipe="vit_l16_lamb"), _LAMB, "not in the paper"
+    ),
+    "vit_h14_lamb": Recipe(
+        _paper_config("vit_h14", recipe="vit_h14_lamb"), _LAMB, "not in the paper"
+    ),
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        ValueError: no recipe has it.
+    """
+    if name not in RECIPES:
+        hint = did_you_mean(name, RECIPES)
+        raise ValueError(f"no recipe {name!r}{hint}; there are {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def parse(argv: Sequence[str] | None = None) -> Settings:
+    """Read the command line of a training run; `--recipe X --help` shows the defaults of recipe X.
+
+    Args:
+        argv: flags and their values; None = those of this process.
+
+    Raises:
+        ValueError: an unknown recipe, a number out of its bounds, an unreadable JSON file or a
+            malformed `--ds`.
+        SystemExit: tyro has printed a message of its own (unknown flag, wrong type, --help).
+    """
+    arguments = without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
+    recipe = find_recipe(_recipe_name(arguments))
+    config = tyro.cli(Config, default=recipe.config, args=arguments, prog="train.py")
+    check_config(config)
+    engine = dict(recipe.engine)
+    if config.deepspeed_config is not None:
+        engine = {"optimizer": engine["optimizer"]} | read_json(config.deepspeed_config)
+    return Settings(config, with_overrides(engine, config.ds))
+
+
+def without_launcher_flags(arguments: list[str]) -> list[str]:
+    """Drop `--local_rank N`, which the deepspeed launcher appends; LOCAL_RANK says the same."""
+    remaining, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            remaining.append(argument)
+    return remaining
+
+
+def _recipe_name(arguments: list[str]) -> str:
+    """Value of `--recipe`: it is needed before tyro reads the flags, for their defaults."""
+    name = "tiny"
+    for position, argument in enumerate(arguments):
+        if argument == "--recipe" and position + 1 < len(arguments):
+            name = arguments[position + 1]
+        elif argument.startswith("--recipe="):
+            name = argument.partition("=")[2]
+    return name
+
+
+# ------------------------------------------------------------------------------- the DeepSpeed JSON
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file is missing, is not JSON, or does not hold an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"there is no DeepSpeed config {path}; see ds_configs/.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object.")
+    return value
+
+
+def with_overrides(engine: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a DeepSpeed JSON in which `a.b=value` settings are applied.
+
+    Args:
+        engine: the JSON object, which stays as it is.
+        overrides: settings as `--ds` takes them; a value is read as JSON, else taken as text.
+
+    Raises:
+        ValueError: a setting has no `=`, or its path leads through something that is not an object.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(engine))
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        if not separator or not dotted:
+            raise ValueError(f"--ds {override!r} is not of the form key.sub=value.")
+        *path, leaf = dotted.split(".")
+        node = result
+        for key in path:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--ds {override!r}: {key!r} holds {node!r}, not an object.")
+        try:
+            node[leaf] = json.loads(text)
+        except json.JSONDecodeError:
+            node[leaf] = text
+    return result
