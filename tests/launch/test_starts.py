@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from mocov3_ds.launch import Cluster, Kind, write_kit
+from mocov3_ds.launch.kit import Kind, LaunchSettings, write_kit
 from mocov3_ds.monitoring.run_log import read_rows
 from tests.data.sets import make_set
 from tests.ranks_pool import free_port
@@ -29,7 +29,7 @@ HOSTS = ("127.0.0.1", "127.0.0.2")
 SBIN = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
 
 
-def kit(kind: Kind, folder: Path, cluster: Cluster, *flags: str) -> Path:
+def kit(kind: Kind, folder: Path, cluster: LaunchSettings, *flags: str) -> Path:
     """A kit that trains on 50 small images, 3 steps an epoch, into `folder/runs/tiny`."""
     make_set(str(folder / "train"), [50])
     data = ["--data.shards", str(folder / "train"), "--knn.probes", "0"]
@@ -77,7 +77,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("kind", ["torchrun", "accelerate"])
 def test_two_nodes_meet(kind: Kind, tmp_path: Path) -> None:
-    cluster = Cluster(nodes=2, gpus=1, cores=1, cpu=True, hosts=HOSTS)
+    cluster = LaunchSettings(nodes=2, gpus=1, cores=1, cpu=True, hosts=HOSTS)
     script = str(kit(kind, tmp_path, cluster, "--stop_after_steps", "4") / "train.sh")
     with running([script], [script]) as nodes:
         ends = ended(nodes)
@@ -87,7 +87,7 @@ def test_two_nodes_meet(kind: Kind, tmp_path: Path) -> None:
 
 
 def test_a_signal_to_the_rank_of_one_node_saves_the_run_of_both(tmp_path: Path) -> None:
-    cluster = Cluster(nodes=2, gpus=1, cores=1, cpu=True, hosts=HOSTS)
+    cluster = LaunchSettings(nodes=2, gpus=1, cores=1, cpu=True, hosts=HOSTS)
     script = str(kit("torchrun", tmp_path, cluster, "--epochs", "400") / "train.sh")
     with running([script], [script]) as nodes:
         until(lambda: len(steps(tmp_path)) >= 3, "the third step")
@@ -103,7 +103,7 @@ def test_a_signal_to_the_rank_of_one_node_saves_the_run_of_both(tmp_path: Path) 
 
 
 def test_a_pod_that_must_go_saves_and_counts_as_failed(tmp_path: Path) -> None:
-    cluster = Cluster(nodes=1, gpus=2, cores=1, cpu=True)
+    cluster = LaunchSettings(nodes=1, gpus=2, cores=1, cpu=True)
     folder = kit("kubernetes", tmp_path, cluster, "--epochs", "400")
     job = list(yaml.safe_load_all((folder / "job.yaml").read_text()))[1]
     # what the kubelet does with it, and a name for the one pod there is
@@ -160,7 +160,7 @@ def ssh(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_deepspeed_starts_a_rank_on_each_host_of_the_file(tmp_path: Path, ssh: Path) -> None:
-    cluster = Cluster(nodes=2, gpus=1, cores=1, cpu=True, hosts=HOSTS)
+    cluster = LaunchSettings(nodes=2, gpus=1, cores=1, cpu=True, hosts=HOSTS)
     script = kit("hostfile", tmp_path / "a folder", cluster, "--stop_after_steps", "4") / "train.sh"
     path = f"{ssh}{os.pathsep}{environment()['PATH']}"
     with running([str(script)], PATH=path) as processes:
@@ -221,7 +221,7 @@ def slurm(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
 
 def test_slurm_warns_the_job_and_starts_it_again(tmp_path: Path, slurm: Callable[..., str]) -> None:
-    cluster = Cluster(nodes=1, gpus=2, cores=1, cpu=True)
+    cluster = LaunchSettings(nodes=1, gpus=2, cores=1, cpu=True)
     folder = kit("slurm", tmp_path, cluster, "--epochs", "40", "--save.every_steps", "1000")
     job = slurm("sbatch", str(folder / "train.sbatch")).split()[-1]
     log = tmp_path / f"mocov3-tiny-{job}.log"

@@ -14,11 +14,11 @@ import yaml
 
 from mocov3_ds import cli
 from mocov3_ds.distributed.ranks import LAUNCHER_VARIABLES
-from mocov3_ds.launch import Cluster, Kind, write_kit
+from mocov3_ds.launch.kit import Kind, LaunchSettings, write_kit
 
 # what a shell, a YAML reader and Kubernetes would each like to change
 AWKWARD = ["--data.shards", '/data/it\'s $HOME $(NODE_RANK) @{x} "a\\b"', "--name", "My run: 1"]
-CLUSTER = Cluster(nodes=2, gpus=4, cores=3, hosts=("alpha", "beta.example"))
+CLUSTER = LaunchSettings(nodes=2, gpus=4, cores=3, hosts=("alpha", "beta.example"))
 
 
 def calls(script: Path, program: str, folder: Path, **environment: str) -> list[str]:
@@ -85,8 +85,8 @@ def test_scripts_hand_on_every_flag_as_it_was_given(
 
 
 def test_slurm_asks_for_what_the_cluster_has(tmp_path: Path) -> None:
-    def asked(cluster: Cluster, folder: str) -> list[str]:
-        write_kit("slurm", cluster, tmp_path / folder, ["--name", "My run: 1"])
+    def asked(settings: LaunchSettings, folder: str) -> list[str]:
+        write_kit("slurm", settings, tmp_path / folder, ["--name", "My run: 1"])
         text = (tmp_path / folder / "train.sbatch").read_text()
         return [line[8:] for line in text.splitlines() if line.startswith("#SBATCH ")]
 
@@ -96,13 +96,13 @@ def test_slurm_asks_for_what_the_cluster_has(tmp_path: Path) -> None:
         *("--job-name=mocov3-my-run-1", "--nodes=2", *common, "--gpus-per-node=4"),
         *("--time=24:00:00", *rest),
     ]
-    assert "--gpus-per-node=4" not in asked(Cluster(nodes=2, gpus=4, cpu=True), "cpu")
+    assert "--gpus-per-node=4" not in asked(LaunchSettings(nodes=2, gpus=4, cpu=True), "cpu")
 
 
 def test_the_hostfile_has_a_line_a_machine(tmp_path: Path) -> None:
     write_kit("hostfile", CLUSTER, tmp_path / "kit", [])
     assert (tmp_path / "kit" / "hostfile").read_text() == "alpha slots=4\nbeta.example slots=4\n"
-    write_kit("hostfile", Cluster(nodes=2), tmp_path / "unnamed", [])
+    write_kit("hostfile", LaunchSettings(nodes=2), tmp_path / "unnamed", [])
     assert (tmp_path / "unnamed" / "hostfile").read_text() == "node-0 slots=8\nnode-1 slots=8\n"
 
 
@@ -143,7 +143,7 @@ def test_kubernetes_takes_the_manifest(tmp_path: Path) -> None:
 
 
 def test_a_pod_without_gpus_asks_for_none(tmp_path: Path) -> None:
-    write_kit("kubernetes", Cluster(cpu=True), tmp_path / "kit", [])
+    write_kit("kubernetes", LaunchSettings(cpu=True), tmp_path / "kit", [])
     job = manifests(tmp_path / "kit")[1]
     kubernetes_validate.validate(job, "1.34", strict=True)
     assert job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"] == {}
@@ -179,7 +179,7 @@ def test_no_kit_leaves_a_gap(kind: Kind, tmp_path: Path) -> None:
         ("--hosts a;b", "--hosts 'a;b' is no name or address of a machine."),
         ("--image x;y", "--image 'x;y' is no name of a container image."),
         ("-- --recipe vit_b6", "no recipe 'vit_b6' (did you mean vit_b16?)"),
-        ("-- --ds optimiser.type=Lamb", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("-- --ds optimiser.type=Lamb", "unknown key 'optimiser' (did you mean optimizer?)"),
         ("--out .", ". exists; remove it or choose another --out."),
     ],
 )
