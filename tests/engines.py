@@ -31,19 +31,15 @@ def begin(
     """
     # here, since a caller may want to wrap what these bind when they are imported
     from mocov3_ds.distributed import ranks
-    from mocov3_ds.distributed.engine import (
-        compute_dtype,
-        engine_config,
-        full_tensors,
-        start_engine,
-    )
+    from mocov3_ds.distributed.engine import full_tensors, start_engine
+    from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
     from mocov3_ds.optim.build import build_optimizer
     from mocov3_ds.training.step import QueriesToLoss
 
     model = QueriesToLoss(BaseEncoder(shape), temperature=0.2, chunks=chunks)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     own = build_optimizer({"type": optimizer, "params": {"lr": 1e-3}}, named)
-    own.watch = watch
+    own.measure_all(watch)
     given: dict[str, Any] = {"zero_optimization": zero}
     if precision != "fp32":
         given[precision] = {"enabled": True}

@@ -1,4 +1,4 @@
-"""The last look before the weights move: a step whose gradient is not to be trusted is dropped.
+"""An engine's step with a limit: where the gradient is not finite or too large, it is dropped.
 
 DeepSpeed drops a step whose global gradient norm is not finite, on all ranks alike and before its
 optimizer has touched anything: the same path that fp16 takes after an overflow. `step_within` uses
@@ -14,93 +14,96 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
+
+if TYPE_CHECKING:
+    from mocov3_ds.distributed.engine import Engine  # DeepSpeed takes seconds to import
 
 DROP = -math.inf
 """A limit that no norm passes."""
 
 
-def step_within(engine: Any, limit: float = math.inf) -> float:
+def step_within(engine: "Engine[nn.Module]", limit: float = math.inf) -> float:
     """`engine.step()`, but the weights stay where the gradient is not finite or above a limit.
 
     Whether they moved is `engine.was_step_applied()`. All ranks must call with the same limit.
 
     Args:
-        engine: after its backward.
-        limit: largest norm of the whole gradient that is applied; `DROP` drops the step anyway.
+        engine: DeepSpeed engine whose backward has been called.
+        limit: Largest norm of the whole gradient that is applied; `DROP` drops the step anyway.
 
     Returns:
-        the norm over all ranks, before clipping; infinite or NaN where it is not finite.
+        The norm over all ranks, before clipping; infinite or NaN where it is not finite.
 
     Raises:
-        ValueError: the DeepSpeed config turns the norm off.
+        ValueError: The DeepSpeed config turns the norm off.
     """
     if isinstance(engine.optimizer, torch.optim.Optimizer):
-        return _plain_step(engine, limit)
-    judge = _Judge(engine, limit)
-    with _asked(sys.modules[type(engine.optimizer).__module__], judge):
+        return _step_without_wrapper(engine, limit)
+    check = _NormCheck(engine, limit)
+    with _norm_checked(sys.modules[type(engine.optimizer).__module__], check):
         engine.step()
-    if judge.norm is None:
+    if check.norm is None:
         if engine.was_step_applied():
             raise ValueError(
                 "DeepSpeed computed no gradient norm, so nothing can be said of the step; remove "
                 "zero_optimization.compute_grad_norm from its config."
             )
-        return math.inf  # found before the norm
-    return judge.norm
+        return math.inf  # DeepSpeed met an overflow before it computed the norm
+    return check.norm
 
 
-class _Judge:
-    """Answers DeepSpeed's question once a step; its later questions are about other numbers."""
+class _NormCheck:
+    """Answer to DeepSpeed's first question of a step; its later ones are about other numbers."""
 
-    def __init__(self, engine: Any, limit: float) -> None:
+    def __init__(self, engine: "Engine[nn.Module]", limit: float) -> None:
         self._engine, self._limit = engine, limit
         self.norm: float | None = None
 
-    def refuses(self, scaled_norm: Any) -> bool:
+    def is_refused(self, scaled_norm: Any) -> bool:
         if self.norm is not None:
             return False
         norm = float(scaled_norm)
         # DeepSpeed's helpers say -1 for what is not finite
-        self.norm = norm / self._scale() if norm >= 0 else math.inf
-        return _too_large(self.norm, self._limit)
+        self.norm = norm / self._loss_scale() if norm >= 0 else math.inf
+        return _is_too_large(self.norm, self._limit)
 
-    def _scale(self) -> float:
+    def _loss_scale(self) -> float:
         scale = getattr(self._engine.optimizer, "loss_scale", 1.0)
         return float(scale) if scale else 1.0
 
 
-def _too_large(norm: float, limit: float) -> bool:
+def _is_too_large(norm: float, limit: float) -> bool:
     """One answer for all ranks, whose norms may differ in the last bit."""
     if limit in (math.inf, DROP):
         return limit == DROP
-    answer = torch.tensor(int(norm > limit), device=ranks.this_device())
-    return bool(ranks.all_reduce_max(answer))
+    exceeds = torch.tensor(int(norm > limit), device=ranks.this_device())
+    return bool(ranks.all_reduce_max(exceeds))
 
 
 @contextmanager
-def _asked(module: Any, judge: _Judge) -> Iterator[None]:
+def _norm_checked(module: Any, check: _NormCheck) -> Iterator[None]:
     original = module.is_invalid_grad_norm
-    module.is_invalid_grad_norm = lambda norm: judge.refuses(norm) or original(norm)
+    module.is_invalid_grad_norm = lambda norm: check.is_refused(norm) or original(norm)
     try:
         yield
     finally:
         module.is_invalid_grad_norm = original
 
 
-def _plain_step(engine: Any, limit: float) -> float:
+def _step_without_wrapper(engine: "Engine[nn.Module]", limit: float) -> float:
     """Stage 0, fp32: the engine steps our optimizer itself, with whole gradients on each rank."""
     optimizer = engine.optimizer
-    norm = _norm(
+    norm = _total_norm(
         [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     )
-    dropped = not math.isfinite(norm) or _too_large(norm, limit)
-    optimizer.overflow = dropped  # the engine looks for it
+    dropped = not math.isfinite(norm) or _is_too_large(norm, limit)
+    optimizer.overflow = dropped  # the engine reads it to see whether the step was applied
     if dropped:
         optimizer.step = lambda: None
     try:
@@ -111,7 +114,7 @@ def _plain_step(engine: Any, limit: float) -> float:
     return norm
 
 
-def _norm(gradients: list[Tensor]) -> float:
+def _total_norm(gradients: list[Tensor]) -> float:
     if not gradients:
         return 0.0
     return float(torch.stack(torch._foreach_norm(gradients)).norm())

@@ -24,11 +24,11 @@ class Segment:
     """A run of elements that belong to one named tensor.
 
     Attributes:
-        name: the tensor's name.
-        index: its place in `Flat.names`, the same on each rank.
-        start: first element inside the whole tensor, flattened.
-        length: number of elements, at least 1.
-        offset: first element inside the flat tensor of this rank.
+        name: Name of the tensor in the model.
+        index: Position of the name in `Flat.names`, the same on each rank.
+        start: First element inside the whole tensor, flattened.
+        length: Number of elements, at least 1.
+        offset: First element inside the flat tensor of this rank.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Flat:
 
     Attributes:
         tensor: fp32 master weights; one-dimensional when sharded.
-        names: every tensor that has elements in this flat on *any* rank of the group, in the same
+        names: Every tensor that has elements in this flat on *any* rank of the group, in the same
             order on each of them.
-        shapes: their full shapes.
-        segments: what is here; empty on a rank that holds padding only.
-        sharded: whether the rest is on other ranks of `group`.
-        group: process group over which the tensors are cut; means nothing unless `sharded`.
+        shapes: Full shapes of these tensors.
+        segments: What lies on this rank; empty on a rank that holds padding only.
+        sharded: Whether the other elements are on other ranks of `group`.
+        group: Process group over which the tensors are cut; means nothing unless `sharded`.
     """
 
     tensor: Tensor
@@ -75,7 +75,7 @@ class Flat:
         return counts
 
     def gaps(self) -> Iterator[tuple[int, int]]:
-        """(first, behind last) of each run of padding."""
+        """First element of each run of padding, and the element after its last."""
         end = 0
         for segment in sorted(self.segments, key=lambda segment: segment.offset):
             if segment.offset > end:
@@ -87,15 +87,20 @@ class Flat:
     def clear_gaps(self) -> None:
         """Make the padding zero; ZeRO-3 leaves whatever the allocator returned in it."""
         flat = self.view()
-        for first, behind in self.gaps():
-            flat[first:behind] = 0
+        for first, end in self.gaps():
+            flat[first:end] = 0
 
 
-def whole(name: str, tensor: Tensor) -> Flat:
-    """A tensor that is not cut at all.
+def full_shape(parameter: Tensor) -> Shape:
+    """Shape of the whole tensor, also where ZeRO-3 has already cut it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole_flat(name: str, tensor: Tensor) -> Flat:
+    """Describe a tensor that is not cut at all.
 
     Raises:
-        ValueError: its elements do not lie in order (a transposed view, channels_last).
+        ValueError: Its elements do not lie in order (a transposed view, channels_last).
     """
     if not tensor.is_contiguous():
         raise ValueError(f"{name!r} is not contiguous; make it so before training.")
@@ -104,28 +109,28 @@ def whole(name: str, tensor: Tensor) -> Flat:
     return Flat(tensor, (name,), (shape,), (segment,))
 
 
-def cut(
+def cut_segments(
     names: Sequence[str], shapes: Sequence[Shape], offsets: Sequence[int], low: int, high: int
 ) -> tuple[Segment, ...]:
     """Segments of the tensors that fall into elements `low` to `high` of their concatenation.
 
     Args:
-        names: tensors in the order in which they were laid out.
-        shapes: their full shapes.
-        offsets: where each starts in the concatenation (gaps between tensors are padding).
-        low: first element of this rank.
-        high: behind the last element of this rank.
+        names: Tensors in the order in which they were laid out.
+        shapes: Full shapes of the tensors.
+        offsets: Element of the concatenation at which each tensor starts (gaps are padding).
+        low: First element of this rank.
+        high: Element after the last one of this rank.
     """
     segments = []
     for index, (name, shape, offset) in enumerate(zip(names, shapes, offsets, strict=True)):
-        first, behind = max(offset, low), min(offset + math.prod(shape), high)
-        if first < behind:
-            segments.append(Segment(name, index, first - offset, behind - first, first - low))
+        first, end = max(offset, low), min(offset + math.prod(shape), high)
+        if first < end:
+            segments.append(Segment(name, index, first - offset, end - first, first - low))
     return tuple(segments)
 
 
-def run_on(shapes: Sequence[Shape]) -> list[int]:
-    """Offsets of tensors laid out back to back."""
+def packed_offsets(shapes: Sequence[Shape]) -> list[int]:
+    """Offsets of tensors that are laid out back to back."""
     offsets, end = [], 0
     for shape in shapes:
         offsets.append(end)
@@ -133,6 +138,6 @@ def run_on(shapes: Sequence[Shape]) -> list[int]:
     return offsets
 
 
-def bits(x: Tensor) -> Tensor:
-    """fp32 tensor as int32: summing parts that are zero elsewhere keeps each bit (-0.0, NaN)."""
+def view_bits(x: Tensor) -> Tensor:
+    """View an fp32 tensor as int32, so that a sum with zeros keeps each bit (-0.0, NaN)."""
     return x.view(torch.int32)

@@ -1,4 +1,4 @@
-"""DeepSpeed's partitions as segments: the attribute names of five wrapper classes, nothing else.
+"""Describe DeepSpeed's partitions as segments: this file knows the attributes of its wrappers.
 
 `engine.optimizer` is one of
 
@@ -22,33 +22,40 @@ from deepspeed import comm
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.segments import Flat, Segment, Shape, cut, run_on, whole
+from mocov3_ds.distributed.segments import (
+    Flat,
+    Segment,
+    cut_segments,
+    full_shape,
+    packed_offsets,
+    whole_flat,
+)
 
 Names = Mapping[Tensor, str]
 
 
-def layout(engine: Any, names: Names | None = None) -> list[Flat]:
+def describe_flats(engine: Any, names: Names | None = None) -> list[Flat]:
     """Describe every flat tensor that the engine's base optimizer is given on this rank.
 
     All ranks must call. Padding is made zero on the way.
 
     Args:
-        engine: what `deepspeed.initialize` returned, before its first step.
-        names: name of each trained model parameter; by default the engine module's own names.
+        engine: What `deepspeed.initialize` returned, before its first step.
+        names: Name of each trained model parameter; by default the engine module's own names.
 
     Raises:
-        ValueError: a combination under which whole-tensor norms cannot be exact, with the remedy.
-        RuntimeError: this DeepSpeed lays tensors out in a way we do not know.
+        ValueError: A combination under which whole-tensor norms cannot be exact, with the remedy.
+        RuntimeError: This DeepSpeed lays tensors out in a way we do not know.
     """
     wrapper = engine.optimizer
-    _refuse(engine, wrapper)
+    _refuse_inexact(engine, wrapper)
     if names is None:
         names = {parameter: name for name, parameter in engine.module.named_parameters()}
     kind = type(wrapper).__name__
     if isinstance(wrapper, torch.optim.Optimizer):
-        drafts = _own(wrapper, names)
-    elif kind in _LAYOUTS:
-        drafts = _LAYOUTS[kind](wrapper, names)
+        drafts = _draft_stage_0_fp32(wrapper, names)
+    elif kind in _DRAFTS:
+        drafts = _DRAFTS[kind](wrapper, names)
     else:
         raise ValueError(
             f"DeepSpeed wraps the optimizer in {kind}, whose partitions are not known here; use "
@@ -61,13 +68,13 @@ def layout(engine: Any, names: Names | None = None) -> list[Flat]:
                 f"the optimizer is given {flat.tensor.dtype} weights and needs fp32 masters; "
                 "remove bf16_master_weights_and_grads, or convert the model to fp32 beforehand."
             )
-    _compare(drafts)
+    _compare_with_model(drafts)
     for flat in flats:
         flat.clear_gaps()
     return flats
 
 
-def refresh(engine: Any) -> None:
+def refresh_weights(engine: Any) -> None:
     """Make the model's weights what the fp32 masters say; all ranks must call."""
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
@@ -99,7 +106,7 @@ _SCALE_KEYS = (
 )
 
 
-def loss_scale(engine: Any) -> dict[str, float]:
+def read_loss_scale(engine: Any) -> dict[str, float]:
     """State of fp16 loss scaling as plain numbers; empty when nothing is scaled."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not getattr(scaler, "dynamic", False):
@@ -108,7 +115,7 @@ def loss_scale(engine: Any) -> dict[str, float]:
 
 
 def load_loss_scale(engine: Any, state: Mapping[str, float]) -> None:
-    """Continue loss scaling where `loss_scale` found it; nothing happens without scaling."""
+    """Continue loss scaling where `read_loss_scale` left it; nothing happens without scaling."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not getattr(scaler, "dynamic", False):
         return
@@ -123,14 +130,9 @@ def base_optimizer(engine: Any) -> Any:
     return wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer
 
 
-def _refuse(engine: Any, wrapper: Any) -> None:
-    """Combinations that would be approximations."""
-    kind = type(wrapper).__name__
-    if kind == "FP16_UnfusedOptimizer" and wrapper.low_precision_dtype == torch.float16:
-        raise ValueError(
-            "fp16 at ZeRO stage 0 is computed wrongly by DeepSpeed (the loss scale is divided out "
-            "but never applied); use zero_optimization.stage 1."
-        )
+def _refuse_inexact(engine: Any, wrapper: Any) -> None:
+    """Refuse combinations under which a step would be an approximation."""
+    _refuse_precision(wrapper)
     if getattr(wrapper, "model_parallel_group", None) is not None or engine.mpu is not None:
         raise ValueError(
             "tensor (model) parallelism cuts a tensor once more than this optimizer sums over; "
@@ -146,11 +148,6 @@ def _refuse(engine: Any, wrapper: Any) -> None:
             "pipeline parallelism puts different tensors on different ranks, which this optimizer "
             "does not follow; use data parallelism (ZeRO) alone."
         )
-    if getattr(wrapper, "torch_autocast_gradscaler", None) is not None:
-        raise ValueError(
-            "torch_autocast in float16 may skip the step on one rank and not on another; use "
-            "torch_autocast in bfloat16, or fp16.enabled."
-        )
     if getattr(wrapper, "swap_optimizer", False) or getattr(
         wrapper, "params_in_nvme_and_cpu", False
     ):
@@ -160,24 +157,38 @@ def _refuse(engine: Any, wrapper: Any) -> None:
         )
 
 
+def _refuse_precision(wrapper: Any) -> None:
+    unfused = type(wrapper).__name__ == "FP16_UnfusedOptimizer"
+    if unfused and wrapper.low_precision_dtype == torch.float16:
+        raise ValueError(
+            "fp16 at ZeRO stage 0 is computed wrongly by DeepSpeed (the loss scale is divided out "
+            "but never applied); use zero_optimization.stage 1."
+        )
+    if getattr(wrapper, "torch_autocast_gradscaler", None) is not None:
+        raise ValueError(
+            "torch_autocast in float16 may skip the step on one rank and not on another; use "
+            "torch_autocast in bfloat16, or fp16.enabled."
+        )
+
+
 Draft = tuple[Flat, list[Tensor]]  # a flat and the model's parameters in the order of its names
 
 
-def _own(wrapper: torch.optim.Optimizer, names: Names) -> list[Draft]:
+def _draft_stage_0_fp32(wrapper: torch.optim.Optimizer, names: Names) -> list[Draft]:
     parameters = [p for group in wrapper.param_groups for p in group["params"]]
-    return [(whole(names[p], p), [p]) for p in parameters]
+    return [(whole_flat(names[p], p), [p]) for p in parameters]
 
 
-def _unfused(wrapper: Any, names: Names) -> list[Draft]:
+def _draft_stage_0_bf16(wrapper: Any, names: Names) -> list[Draft]:
     pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
     return [
-        (whole(names[copy], master), [copy])
+        (whole_flat(names[copy], master), [copy])
         for copies, masters in pairs
         for copy, master in zip(copies, masters, strict=True)
     ]
 
 
-def _stage_1_2(wrapper: Any, names: Names) -> list[Draft]:
+def _draft_stage_1_2(wrapper: Any, names: Names) -> list[Draft]:
     drafts = []
     for i, flat in enumerate(wrapper.single_partition_of_fp32_groups):
         parameters = list(wrapper.round_robin_bit16_groups[i])
@@ -187,11 +198,11 @@ def _stage_1_2(wrapper: Any, names: Names) -> list[Draft]:
     return drafts
 
 
-def _bf16(wrapper: Any, names: Names) -> list[Draft]:
+def _draft_stage_1_bf16(wrapper: Any, names: Names) -> list[Draft]:
     drafts = []
     for i, flat in enumerate(wrapper.fp32_groups_flat_partition):
         parameters = list(wrapper.bf16_groups[i])
-        offsets = run_on([_shape(parameter) for parameter in parameters])
+        offsets = packed_offsets([full_shape(parameter) for parameter in parameters])
         group = wrapper.real_dp_process_group[i]
         drafts.append((_even_cut(flat, parameters, offsets, group, names), parameters))
     return drafts
@@ -200,46 +211,42 @@ def _bf16(wrapper: Any, names: Names) -> list[Draft]:
 def _even_cut(
     flat: Tensor, parameters: Sequence[Tensor], offsets: Sequence[int], group: Any, names: Names
 ) -> Flat:
-    own_names = tuple(names[parameter] for parameter in parameters)
-    shapes = tuple(_shape(parameter) for parameter in parameters)
+    flat_names = tuple(names[parameter] for parameter in parameters)
+    shapes = tuple(full_shape(parameter) for parameter in parameters)
     low = comm.get_rank(group) * flat.numel()
-    segments = cut(own_names, shapes, offsets, low, low + flat.numel())
-    return Flat(flat, own_names, shapes, segments, sharded=True, group=group)
+    segments = cut_segments(flat_names, shapes, offsets, low, low + flat.numel())
+    return Flat(flat, flat_names, shapes, segments, sharded=True, group=group)
 
 
-def _stage_3(wrapper: Any, names: Names) -> list[Draft]:
+def _draft_stage_3(wrapper: Any, names: Names) -> list[Draft]:
     drafts = []
     for i, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
         parameters = list(wrapper.fp16_groups[i])
         group = wrapper._get_sub_group_process_group(i)
-        own_names = tuple(names[parameter] for parameter in parameters)
+        flat_names = tuple(names[parameter] for parameter in parameters)
         segments, offset = [], 0
         for index, parameter in enumerate(parameters):
             padded = parameter.ds_tensor.ds_numel
             start = comm.get_rank(group) * padded
-            length = min(padded, math.prod(_shape(parameter)) - start)
+            length = min(padded, math.prod(full_shape(parameter)) - start)
             if length > 0:
-                segments.append(Segment(own_names[index], index, start, length, offset))
+                segments.append(Segment(flat_names[index], index, start, length, offset))
             offset += padded
-        shapes = tuple(_shape(parameter) for parameter in parameters)
-        layout_of_rank = Flat(flat, own_names, shapes, tuple(segments), sharded=True, group=group)
-        drafts.append((layout_of_rank, parameters))
+        shapes = tuple(full_shape(parameter) for parameter in parameters)
+        rank_flat = Flat(flat, flat_names, shapes, tuple(segments), sharded=True, group=group)
+        drafts.append((rank_flat, parameters))
     return drafts
 
 
-_LAYOUTS = {
-    "FP16_UnfusedOptimizer": _unfused,
-    "DeepSpeedZeroOptimizer": _stage_1_2,
-    "BF16_Optimizer": _bf16,
-    "DeepSpeedZeroOptimizer_Stage3": _stage_3,
+_DRAFTS = {
+    "FP16_UnfusedOptimizer": _draft_stage_0_bf16,
+    "DeepSpeedZeroOptimizer": _draft_stage_1_2,
+    "BF16_Optimizer": _draft_stage_1_bf16,
+    "DeepSpeedZeroOptimizer_Stage3": _draft_stage_3,
 }
 
 
-def _shape(parameter: Tensor) -> Shape:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _compare(drafts: Sequence[Draft]) -> None:
+def _compare_with_model(drafts: Sequence[Draft]) -> None:
     """Check content and cover of each flat, with one verdict for all ranks."""
     wrong = 0
     for flat, parameters in drafts:
@@ -264,8 +271,9 @@ def _same(flat: Flat, segment: Segment, parameters: Sequence[Tensor]) -> bool:
     """Whether a segment of the fp32 flat holds, rounded, what the model's parameter holds."""
     parameter = parameters[segment.index]
     if hasattr(parameter, "ds_tensor"):
-        there = parameter.ds_tensor.detach().view(-1)[: segment.length]
+        model_values = parameter.ds_tensor.detach().view(-1)[: segment.length]
     else:
-        there = parameter.detach().reshape(-1)[segment.start : segment.start + segment.length]
-    here = segment.of(flat.view()).to(there.dtype)
-    return torch.equal(here.to(there.device), there)
+        end = segment.start + segment.length
+        model_values = parameter.detach().reshape(-1)[segment.start : end]
+    master_values = segment.of(flat.view()).to(model_values.dtype)
+    return torch.equal(master_values.to(model_values.device), model_values)

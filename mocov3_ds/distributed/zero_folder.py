@@ -9,7 +9,6 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -22,11 +21,14 @@ _HARMLESS = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-def merged_weights(folder: Path) -> dict[str, Tensor]:
+def merge_weights(folder: Path) -> dict[str, Tensor]:
     """All weights in fp32 by name, of ZeRO stages 0 to 3 and any world size.
 
+    Args:
+        folder: What `save_checkpoint` was given, or a folder of one step inside it.
+
     Raises:
-        ValueError: files of a rank are missing or unreadable, or hold pickled code.
+        ValueError: Files of a rank are missing or unreadable, or hold pickled code.
     """
     step = _step_folder(folder)
     try:
@@ -34,10 +36,10 @@ def merged_weights(folder: Path) -> dict[str, Tensor]:
         if any(step.glob("*_optim_states.pt")):
             with _no_pickled_code(), contextlib.redirect_stdout(io.StringIO()):
                 merged = get_fp32_state_dict_from_zero_checkpoint(str(step.parent), tag=step.name)
-        whole = step / "mp_rank_00_model_states.pt"  # not there at stage 3
-        if whole.is_file():  # stage 0 has all weights here alone, stage 1 the frozen ones
+        single = step / "mp_rank_00_model_states.pt"  # not there at stage 3
+        if single.is_file():  # stage 0 has all weights here alone, stage 1 the frozen ones
             with _no_pickled_code():
-                module = torch.load(whole, map_location="cpu")["module"]
+                module = torch.load(single, map_location="cpu")["module"]
             merged = {n: t for n, t in module.items() if isinstance(t, Tensor)} | merged
         return merged
     # damaged pickles raise many kinds; DeepSpeed raises bare Exceptions and KeyErrors
@@ -58,13 +60,13 @@ def _step_folder(folder: Path) -> Path:
 @contextlib.contextmanager
 def _no_pickled_code() -> Iterator[None]:
     """DeepSpeed asks torch for unrestricted pickles; torch's own switch overrules it."""
-    before: Any = os.environ.get(_FORCE)
+    previous = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             yield
     finally:
-        if before is None:
+        if previous is None:
             del os.environ[_FORCE]
         else:
-            os.environ[_FORCE] = before
+            os.environ[_FORCE] = previous

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mocov3_ds.optim.arguments import NamedParameters, number, pair_of_betas, switch
-from mocov3_ds.optim.kernels import AdamTerms, Kernels
+from mocov3_ds.optim.arguments import NamedParameters, check_betas, check_number, check_switch
+from mocov3_ds.optim.kernel_types import NORMS, NORMS_AND_RMS, AdamTerms
 from mocov3_ds.optim.rules import RuleFor, vit_rule
-from mocov3_ds.optim.sharded import ShardedOptimizer
-from mocov3_ds.optim.step_tables import NORMS, NORMS_AND_RMS, Plan, Share
+from mocov3_ds.optim.sharded import FlatStep, ShardedOptimizer
+from mocov3_ds.optim.signals import StepFactors, StepSums
 
 
 class AdamW(ShardedOptimizer):
@@ -26,20 +26,23 @@ class AdamW(ShardedOptimizer):
 
     Args:
         named_parameters: `model.named_parameters()`; frozen tensors are left out.
-        lr: learning rate.
-        betas: decay rates of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay of the tensors whose rule decays.
-        bias_correction: whether the moments are corrected for starting at 0.
-        update_clip: whether each tensor's rate is divided by max(1, RMS of g / √v̂).
-        rule: (name, full shape) -> `Rule`.
-        backend: which kernels do the arithmetic; see `kernels`.
+        lr: Learning rate of tensors whose rule has no multiplier.
+        betas: Decay rates of the first and second moment.
+        eps: Number that is added to the root of the second moment.
+        weight_decay: Decoupled decay of the tensors whose rule decays.
+        bias_correction: Whether the moments are corrected for starting at 0.
+        update_clip: Whether each tensor's rate is divided by max(1, RMS of g / √v̂).
+        rule: Function of a tensor's name and full shape that gives its `Rule`.
+        backend: Which kernels do the arithmetic; see `kernels`.
 
     Raises:
-        ValueError: an impossible value, or tensors it cannot train.
+        ValueError: An impossible value, or tensors it cannot train.
     """
 
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    aliases: ClassVar[tuple[str, ...]] = ("Adam",)
+    measures_rms: ClassVar[bool] = True
+    accepts_update_clip: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -55,59 +58,55 @@ class AdamW(ShardedOptimizer):
         backend: str = "auto",
     ) -> None:
         defaults = {
-            "lr": number("lr", lr, 0),
-            "betas": pair_of_betas(betas),
-            "eps": number("eps", eps, 0),
-            "weight_decay": number("weight_decay", weight_decay, 0),
-            "bias_correction": switch("bias_correction", bias_correction),
-            "update_clip": switch("update_clip", update_clip),
+            "lr": check_number("lr", lr, 0),
+            "betas": check_betas(betas),
+            "eps": check_number("eps", eps, 0),
+            "weight_decay": check_number("weight_decay", weight_decay, 0),
+            "bias_correction": check_switch("bias_correction", bias_correction),
+            "update_clip": check_switch("update_clip", update_clip),
         }
-        if update_clip and pair_of_betas(betas)[1] == 0:
+        if update_clip and check_betas(betas)[1] == 0:
             raise ValueError(
                 "update_clip has no effect with betas[1] = 0: the second moment is the gradient's "
                 "own square then and the RMS is 1; raise betas[1] or remove update_clip."
             )
         super().__init__(named_parameters, defaults, rule, backend)
 
-    def _sweep(
-        self,
-        kernels: Kernels,
-        share: Share,
-        gradient: Tensor,
-        group: Mapping[str, Any],
-        sums_QS: Tensor,
-        rate_S: Tensor,
-    ) -> None:
-        weight, m, v = self._views(share)
-        terms = AdamTerms.of(group, self.state[share.flat.tensor]["step"])
-        kernels.adam(
-            share, weight, gradient, m, v, terms, sums_QS, None if group["update_clip"] else rate_S
+    def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
+        """Update the moments; without `update_clip` no norm must be known, so the weights move."""
+        first, second = flat.state
+        terms = AdamTerms.from_group(flat.group, flat.number)
+        flat.kernels.update_adam(
+            flat.share,
+            flat.weight,
+            flat.gradient,
+            first,
+            second,
+            terms,
+            sums_QS,
+            None if flat.group["update_clip"] else rate_S,
         )
 
-    def _needs(self, group: Mapping[str, Any]) -> int:
+    def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
+        """Move the weights, where the first pass has not done it."""
+        if flat.group["update_clip"]:
+            flat.kernels.move_weights(flat.share, flat.weight, flat.gradient, rate_S * factor_S)
+
+    def count_quantities(self, group: Mapping[str, Any]) -> int:
+        """The update clip needs the RMS of g / √v̂ beside the norms."""
         return NORMS_AND_RMS if group["update_clip"] else NORMS
 
-    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_QS: Tensor) -> Tensor:
+    def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:
+        """The update clip's factor for every tensor, or none."""
         if not group["update_clip"]:
-            return torch.ones_like(plan.rate_S)
-        return 1 / plan.rms.clamp_min(1.0)
+            return super().compute_factors(sums, group)
+        return StepFactors(1 / sums.rms.clamp_min(1.0), torch.ones_like(sums.tables.adapt_S))
 
-    def _adapts(self, plan: Plan) -> Tensor:
-        return torch.full_like(plan.adapt_S, bool(self.param_groups[0]["update_clip"]))
-
-    def set_update_clip(self, on: bool) -> None:
-        """Clip the coming steps' updates, or no longer."""
-        for group in self.param_groups:
-            group["update_clip"] = on
-
-    def _move(
-        self,
-        kernels: Kernels,
-        share: Share,
-        gradient: Tensor,
-        group: Mapping[str, Any],
-        plan: Plan,
-    ) -> None:
-        """Without `update_clip` no norm had to be known, so the first pass moved the weights."""
-        if group["update_clip"]:
-            kernels.move(share, share.flat.view(), gradient, plan.rate_S * plan.ratio_S)
+    @classmethod
+    def translate_params(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """DeepSpeed's "Adam" is AdamW unless `adam_w_mode` is false, which is refused."""
+        if params.get("adam_w_mode", True) is not True:
+            raise ValueError(
+                "adam_w_mode must be true: Adam with L2 decay is not implemented; use AdamW."
+            )
+        return {key: value for key, value in params.items() if key != "adam_w_mode"}

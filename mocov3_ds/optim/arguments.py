@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
+from mocov3_ds.distributed.segments import full_shape
+
 NamedParameters = Iterable[tuple[str, Tensor]]
 
 
-def trained_tensors(named_parameters: NamedParameters) -> dict[str, Tensor]:
+def select_trained(named_parameters: NamedParameters) -> dict[str, Tensor]:
     """The tensors to train, by name; frozen and empty ones are left out.
 
     Raises:
-        ValueError: tensors without names, a name given twice, complex tensors, nothing to train.
+        ValueError: Tensors without names, a name given twice, complex tensors, nothing to train.
     """
     trained: dict[str, Tensor] = {}
     for entry in named_parameters:
@@ -34,16 +36,11 @@ def trained_tensors(named_parameters: NamedParameters) -> dict[str, Tensor]:
     return trained
 
 
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole tensor, also where `deepspeed.zero.Init` has already cut it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    """`value` as a float within [low, high).
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """Return `value` as a float, if it is a number within [low, high).
 
     Raises:
-        ValueError: it is no number, or outside.
+        ValueError: It is no number, or outside.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
@@ -52,33 +49,33 @@ def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     return float(value)
 
 
-def switch(name: str, value: Any) -> bool:
-    """`value` as it is, if it is true or false.
+def check_switch(name: str, value: Any) -> bool:
+    """Return `value`, if it is true or false.
 
     Raises:
-        ValueError: it is something else (a JSON string "false" would otherwise count as true).
+        ValueError: It is something else (a JSON string "false" would otherwise count as true).
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be true or false.")
     return value
 
 
-def pair_of_betas(betas: Any) -> tuple[float, float]:
-    """Decay rates of the moments, each within [0, 1).
+def check_betas(betas: Any) -> tuple[float, float]:
+    """Return the decay rates of the moments, if each is within [0, 1).
 
     Raises:
-        ValueError: not two numbers, or outside.
+        ValueError: Not two numbers, or outside.
     """
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise ValueError(f"betas is {betas!r}; it must be two numbers, e.g. [0.9, 0.999].")
-    return number("betas[0]", betas[0], 0, 1), number("betas[1]", betas[1], 0, 1)
+    return check_number("betas[0]", betas[0], 0, 1), check_number("betas[1]", betas[1], 0, 1)
 
 
-def trust_bounds(trust_clip: Any) -> tuple[float, float] | None:
-    """Smallest and largest trust ratio, or None for no bounds.
+def check_trust_clip(trust_clip: Any) -> tuple[float, float] | None:
+    """Return the smallest and largest trust ratio, or None for no bounds.
 
     Raises:
-        ValueError: not two numbers, negative, or the wrong way round.
+        ValueError: Not two numbers, negative, or the wrong way round.
     """
     if trust_clip is None:
         return None
@@ -87,8 +84,31 @@ def trust_bounds(trust_clip: Any) -> tuple[float, float] | None:
             f"trust_clip is {trust_clip!r}; it must be null or the smallest and the largest "
             "trust ratio, e.g. [0.01, 10]."
         )
-    low = number("trust_clip[0]", trust_clip[0], 0)
-    high = math.inf if trust_clip[1] == math.inf else number("trust_clip[1]", trust_clip[1], 0)
+    low = check_number("trust_clip[0]", trust_clip[0], 0)
+    infinite = trust_clip[1] == math.inf
+    high = math.inf if infinite else check_number("trust_clip[1]", trust_clip[1], 0)
     if low > high:
         raise ValueError(f"trust_clip is {trust_clip!r}; its first number must not be larger.")
     return low, high
+
+
+def translate_coefficients(params: dict[str, Any]) -> dict[str, Any]:
+    """Replace DeepSpeed's `min_coeff` and `max_coeff` by `trust_clip`.
+
+    Args:
+        params: Params of an optimizer block, as a JSON gives them.
+
+    Raises:
+        ValueError: Both spellings are given.
+    """
+    bounds = {key: params[key] for key in ("min_coeff", "max_coeff") if key in params}
+    if not bounds:
+        return params
+    if "trust_clip" in params:
+        raise ValueError(
+            f"the optimizer block has trust_clip and {' and '.join(bounds)}; trust_clip is both, "
+            "keep one of them."
+        )
+    other = {key: value for key, value in params.items() if key not in bounds}
+    clip = (bounds.get("min_coeff", 0.0), bounds.get("max_coeff", math.inf))
+    return other | {"trust_clip": clip}

@@ -8,15 +8,16 @@ from torch import Tensor
 
 from mocov3_ds.optim.arguments import (
     NamedParameters,
-    number,
-    pair_of_betas,
-    switch,
-    trust_bounds,
+    check_betas,
+    check_number,
+    check_switch,
+    check_trust_clip,
+    translate_coefficients,
 )
-from mocov3_ds.optim.kernels import AdamTerms, Kernels
+from mocov3_ds.optim.kernel_types import NORMS, UPDATE, WEIGHT, AdamTerms
 from mocov3_ds.optim.rules import RuleFor, vit_rule
-from mocov3_ds.optim.sharded import ShardedOptimizer
-from mocov3_ds.optim.step_tables import NORMS, UPDATE, WEIGHT, Plan, Share
+from mocov3_ds.optim.sharded import FlatStep, ShardedOptimizer
+from mocov3_ds.optim.signals import StepFactors, StepSums
 
 
 class Lamb(ShardedOptimizer):
@@ -31,26 +32,32 @@ class Lamb(ShardedOptimizer):
 
     Args:
         named_parameters: `model.named_parameters()`; frozen tensors are left out.
-        lr: learning rate.
-        betas: decay rates of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decay inside the adapted direction, for tensors whose rule decays.
-        bias_correction: whether the moments are corrected for starting at 0, before the ratio.
-        grad_averaging: whether the gradient enters the first moment times 1 - betas[0], or whole.
-        trust_clip: smallest and largest trust ratio; no bounds by default.
-        always_adapt: whether every tensor has a trust ratio, whatever its rule says.
-        flat: what LAMB is under DeepSpeed's own handling: one ratio over all adapted elements of
-            each flat tensor of this rank, so another algorithm on each number of ranks. There to
-            be compared with.
-        rule: (name, full shape) -> `Rule`. By default biases, norms and tokens neither decay nor
-            adapt.
-        backend: which kernels do the arithmetic; see `kernels`.
+        lr: Learning rate of tensors whose rule has no multiplier.
+        betas: Decay rates of the first and second moment.
+        eps: Number that is added to the root of the second moment.
+        weight_decay: Decay inside the adapted direction, for tensors whose rule decays.
+        bias_correction: Whether the moments are corrected for starting at 0, before the ratio.
+        grad_averaging: Whether the gradient enters the first moment times 1 - betas[0], or whole.
+        trust_clip: Smallest and largest trust ratio; no bounds by default.
+        always_adapt: Whether every tensor has a trust ratio, whatever its rule says.
+        flat: What LAMB is under DeepSpeed's own handling: one ratio over all adapted elements of
+            each flat tensor of this rank, so another algorithm on each number of ranks. It exists
+            to be compared with.
+        rule: Function of a tensor's name and full shape that gives its `Rule`. By default biases,
+            norms and tokens neither decay nor adapt.
+        backend: Which kernels do the arithmetic; see `kernels`.
 
     Raises:
-        ValueError: an impossible value, or tensors it cannot train.
+        ValueError: An impossible value, or tensors it cannot train.
     """
 
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    aliases: ClassVar[tuple[str, ...]] = ("FusedLamb",)
+    hints: ClassVar[Mapping[str, str]] = {
+        "update_clip": "the trust ratio sets the length of the step; use trust_clip, or AdamW",
+    }
+    has_trust_ratio: ClassVar[bool] = True
+    measures_rms: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -69,45 +76,46 @@ class Lamb(ShardedOptimizer):
         backend: str = "auto",
     ) -> None:
         defaults = {
-            "lr": number("lr", lr, 0),
-            "betas": pair_of_betas(betas),
-            "eps": number("eps", eps, 0),
-            "weight_decay": number("weight_decay", weight_decay, 0),
-            "bias_correction": switch("bias_correction", bias_correction),
-            "grad_averaging": switch("grad_averaging", grad_averaging),
-            "trust_clip": trust_bounds(trust_clip),
-            "always_adapt": switch("always_adapt", always_adapt),
-            "flat": switch("flat", flat),
+            "lr": check_number("lr", lr, 0),
+            "betas": check_betas(betas),
+            "eps": check_number("eps", eps, 0),
+            "weight_decay": check_number("weight_decay", weight_decay, 0),
+            "bias_correction": check_switch("bias_correction", bias_correction),
+            "grad_averaging": check_switch("grad_averaging", grad_averaging),
+            "trust_clip": check_trust_clip(trust_clip),
+            "always_adapt": check_switch("always_adapt", always_adapt),
+            "flat": check_switch("flat", flat),
         }
         super().__init__(named_parameters, defaults, rule, backend)
 
-    def _sweep(
-        self,
-        kernels: Kernels,
-        share: Share,
-        gradient: Tensor,
-        group: Mapping[str, Any],
-        sums_QS: Tensor,
-        rate_S: Tensor,
-    ) -> None:
-        weight, m, v = self._views(share)
-        terms = AdamTerms.of(group, self.state[share.flat.tensor]["step"])
-        kernels.adam(share, weight, gradient, m, v, terms, sums_QS, None)
+    def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
+        """Update the moments and leave the direction in the gradient's place."""
+        first, second = flat.state
+        terms = AdamTerms.from_group(flat.group, flat.number)
+        flat.kernels.update_adam(
+            flat.share, flat.weight, flat.gradient, first, second, terms, sums_QS, None
+        )
 
-    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_QS: Tensor) -> Tensor:
-        adapt_S = plan.adapt_S | group["always_adapt"]
-        norms_3S = _flat_norms(plan, own_QS, adapt_S) if group["flat"] else plan.norms
-        return trust_ratio(norms_3S[WEIGHT], norms_3S[UPDATE], adapt_S, group["trust_clip"])
+    def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
+        """Move the weights along the direction."""
+        flat.kernels.move_weights(flat.share, flat.weight, flat.gradient, rate_S * factor_S)
 
-    def _move(
-        self,
-        kernels: Kernels,
-        share: Share,
-        gradient: Tensor,
-        group: Mapping[str, Any],
-        plan: Plan,
-    ) -> None:
-        kernels.move(share, share.flat.view(), gradient, plan.rate_S * plan.ratio_S)
+    def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:
+        """The trust ratio of each tensor that adapts."""
+        adapt_S = sums.tables.adapt_S | group["always_adapt"]
+        norms_3S = _flat_norms(sums, adapt_S) if group["flat"] else sums.norms
+        ratio_S = trust_ratio(norms_3S[WEIGHT], norms_3S[UPDATE], adapt_S, group["trust_clip"])
+        return StepFactors(ratio_S, adapt_S)
+
+    @classmethod
+    def bytes_moved(cls) -> int:
+        """Two passes: w g m v read, m v u written; then w u read, w written (see `kernels`)."""
+        return 40
+
+    @classmethod
+    def translate_params(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """DeepSpeed bounds the ratio by `min_coeff` and `max_coeff`."""
+        return translate_coefficients(params)
 
 
 def trust_ratio(
@@ -120,9 +128,9 @@ def trust_ratio(
     return torch.where((weight_S > 0) & (update_S > 0) & adapt_S, ratio_S, 1.0)
 
 
-def _flat_norms(plan: Plan, own_QS: Tensor, adapt_S: Tensor) -> Tensor:
+def _flat_norms(sums: StepSums, adapt_S: Tensor) -> Tensor:
     """Norms over a flat's adapted elements on this rank, for each of its tensors; (3, S)."""
-    sums_3S = torch.where(adapt_S, own_QS[:NORMS], 0.0)
-    for share in plan.shares:
+    sums_3S = torch.where(adapt_S, sums.local_QS[:NORMS], 0.0)
+    for share in sums.tables.shares:
         sums_3S[:, share.rows] = sums_3S[:, share.rows].sum(dim=1, keepdim=True)
     return sums_3S.sqrt()

@@ -6,11 +6,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mocov3_ds.optim.arguments import NamedParameters, number, switch, trust_bounds
-from mocov3_ds.optim.kernels import Kernels, LarsTerms
+from mocov3_ds.optim.arguments import (
+    NamedParameters,
+    check_number,
+    check_switch,
+    check_trust_clip,
+    translate_coefficients,
+)
+from mocov3_ds.optim.kernel_types import GRADIENT, WEIGHT, LarsTerms
 from mocov3_ds.optim.rules import RuleFor, vit_rule
-from mocov3_ds.optim.sharded import ShardedOptimizer
-from mocov3_ds.optim.step_tables import GRADIENT, WEIGHT, Plan, Share
+from mocov3_ds.optim.sharded import FlatStep, ShardedOptimizer
+from mocov3_ds.optim.signals import StepFactors, StepSums
 
 
 class Lars(ShardedOptimizer):
@@ -26,23 +32,27 @@ class Lars(ShardedOptimizer):
 
     Args:
         named_parameters: `model.named_parameters()`; frozen tensors are left out.
-        lr: learning rate.
-        momentum: decay rate of the momentum.
-        weight_decay: decay inside the adapted direction, for tensors whose rule decays.
-        trust_coeff: the ratio's factor.
-        eps: added to the ratio's denominator.
-        nesterov: whether the step looks one momentum step ahead.
-        trust_clip: smallest and largest trust ratio; no bounds by default.
-        always_adapt: whether every tensor has a trust ratio, whatever its rule says.
-        rule: (name, full shape) -> `Rule`. By default biases, norms and tokens neither decay nor
-            adapt.
-        backend: which kernels do the arithmetic; see `kernels`.
+        lr: Learning rate of tensors whose rule has no multiplier.
+        momentum: Decay rate of the momentum, in [0, 1).
+        weight_decay: Decay inside the adapted direction, for tensors whose rule decays.
+        trust_coeff: Factor of the trust ratio, 0 or above.
+        eps: Number that is added to the ratio's denominator.
+        nesterov: Whether the step looks one momentum step ahead.
+        trust_clip: Smallest and largest trust ratio; no bounds by default.
+        always_adapt: Whether every tensor has a trust ratio, whatever its rule says.
+        rule: Function of a tensor's name and full shape that gives its `Rule`. By default biases,
+            norms and tokens neither decay nor adapt.
+        backend: Which kernels do the arithmetic; see `kernels`.
 
     Raises:
-        ValueError: an impossible value, or tensors it cannot train.
+        ValueError: An impossible value, or tensors it cannot train.
     """
 
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    hints: ClassVar[Mapping[str, str]] = {
+        "update_clip": "the trust ratio sets the length of the step; use trust_clip, or AdamW",
+    }
+    has_trust_ratio: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -60,54 +70,56 @@ class Lars(ShardedOptimizer):
         backend: str = "auto",
     ) -> None:
         defaults = {
-            "lr": number("lr", lr, 0),
-            "momentum": number("momentum", momentum, 0, 1),
-            "weight_decay": number("weight_decay", weight_decay, 0),
-            "trust_coeff": number("trust_coeff", trust_coeff, 0),
-            "eps": number("eps", eps, 0),
-            "nesterov": switch("nesterov", nesterov),
-            "trust_clip": trust_bounds(trust_clip),
-            "always_adapt": switch("always_adapt", always_adapt),
+            "lr": check_number("lr", lr, 0),
+            "momentum": check_number("momentum", momentum, 0, 1),
+            "weight_decay": check_number("weight_decay", weight_decay, 0),
+            "trust_coeff": check_number("trust_coeff", trust_coeff, 0),
+            "eps": check_number("eps", eps, 0),
+            "nesterov": check_switch("nesterov", nesterov),
+            "trust_clip": check_trust_clip(trust_clip),
+            "always_adapt": check_switch("always_adapt", always_adapt),
         }
         super().__init__(named_parameters, defaults, rule, backend)
 
-    def _sweep(
-        self,
-        kernels: Kernels,
-        share: Share,
-        gradient: Tensor,
-        group: Mapping[str, Any],
-        sums_QS: Tensor,
-        rate_S: Tensor,
-    ) -> None:
-        weight, momentum = self._views(share)
-        kernels.lars_norms(share, weight, gradient, momentum, _terms(group), sums_QS)
+    def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
+        """Measure the norms; the momentum waits for the ratio."""
+        (momentum,) = flat.state
+        flat.kernels.measure_lars(
+            flat.share, flat.weight, flat.gradient, momentum, _lars_terms(flat), sums_QS
+        )
 
-    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_QS: Tensor) -> Tensor:
-        norms_3S = plan.norms
+    def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
+        """Update the momentum and move the weights."""
+        (momentum,) = flat.state
+        flat.kernels.move_lars(
+            flat.share, flat.weight, flat.gradient, momentum, _lars_terms(flat), factor_S, rate_S
+        )
+
+    def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:
+        """The local rate of each tensor that adapts."""
+        norms_3S, tables = sums.norms, sums.tables
         weight_S, grad_S = norms_3S[WEIGHT], norms_3S[GRADIENT]
-        decay_S = plan.decay_S * group["weight_decay"]
+        decay_S = tables.decay_S * group["weight_decay"]
         ratio_S = group["trust_coeff"] * weight_S / (grad_S + decay_S * weight_S + group["eps"])
         if group["trust_clip"] is not None:
             ratio_S = ratio_S.clamp(*group["trust_clip"])
-        adapt_S = plan.adapt_S | group["always_adapt"]
-        return torch.where((weight_S > 0) & (grad_S > 0) & adapt_S, ratio_S, 1.0)
+        adapt_S = tables.adapt_S | group["always_adapt"]
+        ratio_S = torch.where((weight_S > 0) & (grad_S > 0) & adapt_S, ratio_S, 1.0)
+        return StepFactors(ratio_S, adapt_S)
 
-    def _move(
-        self,
-        kernels: Kernels,
-        share: Share,
-        gradient: Tensor,
-        group: Mapping[str, Any],
-        plan: Plan,
-    ) -> None:
-        weight, momentum = self._views(share)
-        kernels.lars_move(
-            share, weight, gradient, momentum, _terms(group), plan.ratio_S, plan.rate_S
-        )
+    @classmethod
+    def bytes_moved(cls) -> int:
+        """Two passes: w g read; then w g m read, w m written (see `kernels`)."""
+        return 28
+
+    @classmethod
+    def translate_params(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """DeepSpeed bounds LAMB's ratio by `min_coeff` and `max_coeff`; so can this one be."""
+        return translate_coefficients(params)
 
 
-def _terms(group: Mapping[str, Any]) -> LarsTerms:
+def _lars_terms(flat: FlatStep) -> LarsTerms:
+    group = flat.group
     return LarsTerms(
         momentum=group["momentum"],
         weight_decay=group["weight_decay"],

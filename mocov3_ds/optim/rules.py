@@ -1,7 +1,7 @@
 """What holds for one tensor and not for all: weight decay, learning rate, trust ratio.
 
 DeepSpeed gets a single parameter group, whatever the number of rules: one flat tensor, one kernel
-plan, one all-reduce a step, and no rule can be lost when a checkpoint is loaded. Rules are found
+launch, one all-reduce a step, and no rule can be lost when a checkpoint is loaded. Rules are found
 by name and *full* shape, since under `deepspeed.zero.Init` each parameter looks one-dimensional.
 """
 
@@ -17,9 +17,9 @@ class Rule:
     """How one tensor is updated.
 
     Attributes:
-        decay: multiple of the optimizer's weight decay; `True` is 1, `False` is 0.
-        lr_multiplier: multiple of the learning rate, above 0 (freeze a tensor instead of 0).
-        adapt: whether LAMB and LARS scale its step by the trust ratio.
+        decay: Multiple of the optimizer's weight decay; `True` is 1, `False` is 0.
+        lr_multiplier: Multiple of the learning rate, above 0 (freeze a tensor instead of 0).
+        adapt: Whether a trust ratio may scale the tensor's step, where the optimizer has one.
     """
 
     decay: float = 1.0
@@ -36,11 +36,11 @@ def vit_rule(name: str, shape: tuple[int, ...]) -> Rule:
     return Rule(decay=matrix, adapt=matrix)
 
 
-def checked(rule: Rule, name: str) -> Rule:
-    """The rule itself.
+def check_rule(rule: Rule, name: str) -> Rule:
+    """Return the rule of the tensor `name`, if it is a possible one.
 
     Raises:
-        ValueError: a decay below 0, or a learning rate multiple that is not above 0.
+        ValueError: A decay below 0, or a learning rate multiple that is not above 0.
     """
     if not (math.isfinite(rule.decay) and rule.decay >= 0):
         raise ValueError(f"the rule of {name!r} has decay {rule.decay}; it must be 0 or above.")

@@ -1,66 +1,105 @@
-"""What AdamW, LAMB and LARS share: rules by name, segments, signals, layout-free state.
+"""The base of all optimizers: rules by name, segments, signals, state that knows no layout.
 
     optimizer = Lamb(model.named_parameters(), lr=2e-3)     here: names, full shapes, rules
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     optimizer.attach(engine)                                here: which segments lie on this rank
 
-A step sweeps once over the segments (moments, direction, square sums of weight, direction and
+A step measures once over the segments (moments, direction, square sums of weight, direction and
 gradient), adds the sums of all ranks in one small all-reduce, and moves the weights. Each rank
-takes part in the all-reduce, also one that holds nothing but padding. With `watch` on, the same
-sweep measures four more quantities a tensor, in the same all-reduce, and the largest |gradient|,
-whose maximum over the ranks takes a second one of a float a tensor.
+takes part in the all-reduce, also one that holds nothing but padding. After `measure_all(True)` the
+same pass measures four more quantities a tensor, in the same all-reduce, and the largest
+|gradient|, whose maximum over the ranks takes a second one of a float a tensor.
 
 DeepSpeed calls `step` once per flat tensor (stages 1 to 3) or once for all (stage 0), and once more
 with zero gradients while it is being built (stage 0, bf16); that last call changes nothing here.
 
-Legend: S = tensors that one call of `step` updates; Q = quantities measured, see `plan`.
+Legend: S = tensors that one call of `step` updates; Q = quantities measured, see `kernel_types`.
 """
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.segments import Flat, Segment, bits, whole
-from mocov3_ds.optim.arguments import NamedParameters, full_shape, trained_tensors
-from mocov3_ds.optim.kernels import BACKENDS, Kernels, kernels_for
-from mocov3_ds.optim.rules import RuleFor, checked, vit_rule
-from mocov3_ds.optim.step_tables import (
-    AFTER,
-    BEFORE,
-    EVERYTHING,
-    NORMS,
-    PEAK,
-    PRODUCT,
-    Plan,
-    Share,
+from mocov3_ds.distributed.segments import Flat, full_shape, whole_flat
+from mocov3_ds.optim.arguments import NamedParameters, select_trained
+from mocov3_ds.optim.full_state import check_state, gather_tensor, scatter_tensor
+from mocov3_ds.optim.kernel_types import BACKENDS, EVERYTHING, NORMS, PEAK, Kernels
+from mocov3_ds.optim.kernels import choose_kernels
+from mocov3_ds.optim.rules import RuleFor, check_rule, vit_rule
+from mocov3_ds.optim.signals import (
     Signals,
-    plan_of,
-    signals_of,
+    StepFactors,
+    StepRecord,
+    StepSums,
+    join_signals,
+    mark_undefined,
 )
+from mocov3_ds.optim.step_tables import Share, StepTables, build_tables
+
+if TYPE_CHECKING:
+    from mocov3_ds.distributed.engine import Engine
+
+
+@dataclass(frozen=True, eq=False)
+class FlatStep:
+    """One flat tensor in one step, as the two passes of an optimizer are given it.
+
+    Attributes:
+        share: Which tensors lie in the flat, with their rows and rules.
+        kernels: Kernels for the device of the flat.
+        weight: fp32 master weights, one-dimensional.
+        gradient: Gradient of the same length, which the first pass may use as scratch space and
+            the second pass finds as the first one left it.
+        state: State tensors of the same length, in the order of `ShardedOptimizer.moments`.
+        group: Hyper-parameters, as the constructor gave them.
+        number: Optimizer steps done including this one, from 1.
+    """
+
+    share: Share
+    kernels: Kernels
+    weight: Tensor
+    gradient: Tensor
+    state: tuple[Tensor, ...]
+    group: Mapping[str, Any]
+    number: int
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that stay exact per tensor on any sharding.
 
-    Subclasses give `moments` (state tensors beside each weight), `_sweep` and `_move`.
+    A subclass must give `moments`, `measure_flat` and `move_flat`, and a constructor whose keywords
+    are those of its JSON block (`rule` and `backend` among them). With that it works everywhere:
+    steps under each ZeRO stage, signals, checkpoints, the planner, the stability grids. What else
+    is particular to it, it says by overriding the class attributes and methods below.
 
     Args:
         named_parameters: `model.named_parameters()`. Frozen and empty tensors are left out.
-        defaults: hyper-parameters of the one parameter group.
-        rule: (name, full shape) -> `Rule`.
-        backend: which kernels do the arithmetic; see `kernels`.
+        defaults: Hyper-parameters of the one parameter group; `lr` must be one of them.
+        rule: Function of a tensor's name and full shape that gives its `Rule`.
+        backend: Which kernels do the arithmetic, one of `kernel_types.BACKENDS`.
 
     Raises:
-        ValueError: tensors without names, names given twice, nothing to train, complex tensors,
+        ValueError: Tensors without names, names given twice, nothing to train, complex tensors,
             an impossible rule or hyper-parameter.
     """
 
     moments: ClassVar[tuple[str, ...]]
+    """names of the state tensors beside each weight, each as large as the weight; may be empty"""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """further types of a DeepSpeed JSON's optimizer block that mean this optimizer"""
+    hints: ClassVar[Mapping[str, str]] = {}
+    """keys that users try in vain in such a block -> what to do instead"""
+    has_trust_ratio: ClassVar[bool] = False
+    """whether a ratio of norms scales the step of each tensor whose rule adapts"""
+    measures_rms: ClassVar[bool] = False
+    """whether `measure_flat` fills the rows AFTER and BEFORE of the sums"""
+    accepts_update_clip: ClassVar[bool] = False
+    """whether the update clip can be switched between steps; `update_clip` is a keyword then"""
 
     def __init__(
         self,
@@ -71,26 +110,86 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
-        trained = trained_tensors(named_parameters)
+        trained = select_trained(named_parameters)
         self._names = {parameter: name for name, parameter in trained.items()}
         self._shapes = {name: full_shape(parameter) for name, parameter in trained.items()}
         self._rules = {
-            name: checked(rule(name, shape), name) for name, shape in self._shapes.items()
+            name: check_rule(rule(name, shape), name) for name, shape in self._shapes.items()
         }
         self._backend = backend
-        self.watch = False
-        """whether coming steps measure gradient peaks, RMS of g / sqrt(v) and cosines as well"""
+        self._measures_all = False
         self._flats: dict[Tensor, Flat] = {}
-        self._plans: dict[tuple[int, ...], Plan] = {}
-        self._engine: Any = None
-        self._meeting_place: torch.device | None = None
+        self._tables: dict[tuple[int, ...], StepTables] = {}
+        self._records: dict[tuple[int, ...], StepRecord] = {}
+        self._engine: Engine[nn.Module] | None = None
         super().__init__(list(trained.values()), defaults)
+
+    # ---------------------------------------------------------------- what a subclass gives
+
+    @abstractmethod
+    def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
+        """First pass over one flat: update its state tensors and measure it.
+
+        Nothing may depend on other ranks here. An optimizer that needs to know no norm may move
+        the weights at once and do nothing in `move_flat`.
+
+        Args:
+            flat: The flat tensor with its gradient, state and hyper-parameters.
+            sums_QS: Sums so far, to which each segment's are added (see `plain_kernels.add_sums`).
+            rate_S: Learning rate of each tensor.
+        """
+
+    @abstractmethod
+    def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
+        """Second pass over one flat: move its weights.
+
+        Args:
+            flat: The flat tensor, as the first pass left it.
+            rate_S: Learning rate of each tensor.
+            factor_S: Factor of each tensor's step, as `compute_factors` gave it.
+        """
+
+    def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:
+        """Factor of each tensor's step beside the learning rate; by default there is none.
+
+        Args:
+            sums: What the first pass measured, over all ranks.
+            group: Hyper-parameters, as the constructor gave them.
+        """
+        adapt_S = sums.tables.adapt_S
+        return StepFactors(torch.ones_like(sums.tables.multiplier_S), torch.zeros_like(adapt_S))
+
+    def count_quantities(self, group: Mapping[str, Any]) -> int:
+        """Number Q of quantities that the step itself needs: `NORMS` or `NORMS_AND_RMS`."""
+        return NORMS
+
+    @classmethod
+    def bytes_moved(cls) -> int:
+        """Bytes that a step must move for each weight; by default those of a single pass.
+
+        One pass reads weight, gradient and state and writes weight and state, in fp32.
+        """
+        return 4 * (3 + 2 * len(cls.moments))
+
+    @classmethod
+    def translate_params(cls, params: dict[str, Any]) -> dict[str, Any]:
+        """Params of a JSON's optimizer block in this optimizer's own keywords.
+
+        Args:
+            params: The block's params; DeepSpeed's or another library's spellings may be in it.
+
+        Raises:
+            ValueError: The params contradict each other, or ask for another algorithm.
+        """
+        return params
+
+    # -------------------------------------------------------------------------------- set up
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds a group.
 
         Raises:
-            ValueError: on any later call.
+            ValueError: A second group is added.
         """
         if self.param_groups:
             raise ValueError(
@@ -99,15 +198,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
-    def attach(self, engine: Any = None) -> None:
+    def attach(self, engine: "Engine[nn.Module] | None" = None) -> None:
         """Learn which segments are on this rank; all ranks must call, before the first step.
 
         Args:
-            engine: what `deepspeed.initialize` returned, given this optimizer. Without one the
+            engine: What `deepspeed.initialize` returned, given this optimizer. Without one the
                 model's own parameters are updated, whole, as by any PyTorch optimizer.
 
         Raises:
-            ValueError: an engine of another optimizer, or one under which the step cannot be exact.
+            ValueError: An engine of another optimizer, or one under which the step cannot be exact.
         """
         flats = self._plain_flats() if engine is None else self._engine_flats(engine)
         missing = sorted({*self._shapes} - {name for flat in flats for name in flat.names})
@@ -117,10 +216,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"{missing[0]!r}; build both from the same module."
             )
         for device in {flat.tensor.device for flat in flats}:
-            kernels_for(self._backend, device)
+            choose_kernels(self._backend, device)
         self._engine = engine
         self._flats = {flat.tensor: flat for flat in flats}
-        self._plans = {}
+        self._tables, self._records = {}, {}
         for flat in flats:
             # here and not at the first step: DeepSpeed links state fragments after the first
             # group's step and does not find those of the others otherwise
@@ -129,10 +228,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key in self.moments:
                 if key not in state:
                     state[key] = torch.zeros_like(flat.tensor, requires_grad=False)
-        self._meeting_place = None if engine is None else torch.device(engine.device)
 
     def _plain_flats(self) -> list[Flat]:
-        flats = [whole(name, parameter) for parameter, name in self._names.items()]
+        flats = [whole_flat(name, parameter) for parameter, name in self._names.items()]
         for flat in flats:
             if flat.tensor.dtype != torch.float32:
                 raise ValueError(
@@ -141,9 +239,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 )
         return flats
 
-    def _engine_flats(self, engine: Any) -> list[Flat]:
-        # imported here: that room imports `optim.segments`, and needs DeepSpeed
-        from mocov3_ds.distributed import zero
+    def _engine_flats(self, engine: "Engine[nn.Module]") -> list[Flat]:
+        from mocov3_ds.distributed import zero  # DeepSpeed takes seconds, and not all need it
 
         if zero.base_optimizer(engine) is not self:
             raise ValueError(
@@ -151,12 +248,42 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "deepspeed.initialize(model=model, optimizer=optimizer, config=config) without an "
                 "optimizer block in the config, then optimizer.attach(engine)."
             )
-        return zero.layout(engine, self._names)
+        return zero.describe_flats(engine, self._names)
+
+    @property
+    def _exchange_device(self) -> torch.device | None:
+        return None if self._engine is None else torch.device(self._engine.device)
+
+    # ------------------------------------------------------------------------------ stepping
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the coming steps."""
         for group in self.param_groups:
             group["lr"] = lr
+
+    def measure_all(self, on: bool) -> None:
+        """Set whether coming steps measure everything, or the norms alone.
+
+        Everything is, beside the norms, the largest |gradient|, the RMS of g / sqrt(v) and the
+        cosine of gradient and momentum; see `Signals`.
+        """
+        self._measures_all = on
+
+    @property
+    def update_clip(self) -> bool:
+        """Whether coming steps clip the updates."""
+        return bool(self.param_groups[0].get("update_clip", False))
+
+    def set_update_clip(self, on: bool) -> None:
+        """Clip the updates of the coming steps, or no longer.
+
+        Raises:
+            ValueError: This optimizer has no update clip.
+        """
+        if not self.accepts_update_clip:
+            raise ValueError(f"{type(self).__name__} has no update clip.")
+        for group in self.param_groups:
+            group["update_clip"] = on
 
     @property
     def step_count(self) -> int:
@@ -180,101 +307,73 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             tensors = group["params"]
             if not self._flats:
-                _check_nothing_to_do(tensors, type(self).__name__)
+                self._require_no_gradient(tensors)
             elif any(tensor.grad is not None for tensor in tensors):
-                self._step_tensors(tensors, group)
+                key = tuple(id(tensor) for tensor in tensors)
+                if key not in self._tables:
+                    flats = [self._flats[tensor] for tensor in tensors]
+                    self._tables[key] = build_tables(flats, self._rules)
+                self._records[key] = self._step_tensors(self._tables[key], group)
         return loss
 
-    def _step_tensors(self, tensors: list[Tensor], group: Mapping[str, Any]) -> None:
-        plan = self._plan(tensors)
-        gradients = [_gradient(share.flat) for share in plan.shares]
-        kernels = kernels_for(self._backend, plan.device)
-        plan.rate_S = plan.multiplier_S * group["lr"]
-        quantities = EVERYTHING if self.watch else self._needs(group)
-        own_QS = torch.zeros(quantities, len(plan.names), device=plan.device)
-        for share, gradient in zip(plan.shares, gradients, strict=True):
-            self.state[share.flat.tensor]["step"] += 1
-            self._sweep(kernels, share, gradient, group, own_QS, plan.rate_S)
-        plan.measures_QS = self._summed(plan, own_QS)
-        if self.watch:
-            self._forget_undefined(plan)
-        plan.ratio_S = self._ratio(plan, group, own_QS)
-        for share, gradient in zip(plan.shares, gradients, strict=True):
-            self._move(kernels, share, gradient, group, plan)
+    def _step_tensors(self, tables: StepTables, group: Mapping[str, Any]) -> StepRecord:
+        kernels = choose_kernels(self._backend, tables.device)
+        gradients = [flat_gradient(share.flat) for share in tables.shares]
+        flats = [
+            self._begin_flat(share, kernels, gradient, group)
+            for share, gradient in zip(tables.shares, gradients, strict=True)
+        ]
+        rate_S = tables.multiplier_S * group["lr"]
+        quantities = EVERYTHING if self._measures_all else self.count_quantities(group)
+        local_QS = torch.zeros(quantities, len(tables.names), device=tables.device)
+        for flat in flats:
+            self.measure_flat(flat, local_QS, rate_S)
+        sums_QS = sum_over_ranks(tables.shares, local_QS, self._exchange_device)
+        if self._measures_all:
+            sums_QS = mark_undefined(
+                sums_QS, measures_rms=self.measures_rms, first_step=self.step_count == 1
+            )
+        sums = StepSums(tables, local_QS, sums_QS)
+        factors = self.compute_factors(sums, group)
+        for flat in flats:
+            self.move_flat(flat, rate_S, factors.factor_S)
+        return StepRecord(sums, factors, rate_S)
 
-    @abstractmethod
-    def _sweep(
-        self,
-        kernels: Kernels,
-        share: Share,
-        gradient: Tensor,
-        group: Mapping[str, Any],
-        sums_QS: Tensor,
-        rate_S: Tensor,
-    ) -> None:
-        """First pass over one flat: add what it measures to `sums_QS`."""
+    def _begin_flat(
+        self, share: Share, kernels: Kernels, gradient: Tensor, group: Mapping[str, Any]
+    ) -> FlatStep:
+        flat, state = share.flat, self.state[share.flat.tensor]
+        state["step"] += 1
+        return FlatStep(
+            share=share,
+            kernels=kernels,
+            weight=flat.view(),
+            gradient=gradient,
+            state=tuple(flat.view(state[key]) for key in self.moments),
+            group=group,
+            number=state["step"],
+        )
 
-    @abstractmethod
-    def _move(
-        self,
-        kernels: Kernels,
-        share: Share,
-        gradient: Tensor,
-        group: Mapping[str, Any],
-        plan: Plan,
-    ) -> None:
-        """Second pass: move the weights, now that norms and ratios are known."""
+    def _require_no_gradient(self, tensors: Sequence[Tensor]) -> None:
+        """Before `attach`, DeepSpeed's own call with zero gradients is fine and nothing else is."""
+        for tensor in tensors:
+            if tensor.grad is not None and bool(tensor.grad.any()):
+                self._require_attached()
 
-    def _needs(self, group: Mapping[str, Any]) -> int:
-        """Quantities Q that the step itself needs."""
-        return NORMS
+    def _require_attached(self) -> None:
+        if not self._flats:
+            raise ValueError(
+                f"{type(self).__name__} does not know its tensors' segments yet; call "
+                "optimizer.attach(engine) after deepspeed.initialize (or optimizer.attach() "
+                "without DeepSpeed)."
+            )
 
-    def _ratio(self, plan: Plan, group: Mapping[str, Any], own_QS: Tensor) -> Tensor:
-        """Trust ratio of each tensor, (S,); 1 unless a subclass says otherwise."""
-        return torch.ones_like(plan.rate_S)
-
-    def _adapts(self, plan: Plan) -> Tensor:
-        """Whether each tensor has a factor of its own on the direction, (S,)."""
-        return plan.adapt_S | bool(self.param_groups[0]["always_adapt"])
-
-    def _forget_undefined(self, plan: Plan) -> None:
-        """NaN instead of what has no meaning: RMS without v, v before the first step."""
-        if "exp_avg_sq" not in self.moments:
-            plan.measures_QS[AFTER:PRODUCT] = torch.nan
-        elif self.step_count == 1:
-            plan.measures_QS[BEFORE] = torch.nan
-
-    def _views(self, share: Share) -> tuple[Tensor, ...]:
-        """Weights and moments of a flat, each as one dimension."""
-        state = self.state[share.flat.tensor]
-        return share.flat.view(), *(share.flat.view(state[key]) for key in self.moments)
-
-    def _plan(self, tensors: list[Tensor]) -> Plan:
-        key = tuple(id(tensor) for tensor in tensors)
-        if key not in self._plans:
-            self._plans[key] = plan_of([self._flats[tensor] for tensor in tensors], self._rules)
-        return self._plans[key]
-
-    def _summed(self, plan: Plan, own_QS: Tensor) -> Tensor:
-        """Add the sums of the other ranks; whether to is a fact that all ranks share."""
-        shards = [share.flat for share in plan.shares if share.flat.sharded]
-        if not shards:
-            return own_QS.clone()
-        assert all(flat.group is shards[0].group for flat in shards) and len(shards) == len(
-            plan.shares
-        ), "one call of step updates tensors of one process group"
-        there = own_QS.to(self._meeting_place or own_QS.device, copy=True)
-        ranks.all_reduce_sum(there[:PEAK], shards[0].group)
-        if len(there) > PEAK:
-            ranks.all_reduce_max(there[PEAK], shards[0].group)
-        return there.to(own_QS.device)
+    # --------------------------------------------------------------------- signals and state
 
     def signals(self) -> Signals | None:
         """What the last step measured, without communication; None before the first."""
-        plans = list(self._plans.values())
-        if not plans:
-            return None
-        return signals_of(plans, list(self._shapes), [self._adapts(plan) for plan in plans])
+        records = list(self._records.values())
+        return join_signals(records, list(self._shapes)) if records else None
 
     def grad_norm(self) -> float:
         """Norm of the whole gradient of the last step, as the optimizer was given it."""
@@ -285,39 +384,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Name and whole state of each tensor, one at a time; all ranks must iterate together.
 
         Args:
-            keys: some of "weight" and `moments`; all of them by default.
+            keys: Some of "weight" and `moments`; all of them by default.
 
         Yields:
-            the name, and key -> fp32 tensor of the full shape, on each rank. It needs no layout:
+            The name, and key -> fp32 tensor of the full shape, on each rank. It needs no layout:
             any world size and ZeRO stage can load it.
         """
         self._require_attached()
-        where = {
+        positions = {
             name: (flat, index)
             for flat in self._flats.values()
             for index, name in enumerate(flat.names)
         }
         for name in self._shapes:
-            flat, index = where[name]
-            yield name, {key: self._gather(flat, index, key) for key in keys or self._keys}
-
-    @property
-    def _keys(self) -> tuple[str, ...]:
-        return ("weight", *self.moments)
-
-    def _tensor(self, flat: Flat, key: str) -> Tensor:
-        return flat.view(None if key == "weight" else self.state[flat.tensor][key])
-
-    def _gather(self, flat: Flat, index: int, key: str) -> Tensor:
-        shape = flat.shapes[index]
-        source = self._tensor(flat, key)
-        full = torch.zeros(math.prod(shape), device=self._meeting_place or source.device)
-        for segment in flat.segments:
-            if segment.index == index:
-                full[segment.start : segment.start + segment.length] = segment.of(source)
-        if flat.sharded:
-            ranks.all_reduce_sum(bits(full), flat.group)
-        return full.view(shape)
+            flat, index = positions[name]
+            device = self._exchange_device or flat.tensor.device
+            yield (
+                name,
+                {
+                    key: gather_tensor(flat, index, self._values(flat, key), device)
+                    for key in keys or self._keys
+                },
+            )
 
     @torch.no_grad()
     def load_full_state(self, get: Callable[[str], Mapping[str, Tensor]], step_count: int) -> None:
@@ -327,54 +415,69 @@ class ShardedOptimizer(torch.optim.Optimizer):
         same world size and stage the run goes on bit for bit.
 
         Args:
-            get: name -> key -> whole tensor, as `full_state` yielded it.
-            step_count: optimizer steps done.
+            get: Function of a name that gives key -> whole tensor, as `full_state` yielded it.
+            step_count: Optimizer steps done when the state was saved.
 
         Raises:
-            ValueError: a tensor is missing or has another shape; nothing is changed then.
+            ValueError: A tensor is missing or has another shape; nothing is changed then.
         """
         self._require_attached()
-        for flat in self._flats.values():
+        flats = self._flats.values()
+        for flat in flats:
             for segment in flat.segments:
-                _check_state(
-                    get(segment.name), segment.name, flat.shapes[segment.index], self._keys
-                )
-        for flat in self._flats.values():
+                shape = flat.shapes[segment.index]
+                check_state(get(segment.name), segment.name, shape, self._keys)
+        for flat in flats:
             self.state[flat.tensor]["step"] = step_count
             for segment in flat.segments:
-                self._scatter(flat, segment, get(segment.name))
+                saved = get(segment.name)
+                for key in self._keys:
+                    scatter_tensor(segment, saved[key], self._values(flat, key))
         if self._engine is not None:
             from mocov3_ds.distributed import zero
 
-            zero.refresh(self._engine)
+            zero.refresh_weights(self._engine)
 
-    def _scatter(self, flat: Flat, segment: Segment, state: Mapping[str, Tensor]) -> None:
-        for key in self._keys:
-            source = state[key].reshape(-1)[segment.start : segment.start + segment.length]
-            segment.of(self._tensor(flat, key)).copy_(source)
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        return ("weight", *self.moments)
 
-    def loss_scale(self) -> dict[str, float]:
-        """State of the engine's fp16 loss scaling as plain numbers; empty when there is none."""
-        if self._engine is None:
-            return {}
-        from mocov3_ds.distributed import zero
-
-        return zero.loss_scale(self._engine)
-
-    def load_loss_scale(self, state: Mapping[str, float]) -> None:
-        """Continue loss scaling where `loss_scale` found it."""
-        if self._engine is not None:
-            from mocov3_ds.distributed import zero
-
-            zero.load_loss_scale(self._engine, state)
-
-    def _require_attached(self) -> None:
-        if not self._flats:
-            raise ValueError(_not_attached(type(self).__name__))
+    def _values(self, flat: Flat, key: str) -> Tensor:
+        return flat.view(None if key == "weight" else self.state[flat.tensor][key])
 
 
-def _gradient(flat: Flat) -> Tensor:
-    """Gradient of a flat tensor in one dimension; zeros where a tensor took no part in the loss."""
+def sum_over_ranks(
+    shares: Sequence[Share], local_QS: Tensor, exchange_device: torch.device | None
+) -> Tensor:
+    """Add the sums of the other ranks; all of them know alike whether the flats are sharded.
+
+    Args:
+        shares: Flats of the step, all sharded over one process group or none.
+        local_QS: Sums over the elements of this rank.
+        exchange_device: Device on which the ranks exchange tensors; None for that of `local_QS`.
+
+    Returns:
+        New sums on the device of `local_QS`.
+    """
+    shards = [share.flat for share in shares if share.flat.sharded]
+    if not shards:
+        return local_QS.clone()
+    assert all(flat.group is shards[0].group for flat in shards) and len(shards) == len(shares), (
+        "one call of step updates tensors of one process group"
+    )
+    sums_QS = local_QS.to(exchange_device or local_QS.device, copy=True)
+    ranks.all_reduce_sum(sums_QS[:PEAK], shards[0].group)
+    if len(sums_QS) > PEAK:
+        ranks.all_reduce_max(sums_QS[PEAK], shards[0].group)
+    return sums_QS.to(local_QS.device)
+
+
+def flat_gradient(flat: Flat) -> Tensor:
+    """Gradient of a flat tensor in one dimension; zeros where a tensor took no part in the loss.
+
+    Raises:
+        ValueError: The gradient is sparse.
+    """
     tensor = flat.tensor
     if tensor.grad is None:
         tensor.grad = torch.zeros_like(tensor)
@@ -386,32 +489,3 @@ def _gradient(flat: Flat) -> Tensor:
     elif not tensor.grad.is_contiguous():
         tensor.grad = tensor.grad.contiguous()
     return tensor.grad.view(-1)
-
-
-def _check_nothing_to_do(tensors: list[Tensor], kind: str) -> None:
-    """Before `attach`, DeepSpeed's own call with zero gradients is fine and nothing else is."""
-    for tensor in tensors:
-        if tensor.grad is not None and bool(tensor.grad.any()):
-            raise ValueError(_not_attached(kind))
-
-
-def _not_attached(kind: str) -> str:
-    return (
-        f"{kind} does not know its tensors' segments yet; call optimizer.attach(engine) after "
-        "deepspeed.initialize (or optimizer.attach() without DeepSpeed)."
-    )
-
-
-def _check_state(
-    state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], keys: Iterable[str]
-) -> None:
-    for key in keys:
-        if key not in state:
-            raise ValueError(
-                f"the saved state of {name!r} has no {key!r}; it was written by another optimizer."
-            )
-        if tuple(state[key].shape) != shape:
-            raise ValueError(
-                f"the saved {key} of {name!r} has shape {tuple(state[key].shape)}, the model's "
-                f"tensor {shape}."
-            )

@@ -10,7 +10,7 @@ of two ranks; an odd size costs speed, not correctness).
 Roots and divisions are the correctly rounded ones. With TRITON_INTERPRET=1 in the environment
 before triton is imported, the same code runs on the CPU, slowly, for tests.
 
-Legend: N = blocks of a flat, K = its segments here; Q = quantities measured, see `plan`.
+Legend: N = blocks of a flat, K = its segments here; Q = quantities measured, see `kernel_types`.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,17 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from mocov3_ds.optim.kernels import AdamTerms, Kernels, LarsTerms
-from mocov3_ds.optim.step_tables import AFTER, BEFORE, EVERYTHING, MOMENTUM, PEAK, PRODUCT, Share
+from mocov3_ds.optim.kernel_types import (
+    AFTER,
+    BEFORE,
+    EVERYTHING,
+    MOMENTUM,
+    PEAK,
+    PRODUCT,
+    AdamTerms,
+    LarsTerms,
+)
+from mocov3_ds.optim.step_tables import Share
 
 _BLOCK = 2048
 _REDUCE = 1024
@@ -34,15 +43,15 @@ class _Table:
     """A flat's blocks and segments on the device.
 
     Attributes:
-        offsets_N: first element of each block, int64.
-        lengths_N: its elements, int32.
-        rows_N: its tensor's row among the S of the plan, int32.
-        decays_N: multiple of the weight decay, fp32.
-        first_K: first block of each segment, int32.
-        behind_K: the block behind its last, int32.
-        rows_K: its tensor's row, int32.
-        partial_QN: room for the parts of the blocks, fp32.
-        aligned: whether each offset and length is a multiple of 4.
+        offsets_N: First element of each block, int64.
+        lengths_N: Number of elements of each block, int32.
+        rows_N: Row of each block's tensor among the S of the step, int32.
+        decays_N: Multiple of the weight decay of each block, fp32.
+        first_K: First block of each segment, int32.
+        end_K: Block after the last one of each segment, int32.
+        rows_K: Row of each segment's tensor, int32.
+        partial_QN: Scratch for what is measured of each block, fp32.
+        aligned: Whether each offset and length is a multiple of 4.
     """
 
     offsets_N: Tensor
@@ -50,14 +59,14 @@ class _Table:
     rows_N: Tensor
     decays_N: Tensor
     first_K: Tensor
-    behind_K: Tensor
+    end_K: Tensor
     rows_K: Tensor
     partial_QN: Tensor
     aligned: bool
 
     @property
     def blocks(self) -> int:
-        """N."""
+        """Number of blocks, N."""
         return len(self.offsets_N)
 
 
@@ -83,8 +92,8 @@ def _new_table(share: Share) -> _Table:
             blocks.append((segment.offset + start, length, row, share.decay(segment)))
         spans.append((first, len(blocks), row))
 
-    def column(rows: list[Any], place: int, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([row[place] for row in rows], dtype=dtype, device=device)
+    def column(rows: list[Any], index: int, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([row[index] for row in rows], dtype=dtype, device=device)
 
     return _Table(
         offsets_N=column(blocks, 0, torch.int64),
@@ -92,7 +101,7 @@ def _new_table(share: Share) -> _Table:
         rows_N=column(blocks, 2, torch.int32),
         decays_N=column(blocks, 3, torch.float32),
         first_K=column(spans, 0, torch.int32),
-        behind_K=column(spans, 1, torch.int32),
+        end_K=column(spans, 1, torch.int32),
         rows_K=column(spans, 2, torch.int32),
         partial_QN=torch.empty(EVERYTHING, len(blocks), device=device),
         aligned=all(s.offset % 4 == 0 and s.length % 4 == 0 for s in segments),
@@ -100,7 +109,7 @@ def _new_table(share: Share) -> _Table:
 
 
 @triton.jit
-def _place(offsets, lengths, rows, decays, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _locate(offsets, lengths, rows, decays, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """Elements of this program's block, which of them exist, and its tensor's row and decay."""
     block = tl.program_id(0)
     start, length = tl.load(offsets + block), tl.load(lengths + block)
@@ -126,7 +135,7 @@ def _store_sums(partial, n_blocks, w, u, g):
 
 
 @triton.jit
-def _store_watch(partial, n_blocks, g, m):
+def _store_momentum(partial, n_blocks, g, m):
     block = tl.program_id(0)
     tl.store(partial + _PRODUCT * n_blocks + block, tl.sum(g * m, axis=0))
     tl.store(partial + _MOMENTUM * n_blocks + block, tl.sum(m * m, axis=0))
@@ -168,28 +177,28 @@ def adam_pass(
     BLOCK: tl.constexpr,
 ):
     """Moments, direction and Q quantities of a block; moves w (MOVE) or leaves u in g."""
-    at, here, row, decay = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
-    w = tl.load(w_ + at, mask=here, other=0.0)
-    g = tl.load(g_ + at, mask=here, other=0.0)
-    m = tl.load(m_ + at, mask=here, other=0.0)
-    v = tl.load(v_ + at, mask=here, other=0.0)
+    position, inside, row, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + position, mask=inside, other=0.0)
+    g = tl.load(g_ + position, mask=inside, other=0.0)
+    m = tl.load(m_ + position, mask=inside, other=0.0)
+    v = tl.load(v_ + position, mask=inside, other=0.0)
     if Q > _BEFORE:
         _store_relative(partial, n_blocks, _BEFORE, g, v, bias2_before, floor)
-        _store_watch(partial, n_blocks, g, m)
+        _store_momentum(partial, n_blocks, g, m)
     m = beta1 * m + gain * g
     v = beta2 * v + gain2 * g * g
     if Q > _AFTER:
         _store_relative(partial, n_blocks, _AFTER, g, v, bias2, floor)
     u = tl.div_rn(tl.div_rn(m, bias1), tl.sqrt_rn(tl.div_rn(v, bias2)) + eps)
     u += (weight_decay * decay) * w
-    u = tl.where(here, u, 0.0)
+    u = tl.where(inside, u, 0.0)
     _store_sums(partial, n_blocks, w, u, g)
-    tl.store(m_ + at, m, mask=here)
-    tl.store(v_ + at, v, mask=here)
+    tl.store(m_ + position, m, mask=inside)
+    tl.store(v_ + position, v, mask=inside)
     if MOVE:
-        tl.store(w_ + at, w - tl.load(rate + row) * u, mask=here)
+        tl.store(w_ + position, w - tl.load(rate + row) * u, mask=inside)
     else:
-        tl.store(g_ + at, u, mask=here)
+        tl.store(g_ + position, u, mask=inside)
 
 
 @triton.jit
@@ -205,10 +214,10 @@ def move_pass(
     BLOCK: tl.constexpr,
 ):
     """Move the weights: w <- w - rate u."""
-    at, here, row, _ = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
-    w = tl.load(w_ + at, mask=here)
-    u = tl.load(u_ + at, mask=here)
-    tl.store(w_ + at, w - tl.load(rate + row) * u, mask=here)
+    position, inside, row, _ = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + position, mask=inside)
+    u = tl.load(u_ + position, mask=inside)
+    tl.store(w_ + position, w - tl.load(rate + row) * u, mask=inside)
 
 
 @triton.jit
@@ -228,13 +237,13 @@ def lars_norms_pass(
     BLOCK: tl.constexpr,
 ):
     """Q quantities of a block."""
-    at, here, _, decay = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
-    w = tl.load(w_ + at, mask=here, other=0.0)
-    g = tl.load(g_ + at, mask=here, other=0.0)
+    position, inside, _, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + position, mask=inside, other=0.0)
+    g = tl.load(g_ + position, mask=inside, other=0.0)
     _store_sums(partial, n_blocks, w, g + (weight_decay * decay) * w, g)
     if Q > _BEFORE:
-        m = tl.load(m_ + at, mask=here, other=0.0)
-        _store_watch(partial, n_blocks, g, m)
+        m = tl.load(m_ + position, mask=inside, other=0.0)
+        _store_momentum(partial, n_blocks, g, m)
 
 
 @triton.jit
@@ -255,41 +264,41 @@ def lars_move_pass(
     BLOCK: tl.constexpr,
 ):
     """Momentum and weights: m <- momentum m + ratio (g + decay w), then w."""
-    at, here, row, decay = _place(offsets, lengths, rows, decays, ALIGNED, BLOCK)
-    w = tl.load(w_ + at, mask=here)
-    g = tl.load(g_ + at, mask=here)
-    m = tl.load(m_ + at, mask=here)
+    position, inside, row, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + position, mask=inside)
+    g = tl.load(g_ + position, mask=inside)
+    m = tl.load(m_ + position, mask=inside)
     d = tl.load(ratio + row) * (g + (weight_decay * decay) * w)
     m = momentum * m + d
-    tl.store(m_ + at, m, mask=here)
+    tl.store(m_ + position, m, mask=inside)
     if NESTEROV:
         m = d + momentum * m
-    tl.store(w_ + at, w - tl.load(rate + row) * m, mask=here)
+    tl.store(w_ + position, w - tl.load(rate + row) * m, mask=inside)
 
 
 @triton.jit
-def reduce_pass(partial, first, behind, rows, sums, n_blocks, n_rows, WIDTH: tl.constexpr):
-    """Join a segment's parts in a fixed order; program (segment, which of the Q quantities)."""
-    segment, which = tl.program_id(0), tl.program_id(1)
-    start, end = tl.load(first + segment), tl.load(behind + segment)
+def reduce_pass(partial, first, end, rows, sums, n_blocks, n_rows, WIDTH: tl.constexpr):
+    """Join a segment's parts in a fixed order; program (segment, one of the Q quantities)."""
+    segment, quantity = tl.program_id(0), tl.program_id(1)
+    start, stop = tl.load(first + segment), tl.load(end + segment)
     lane = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), dtype=tl.float32)
     peak = tl.zeros((WIDTH,), dtype=tl.float32)
-    for block in range(start, end, WIDTH):
-        part = tl.load(
-            partial + which * n_blocks + block + lane, mask=block + lane < end, other=0.0
+    for block in range(start, stop, WIDTH):
+        values = tl.load(
+            partial + quantity * n_blocks + block + lane, mask=block + lane < stop, other=0.0
         )
-        total += part
-        peak = tl.maximum(peak, part)
-    joined = tl.where(which == _PEAK, tl.max(peak, axis=0), tl.sum(total, axis=0))
-    tl.store(sums + which * n_rows + tl.load(rows + segment), joined)
+        total += values
+        peak = tl.maximum(peak, values)
+    joined = tl.where(quantity == _PEAK, tl.max(peak, axis=0), tl.sum(total, axis=0))
+    tl.store(sums + quantity * n_rows + tl.load(rows + segment), joined)
 
 
-def check(device: torch.device) -> None:
-    """Whether the kernels run there.
+def check_device(device: torch.device) -> None:
+    """Make sure that the kernels run on this device.
 
     Raises:
-        ValueError: not on a CUDA device, and not in Triton's interpreter either.
+        ValueError: Not on a CUDA device, and not in Triton's interpreter either.
     """
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(f"backend 'triton' needs a CUDA device, the weights are on {device}.")
@@ -304,7 +313,7 @@ def _reduce(table: _Table, sums_QS: Tensor) -> None:
     reduce_pass[(len(table.first_K), len(sums_QS))](
         table.partial_QN,
         table.first_K,
-        table.behind_K,
+        table.end_K,
         table.rows_K,
         sums_QS,
         table.blocks,
@@ -313,7 +322,7 @@ def _reduce(table: _Table, sums_QS: Tensor) -> None:
     )
 
 
-def _adam(
+def update_adam(
     share: Share,
     w: Tensor,
     g: Tensor,
@@ -323,6 +332,7 @@ def _adam(
     sums_QS: Tensor,
     rate_S: Tensor | None,
 ) -> None:
+    """See `Kernels.update_adam`."""
     table = _table(share)
     if table.blocks == 0:
         return
@@ -355,7 +365,8 @@ def _adam(
     _reduce(table, sums_QS)
 
 
-def _move(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
+def move_weights(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
+    """See `Kernels.move_weights`."""
     table = _table(share)
     if table.blocks:
         move_pass[(table.blocks,)](
@@ -370,9 +381,10 @@ def _move(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
         )
 
 
-def _lars_norms(
+def measure_lars(
     share: Share, w: Tensor, g: Tensor, m: Tensor, terms: LarsTerms, sums_QS: Tensor
 ) -> None:
+    """See `Kernels.measure_lars`."""
     table = _table(share)
     if table.blocks == 0:
         return
@@ -393,7 +405,7 @@ def _lars_norms(
     _reduce(table, sums_QS)
 
 
-def _lars_move(
+def move_lars(
     share: Share,
     w: Tensor,
     g: Tensor,
@@ -402,6 +414,7 @@ def _lars_move(
     ratio_S: Tensor,
     rate_S: Tensor,
 ) -> None:
+    """See `Kernels.move_lars`."""
     table = _table(share)
     if table.blocks:
         lars_move_pass[(table.blocks,)](
@@ -419,6 +432,3 @@ def _lars_move(
             NESTEROV=terms.nesterov,
             **_options(table),
         )
-
-
-TRITON = Kernels(_adam, _move, _lars_norms, _lars_move)

@@ -1,9 +1,7 @@
 """Partitions of real engines seen as segments: exact cover, padding, and what is refused."""
 
-import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks, zero
-from mocov3_ds.distributed.engine import engine_config, start_engine
+from mocov3_ds.distributed.engine import start_engine
+from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.optim import Lamb
 from mocov3_ds.optim.build import build_optimizer
+from tests.ds_configs import CONFIGS
 from tests.optim import engines, plain
 from tests.optim.engines import Case
 from tests.ranks_pool import run_ranks
 
-SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
 MASTERS = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 FP16_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
@@ -203,29 +202,28 @@ def test_each_layout_on_other_world_sizes(world_size: int) -> None:
 
 
 def shipped_runs() -> dict[str, tuple[str, int]]:
-    """Kind and done steps of two with each file of ds_configs, as the trainer starts its engine."""
+    """Kind and done steps of two with each DeepSpeed config, as the trainer starts its engine."""
     warnings.filterwarnings("ignore")  # DeepSpeed's own
     engines.quiet()
     done = {}
-    for path in SHIPPED:
-        config = json.loads(path.read_text())
+    for name, config in CONFIGS.items():
         if "fp16" in config:
             config["fp16"]["initial_scale_power"] = 8  # so that no step of two is skipped
         model = plain.odd_model()
         optimizer = build_optimizer(config["optimizer"], model.named_parameters())
         full = engine_config(config, global_batch=engines.BATCH, world_size=ranks.world_size())
         engine = start_engine(model, optimizer, full)
-        engines.train(engine, engines.batches(Case(0, path.stem.split("_")[2]), 2))
+        engines.train(engine, engines.batches(Case(0, name.split("_")[2]), 2))
         moved = any(row["update_norm"] > 0 for row in optimizer.signals().rows().values())
-        done[path.stem] = (type(optimizer).__name__, optimizer.step_count * moved)
+        done[name] = (type(optimizer).__name__, optimizer.step_count * moved)
         engines.stop(engine)
     return done
 
 
 @pytest.mark.slow
-def test_each_shipped_file_trains() -> None:
+def test_each_config_trains() -> None:
     done = run_ranks(2, shipped_runs, timeout=900)[0]
-    assert done == {p.stem: ("Lamb" if "lamb" in p.stem else "AdamW", 2) for p in SHIPPED}
+    assert done == {name: ("Lamb" if "lamb" in name else "AdamW", 2) for name in CONFIGS}
 
 
 def test_a_rank_of_padding_takes_part(two_ranks: list[dict[str, Any]]) -> None:
@@ -279,4 +277,4 @@ def test_refused_without_the_hardware_for_it(
     """Engines that this machine cannot start, as the attributes that give them away."""
     stand_in = SimpleNamespace(**({"mpu": None, "optimizer": SimpleNamespace(**wrapper)} | engine))
     with pytest.raises(ValueError, match=words):
-        zero.layout(stand_in, {})
+        zero.describe_flats(stand_in, {})

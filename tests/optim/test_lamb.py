@@ -337,3 +337,13 @@ def test_loading_names_what_does_not_fit_and_changes_nothing() -> None:
         optimizer.load_full_state(state.__getitem__, 3)
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
     assert optimizer.step_count == 0
+
+
+def test_the_plain_writing_is_the_sign_of_the_gradient_at_first() -> None:
+    """The writing of LAMB in tests/optim/plain.py, on one tensor."""
+    generator = torch.Generator().manual_seed(5)
+    w, g = torch.randn(6, 7, generator=generator), torch.randn(6, 7, generator=generator)
+    w1, m1, _ = plain.lamb_step(w, g, 0 * w, 0 * w, 1, lr=0.1, wd=0.2, adapt=True)
+    u = g / (g.abs() + 1e-6) + 0.2 * w  # at the first step both moments are the gradient's own
+    assert torch.allclose(w1, w - 0.1 * w.norm() / u.norm() * u, atol=1e-6)
+    assert torch.allclose(m1, 0.1 * g)

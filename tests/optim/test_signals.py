@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mocov3_ds.optim import AdamW
 from mocov3_ds.optim.build import build_optimizer
-from mocov3_ds.optim.step_tables import EVERYTHING, NORMS
+from mocov3_ds.optim.kernel_types import EVERYTHING, NORMS
 from tests.optim import engines, plain
 from tests.optim.engines import Case, Witness, movement_error, rule
 from tests.ranks_pool import run_ranks
@@ -69,7 +69,7 @@ def watched(cases: Sequence[Case]) -> list[dict[str, Any]]:
     results = []
     for case in cases:
         engine, optimizer = engines.start(case)
-        optimizer.watch = True
+        optimizer.measure_all(True)
         clipping = bool(case.options.get("update_clip"))
         witness = (StableWitness if clipping else Witness)(case, optimizer, rule)
         named = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
@@ -135,7 +135,7 @@ def traffic_of_a_step(case: Case) -> dict[bool, Any]:
     results: dict[bool, Any] = {}
     for watch in (False, True):
         engine, optimizer = engines.start(case)
-        optimizer.watch = watch
+        optimizer.measure_all(watch)
         for ((x, y),) in engines.batches(case, 3):
             engines.backward(engine, x, y)
             take()
@@ -192,7 +192,7 @@ def test_what_was_not_watched_is_not_in_the_rows() -> None:
     weight.grad = torch.ones(3, 4)
     optimizer.step()
     assert "rms" not in optimizer.signals().rows()["w"]
-    optimizer.watch = True
+    optimizer.measure_all(True)
     weight.grad = torch.full((3, 4), torch.nan)
     optimizer.step()
     row = optimizer.signals().rows()["w"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mocov3_ds.distributed import zero
 from tests.optim import engines
 from tests.optim.engines import Case, largest_error, movement_error
 from tests.ranks_pool import run_ranks
@@ -34,7 +35,7 @@ def save(cases: list[Case]) -> list[dict[str, Any]]:
         first = engines.weights(optimizer)
         engines.train(engine, batches(case)[:BEFORE])
         state = full(optimizer)
-        scale = optimizer.loss_scale()
+        scale = zero.read_loss_scale(engine)
         engines.train(engine, batches(case)[BEFORE:])
         results.append({"first": first, "state": state, "scale": scale, "end": full(optimizer)})
         engines.stop(engine)
@@ -48,7 +49,7 @@ def resume(jobs: list[tuple[Case, dict[str, Any]]]) -> list[dict[str, Any]]:
         engine, optimizer = engines.start(case)
         engines.train(engine, engines.batches(case, 2, seed=99))
         optimizer.load_full_state(saved["state"].__getitem__, BEFORE)
-        optimizer.load_loss_scale(saved["scale"])
+        zero.load_loss_scale(engine, saved["scale"])
         state = full(optimizer)
         equal = all(
             torch.equal(tensor, saved["state"][name][key])
@@ -63,7 +64,7 @@ def resume(jobs: list[tuple[Case, dict[str, Any]]]) -> list[dict[str, Any]]:
                 "low": low,
                 "end": full(optimizer),
                 "steps": optimizer.step_count,
-                "scale": optimizer.loss_scale(),
+                "scale": zero.read_loss_scale(engine),
             }
         )
         engines.stop(engine)

@@ -1,0 +1,126 @@
+"""The kernels written plainly: whole segments, fresh temporaries, any device.
+
+The other kernels are tested against these, and an optimizer without kernels of its own measures
+with `add_sums` and `square_sum`.
+"""
+
+import torch
+from torch import Tensor
+
+from mocov3_ds.optim.kernel_types import (
+    AFTER,
+    BEFORE,
+    EVERYTHING,
+    GRADIENT,
+    MOMENTUM,
+    PEAK,
+    PRODUCT,
+    UPDATE,
+    WEIGHT,
+    AdamTerms,
+    LarsTerms,
+)
+from mocov3_ds.optim.step_tables import Share
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """Sum of squares of all elements, as a tensor without dimensions."""
+    return x.square().sum()  # pairwise; `x.norm()` is off by 4e-5 on 2 M elements on a CPU
+
+
+def add_sums(sums_QS: Tensor, row: int, w: Tensor, g: Tensor, m: Tensor | None) -> None:
+    """Add a segment's sums to its tensor's row, before anything is updated.
+
+    The direction's sum of squares (row `UPDATE` of Q) is left to the caller, and so are the rows
+    of g / sqrt(v).
+
+    Args:
+        sums_QS: The sums so far, (Q, S), which are changed.
+        row: Row of the segment's tensor among the S.
+        w: Weights of the segment, one-dimensional.
+        g: Gradient of the segment, one-dimensional.
+        m: Momentum of the segment before the step; None where the optimizer has none.
+    """
+    sums_QS[WEIGHT, row] += square_sum(w)
+    sums_QS[GRADIENT, row] += square_sum(g)
+    if len(sums_QS) < EVERYTHING:
+        return
+    sums_QS[PEAK, row] = torch.maximum(sums_QS[PEAK, row], g.abs().max())
+    if m is not None:
+        sums_QS[PRODUCT, row] += (g * m).sum()
+        sums_QS[MOMENTUM, row] += square_sum(m)
+
+
+def update_moments(g: Tensor, m: Tensor, v: Tensor, terms: AdamTerms) -> None:
+    """Move the first and second moment of Adam towards the gradient and its square."""
+    m.mul_(terms.beta1).add_(g, alpha=terms.gain)
+    v.mul_(terms.beta2).addcmul_(g, g, value=1 - terms.beta2)
+
+
+def adam_direction(w: Tensor, m: Tensor, v: Tensor, terms: AdamTerms, decay: float) -> Tensor:
+    """Direction m̂ / (√v̂ + eps) + weight_decay decay w of a segment."""
+    u = (m / terms.bias1) / ((v / terms.bias2).sqrt() + terms.eps)
+    return u + (terms.weight_decay * decay) * w
+
+
+def update_adam(
+    share: Share,
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    terms: AdamTerms,
+    sums_QS: Tensor,
+    rate_S: Tensor | None,
+) -> None:
+    """See `Kernels.update_adam`."""
+    for segment in share.flat.segments:
+        row = share.row(segment)
+        w_, g_, m_, v_ = (segment.of(x) for x in (w, g, m, v))
+        add_sums(sums_QS, row, w_, g_, m_)
+        if len(sums_QS) > BEFORE:
+            sums_QS[BEFORE, row] += square_sum(g_ / _root(v_, terms.bias2_before, terms))
+        update_moments(g_, m_, v_, terms)
+        if len(sums_QS) > AFTER:
+            sums_QS[AFTER, row] += square_sum(g_ / _root(v_, terms.bias2, terms))
+        g_.copy_(adam_direction(w_, m_, v_, terms, share.decay(segment)))
+        sums_QS[UPDATE, row] += square_sum(g_)
+    if rate_S is not None:
+        move_weights(share, w, g, rate_S)
+
+
+def _root(v: Tensor, bias2: float, terms: AdamTerms) -> Tensor:
+    return (v / bias2).sqrt().clamp_min(terms.floor)
+
+
+def move_weights(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
+    """See `Kernels.move_weights`."""
+    for segment in share.flat.segments:
+        segment.of(w).addcmul_(segment.of(u), rate_S[share.row(segment)], value=-1)
+
+
+def measure_lars(
+    share: Share, w: Tensor, g: Tensor, m: Tensor, terms: LarsTerms, sums_QS: Tensor
+) -> None:
+    """See `Kernels.measure_lars`."""
+    for segment in share.flat.segments:
+        row, w_, g_ = share.row(segment), segment.of(w), segment.of(g)
+        add_sums(sums_QS, row, w_, g_, segment.of(m))
+        sums_QS[UPDATE, row] += square_sum(g_ + terms.weight_decay * share.decay(segment) * w_)
+
+
+def move_lars(
+    share: Share,
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    terms: LarsTerms,
+    ratio_S: Tensor,
+    rate_S: Tensor,
+) -> None:
+    """See `Kernels.move_lars`."""
+    for segment in share.flat.segments:
+        row, w_, g_, m_ = share.row(segment), segment.of(w), segment.of(g), segment.of(m)
+        d_ = (g_ + terms.weight_decay * share.decay(segment) * w_) * ratio_S[row]
+        m_.mul_(terms.momentum).add_(d_)
+        w_.sub_(rate_S[row] * (d_ + terms.momentum * m_ if terms.nesterov else m_))

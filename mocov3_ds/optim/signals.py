@@ -1,0 +1,199 @@
+"""What a step measured of each tensor on the way: sums over all ranks, and the signals they make.
+
+Legend: S = tensors; Q = quantities measured of each, see `kernel_types`; K = keys of a table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mocov3_ds.optim.kernel_types import (
+    AFTER,
+    BEFORE,
+    EVERYTHING,
+    GRADIENT,
+    MOMENTUM,
+    NORMS,
+    PEAK,
+    PRODUCT,
+    UPDATE,
+    WEIGHT,
+)
+from mocov3_ds.optim.step_tables import StepTables
+
+NORM_KEYS = ("grad_norm", "update_norm", "weight_norm", "trust_ratio", "rate", "adapts")
+FURTHER_KEYS = ("grad_peak", "rms", "rms_before", "cosine")
+
+
+@dataclass(frozen=True, eq=False)
+class StepSums:
+    """What the first pass of one call of `step` measured.
+
+    Attributes:
+        tables: Tables of the tensors that the call updates.
+        local_QS: Sums over the elements of this rank.
+        sums_QS: Sums over the elements of all ranks.
+    """
+
+    tables: StepTables
+    local_QS: Tensor
+    sums_QS: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        """Norms of the whole weight, direction and gradient of each tensor, (3, S)."""
+        return self.sums_QS[:NORMS].sqrt()
+
+    @property
+    def rms(self) -> Tensor:
+        """RMS of g / sqrt(v) of each whole tensor, v with this step's gradient in it; (S,)."""
+        return (self.sums_QS[AFTER] / self.tables.counts_S).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class StepFactors:
+    """Factor of each tensor's step beside the learning rate.
+
+    Attributes:
+        factor_S: Factor on the direction, fp32; 1 where a tensor has none.
+        adapts_S: Whether a tensor has a factor of its own; bool.
+    """
+
+    factor_S: Tensor
+    adapts_S: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """Everything that one call of `step` found out about its tensors.
+
+    Attributes:
+        sums: What the first pass measured.
+        factors: Factors that were made of it.
+        rate_S: Learning rate of each tensor, fp32.
+    """
+
+    sums: StepSums
+    factors: StepFactors
+    rate_S: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Signals:
+    """What the last step measured on the way, per tensor and over all ranks.
+
+    Attributes:
+        names: Names of the tensors, in the optimizer's order.
+        grad_norm_S: Norm of the gradient that the optimizer was given (after clipping, unscaled).
+        update_norm_S: Norm of the direction before learning rate and trust ratio; decay is in it.
+        weight_norm_S: Norm of the fp32 weight before the step.
+        trust_ratio_S: Factor on the direction; 1 where a tensor does not adapt.
+        rate_S: Learning rate that applied to each tensor.
+        adapts_S: Whether a tensor has such a factor of its own; bool.
+        complete: Whether the tensors below were measured; they are NaN otherwise.
+        grad_peak_S: Largest |gradient| of all elements.
+        rms_S: RMS of g / max(sqrt(v), eps), v corrected for its start at 0 and with this step's g
+            in it, which bounds it by sqrt(1 / (1 - beta2)); NaN without a second moment.
+        rms_before_S: The same with v as it was before this step; NaN at the first one.
+        cosine_S: Cosine of the gradient and the momentum before this step; NaN where either is 0.
+    """
+
+    names: tuple[str, ...]
+    grad_norm_S: Tensor
+    update_norm_S: Tensor
+    weight_norm_S: Tensor
+    trust_ratio_S: Tensor
+    rate_S: Tensor
+    adapts_S: Tensor
+    complete: bool
+    grad_peak_S: Tensor
+    rms_S: Tensor
+    rms_before_S: Tensor
+    cosine_S: Tensor
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of what was measured, as `table` and `rows` use them."""
+        return NORM_KEYS + FURTHER_KEYS * self.complete
+
+    def table(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Key -> values (S,) in the order of `names`; waits for the device once."""
+        table_KS = torch.stack([getattr(self, f"{key}_S").float() for key in self.keys])
+        return dict(zip(self.keys, table_KS.cpu().numpy(), strict=True))
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Tensor name -> value of each key; waits for the device once."""
+        table = self.table()
+        return {
+            name: {key: float(values_S[row]) for key, values_S in table.items()}
+            for row, name in enumerate(self.names)
+        }
+
+
+def mark_undefined(sums_QS: Tensor, *, measures_rms: bool, first_step: bool) -> Tensor:
+    """Replace by NaN what has no meaning, where everything was measured.
+
+    Args:
+        sums_QS: Sums over all ranks.
+        measures_rms: Whether the optimizer has a second moment, so that g / sqrt(v) exists.
+        first_step: Whether the second moment was still zero before this step.
+
+    Returns:
+        A tensor of the same shape; `sums_QS` itself stays as it is.
+    """
+    marked_QS = sums_QS.clone()
+    if not measures_rms:
+        marked_QS[[AFTER, BEFORE]] = torch.nan
+    elif first_step:
+        marked_QS[BEFORE] = torch.nan
+    return marked_QS
+
+
+def join_signals(records: Sequence[StepRecord], order: Sequence[str]) -> Signals:
+    """Put together what the calls of `step` measured that make up one optimizer step.
+
+    Args:
+        records: Record of each call; each tensor is in one of them.
+        order: Names of all tensors, in the order of the signals.
+    """
+    names = [name for record in records for name in record.sums.tables.names]
+    row_by_name = {name: row for row, name in enumerate(names)}
+    ordered = tuple(name for name in order if name in row_by_name)
+    device = records[0].sums.tables.device
+    rows = torch.tensor([row_by_name[name] for name in ordered], device=device)
+
+    def joined(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors, dim=-1)[..., rows]
+
+    sums_QS = joined([record.sums.sums_QS for record in records])
+    norms_3S, complete = sums_QS[:NORMS].sqrt(), len(sums_QS) == EVERYTHING
+    nan_S = torch.full_like(norms_3S[0], torch.nan)
+    further = dict.fromkeys(FURTHER_KEYS, nan_S)
+    if complete:
+        counts_S = joined([record.sums.tables.counts_S for record in records])
+        product_S = sums_QS[PRODUCT] / norms_3S[GRADIENT]
+        further = {
+            # a maximum over ranks may lose a NaN, a sum does not
+            "grad_peak": torch.where(norms_3S[GRADIENT].isnan(), nan_S, sums_QS[PEAK]),
+            "rms": (sums_QS[AFTER] / counts_S).sqrt(),
+            "rms_before": (sums_QS[BEFORE] / counts_S).sqrt(),
+            "cosine": product_S / sums_QS[MOMENTUM].sqrt(),
+        }
+    return Signals(
+        names=ordered,
+        grad_norm_S=norms_3S[GRADIENT],
+        update_norm_S=norms_3S[UPDATE],
+        weight_norm_S=norms_3S[WEIGHT],
+        trust_ratio_S=joined([record.factors.factor_S for record in records]),
+        rate_S=joined([record.rate_S for record in records]),
+        adapts_S=joined([record.factors.adapts_S for record in records]),
+        complete=complete,
+        grad_peak_S=further["grad_peak"],
+        rms_S=further["rms"],
+        rms_before_S=further["rms_before"],
+        cosine_S=further["cosine"],
+    )
