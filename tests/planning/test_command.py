@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,16 @@ import pytest
 from PIL import Image
 
 from mocov3_ds import cli
-from mocov3_ds.config import RECIPES, Settings, parse
-from mocov3_ds.distributed.engine import engine_config
+from mocov3_ds.config import Settings
+from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.model.base_encoder import Chunks
 from mocov3_ds.planning import hardware, memory, pace, traffic
 from mocov3_ds.planning.command import launch_command, wish_of
 from mocov3_ds.planning.hardware import PRESETS, read_cluster
 from mocov3_ds.planning.options import Wish, all_options, what_would_fit
-
-CONFIGS = Path(__file__).parents[2] / "ds_configs"
+from mocov3_ds.recipes import RECIPES, parse
+from tests.ds_configs import CONFIGS as DS_CONFIGS
+from tests.ds_configs import FOLDER
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -86,7 +88,7 @@ def test_the_command_starts_what_was_planned(
     stages: set[int],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("fp16.json").write_text((CONFIGS / "zero1_adamw_fp16.json").read_text())
+    Path("fp16.json").write_text((FOLDER / "zero1_adamw_fp16.json").read_text())
     Path("no stage.json").write_text('{"bf16": {"enabled": true}}')
     given = [*(("--deepspeed_config", file) if file else ()), *more]
     for override in overrides:
@@ -152,7 +154,7 @@ def test_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 def test_each_card_runs_the_smallest_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     for card in PRESETS.values():
         precision = "bf16" if card.bf16 else "fp16"
-        wish = wish_of("vit_s16", deepspeed_config=CONFIGS / f"zero1_adamw_{precision}.json")
+        wish = wish_of("vit_s16", deepspeed_config=FOLDER / f"zero1_adamw_{precision}.json")
         best = all_options(wish, read_cluster(f"8x{card.name}"))[0]
         assert best.fits, card.name
         assert best.pace is not None
@@ -255,12 +257,12 @@ def test_link_and_machines() -> None:
         (
             [
                 *("--gpus", "8x24GB", "--stage", 2, "--deepspeed_config"),
-                CONFIGS / "zero1_adamw_bf16.json",
+                FOLDER / "zero1_adamw_bf16.json",
             ],
             "--stage 2 contradicts zero_optimization.stage = 1",
         ),
         (
-            ["--gpus", "8x24GB", "--deepspeed_config", CONFIGS / "zero1_adamw_bf16_offload.json"],
+            ["--gpus", "8x24GB", "--deepspeed_config", FOLDER / "zero2_adamw_bf16_offload.json"],
             "offload to the CPU is not planned for",
         ),
         (["--gpus", "1xcpu", "--rates", "nowhere.json"], "make one with mocov3 plan --calibrate"),
@@ -279,9 +281,9 @@ def test_link_and_machines() -> None:
             ],
             "fp16 has no stage 0",
         ),
-        (["--gpus", "8xH100", "--deepspeed_config", CONFIGS], f"{CONFIGS}: Is a directory."),
+        (["--gpus", "8xH100", "--deepspeed_config", FOLDER], f"{FOLDER}: Is a directory."),
         (["--gpus", "8xH100", "--picture", "/proc/x.png"], "/proc/x.png: No such file"),
-        (["--gpus", "8xH100", "--write_json", CONFIGS], f"{CONFIGS}: Is a directory."),
+        (["--gpus", "8xH100", "--write_json", FOLDER], f"{FOLDER}: Is a directory."),
         (["--calibrate", "/proc/foo/x.json"], "/proc/foo: No such file"),
         (["--gpus", "8xH100", "--epochs", "nan"], "--epochs is nan"),
         (["--gpus", "8xH100", "--epochs", "inf"], "--epochs is inf"),
@@ -406,3 +408,21 @@ def test_constants_follow_the_product() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     assert DeepSpeedZeroConfig().param_persistence_threshold == traffic.PERSISTENCE
+
+
+@pytest.mark.parametrize("name", [n for n in DS_CONFIGS if n.count("_") == 2])
+def test_a_config_that_is_not_shipped_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ds_configs/README.md says, for each stage, optimizer and precision."""
+    stage, optimizer, precision = name.removeprefix("zero").split("_")
+    recipe = "vit_b16" if optimizer == "adamw" else "vit_b16_lamb"
+    flags = [] if precision == "bf16" else ["--ds", "bf16.enabled=false"]
+    if precision == "fp16":
+        flags += ["--ds", "fp16.enabled=true"]
+    path = tmp_path / "ds.json"
+    arguments = ["--recipe", recipe, "--gpus", "8xH100", "--stage", stage, *flags]
+    assert call(monkeypatch, *arguments, "--write_json", path) == 0
+    written, expected = json.loads(path.read_text()), deepcopy(DS_CONFIGS[name])
+    del expected["optimizer"]["params"]["eps"]  # the optimizer's own default
+    assert {key: value for key, value in written.items() if value != {"enabled": False}} == expected
