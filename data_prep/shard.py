@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from data_prep import engines, images, tar
 from data_prep.progress import Progress
 from data_prep.sources import Item, Listing
-from mocov3_ds.data import manifest, storage
+from mocov3_ds.data import manifest, splitmix, storage
 from mocov3_ds.data.manifest import Manifest, Shard
 from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.version import __version__
@@ -43,7 +43,7 @@ PLAN, RECEIPTS, REJECTS = "plan.json", "receipts", "rejects.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ShardOptions:
     """What the bytes of the shards depend on besides the images."""
 
     shard_size: str = "1000"
@@ -78,7 +78,7 @@ class Task(NamedTuple):
     plan: str
     """digest of the plan the shard belongs to"""
     items: list[Item]
-    options: Options
+    options: ShardOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +132,10 @@ class Summary:
         return "\n".join(lines)
 
 
-def shard(
+def make_shards(
     listing: Listing,
     url: str,
-    options: Options,
+    options: ShardOptions,
     *,
     workers: int,
     source: str = "",
@@ -188,7 +188,7 @@ def shard(
             )
         if rejects:
             lines = [json.dumps(vars(reject)) for reject in rejects]
-            storage.write(storage.join(url, REJECTS), ("\n".join(lines) + "\n").encode())
+            storage.write(storage.join_url(url, REJECTS), ("\n".join(lines) + "\n").encode())
         if storage.is_local(url):
             _sweep(_local(url))
         whole = manifest.write(
@@ -202,7 +202,7 @@ def shard(
     return Summary(whole, rejects, found, tuple(listing.left_out), seconds)
 
 
-def _check_options(options: Options) -> None:
+def _check_options(options: ShardOptions) -> None:
     if options.resize < 0:
         raise ValueError(f"--resize {options.resize} is negative; 0 keeps the original bytes.")
     if not 1 <= options.quality <= 100:
@@ -238,14 +238,8 @@ def parse_shard_size(text: str) -> tuple[int, bool]:
 
 def _order(count: int, seed: int) -> NDArray[np.int64]:
     """A permutation from the seed alone, the same with any version of NumPy."""
-    with np.errstate(over="ignore"):
-        z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z += np.uint64(int(hashlib.sha256(b"%d" % seed).hexdigest()[:16], 16))
-        # the mixing steps of SplitMix64 (Steele, Lea, Flood 2014)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return np.argsort(z, kind="stable")
+    state = int(hashlib.sha256(b"%d" % seed).hexdigest()[:16], 16)
+    return splitmix.draw_permutation(count, state)
 
 
 def _cut(listing: Listing, order_N: NDArray[np.int64], shard_size: str) -> NDArray[np.int64]:
@@ -268,7 +262,7 @@ def _tasks(
     bounds_S: NDArray[np.int64],
     url: str,
     plan: str,
-    options: Options,
+    options: ShardOptions,
 ) -> Iterator[Task]:
     for number, (first, last) in enumerate(itertools.pairwise(bounds_S.tolist())):
         name = f"{options.split or 'shard'}-{number:06d}.tar"
@@ -282,9 +276,9 @@ def write_shard(task: Task) -> Receipt:
         ValueError: a file of the source is not as long as it was when it was listed.
         OSError: a file cannot be read or written.
     """
-    url = storage.join(task.url, task.name)
-    receipt_url = storage.join(
-        storage.join(task.url, RECEIPTS), task.name.removesuffix(".tar") + ".json"
+    url = storage.join_url(task.url, task.name)
+    receipt_url = storage.join_url(
+        storage.join_url(task.url, RECEIPTS), task.name.removesuffix(".tar") + ".json"
     )
     earlier = _read_receipt(receipt_url, task)
     if earlier is not None and _is_whole(url, earlier.shard):
@@ -322,14 +316,14 @@ def write_shard(task: Task) -> Receipt:
         whole.update(tar.END)
         out.write(tar.END)
     if not kept:
-        storage.remove(url)
+        storage.remove_file(url)
     done = Shard(task.name, at + len(tar.END), kept, whole.hexdigest())
     receipt = Receipt(done, rows[:kept], tuple(rejects))
     storage.write(receipt_url, _receipt_bytes(receipt, task.plan))
     return receipt
 
 
-def _prepared(item: Item, data: bytes, options: Options) -> tuple[bytes, str, int, int]:
+def _prepared(item: Item, data: bytes, options: ShardOptions) -> tuple[bytes, str, int, int]:
     """Bytes to store, member ending, height and width."""
     height, width = images.checked_size(data, options.check)
     if options.resize:
@@ -341,14 +335,14 @@ def _prepared(item: Item, data: bytes, options: Options) -> tuple[bytes, str, in
 
 def _around(item: Item, size: int, suffix: str, files: Mapping[str, int]) -> tuple[bytes, bytes]:
     """What comes before the bytes of an image in its shard, and what after them."""
-    after = tar.padding(size)
+    after = tar.padding_after(size)
     if item.label >= 0:
         label = b"%d" % item.label
-        after += tar.header(f"{item.key}.cls", len(label)) + label + tar.padding(len(label))
+        after += tar.make_header(f"{item.key}.cls", len(label)) + label + tar.padding_after(len(label))
     if item.json_size:
         beside = os.pread(files[item.path], item.json_size, item.json_offset)
-        after += tar.header(f"{item.key}.json", len(beside)) + beside + tar.padding(len(beside))
-    return tar.header(f"{item.key}.{suffix}", size), after
+        after += tar.make_header(f"{item.key}.json", len(beside)) + beside + tar.padding_after(len(beside))
+    return tar.make_header(f"{item.key}.{suffix}", size), after
 
 
 def _read(item: Item, files: dict[str, int], opened: contextlib.ExitStack) -> bytes:
@@ -400,7 +394,7 @@ def _is_whole(url: str, shard: Shard) -> bool:
         return True
     digest = hashlib.sha256()
     try:
-        for block in storage.chunks(url):
+        for block in storage.read_blocks(url):
             digest.update(block)
     except FileNotFoundError:
         return False
@@ -409,7 +403,7 @@ def _is_whole(url: str, shard: Shard) -> bool:
 
 def _check_seen(receipts: Sequence[Receipt], url: str) -> None:
     """Other machines may have written to folders of their own."""
-    sizes = {entry.name: entry.size for entry in storage.entries(url)}
+    sizes = {entry.name: entry.size for entry in storage.list_files(url)}
     for receipt in receipts:
         made = receipt.shard
         if made.samples and sizes.get(made.name) != made.bytes:
@@ -421,7 +415,7 @@ def _check_seen(receipts: Sequence[Receipt], url: str) -> None:
 
 def _claim(url: str, made: Mapping[str, Any]) -> None:
     """Write the plan, or find the same one there."""
-    plan_url = storage.join(url, PLAN)
+    plan_url = storage.join_url(url, PLAN)
     try:
         there = json.loads(storage.read(plan_url))
     except FileNotFoundError:
@@ -442,7 +436,7 @@ def _claim(url: str, made: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{url} holds shards of another plan: {what}; use a new folder, or remove that one."
         )
-    taken = [entry.name for entry in storage.entries(url) if entry.name.endswith((".tar", ".json"))]
+    taken = [entry.name for entry in storage.list_files(url) if entry.name.endswith((".tar", ".json"))]
     if taken:
         raise ValueError(
             f"{url} holds {taken[0]}, which is not of this command (there is no {PLAN}); use an "

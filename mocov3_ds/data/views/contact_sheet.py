@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from mocov3_ds.data.fetch import fetch_one
-from mocov3_ds.data.manifest import load
-from mocov3_ds.data.views import decode, photometric, reference
-from mocov3_ds.data.views.pairs import make_pair
-from mocov3_ds.data.views.photometric import ViewSpec
+from mocov3_ds.data.fetch import read_sample
+from mocov3_ds.data.manifest import Manifest, load
+from mocov3_ds.data.views import decode, reference
+from mocov3_ds.data.views.crops import make_crops
+from mocov3_ds.data.views.draw import draw_views
+from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
 
 COLUMNS = (
     "stored",
@@ -30,8 +31,10 @@ COLUMNS = (
 )
 _GAP, _TITLE = 4, 18  # pixels
 
+Images = Sequence[Image.Image]
 
-def contact_sheet(
+
+def draw_contact_sheet(
     url: str,
     out: Path,
     *,
@@ -41,22 +44,22 @@ def contact_sheet(
     epoch: int,
     spec: ViewSpec | None = None,
 ) -> int:
-    """Write the sheet.
+    """Draw the sheet and write it as a PNG.
 
     Args:
-        url: folder of a sharded set.
-        out: PNG file.
-        rows: samples shown, spread evenly over the set.
-        size: side of a view, pixels.
-        seed: of the run.
-        epoch: pass over the data.
-        spec: distribution of the views; None = the default one.
+        url: Folder or address of a sharded set.
+        out: PNG file to write; its folder is made.
+        rows: Number of samples shown, spread evenly over the set.
+        size: Side of a view in pixels.
+        seed: Seed of the run.
+        epoch: Number of the pass over the data.
+        spec: Distribution of the views; None = the default one.
 
     Returns:
-        Largest difference between ours and the same draws in Pillow, of 255.
+        Largest difference between our views and the same draws by Pillow, of 255.
 
     Raises:
-        ValueError: there is nothing to show, or no set.
+        ValueError: There is nothing to show, or a sample cannot be read.
     """
     manifest, spec = load(url), spec or ViewSpec()
     if rows < 1 or manifest.samples < 1:
@@ -69,29 +72,15 @@ def contact_sheet(
     torch.manual_seed(seed)
     usual = [reference.view_transform(spec, v, size, normalised=False) for v in (0, 1)]
     largest = 0
-    for row, sample in enumerate(np.linspace(0, manifest.samples - 1, rows).astype(int).tolist()):
-        data = fetch_one(manifest, sample)
-        if not isinstance(data, bytes):
-            raise ValueError(f"sample {sample} cannot be read: {data.reason}")
-        try:
-            image = decode.rgb(data)
-        except decode.UnreadableImage as error:
-            raise ValueError(f"sample {sample} cannot be read: {error}") from None
-        ours = _ours(data, spec, size, (seed, epoch, sample))
-        boxes, flips, params = photometric.draw(
-            spec, seed, epoch, sample, image.height, image.width
-        )
-        same = [
-            reference.drawn_view(image, box, flip, params_P, size)
-            for box, flip, params_P in zip(boxes, flips, params.tolist(), strict=True)
-        ]
-        for mine, theirs in zip(ours, same, strict=True):
-            gap = np.abs(np.asarray(mine).astype(int) - np.asarray(theirs))
-            largest = max(largest, int(gap.max()))
-        whole = image.copy()
-        whole.thumbnail((size, size))
-        drawn = [view(image) for view in usual]
-        tiles: Sequence[Image.Image] = (whole, ours[0], same[0], ours[1], same[1], *drawn)
+    sample_ids = np.linspace(0, manifest.samples - 1, rows).astype(int).tolist()
+    for row, sample_id in enumerate(sample_ids):
+        image_bytes, image = _read_image(manifest, sample_id)
+        ours, by_pillow = _make_views(image_bytes, image, spec, size, (seed, epoch, sample_id))
+        largest = max(largest, _largest_difference(ours, by_pillow))
+        stored = image.copy()
+        stored.thumbnail((size, size))
+        by_itself = [transform(image) for transform in usual]
+        tiles = (stored, ours[0], by_pillow[0], ours[1], by_pillow[1], *by_itself)
         for column, picture in enumerate(tiles):
             sheet.paste(picture, (column * tile, _TITLE + row * tile))
     buffer = io.BytesIO()
@@ -101,14 +90,31 @@ def contact_sheet(
     return largest
 
 
-def _ours(
-    data: bytes, spec: ViewSpec, size: int, key: tuple[int, int, int]
-) -> tuple[Image.Image, Image.Image]:
-    """The two views of a sample as training gets them, before the normalisation."""
+def _read_image(manifest: Manifest, sample_id: int) -> tuple[bytes, Image.Image]:
+    """Stored bytes of a sample and its image in RGB."""
+    image_bytes = read_sample(manifest, sample_id)
+    if not isinstance(image_bytes, bytes):
+        raise ValueError(f"sample {sample_id} cannot be read: {image_bytes.reason}")
+    try:
+        return image_bytes, decode.decode_rgb(image_bytes)
+    except decode.UnreadableImage as error:
+        raise ValueError(f"sample {sample_id} cannot be read: {error}") from None
+
+
+def _make_views(
+    image_bytes: bytes, image: Image.Image, spec: ViewSpec, size: int, sample: tuple[int, int, int]
+) -> tuple[Images, Images]:
+    """The two views as training gets them before the normalisation, and the same by Pillow."""
     crops_VCHW = np.empty((2, 3, size, size), np.uint8)
-    params_VP = np.empty((2, photometric.PARAMETERS), np.float32)
-    make_pair(data, spec, *key, crops_VCHW, params_VP, augment=True)
-    first, second = (
-        Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in crops_VCHW
-    )
-    return first, second
+    params_VP = np.empty((2, PARAMETERS), np.float32)
+    make_crops(image_bytes, spec, *sample, crops_VCHW, params_VP, augment=True)
+    ours = [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in crops_VCHW]
+    boxes, flips, params_VP = draw_views(spec, *sample, image.height, image.width)
+    draws = zip(boxes, flips, params_VP.tolist(), strict=True)
+    return ours, [reference.make_drawn_view(image, *drawn, size) for drawn in draws]
+
+
+def _largest_difference(ours: Images, by_pillow: Images) -> int:
+    """Largest difference of a pixel between the images of two lists, of 255."""
+    pairs = zip(ours, by_pillow, strict=True)
+    return max(int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()) for a, b in pairs)

@@ -1,40 +1,40 @@
 """Stored bytes to uint8 crops: one decode for both views, antialiased bilinear, (C, H, W).
 
-    tar member -> two_crops (training, boxes from views.draw) or centre_crop (evaluation)
+    image bytes -> cut_crops (training, boxes from draw.draw_views) or centre_crop (evaluation)
 
 The pixels are those of torchvision on Pillow images: RandomResizedCrop, and Resize with CenterCrop.
 Every stored kind becomes RGB as Pillow converts it (grey repeated, CMYK by its formula, alpha
 dropped, palettes looked up, EXIF rotation not applied, as the reference loader does), but 16-bit
 grey is scaled to 8 bits where Pillow would clip it to white.
 
-Three decoders have this one interface, and `backend` says which runs: the first of them that is
-there, or the one that the environment variable MOCOV3_DS_DECODER names.
+Three decoders have this one interface. The first that can run is used, or the one that the
+environment variable MOCOV3_DS_DECODER names.
 
-    native      the extension, on Pillow's own libjpeg-turbo: the same pixels, bit for bit
+    native      the C++ library, on Pillow's own libjpeg-turbo: the same pixels, bit for bit
     simplejpeg  wheels only: simplejpeg decodes, torch resizes; differs by at most 2 of 255
-    pillow      always there
+    pillow      always installed
 
-Whatever the first two do not take (other formats, CMYK, damaged data) goes to Pillow, whose word on
-what is readable is final.
+Whatever the first two do not take (other formats, CMYK, damaged data) goes to Pillow, which alone
+decides what is readable.
 
 Shape suffixes: V = the two views, C H W = crop.
 """
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from mocov3_ds.data.views import native
+from mocov3_ds.data.views.spec import Box
 
-Backend = Literal["native", "simplejpeg", "pillow"]
-Box = tuple[int, int, int, int]
+Decoder = Literal["native", "simplejpeg", "pillow"]
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused as decompression bombs; Pillow's own bound (256 MiB of RGB)."""
@@ -43,215 +43,224 @@ MAX_PIXELS = 89_478_485
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-class UnreadableImage(Exception):  # noqa: N818 - it says what the sample is; the stream counts it
+class UnreadableImage(Exception):  # noqa: N818 - it says what the sample is; the loader counts it
     """The bytes of a sample cannot be turned into pixels; the message is the reason."""
 
 
-def size_of(data: bytes) -> tuple[int, int]:
+def read_size(image_bytes: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width in pixels, from the header alone.
 
     Raises:
-        UnreadableImage: there is no readable header, or the image is beyond `MAX_PIXELS`.
+        UnreadableImage: There is no readable header, or the image is larger than `max_pixels`.
     """
-    if backend() == "native" and (found := native.size_of(data, MAX_PIXELS)):
-        return found
-    with _open(data) as image:
+    if current_decoder() == "native" and (size := native.read_size(image_bytes, max_pixels)):
+        return size
+    with _open(image_bytes, max_pixels) as image:
         return image.height, image.width
 
 
-def two_crops(
-    data: bytes, boxes: Sequence[Box], flips: Sequence[bool], out: NDArray[np.uint8]
+def cut_crops(
+    image_bytes: bytes, boxes: Sequence[Box], flips: Sequence[bool], out_VCHW: NDArray[np.uint8]
 ) -> None:
     """Decode an image once and write its two resized crops.
 
     Args:
-        data: bytes of the stored image.
-        boxes: of the two views: (top, left, height, width), pixels, inside the image.
-        flips: mirror the view left to right.
-        out: (2, 3, S, S) uint8, written; any strides.
+        image_bytes: Bytes of the stored image.
+        boxes: Boxes of the two views, inside the image.
+        flips: Whether to mirror each view left to right.
+        out_VCHW: (2, 3, S, S) uint8 that is written; any strides.
 
     Raises:
-        UnreadableImage: with the reason; `out` may be partly written.
+        UnreadableImage: The image cannot be read; `out_VCHW` may be partly written.
     """
-    if backend() == "native":
-        if _native_crops(data, boxes, flips, out):
+    decoder = current_decoder()
+    if decoder == "native":
+        if _cut_by_library(image_bytes, boxes, flips, out_VCHW):
             return
-    elif backend() == "simplejpeg" and _simplejpeg_crops(data, boxes, flips, out):
+    elif decoder == "simplejpeg" and _cut_by_simplejpeg(image_bytes, boxes, flips, out_VCHW):
         return
-    image = rgb(data)
-    for (top, left, height, width), flip, view_CHW in zip(boxes, flips, out, strict=True):
+    image = decode_rgb(image_bytes)
+    for (top, left, height, width), flip, crop_CHW in zip(boxes, flips, out_VCHW, strict=True):
         crop = image.crop((left, top, left + width, top + height))
-        crop = crop.resize(view_CHW.shape[:0:-1], Image.Resampling.BILINEAR)
-        crop_CHW = np.asarray(crop).transpose(2, 0, 1)
-        view_CHW[:] = crop_CHW[:, :, ::-1] if flip else crop_CHW
+        crop = crop.resize(crop_CHW.shape[:0:-1], Image.Resampling.BILINEAR)
+        resized_CHW = np.asarray(crop).transpose(2, 0, 1)
+        crop_CHW[:] = resized_CHW[:, :, ::-1] if flip else resized_CHW
 
 
-def centre_crop(data: bytes, size: int, resize: int) -> NDArray[np.uint8]:
-    """The view that evaluation uses: shorter side to `resize`, then the centre.
+def centre_crop(image_bytes: bytes, size: int, resize: int) -> NDArray[np.uint8]:
+    """The crop that evaluation uses: the shorter side resized to `resize`, then the centre.
 
     Args:
-        data: bytes of the stored image.
-        size: side of the crop, pixels.
-        resize: shorter side before the crop, pixels.
+        image_bytes: Bytes of the stored image.
+        size: Side of the crop in pixels.
+        resize: Shorter side in pixels before the crop is cut.
 
     Returns:
-        (3, size, size) uint8.
+        The crop (3, size, size), uint8.
 
     Raises:
-        UnreadableImage: with the reason.
-        ValueError: the crop is larger than the resized image.
+        UnreadableImage: The image cannot be read.
+        ValueError: The crop is larger than the resized image.
     """
     if size > resize:
         raise ValueError(f"a centre crop of {size} pixels needs resize >= {size}, got {resize}.")
-    if backend() == "native" and (found := native.size_of(data, MAX_PIXELS)):
-        resized, corner = _centre(*found, size, resize)
-        view_CHW = np.empty((3, size, size), np.uint8)
-        if native.window(data, found, resized, corner, view_CHW, MAX_PIXELS) == native.READ:
-            return view_CHW
-    image = rgb(data)
-    (height, width), (top, left) = _centre(image.height, image.width, size, resize)
+    if current_decoder() == "native" and (stored := native.read_size(image_bytes, MAX_PIXELS)):
+        window = _centre_window(*stored, size, resize)
+        crop_CHW = np.empty((3, size, size), np.uint8)
+        verdict = native.cut_window(image_bytes, stored, *window, crop_CHW, MAX_PIXELS)
+        if verdict == native.READ:
+            return crop_CHW
+    image = decode_rgb(image_bytes)
+    (height, width), (top, left) = _centre_window(image.height, image.width, size, resize)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     image = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def backend() -> Backend:
-    """Name of the decoder that runs here.
+def decode_rgb(image_bytes: bytes) -> Image.Image:
+    """The stored image in RGB at its full size, as the views see it.
 
     Raises:
-        ValueError: MOCOV3_DS_DECODER names one that is not there.
+        UnreadableImage: The image cannot be read.
     """
-    return _choice()[0]
-
-
-def about() -> str:
-    """The decoder that runs here and why not a faster one, for a log."""
-    name, missed = _choice()
-    return name + "".join(f"; not {missing}" for missing in missed)
-
-
-@cache
-def _choice() -> tuple[Backend, tuple[str, ...]]:
-    """The first decoder that is there, and why those before it are not."""
-    wanted = os.environ.get("MOCOV3_DS_DECODER", "")
-    names: tuple[Backend, ...] = ("native", "simplejpeg", "pillow")
-    if wanted and wanted not in names:
-        raise ValueError(f"MOCOV3_DS_DECODER={wanted} is none of {', '.join(names)}.")
-    missed: list[str] = []
-    for name in names:
-        if wanted and name != wanted:
-            continue
-        absent = _absence(name)
-        if not absent:
-            return name, tuple(missed)
-        missed.append(f"{name}: {absent}")
-    raise ValueError(
-        f"MOCOV3_DS_DECODER={wanted} cannot run: {missed[0].partition(': ')[2]}; unset the "
-        "variable to take what is there."
-    )
-
-
-def _absence(name: Backend) -> str:
-    """Why a decoder cannot run here; empty = it can."""
-    if name == "native":
+    with _open(image_bytes, MAX_PIXELS) as image:
         try:
-            native.library()
+            image.load()
+            return _convert_to_rgb(image)
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = _describe_error(error)
+            kind = "truncated" if "truncated" in reason else "damaged"
+            raise UnreadableImage(f"{kind} {image.format} data: {reason}") from error
+
+
+# ------------------------------------------------------------------------------- the decoders
+
+
+def current_decoder() -> Decoder:
+    """Name of the decoder that this process uses; see `choose_decoder` for what is raised."""
+    return choose_decoder(os.environ.get("MOCOV3_DS_DECODER", ""))[0]
+
+
+def describe_decoder() -> str:
+    """The decoder that this process uses and why not a faster one, for a log."""
+    return choose_decoder(os.environ.get("MOCOV3_DS_DECODER", ""))[1]
+
+
+def explain_absence(decoder: Decoder) -> str:
+    """Why a decoder cannot run on this machine; empty if it can."""
+    if decoder == "native":
+        try:
+            native.jpeg_library()
         except RuntimeError as error:
             return f"{error}"
-    if name == "simplejpeg" and find_spec("simplejpeg") is None:
+    if decoder == "simplejpeg" and find_spec("simplejpeg") is None:
         return "the package simplejpeg is not installed"
     return ""
 
 
-def _centre(
+@cache
+def choose_decoder(
+    requested: str, explain: Callable[[Decoder], str] = explain_absence
+) -> tuple[Decoder, str]:
+    """The first decoder that can run, and a description that says why not those before it.
+
+    Args:
+        requested: Name of the one decoder that may be chosen; empty = the first that can run.
+        explain: Function that says why a decoder cannot run, or nothing.
+
+    Raises:
+        ValueError: The requested decoder is unknown or cannot run.
+    """
+    names: tuple[Decoder, ...] = get_args(Decoder)
+    if requested and requested not in names:
+        raise ValueError(f"MOCOV3_DS_DECODER={requested} is none of {', '.join(names)}.")
+    obstacles = ""
+    for name in names:
+        if requested and name != requested:
+            continue
+        obstacle = explain(name)
+        if not obstacle:
+            return name, name + obstacles
+        obstacles += f"; not {name}: {obstacle}"
+    raise ValueError(
+        f"MOCOV3_DS_DECODER={requested} cannot run: {obstacles.partition(': ')[2]}; unset the "
+        "variable to take what is there."
+    )
+
+
+def _cut_by_library(
+    image_bytes: bytes, boxes: Sequence[Box], flips: Sequence[bool], out_VCHW: NDArray[np.uint8]
+) -> bool:
+    """Whether the C++ library has made the crops."""
+    contiguous_rows = out_VCHW.strides[3] == 1
+    crops_VCHW = out_VCHW if contiguous_rows else np.empty(out_VCHW.shape, np.uint8)
+    if native.cut_crops(image_bytes, boxes, flips, crops_VCHW, MAX_PIXELS) != native.READ:
+        return False
+    if not contiguous_rows:
+        out_VCHW[:] = crops_VCHW
+    return True
+
+
+def _cut_by_simplejpeg(
+    image_bytes: bytes, boxes: Sequence[Box], flips: Sequence[bool], out_VCHW: NDArray[np.uint8]
+) -> bool:
+    """Whether simplejpeg and torch have made the crops."""
+    import simplejpeg
+    import torch  # here: a process that only reads images need not wait for its import
+
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image_bytes)
+        if colours not in ("YCbCr", "RGB", "Gray") or height * width > MAX_PIXELS:
+            return False
+        pixels_HWC = simplejpeg.decode_jpeg(image_bytes, "RGB")
+    except ValueError:  # also for what is only a warning: Pillow decides
+        return False
+    image_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)  # channels last: faster
+    for (top, left, tall, wide), flip, crop_CHW in zip(boxes, flips, out_VCHW, strict=True):
+        box_1CHW = image_CHW[None, :, top : top + tall, left : left + wide]
+        resized_CHW = torch.nn.functional.interpolate(
+            box_1CHW, size=crop_CHW.shape[1:], mode="bilinear", antialias=True
+        )[0].numpy()
+        crop_CHW[:] = resized_CHW[:, :, ::-1] if flip else resized_CHW
+    return True
+
+
+# ------------------------------------------------------------------------------------- details
+
+
+def _centre_window(
     height: int, width: int, size: int, resize: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width after the resize of a centre crop, and the crop's top left corner there."""
+    """Height and width after the resize of a centre crop, and the crop's top left corner."""
     short, long = sorted((height, width))
     scaled = (int(resize * long / short), resize)
     tall, wide = scaled if width <= height else scaled[::-1]
     return (tall, wide), (round((tall - size) / 2), round((wide - size) / 2))
 
 
-def _native_crops(
-    data: bytes, boxes: Sequence[Box], flips: Sequence[bool], out: NDArray[np.uint8]
-) -> bool:
-    """Whether the extension has made the crops."""
-    rows_whole = out.strides[3] == 1
-    written = out if rows_whole else np.empty(out.shape, np.uint8)
-    if native.crops(data, boxes, flips, written, MAX_PIXELS) != native.READ:
-        return False
-    if not rows_whole:
-        out[:] = written
-    return True
-
-
-def _simplejpeg_crops(
-    data: bytes, boxes: Sequence[Box], flips: Sequence[bool], out: NDArray[np.uint8]
-) -> bool:
-    """Whether simplejpeg and torch have made the crops."""
-    import simplejpeg
-    import torch  # here: who only reads images is spared its start
-
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in ("YCbCr", "RGB", "Gray") or height * width > MAX_PIXELS:
-            return False
-        pixels_HWC = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:  # also for what is only a warning: Pillow decides
-        return False
-    image_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1).unsqueeze(0)  # channels last: faster
-    for (top, left, tall, wide), flip, view_CHW in zip(boxes, flips, out, strict=True):
-        crop_1CHW = torch.nn.functional.interpolate(
-            image_1CHW[:, :, top : top + tall, left : left + wide],
-            size=view_CHW.shape[1:],
-            mode="bilinear",
-            antialias=True,
-        )
-        crop_CHW = crop_1CHW[0].numpy()
-        view_CHW[:] = crop_CHW[:, :, ::-1] if flip else crop_CHW
-    return True
-
-
-def _open(data: bytes) -> Image.Image:
+def _open(image_bytes: bytes, max_pixels: int) -> Image.Image:
     """Read the header."""
-    if not data:
+    if not image_bytes:
         raise UnreadableImage("empty file")
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(image_bytes), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage(f"too many pixels: at most {MAX_PIXELS} are read") from error
+        raise UnreadableImage(f"too many pixels: at most {max_pixels} are read") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage("not an image") from error
     # A damaged header can raise almost anything in Pillow's readers.
     except Exception as error:
-        raise UnreadableImage(f"damaged header: {_reason(error)}") from error
-    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise UnreadableImage(f"damaged header: {_describe_error(error)}") from error
+    if not 0 < image.width * image.height <= max_pixels:
         raise UnreadableImage(
-            f"too many pixels: {image.width} x {image.height}, at most {MAX_PIXELS} are read"
+            f"too many pixels: {image.width} x {image.height}, at most {max_pixels} are read"
         )
     return image
 
 
-def rgb(data: bytes) -> Image.Image:
-    """The whole image in RGB, as the views see it.
-
-    Raises:
-        UnreadableImage: with the reason.
-    """
-    with _open(data) as image:
-        try:
-            image.load()
-            return _rgb(image)
-        except MemoryError:
-            raise
-        except Exception as error:
-            reason = _reason(error)
-            kind = "truncated" if "truncated" in reason else "damaged"
-            raise UnreadableImage(f"{kind} {image.format} data: {reason}") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
     # 16-bit grey; other 32-bit integers have no range of their own, and Pillow clips them at 255
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         deep = np.asarray(image)
@@ -260,5 +269,5 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"{error}" or type(error).__name__

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""`views.photometric` as Triton kernels: the same whole numbers, a few reads and writes of a crop.
+"""`photometric.make_views` as Triton kernels: the same numbers, few reads and writes of a crop.
 
     uint8 crops -> jitter up to the contrast, sum of luma -> rest of the jitter, grey
                 -> six box passes over the blurred rows alone -> solarise, normalise, cast
@@ -14,7 +14,6 @@ triton is imported, the same code runs on the CPU, slowly, for tests.
 Shape suffixes: B = rank batch, R = blurred rows, C H W = image, P = parameters of a view.
 """
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -22,32 +21,37 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from mocov3_ds.data.views import photometric as views
+from mocov3_ds.data.views.spec import ORDERS, PARAMETERS, Column
 
 _BLOCK = 1024
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
-_CONTRAST = tl.constexpr(views.CONTRAST)
-_BRIGHTNESS = tl.constexpr(views.BRIGHTNESS)
-_SATURATION = tl.constexpr(views.SATURATION)
-_HUE = tl.constexpr(views.HUE)
-_ORDER = tl.constexpr(views.ORDER)
-_GREY = tl.constexpr(views.GREY)
-_RADIUS = tl.constexpr(views.BOX_RADIUS)
-_WEIGHT = tl.constexpr(views.BOX_WEIGHT)
-_EDGE = tl.constexpr(views.BOX_EDGE)
-_SOLARISE = tl.constexpr(views.SOLARISE)
-_PARAMETERS = tl.constexpr(views.PARAMETERS)
+_CONTRAST = tl.constexpr(int(Column.CONTRAST))
+_BRIGHTNESS = tl.constexpr(int(Column.BRIGHTNESS))
+_SATURATION = tl.constexpr(int(Column.SATURATION))
+_HUE = tl.constexpr(int(Column.HUE))
+_ORDER = tl.constexpr(int(Column.ORDER))
+_GREY = tl.constexpr(int(Column.GREY))
+_RADIUS = tl.constexpr(int(Column.BOX_RADIUS))
+_WEIGHT = tl.constexpr(int(Column.BOX_WEIGHT))
+_EDGE = tl.constexpr(int(Column.BOX_EDGE))
+_SOLARISE = tl.constexpr(int(Column.SOLARISE))
+_PARAMETERS = tl.constexpr(PARAMETERS)
+_NO_JITTER = tl.constexpr(len(ORDERS))  # row of the table of orders behind the real ones
 
 
-def photometric(
-    crops_BCHW: Tensor,
-    params_BP: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    out_BCHW: Tensor,
+def make_views(
+    crops_BCHW: Tensor, params_BP: Tensor, scale_C: Tensor, shift_C: Tensor, out_BCHW: Tensor
 ) -> Tensor:
-    """`views.photometric` into `out_BCHW`, on the device of the crops."""
+    """`photometric.make_views` on the device of the crops.
+
+    Args:
+        crops_BCHW: uint8 crops on the device.
+        params_BP: Parameter rows of the crops, float32, in CPU memory.
+        scale_C: Factor of a pixel for each channel, in CPU memory.
+        shift_C: Summand of a scaled pixel for each channel, in CPU memory.
+        out_BCHW: Contiguous tensor on the device that the views are written into, also returned.
+    """
     device = crops_BCHW.device
     crops_BCHW = crops_BCHW.contiguous()
     count, _, height, width = crops_BCHW.shape
@@ -57,20 +61,19 @@ def photometric(
         return out_BCHW
     work_BCHW = torch.empty_like(crops_BCHW)
     sums_B = torch.zeros(count, dtype=torch.int32, device=device)
-    orders = _orders(device)
     blocks = triton.cdiv(plane, _BLOCK)
-    colours = (rows_BP, orders, sums_B, plane, _BLOCK)
+    colours = (rows_BP, _order_table(device), sums_B, plane, _BLOCK)
     colour_pass[(blocks, count)](crops_BCHW, work_BCHW, *colours, False, **_OPTIONS)
     colour_pass[(blocks, count)](work_BCHW, work_BCHW, *colours, True, **_OPTIONS)
-    blurred_R = (params_BP[:, views.BOX_RADIUS] >= 0).nonzero().flatten().int()
+    blurred_R = (params_BP[:, Column.BOX_RADIUS] >= 0).nonzero().flatten().int()
     if len(blurred_R):
-        at_R = blurred_R.to(device, non_blocking=True)
-        here, there = work_BCHW, torch.empty_like(work_BCHW)
+        images_R = blurred_R.to(device, non_blocking=True)
+        grid = (blocks, 3, len(blurred_R))
+        source, target = work_BCHW, torch.empty_like(work_BCHW)
         for vertical in (False, False, False, True, True, True):
-            grid = (blocks, 3, len(blurred_R))
-            box_pass[grid](here, there, rows_BP, at_R, height, width, _BLOCK, vertical, **_OPTIONS)
-            here, there = there, here  # after six passes the result is where it began
-    scale_C, shift_C = views.scale_and_shift(mean, std)
+            sizes = (height, width, _BLOCK, vertical)
+            box_pass[grid](source, target, rows_BP, images_R, *sizes, **_OPTIONS)
+            source, target = target, source  # after six passes the result is in work_BCHW again
     factors = (*scale_C.tolist(), *shift_C.tolist())
     finish_pass[(blocks, 3, count)](
         work_BCHW, out_BCHW, rows_BP, *factors, plane, _BLOCK, **_OPTIONS
@@ -79,34 +82,34 @@ def photometric(
 
 
 @cache
-def _orders(device: torch.device) -> Tensor:
-    """Jitter operations of each order, and none for order -1 in the last row, int32 (25, 4)."""
-    return torch.tensor([*views.ORDERS, (-1,) * 4], dtype=torch.int32, device=device)
+def _order_table(device: torch.device) -> Tensor:
+    """Jitter operations of each order, and none for no jitter in the last row, int32 (25, 4)."""
+    return torch.tensor([*ORDERS, (-1,) * 4], dtype=torch.int32, device=device)
 
 
 @triton.jit
 def _luma(r, g, b):
-    whole = r.to(tl.int32) * 19595 + g.to(tl.int32) * 38470 + b.to(tl.int32) * 7471
-    return (whole + 32768) >> 16
+    luma = r.to(tl.int32) * 19595 + g.to(tl.int32) * 38470 + b.to(tl.int32) * 7471
+    return (luma + 32768) >> 16
 
 
 @triton.jit
-def _whole(x):
+def _clip_and_truncate(x):
     """Clipped to 0 .. 255 and truncated."""
     return tl.minimum(tl.maximum(x, 0.0), 255.0).to(tl.int32).to(tl.float32)
 
 
 @triton.jit
-def _turned(hue, ahead, saturation, value):
-    place = hue + ahead
-    place = tl.where(place >= 1530.0, place - 1530.0, place)
-    weight = tl.minimum(tl.maximum(tl.minimum(place, 1020.0 - place), 0.0), 255.0)
+def _channel_of_hue(hue, ahead, saturation, value):
+    position = hue + ahead
+    position = tl.where(position >= 1530.0, position - 1530.0, position)
+    weight = tl.minimum(tl.maximum(tl.minimum(position, 1020.0 - position), 0.0), 255.0)
     shade = (65025.0 - weight * saturation) * value * (1.0 / 65025.0) + 0.5
     return shade.to(tl.int32).to(tl.float32)
 
 
 @triton.jit
-def _hue_turned(r, g, b, turn):
+def _turn_hue(r, g, b, turn):
     value = tl.maximum(tl.maximum(r, g), b)
     chroma = value - tl.minimum(tl.minimum(r, g), b)
     divisor = tl.maximum(chroma, 1.0)
@@ -122,9 +125,9 @@ def _hue_turned(r, g, b, turn):
     hue = tl.where(hue >= 256.0, hue - 256.0, hue) * 6.0
     saturation = tl.div_rn(chroma * 255.0, tl.maximum(value, 1.0)).to(tl.int32).to(tl.float32)
     return (
-        _turned(hue, 1275.0, saturation, value),
-        _turned(hue, 765.0, saturation, value),
-        _turned(hue, 255.0, saturation, value),
+        _channel_of_hue(hue, 1275.0, saturation, value),
+        _channel_of_hue(hue, 765.0, saturation, value),
+        _channel_of_hue(hue, 255.0, saturation, value),
     )
 
 
@@ -132,17 +135,17 @@ def _hue_turned(r, g, b, turn):
 def colour_pass(
     source, target, rows, orders, sums, plane, BLOCK: tl.constexpr, SECOND: tl.constexpr
 ):
-    """Jitter before the contrast and the sum of luma there; if SECOND, the rest and the grey."""
+    """Jitter before the contrast and the sum of luma; if SECOND, the later jitter and grey."""
     image = tl.program_id(1)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < plane
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < plane
     begin = image.to(tl.int64) * 3 * plane
-    r = tl.load(source + begin + at, mask, 0).to(tl.float32)
-    g = tl.load(source + begin + plane + at, mask, 0).to(tl.float32)
-    b = tl.load(source + begin + 2 * plane + at, mask, 0).to(tl.float32)
+    r = tl.load(source + begin + pixel, mask, 0).to(tl.float32)
+    g = tl.load(source + begin + plane + pixel, mask, 0).to(tl.float32)
+    b = tl.load(source + begin + 2 * plane + pixel, mask, 0).to(tl.float32)
     row = rows + image * _PARAMETERS
     order = tl.load(row + _ORDER).to(tl.int32)
-    order = tl.where(order < 0, 24, order)
+    order = tl.where(order < 0, _NO_JITTER, order)
     contrast_seen = False
     for turn in tl.static_range(4):
         operation = tl.load(orders + order * 4 + turn)
@@ -150,20 +153,22 @@ def colour_pass(
         if contrast_seen == SECOND:
             factor = tl.load(row + tl.maximum(operation, 0))
             if operation == _BRIGHTNESS:
-                r, g, b = _whole(r * factor), _whole(g * factor), _whole(b * factor)
+                r = _clip_and_truncate(r * factor)
+                g = _clip_and_truncate(g * factor)
+                b = _clip_and_truncate(b * factor)
             elif operation == _CONTRAST:
                 total = tl.load(sums + image).to(tl.int64)
                 mean = ((2 * total + plane) // (2 * plane)).to(tl.float32)
-                r = _whole((r - mean) * factor + mean)
-                g = _whole((g - mean) * factor + mean)
-                b = _whole((b - mean) * factor + mean)
+                r = _clip_and_truncate((r - mean) * factor + mean)
+                g = _clip_and_truncate((g - mean) * factor + mean)
+                b = _clip_and_truncate((b - mean) * factor + mean)
             elif operation == _SATURATION:
                 base = _luma(r, g, b).to(tl.float32)
-                r = _whole((r - base) * factor + base)
-                g = _whole((g - base) * factor + base)
-                b = _whole((b - base) * factor + base)
+                r = _clip_and_truncate((r - base) * factor + base)
+                g = _clip_and_truncate((g - base) * factor + base)
+                b = _clip_and_truncate((b - base) * factor + base)
             elif operation == _HUE:
-                r, g, b = _hue_turned(r, g, b, factor)
+                r, g, b = _turn_hue(r, g, b, factor)
     if SECOND:
         if tl.load(row + _GREY) > 0:
             r = _luma(r, g, b).to(tl.float32)
@@ -172,9 +177,9 @@ def colour_pass(
     else:
         # Sums of whole numbers: the order of the additions does not matter.
         tl.atomic_add(sums + image, tl.sum(tl.where(mask, _luma(r, g, b), 0), 0))
-    tl.store(target + begin + at, r.to(tl.uint8), mask)
-    tl.store(target + begin + plane + at, g.to(tl.uint8), mask)
-    tl.store(target + begin + 2 * plane + at, b.to(tl.uint8), mask)
+    tl.store(target + begin + pixel, r.to(tl.uint8), mask)
+    tl.store(target + begin + plane + pixel, g.to(tl.uint8), mask)
+    tl.store(target + begin + 2 * plane + pixel, b.to(tl.uint8), mask)
 
 
 @triton.jit
@@ -183,29 +188,29 @@ def box_pass(
 ):
     """One pass of the blur along one axis of the images listed; borders repeat."""
     image = tl.load(images + tl.program_id(2))
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < height * width
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < height * width
     begin = (image.to(tl.int64) * 3 + tl.program_id(1)) * height * width
-    y, x = at // width, at % width
+    y, x = pixel // width, pixel % width
     row = rows + image * _PARAMETERS
     radius = tl.load(row + _RADIUS).to(tl.int32)
     weight = tl.load(row + _WEIGHT).to(tl.int32).to(tl.uint32)
     edge = tl.load(row + _EDGE).to(tl.int32).to(tl.uint32)
-    middle = tl.load(source + begin + at, mask, 0).to(tl.uint32)
+    middle = tl.load(source + begin + pixel, mask, 0).to(tl.uint32)
     ends = tl.zeros_like(middle)
     for offset in range(1, radius + 2):
         if VERTICAL:
-            before = tl.maximum(y - offset, 0) * width + x
-            behind = tl.minimum(y + offset, height - 1) * width + x
+            previous = tl.maximum(y - offset, 0) * width + x
+            next_pixel = tl.minimum(y + offset, height - 1) * width + x
         else:
-            before = y * width + tl.maximum(x - offset, 0)
-            behind = y * width + tl.minimum(x + offset, width - 1)
-        pair = tl.load(source + begin + before, mask, 0).to(tl.uint32)
-        pair += tl.load(source + begin + behind, mask, 0).to(tl.uint32)
+            previous = y * width + tl.maximum(x - offset, 0)
+            next_pixel = y * width + tl.minimum(x + offset, width - 1)
+        pair = tl.load(source + begin + previous, mask, 0).to(tl.uint32)
+        pair += tl.load(source + begin + next_pixel, mask, 0).to(tl.uint32)
         middle += tl.where(offset <= radius, pair, 0).to(tl.uint32)
         ends = tl.where(offset <= radius, ends, pair)
     blurred = (middle * weight + ends * edge + (1 << 23)) >> 24
-    tl.store(target + begin + at, blurred.to(tl.uint8), mask)
+    tl.store(target + begin + pixel, blurred.to(tl.uint8), mask)
 
 
 @triton.jit
@@ -215,12 +220,12 @@ def finish_pass(
     """Solarise, normalise and cast one channel."""
     channel = tl.program_id(1)
     image = tl.program_id(2)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < plane
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < plane
     begin = (image.to(tl.int64) * 3 + channel) * plane
-    x = tl.load(source + begin + at, mask, 0).to(tl.float32)
+    x = tl.load(source + begin + pixel, mask, 0).to(tl.float32)
     solarised = tl.load(rows + image * _PARAMETERS + _SOLARISE) > 0
     x = tl.where(solarised, tl.where(x >= 128.0, 255.0 - x, x), x)
     scale = tl.where(channel == 0, scale0, tl.where(channel == 1, scale1, scale2))
     shift = tl.where(channel == 0, shift0, tl.where(channel == 1, shift1, shift2))
-    tl.store(target + begin + at, (x * scale + shift).to(target.dtype.element_ty), mask)
+    tl.store(target + begin + pixel, (x * scale + shift).to(target.dtype.element_ty), mask)

@@ -1,7 +1,8 @@
-"""The yardstick of the loader: the usual pipeline with Pillow, torchvision and DataLoader.
+"""The reference for views: the usual pipeline of Pillow, torchvision and DataLoader.
 
-Written plainly from the recipe (BYOL, arXiv 2006.07733, appendix B, as MoCo v3 uses it) with the
-tools that its published code is built on, to measure against and to compare pixels with.
+It follows the recipe (BYOL, arXiv 2006.07733, appendix B, as MoCo v3 uses it) with the tools that
+its published code is built on. Benchmarks measure its speed, tests compare its pixels and their
+distribution with those of `make_crops`.
 """
 
 import io
@@ -9,7 +10,6 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
@@ -21,12 +21,11 @@ from torchvision.transforms import functional as tvf
 from torchvision.transforms import v2
 
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.data.views import photometric
-from mocov3_ds.data.views.photometric import ViewSpec
+from mocov3_ds.data.views.draw import box_filter
+from mocov3_ds.data.views.spec import ORDERS, Box, Column, ViewSpec
 
-Box = tuple[int, int, int, int]
 BLUR_TAPS = 13
-"""of torchvision's tensor blur, three standard deviations at 2 pixels"""
+"""width of torchvision's tensor blur: three standard deviations of 2 pixels to each side"""
 
 
 class PillowBlur:
@@ -36,7 +35,7 @@ class PillowBlur:
         self.sigma = sigma
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Blur an image."""
+        """Blur an image by a radius drawn from the range."""
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
 
 
@@ -74,58 +73,74 @@ def view_transform_v2(spec: ViewSpec, view: int, size: int) -> v2.Compose:
     )
 
 
-def open_rgb(data: bytes) -> Image.Image:
+def open_rgb(image_bytes: bytes) -> Image.Image:
     """Decode as the usual image folder does."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return Image.open(io.BytesIO(image_bytes)).convert("RGB")
 
 
-def decode_tensor(data: bytes) -> Tensor:
+def decode_tensor(image_bytes: bytes) -> Tensor:
     """Decode to a uint8 (3, H, W) tensor."""
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    image: Tensor = tv_io.decode_image(encoded, tv_io.ImageReadMode.RGB)
-    return image
+    encoded = torch.frombuffer(bytearray(image_bytes), dtype=torch.uint8)
+    return tv_io.decode_image(encoded, tv_io.ImageReadMode.RGB)
 
 
-def samples_of(manifest: Manifest) -> Iterator[bytes]:
-    """Stored bytes of all samples, from shards in a local folder."""
-    for number in range(len(manifest.shards)):
-        first, behind = manifest.first_S[number : number + 2]
-        with Path(manifest.shard_url(number)).open("rb") as file:
-            for row in manifest.index_N[first:behind]:
-                file.seek(int(row["offset"]))
-                yield file.read(int(row["size"]))
+def read_samples(manifest: Manifest) -> Iterator[bytes]:
+    """Yield the stored bytes of all samples, from shards in a local folder."""
+    return (_read_sample(manifest, sample) for sample in range(manifest.samples))
+
+
+def _read_sample(manifest: Manifest, sample: int) -> bytes:
+    """Stored bytes of a sample, from a shard in a local folder."""
+    shard = int(manifest.first_S.searchsorted(sample, "right")) - 1
+    row = manifest.index_N[sample]
+    with Path(manifest.shard_url(shard)).open("rb") as file:
+        file.seek(int(row["offset"]))
+        return file.read(int(row["size"]))
 
 
 class TwoViews(Dataset[tuple[Tensor, Tensor]]):
-    """Two views of the image at an index, drawn anew each time."""
+    """Two views of the image at an index, drawn again on each access.
+
+    Args:
+        manifest: Manifest of a sharded set in a local folder.
+        decode: Function from stored bytes to an image that the transforms take.
+        transforms: Functions from that image to view 1 and to view 2.
+    """
 
     def __init__(
-        self, manifest: Manifest, decode: Callable[[bytes], object], both: list[object]
+        self,
+        manifest: Manifest,
+        decode: Callable[[bytes], object],
+        transforms: Sequence[Callable[[object], Tensor]],
     ) -> None:
-        self.manifest, self.decode, self.both = manifest, decode, both
+        self.manifest, self.decode, self.transforms = manifest, decode, transforms
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """The two views."""
-        shard = int(self.manifest.first_S.searchsorted(index, "right")) - 1
-        row = self.manifest.index_N[index]
-        with Path(self.manifest.shard_url(shard)).open("rb") as file:
-            file.seek(int(row["offset"]))
-            data = file.read(int(row["size"]))
-        image = self.decode(data)
-        first, second = (view(image) for view in self.both)  # type: ignore[operator]
+        image = self.decode(_read_sample(self.manifest, index))
+        first, second = (transform(image) for transform in self.transforms)
         return first, second
 
 
-def loader(
+def make_loader(
     manifest: Manifest, spec: ViewSpec, size: int, batch: int, workers: int, second_set: bool
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """The DataLoader of the usual script, over shards in a local folder."""
-    transform = view_transform_v2 if second_set else view_transform
-    both: list[object] = [transform(spec, view, size) for view in (0, 1)]
-    samples = TwoViews(manifest, decode_tensor if second_set else open_rgb, both)
+    """The DataLoader of the usual script, over shards in a local folder.
+
+    Args:
+        manifest: Manifest of a sharded set in a local folder.
+        spec: Distribution of the views.
+        size: Side of a view in pixels.
+        batch: Samples in a batch; the last, smaller one is dropped.
+        workers: Number of processes that decode; 0 = the caller's own.
+        second_set: Whether to use torchvision's second set of transforms.
+    """
+    make_transform = view_transform_v2 if second_set else view_transform
+    transforms = [make_transform(spec, view, size) for view in (0, 1)]
+    samples = TwoViews(manifest, decode_tensor if second_set else open_rgb, transforms)
     # Forked workers, as scripts on Linux have, are children whose CPU time can be read.
     context = "fork" if workers else None
     return DataLoader(
@@ -133,43 +148,46 @@ def loader(
     )
 
 
-def drawn_view(image: Image.Image, box: Box, flip: bool, row: Sequence[float], size: int) -> Any:
-    """The view that `views.draw` describes, made by Pillow and torchvision: a Pillow image.
+def make_drawn_view(
+    image: Image.Image, box: Box, flip: bool, params: Sequence[float], size: int
+) -> Image.Image:
+    """Make the view that `draw.draw_views` describes with Pillow and torchvision.
 
     Args:
-        image: RGB, whole.
-        box: (top, left, height, width), pixels.
-        flip: mirror left to right.
-        row: parameter row.
-        size: side of the view, pixels.
+        image: The stored image in RGB at its full size.
+        box: Region of the image that becomes the view.
+        flip: Whether to mirror the view left to right.
+        params: Parameter row (P,) of the view.
+        size: Side of the view in pixels.
     """
     view = tvf.resized_crop(image, *box, [size, size])
     if flip:
         view = tvf.hflip(view)
     adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
-    order = int(row[photometric.ORDER])
-    for column in photometric.ORDERS[order] if order >= 0 else ():
-        if column == photometric.HUE:
-            turn = int(row[photometric.HUE])
+    order = int(params[Column.ORDER])
+    for column in ORDERS[order] if order >= 0 else ():
+        if column == Column.HUE:
+            turn = int(params[Column.HUE])
             turn = turn - 256 if turn > 127 else turn
             view = tvf.adjust_hue(view, (turn + math.copysign(0.5, turn)) / 255)
         else:
-            view = adjust[column](view, row[column])
-    if row[photometric.GREY]:
+            view = adjust[column](view, params[column])
+    if params[Column.GREY]:
         view = tvf.to_grayscale(view, 3)
-    if row[photometric.BOX_RADIUS] >= 0:
-        view = view.filter(ImageFilter.GaussianBlur(_sigma_of(row)))
-    return ImageOps.solarize(view) if row[photometric.SOLARISE] else view
+    if params[Column.BOX_RADIUS] >= 0:
+        view = view.filter(ImageFilter.GaussianBlur(find_sigma(params)))
+    return ImageOps.solarize(view) if params[Column.SOLARISE] else view
 
 
-def _sigma_of(row: Sequence[float]) -> float:
-    """A blur whose box filter is the row's: wider ones have a larger radius or less weight."""
-    wanted = (int(row[photometric.BOX_RADIUS]), -int(row[photometric.BOX_WEIGHT]))
+def find_sigma(params: Sequence[float]) -> float:
+    """A standard deviation, pixels, whose box filter is the one of a parameter row."""
+    # Wider blurs have a larger radius or, with the same radius, less weight: bisect.
+    target = (int(params[Column.BOX_RADIUS]), -int(params[Column.BOX_WEIGHT]))
     low, high = 0.0, 16.0
     for _ in range(60):
         middle = (low + high) / 2
-        radius, weight, _edge = photometric.box_of(middle)
-        if (radius, -weight) < wanted:
+        radius, weight, _edge = box_filter(middle)
+        if (radius, -weight) < target:
             low = middle
         else:
             high = middle

@@ -15,10 +15,10 @@
 #include "draw.h"
 
 extern "C" {
-int mocov3_open_library(const char*, int);
-int mocov3_size(const uint8_t*, int64_t, int64_t, int*);
-int mocov3_views(const uint8_t*, int64_t, int64_t, const views::Spec*, uint64_t, uint64_t, uint64_t,
-                 int, uint8_t*, int64_t, int64_t, int64_t, float*, int);
+int mocov3_open_libjpeg(const char*, int);
+int mocov3_read_size(const uint8_t*, int64_t, int64_t, int*);
+int mocov3_make_crops(const uint8_t*, int64_t, int64_t, const views::Spec*, uint64_t, uint64_t,
+                      uint64_t, int, uint8_t*, int64_t, int64_t, int64_t, float*, int);
 }
 
 using Bytes = std::vector<uint8_t>;
@@ -29,7 +29,8 @@ static size_t below(Random& random, size_t bound) { return bound ? random() % bo
 static void mutate(Bytes& data, const Bytes& other, Random& random) {
   const int changes = 1 + int(below(random, 6));
   for (int i = 0; i < changes && !data.empty(); i++) {
-    const size_t at = below(random, below(random, 3) ? data.size() : std::min<size_t>(700, data.size()));
+    const size_t at =
+        below(random, below(random, 3) ? data.size() : std::min<size_t>(700, data.size()));
     const size_t length = std::min(data.size() - at, 1 + below(random, 40));
     switch (below(random, 8)) {
       case 0: data[at] ^= uint8_t(1 << below(random, 8)); break;
@@ -52,7 +53,7 @@ static void mutate(Bytes& data, const Bytes& other, Random& random) {
 }
 
 int main(int count, char** arguments) {
-  if (count < 5 || !mocov3_open_library(arguments[1], 1)) return 2;
+  if (count < 5 || !mocov3_open_libjpeg(arguments[1], 1)) return 2;
   Random random(std::strtoull(arguments[2], nullptr, 10));
   std::vector<Bytes> seeds;
   for (int i = 4; i < count; i++) {
@@ -72,10 +73,10 @@ int main(int count, char** arguments) {
     std::unique_ptr<uint8_t[]> out(new uint8_t[6 * size * size]);
     std::unique_ptr<float[]> rows(new float[2 * views::PARAMETERS]);
     int height_width[2];
-    mocov3_size(data.get(), int64_t(mutated.size()), 1 << 22, height_width);
+    mocov3_read_size(data.get(), int64_t(mutated.size()), 1 << 22, height_width);
     const int verdict =
-        mocov3_views(data.get(), int64_t(mutated.size()), 1 << 22, &spec, 1, 2, uint64_t(i), size,
-                     out.get(), 3 * size * size, size * size, size, rows.get(), i % 2);
+        mocov3_make_crops(data.get(), int64_t(mutated.size()), 1 << 22, &spec, 1, 2, uint64_t(i),
+                          size, out.get(), 3 * size * size, size * size, size, rows.get(), i % 2);
     verdicts[verdict & 7]++;
   }
   std::printf("%ld mutations: read %ld, not plain %ld, damaged %ld, truncated %ld\n", wanted,

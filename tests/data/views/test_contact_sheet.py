@@ -6,8 +6,8 @@ from PIL import Image
 
 from mocov3_ds import cli
 from mocov3_ds.data.views import decode
-from mocov3_ds.data.views.contact_sheet import COLUMNS, contact_sheet
-from mocov3_ds.data.views.photometric import ViewSpec
+from mocov3_ds.data.views.contact_sheet import COLUMNS, draw_contact_sheet
+from mocov3_ds.data.views.spec import ViewSpec
 from tests.data.pictures import picture, stored
 from tests.data.sets import make_set
 
@@ -31,8 +31,8 @@ def tiles(path, rows, size):
 
 def test_ours_are_the_same_draws_by_pillow(shards, tmp_path):
     out = tmp_path / "sheets" / "views.png"
-    largest = contact_sheet(shards, out, rows=5, size=32, seed=1, epoch=2)
-    if decode.backend() != "simplejpeg":
+    largest = draw_contact_sheet(shards, out, rows=5, size=32, seed=1, epoch=2)
+    if decode.current_decoder() != "simplejpeg":
         assert largest == 0
     shown = tiles(out, 5, 32)
     assert np.abs(shown[:, :, 1].astype(int) - shown[:, :, 2]).max() == largest
@@ -43,8 +43,8 @@ def test_a_difference_is_told(shards, tmp_path):
     plain = ViewSpec(jitter_p=0.0, grey_p=0.0, blur_p=(1.0, 1.0), blur_sigma=(2.0, 2.0))
     out = tmp_path / "views.png"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mocov3_ds.data.views.reference._sigma_of", lambda _: 0.5)
-        assert contact_sheet(shards, out, rows=2, size=32, seed=0, epoch=0, spec=plain) > 10
+        patch.setattr("mocov3_ds.data.views.reference.find_sigma", lambda _: 0.5)
+        assert draw_contact_sheet(shards, out, rows=2, size=32, seed=0, epoch=0, spec=plain) > 10
 
 
 def test_the_command(shards, tmp_path, monkeypatch, capsys):
@@ -69,4 +69,4 @@ def test_an_unreadable_sample_is_a_sentence(tmp_path, monkeypatch, capsys):
 
 def test_no_rows_are_refused(shards, tmp_path):
     with pytest.raises(ValueError, match="0 rows of 7 samples"):
-        contact_sheet(shards, tmp_path / "x.png", rows=0, size=32, seed=0, epoch=0)
+        draw_contact_sheet(shards, tmp_path / "x.png", rows=0, size=32, seed=0, epoch=0)

@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from mocov3_ds.data.views import decode
-from mocov3_ds.data.views.decode import UnreadableImage, centre_crop, size_of, two_crops
+from mocov3_ds.data.views import decode, native
+from mocov3_ds.data.views.decode import UnreadableImage, centre_crop, cut_crops, read_size
 from tests.data.pictures import picture, stored
 
 DECODERS = ("native", "simplejpeg", "pillow")
@@ -24,16 +24,14 @@ BOXES = [(5, 20, 90, 110), (0, 0, 97, 131)]
 @pytest.fixture(autouse=True, params=DECODERS)
 def decoder(request, monkeypatch):
     monkeypatch.setenv("MOCOV3_DS_DECODER", request.param)
-    decode._choice.cache_clear()
-    absent = decode._absence(request.param)
+    absent = decode.explain_absence(request.param)
     if absent:
         pytest.skip(f"{request.param}: {absent}")
     yield request.param
-    decode._choice.cache_clear()
 
 
 def assert_pixels(got, expected):
-    if decode.backend() == "simplejpeg":
+    if decode.current_decoder() == "simplejpeg":
         gap = np.abs(got.astype(int) - expected)
         assert gap.max() <= 2 and gap.mean() < 0.1, (gap.max(), gap.mean())
     else:
@@ -42,7 +40,7 @@ def assert_pixels(got, expected):
 
 def crops_of(data, boxes=BOXES, flips=(False, True), size=64):
     out = np.zeros((2, 3, size, size), np.uint8)
-    two_crops(data, boxes, flips, out)
+    cut_crops(data, boxes, flips, out)
     return out
 
 
@@ -71,20 +69,20 @@ def test_plain_jpegs_do_not_need_pillow(decoder, mode, progressive, monkeypatch)
     data = stored(picture().convert(mode), progressive=progressive)
     expected = reference_crops(decoded(data))
     if decoder != "pillow":
-        monkeypatch.delattr(decode, "rgb")
+        monkeypatch.delattr(decode, "decode_rgb")
     assert_pixels(crops_of(data), expected)
 
 
 def test_views_share_no_pixels_with_their_neighbours_in_a_batch():
     data = stored(picture())
     batch = np.zeros((2, 5, 3, 16, 16), np.uint8)
-    two_crops(data, BOXES, [True, False], batch[:, 3])  # strided, as the ring of buffers is
+    cut_crops(data, BOXES, [True, False], batch[:, 3])  # strided, as the ring of buffers is
     np.testing.assert_array_equal(batch[:, 3], crops_of(data, flips=[True, False], size=16))
     assert not batch[:, [0, 1, 2, 4]].any()
 
 
 def test_size_is_height_and_width():
-    assert size_of(stored(picture(40, 70))) == (40, 70)
+    assert read_size(stored(picture(40, 70))) == (40, 70)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -125,7 +123,7 @@ def test_exif_rotation_is_ignored_as_the_reference_does():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = stored(picture(), exif=exif)
-    assert size_of(data) == (97, 131)
+    assert read_size(data) == (97, 131)
     assert_pixels(crops_of(data), reference_crops(decoded(data)))
 
 
@@ -172,41 +170,49 @@ def test_unreadable_images_say_why(reason):
         centre_crop(unreadable()[reason], 32, 37)
 
 
-def test_images_just_too_large_are_refused(monkeypatch):
-    monkeypatch.setattr(decode, "MAX_PIXELS", 97 * 131 - 1)
+def test_images_just_too_large_are_refused():
     with pytest.raises(UnreadableImage, match="too many pixels: 131 x 97, at most 12706"):
-        size_of(stored(picture()))
+        read_size(stored(picture()), max_pixels=97 * 131 - 1)
+    assert read_size(stored(picture()), max_pixels=97 * 131) == (97, 131)
 
 
 def test_a_program_is_never_started_for_a_postscript_file():
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     with pytest.raises(UnreadableImage, match="not an image"):
-        size_of(data)
+        read_size(data)
 
 
 # --------------------------------------------------------------------------------- the decoders
 
 
 @pytest.mark.parametrize("name", ["native", "simplejpeg"])
-def test_a_decoder_that_is_forced_but_absent_is_refused_with_its_reason(name, monkeypatch):
-    monkeypatch.setenv("MOCOV3_DS_DECODER", name)
-    monkeypatch.setattr(decode, "_absence", lambda _: "it is away")
-    decode._choice.cache_clear()
+def test_a_decoder_that_is_forced_but_absent_is_refused_with_its_reason(name):
     with pytest.raises(ValueError, match=f"DECODER={name} cannot run: it is away; unset"):
-        decode.backend()
+        decode.choose_decoder(name, lambda _: "it is away")
 
 
 def test_an_unknown_decoder_is_refused(monkeypatch):
     monkeypatch.setenv("MOCOV3_DS_DECODER", "fastest")
-    decode._choice.cache_clear()
     with pytest.raises(ValueError, match="fastest is none of native, simplejpeg, pillow"):
-        decode.backend()
+        decode.current_decoder()
 
 
-def test_the_next_decoder_runs_and_the_log_says_why(monkeypatch):
-    monkeypatch.delenv("MOCOV3_DS_DECODER")
+def test_the_decoder_that_the_environment_names_runs(decoder):
+    assert decode.current_decoder() == decode.describe_decoder() == decoder
+
+
+def test_the_next_decoder_runs_and_the_log_says_why():
     absent = {"native": "no compiler", "simplejpeg": "not installed", "pillow": ""}
-    monkeypatch.setattr(decode, "_absence", absent.get)
-    decode._choice.cache_clear()
-    assert decode.backend() == "pillow"
-    assert decode.about() == "pillow; not native: no compiler; not simplejpeg: not installed"
+    description = "pillow; not native: no compiler; not simplejpeg: not installed"
+    assert decode.choose_decoder("", absent.__getitem__) == ("pillow", description)
+
+
+def test_a_library_from_other_sources_is_no_missing_library(monkeypatch):
+    """It would not do to train slowly for weeks because a file is old."""
+
+    def refuse():
+        raise ValueError("built from other C++ sources")
+
+    monkeypatch.setattr(native, "jpeg_library", refuse)
+    with pytest.raises(ValueError, match="other C"):
+        decode.explain_absence("native")

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as tvf
 
-from mocov3_ds.data.views import photometric
 from mocov3_ds.data.views import reference as reference_views
-from mocov3_ds.data.views.pairs import make_pair
+from mocov3_ds.data.views.crops import make_crops
+from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
 from tests.data.pictures import detailed_picture, stored
 
-SPEC = photometric.ViewSpec()
+SPEC = ViewSpec()
 SIZE = 96
 EPOCHS = 30
 
@@ -68,11 +68,11 @@ def bound(count):
 
 
 def ours(images, epochs):
-    crops, rows = np.empty((2, 3, SIZE, SIZE), np.uint8), np.empty((2, 10), np.float32)
+    crops, rows = np.empty((2, 3, SIZE, SIZE), np.uint8), np.empty((2, PARAMETERS), np.float32)
     found = [[], []]
     for epoch in range(epochs):
         for sample, data in enumerate(images):
-            make_pair(data, SPEC, 11, epoch, sample, crops, rows, augment=True)
+            make_crops(data, SPEC, 11, epoch, sample, crops, rows, augment=True)
             for view in (0, 1):
                 found[view].append(statistics_of(crops[view]))
     return np.array(found)

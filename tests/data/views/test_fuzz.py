@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocov3_ds.data.views import decode, native, photometric
+from mocov3_ds.data.views import decode, native
+from mocov3_ds.data.views.crops import make_crops
 from mocov3_ds.data.views.decode import UnreadableImage
-from mocov3_ds.data.views.pairs import make_pair
+from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
 from tests.data.pictures import picture, stored
 
 pytestmark = pytest.mark.skipif(
-    bool(decode._absence("native")), reason="the extension cannot run here"
+    bool(decode.explain_absence("native")), reason="the extension cannot run here"
 )
 
 
@@ -59,13 +60,13 @@ def damaged(data, rng):
 
 def test_damaged_images_are_read_or_refused_with_a_reason():
     """Damage that libjpeg can paint over is read, as Pillow reads it."""
-    rng, spec = np.random.default_rng(0), photometric.ViewSpec()
-    crops, rows = np.zeros((2, 3, 24, 24), np.uint8), np.zeros((2, 10), np.float32)
+    rng, spec = np.random.default_rng(0), ViewSpec()
+    crops, rows = np.zeros((2, 3, 24, 24), np.uint8), np.zeros((2, PARAMETERS), np.float32)
     read, refused = 0, 0
     for i in range(300):
         data = damaged(SEEDS[i % len(SEEDS)], rng)
         try:
-            make_pair(data, spec, 0, 0, i, crops, rows, augment=True)
+            make_crops(data, spec, 0, 0, i, crops, rows, augment=True)
             read += 1
         except UnreadableImage as error:
             assert str(error)
@@ -79,12 +80,12 @@ def test_damage_that_is_read_gives_pillows_pixels():
     out, boxes = np.zeros((2, 3, 24, 24), np.uint8), [(0, 0, 30, 30), (7, 5, 20, 23)]
     for i in range(500):
         data = damaged(SEEDS[i % len(SEEDS)], rng)
-        size = native.size_of(data, 1 << 22)
+        size = native.read_size(data, 1 << 22)
         if not size or min(size) < 30:
             continue
-        if native.crops(data, boxes, (False, True), out, 1 << 22) == native.READ:
+        if native.cut_crops(data, boxes, (False, True), out, 1 << 22) == native.READ:
             try:
-                image = decode.rgb(data)
+                image = decode.decode_rgb(data)
             except UnreadableImage:  # by what lies below the boxes
                 continue
             first, second = (image.crop((x, y, x + w, y + h)) for y, x, h, w in boxes)
@@ -111,7 +112,7 @@ def test_sanitizers_find_nothing_in_mutated_images(tmp_path):
     count = os.environ.get("MOCOV3_DS_FUZZ", "2000")
     for cpu in ("plain", "avx512"):
         run = subprocess.run(
-            [program, native._libjpegs()[0], "7", count, *files],
+            [program, native.find_libjpegs()[0], "7", count, *files],
             env={**os.environ, "MOCOV3_DS_CPU": cpu, "ASAN_OPTIONS": "detect_leaks=1"},
             capture_output=True,
             text=True,

@@ -1,5 +1,6 @@
 """The extension: Pillow's pixels for any box, size and instruction set; refusals; flat memory."""
 
+import ctypes
 import hashlib
 import io
 import os
@@ -9,6 +10,7 @@ import sys
 import sysconfig
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +21,22 @@ import torch
 from PIL import Image
 
 from mocov3_ds.data.views import decode, native, photometric
-from mocov3_ds.data.views.pairs import make_pair
+from mocov3_ds.data.views.crops import make_crops
+from mocov3_ds.data.views.spec import PARAMETERS, Column, ViewSpec
 from tests.data.pictures import picture, stored
 
-SPEC = photometric.ViewSpec()
+SPEC = ViewSpec()
 SOURCES = Path(native.__file__).parent
 MOST = 1 << 26
 
 pytestmark = pytest.mark.skipif(
-    bool(decode._absence("native")), reason="the extension cannot run here"
+    bool(decode.explain_absence("native")), reason="the extension cannot run here"
 )
 
 
 def native_crops(data, boxes, flips=(False, False), size=32):
     out = np.zeros((2, 3, size, size), np.uint8)
-    verdict = native.crops(data, boxes, flips, out, MOST)
+    verdict = native.cut_crops(data, boxes, flips, out, MOST)
     return verdict, out
 
 
@@ -90,11 +93,11 @@ def test_threads_that_come_at_once_open_the_library_once(monkeypatch):
     opened = []
     colour_library, meeting = native.colour_library, threading.Barrier(4)
     monkeypatch.setattr(native, "colour_library", lambda: opened.append(1) or colour_library())
-    native._opened.cache_clear()
+    native.open_jpeg_library.cache_clear()
 
     def first_use(_):
         meeting.wait(timeout=20)
-        return native.library()
+        return native.jpeg_library()
 
     with ThreadPoolExecutor(4) as pool:
         assert len(set(map(id, pool.map(first_use, range(4))))) == 1
@@ -114,8 +117,8 @@ def test_strongly_shrunk_boxes_give_pillows_pixels():
 @pytest.fixture
 def own_huffman():
     """Turns our Huffman decoder on and off; the number of scans it has decoded comes back."""
-    yield native.library().mocov3_hook
-    native.library().mocov3_hook(True)
+    yield native.jpeg_library().mocov3_use_own_huffman
+    native.jpeg_library().mocov3_use_own_huffman(True)
 
 
 PLAIN_SCANS = {
@@ -196,7 +199,7 @@ def test_pillows_library_comes_before_one_of_another_package():
     if not folder.exists():
         pytest.skip("this Pillow came without libraries of its own")
     __import__("torchvision")  # brings a libjpeg of its own into the process
-    assert Path(native._libjpegs()[0]).parent == folder
+    assert Path(native.find_libjpegs()[0]).parent == folder
 
 
 def test_other_scans_are_left_to_the_library(own_huffman):
@@ -224,9 +227,9 @@ def test_bytes_that_stop_early_are_not_read(cut):
 def test_too_many_pixels_are_not_read():
     out = np.zeros((2, 3, 8, 8), np.uint8)
     boxes, flips = [(0, 0, 9, 9)] * 2, [False] * 2
-    assert native.crops(stored(picture()), boxes, flips, out, 97 * 131) == native.READ
-    assert native.crops(stored(picture()), boxes, flips, out, 97 * 131 - 1) != native.READ
-    assert native.size_of(stored(picture()), 97 * 131 - 1) is None
+    assert native.cut_crops(stored(picture()), boxes, flips, out, 97 * 131) == native.READ
+    assert native.cut_crops(stored(picture()), boxes, flips, out, 97 * 131 - 1) != native.READ
+    assert native.read_size(stored(picture()), 97 * 131 - 1) is None
 
 
 def digest_of_all_kernels():
@@ -234,13 +237,13 @@ def digest_of_all_kernels():
     total = hashlib.sha256()
     for seed, (height, width, size) in enumerate([(97, 131, 33), (300, 80, 64), (40, 60, 50)]):
         data = stored(picture(height, width, seed))
-        out, rows = np.zeros((2, 3, size, size), np.uint8), np.zeros((2, 10), np.float32)
+        out, rows = np.zeros((2, 3, size, size), np.uint8), np.zeros((2, PARAMETERS), np.float32)
         for sample in range(24):
-            make_pair(data, SPEC, 0, 0, sample, out, rows, augment=True)
+            make_crops(data, SPEC, 0, 0, sample, out, rows, augment=True)
             total.update(out)
             total.update(rows)
             for dtype in (torch.float32, torch.bfloat16):
-                x = photometric.photometric(
+                x = photometric.make_views(
                     torch.from_numpy(out), torch.from_numpy(rows), SPEC.mean, SPEC.std, dtype
                 )
                 total.update(x.view(torch.uint8).numpy())
@@ -248,7 +251,9 @@ def digest_of_all_kernels():
 
 
 def test_every_instruction_set_gives_the_same_bits():
-    here = "import sys; sys.path[:0] = sys.argv[1:]; from tests.data import test_native as t; "
+    here = (
+        "import sys; sys.path[:0] = sys.argv[1:]; from tests.data.views import test_native as t; "
+    )
     program = here + "print(t.digest_of_all_kernels())"
     expected = digest_of_all_kernels()
     root = str(Path(__file__).parents[3])
@@ -268,8 +273,8 @@ def test_threads_do_not_disturb_each_other():
     images = [stored(picture(60 + 7 * i, 150 - 5 * i, seed=i)) for i in range(12)]
 
     def one(i):
-        out, rows = np.zeros((2, 3, 40, 40), np.uint8), np.zeros((2, 10), np.float32)
-        make_pair(images[i % 12], SPEC, 0, 0, i, out, rows, augment=True)
+        out, rows = np.zeros((2, 3, 40, 40), np.uint8), np.zeros((2, PARAMETERS), np.float32)
+        make_crops(images[i % 12], SPEC, 0, 0, i, out, rows, augment=True)
         return out.tobytes() + rows.tobytes()
 
     alone = [one(i) for i in range(48)]
@@ -281,13 +286,13 @@ def test_memory_is_given_back():
     """Thousands of good, damaged and large images: the process grows by less than one of them."""
     good, large = stored(picture(200, 250)), stored(picture(2000, 2400), quality=50)
     damaged = good[:1500] + bytes(300) + good[1800:]
-    out, rows = np.zeros((2, 3, 32, 32), np.uint8), np.zeros((2, 10), np.float32)
+    out, rows = np.zeros((2, 3, 32, 32), np.uint8), np.zeros((2, PARAMETERS), np.float32)
 
     def round_of(count):
         for i in range(count):
             for data in (good, damaged, good[:2000], b"\xff\xd8\xff"):
-                native.pair(data, SPEC, (0, 0, i), out, rows, MOST, True)
-        native.pair(large, SPEC, (0, 0, 0), out, rows, MOST, False)
+                native.make_crops(data, SPEC, (0, 0, i), out, rows, MOST, True)
+        native.make_crops(large, SPEC, (0, 0, 0), out, rows, MOST, False)
 
     round_of(200)
     before = psutil.Process().memory_info().rss
@@ -295,19 +300,89 @@ def test_memory_is_given_back():
     assert psutil.Process().memory_info().rss - before < 4 << 20
 
 
-def test_a_missing_library_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
-    native.colour_library.cache_clear()
-    native._opened.cache_clear()
-    try:
-        assert not native.ready()
-        with pytest.raises(RuntimeError, match="was not built"):
-            native.library()
-        assert "was not built" in decode._absence("native")
-    finally:
-        monkeypatch.undo()
-        native.colour_library.cache_clear()
-        native._opened.cache_clear()
+@pytest.fixture
+def library_of(monkeypatch):
+    """Lets the module load the library of another folder, as on a first use."""
+
+    def use_folder(folder):
+        monkeypatch.setattr(native, "colour_library", lambda: native.load_library(folder))
+        native.open_jpeg_library.cache_clear()
+
+    yield use_folder
+    monkeypatch.undo()
+    native.open_jpeg_library.cache_clear()
+
+
+def test_a_missing_library_is_a_reason(library_of, tmp_path):
+    library_of(tmp_path)
+    assert not native.is_built()
+    with pytest.raises(RuntimeError, match="was not built"):
+        native.jpeg_library()
+    assert "was not built" in decode.explain_absence("native")
+
+
+# ------------------------------------------------------------- what Python and C++ must agree on
+
+
+def test_the_library_tells_what_python_expects():
+    layout = native.expected_layout()
+    assert layout["PARAMETERS"] == 10 and layout["SOLARISE"] == 9 and layout["DRAW_FACTORS"] == 29
+    assert layout["sizeof Spec"] == 15 * 8 and layout["Crop.out"] == 56
+    assert native.load_library(SOURCES)
+
+
+def test_a_column_that_python_alone_has_is_refused(library_of, monkeypatch):
+    library_of(SOURCES)
+    monkeypatch.setattr(native, "PARAMETERS", PARAMETERS + 1)
+    sentence = r"\(PARAMETERS is 10 there, 11 here\); build it again: pip install -e \."
+    for first_use in (
+        native.is_built,
+        native.jpeg_library,
+        lambda: decode.explain_absence("native"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            first_use()
+
+
+def test_a_column_of_another_name_or_place_is_refused(monkeypatch):
+    names = [column.name for column in Column]
+    for changed in ([*names[:-1], "GAMMA"], [*names[:-2], names[-1], names[-2]]):
+        columns = IntEnum("Column", changed, start=0)
+        monkeypatch.setattr(native, "Column", columns)
+        with pytest.raises(ValueError, match="build it again"):
+            native.load_library(SOURCES)
+
+
+def test_a_structure_of_another_form_is_refused(monkeypatch):
+    class Longer(ctypes.Structure):
+        _fields_ = (*native.Spec._fields_, ("gamma_p", ctypes.c_double))
+
+    Longer.__name__ = "Spec"
+    monkeypatch.setattr(native, "Spec", Longer)
+    with pytest.raises(ValueError, match=r"Spec\.gamma_p is None there, 120 here"):
+        native.load_library(SOURCES)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("int mocov3_open_library;", "it is older"),
+        (
+            'extern "C" const char* mocov3_layout(int i, int* value)'
+            '{ *value = 11; return i ? nullptr : "PARAMETERS"; }',
+            "ATTEMPTS is None there, 10 here",
+        ),
+    ],
+)
+def test_a_library_from_other_sources_is_refused(library_of, source, message, tmp_path):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (tmp_path / "other.cpp").write_text(source)
+    files = [tmp_path / "other.cpp", "-o", tmp_path / f"_library{suffix}"]
+    subprocess.run(["g++", "-shared", "-fPIC", *files], check=True)
+    library_of(tmp_path)
+    with pytest.raises(ValueError, match=f"was built from other C.. sources .{message}.; build it"):
+        native.is_built()
 
 
 @pytest.mark.skipif(
@@ -389,6 +464,6 @@ def test_the_package_installs_with_and_without_a_compiler(editable, compiler, tm
     extra = ["-e", copy] if editable else [copy]
     subprocess.run([*pip, "--no-build-isolation", *extra], env=environment, check=True)
     where = copy if editable else next((place / "lib").glob("python*/site-packages"))
-    assert (where / "mocov3_ds" / "data" / "native" / "__init__.py").exists()
-    built = list((where / "mocov3_ds" / "data" / "native").glob("_library*.so"))
+    assert (where / "mocov3_ds" / "data" / "views" / "native" / "__init__.py").exists()
+    built = list((where / "mocov3_ds" / "data" / "views" / "native").glob("_library*.so"))
     assert len(built) == (0 if compiler else 1)

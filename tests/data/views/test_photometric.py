@@ -9,8 +9,10 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as tvf
 
-from mocov3_ds.data.views import photometric as views
-from mocov3_ds.data.views.photometric import ORDERS, ViewSpec, draw, normalise, photometric
+from mocov3_ds.data.views import draw, native, photometric
+from mocov3_ds.data.views.draw import draw_views
+from mocov3_ds.data.views.photometric import make_views, normalise_crops
+from mocov3_ds.data.views.spec import ORDERS, PLAIN_PARAMS, Column, ViewSpec
 
 SPEC = ViewSpec()
 UNIT = {
@@ -18,15 +20,14 @@ UNIT = {
     "std": (1 / 255,) * 3,
     "dtype": torch.float32,
 }  # pixels as they are
-PLAIN_ROW = (1.0, 1.0, 1.0, 0.0, -1.0, 0.0, -1.0, 0.0, 0.0, 0.0)
 
 
 @pytest.fixture(autouse=True, params=["native", "torch"])
 def implementation(request, monkeypatch):
     """Each test of a result runs with each writing of the colour work on the CPU."""
     if request.param == "torch":
-        monkeypatch.setattr(views.native, "ready", lambda: False)
-    elif not views.native.ready():
+        monkeypatch.setattr(native, "is_built", lambda: False)
+    elif not native.is_built():
         pytest.skip("the extension is not built")
     return request.param
 
@@ -56,20 +57,20 @@ def pixels_of(image):
 def rows(**columns):
     """Parameter rows with some columns (given in capitals' names) set per row."""
     count = len(next(iter(columns.values())))
-    table = torch.tensor([PLAIN_ROW] * count)
+    table = torch.tensor([PLAIN_PARAMS] * count)
     for name, values in columns.items():
-        table[:, getattr(views, name.upper())] = torch.tensor(values, dtype=torch.float32)
+        table[:, Column[name.upper()]] = torch.tensor(values, dtype=torch.float32)
     return table
 
 
 def blur_rows(sigmas):
-    boxes = [views.box_of(s) for s in sigmas]
+    boxes = [draw.box_filter(s) for s in sigmas]
     radius, weight, edge = zip(*boxes, strict=True)
     return rows(box_radius=radius, box_weight=weight, box_edge=edge)
 
 
 def ours(crops_BCHW, params_BP):
-    return photometric(crops_BCHW, params_BP, **UNIT).round().to(torch.uint8)
+    return make_views(crops_BCHW, params_BP, **UNIT).round().to(torch.uint8)
 
 
 # -------------------------------------------------------------------------------- operations
@@ -81,15 +82,15 @@ FACTORS = torch.tensor([0.0, 0.6, 0.7731, 0.99, 1.0, 1.0101, 1.2345, 1.4, 2.0])
 @pytest.mark.parametrize(
     ("column", "adjust"),
     [
-        (views.BRIGHTNESS, tvf.adjust_brightness),
-        (views.CONTRAST, tvf.adjust_contrast),
-        (views.SATURATION, tvf.adjust_saturation),
+        (Column.BRIGHTNESS, tvf.adjust_brightness),
+        (Column.CONTRAST, tvf.adjust_contrast),
+        (Column.SATURATION, tvf.adjust_saturation),
     ],
 )
 def test_enhancers_equal_pillow_bit_for_bit(column, adjust):
     for crop in crops(4):
         x_RCHW = crop.float().expand(len(FACTORS), -1, -1, -1)
-        got_RCHW = views._JITTER_OPERATIONS[column](x_RCHW, FACTORS.view(-1, 1, 1, 1))
+        got_RCHW = photometric.JITTER_OPERATIONS[column](x_RCHW, FACTORS.view(-1, 1, 1, 1))
         for got, factor in zip(got_RCHW, FACTORS.tolist(), strict=True):
             assert torch.equal(got.to(torch.uint8), pixels_of(adjust(image_of(crop), factor)))
 
@@ -97,13 +98,13 @@ def test_enhancers_equal_pillow_bit_for_bit(column, adjust):
 @pytest.mark.parametrize(
     ("column", "adjust"),
     [
-        (views.BRIGHTNESS, tvf.adjust_brightness),
-        (views.CONTRAST, tvf.adjust_contrast),
-        (views.SATURATION, tvf.adjust_saturation),
+        (Column.BRIGHTNESS, tvf.adjust_brightness),
+        (Column.CONTRAST, tvf.adjust_contrast),
+        (Column.SATURATION, tvf.adjust_saturation),
     ],
 )
 def test_wide_factors_in_a_row_equal_pillow_bit_for_bit(column, adjust):
-    order = next(i for i, o in enumerate(ORDERS) if (o[0], o[3]) == (column, views.HUE))
+    order = next(i for i, o in enumerate(ORDERS) if (o[0], o[3]) == (column, Column.HUE))
     params = rows(order=[order] * len(FACTORS))
     params[:, column] = FACTORS
     for crop in crops(4):
@@ -175,19 +176,19 @@ def reference_chain(crop_CHW, row):
     """The same row with Pillow and torchvision, one operation after another."""
     image, row = image_of(crop_CHW), row.tolist()
     adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
-    if row[views.ORDER] >= 0:
-        for column in ORDERS[int(row[views.ORDER])]:
-            if column == views.HUE:
-                turn = int(row[views.HUE])
+    if row[Column.ORDER] >= 0:
+        for column in ORDERS[int(row[Column.ORDER])]:
+            if column == Column.HUE:
+                turn = int(row[Column.HUE])
                 turn = turn - 256 if turn > 127 else turn
                 image = tvf.adjust_hue(image, (turn + math.copysign(0.5, turn)) / 255)
             else:
                 image = adjust[column](image, row[column])
-    if row[views.GREY]:
+    if row[Column.GREY]:
         image = tvf.to_grayscale(image, 3)
-    if row[views.BOX_RADIUS] >= 0:
+    if row[Column.BOX_RADIUS] >= 0:
         image = image.filter(ImageFilter.GaussianBlur(SIGMA_OF[tuple(row[6:9])]))
-    if row[views.SOLARISE]:
+    if row[Column.SOLARISE]:
         image = ImageOps.solarize(image)
     return image
 
@@ -197,21 +198,21 @@ SIGMA_OF = {}
 
 @pytest.fixture
 def remembered_sigmas(monkeypatch):
-    plain = views.box_of
+    plain = draw.box_filter
 
     def remember(sigma):
         box = plain(sigma)
         SIGMA_OF[tuple(map(float, box))] = sigma
         return box
 
-    monkeypatch.setattr(views, "box_of", remember)
+    monkeypatch.setattr(draw, "box_filter", remember)
 
 
 @pytest.mark.usefixtures("remembered_sigmas")
 @pytest.mark.parametrize("view", [0, 1])
 def test_drawn_chains_equal_pillow_bit_for_bit(view):
     x_BCHW = crops(96, 40)
-    drawn = [draw(SPEC, 3, 1, i, 300, 400)[2][view] for i in range(96)]
+    drawn = [draw_views(SPEC, 3, 1, i, 300, 400)[2][view] for i in range(96)]
     params = torch.from_numpy(np.stack(drawn))
     for got, crop, row in zip(ours(x_BCHW, params), x_BCHW, params, strict=True):
         assert torch.equal(got, pixels_of(reference_chain(crop, row)))
@@ -220,36 +221,42 @@ def test_drawn_chains_equal_pillow_bit_for_bit(view):
 def test_normalisation_is_torchvisions():
     x_BCHW = crops(4)
     expected = torch.stack([tvf.normalize(x / 255, SPEC.mean, SPEC.std) for x in x_BCHW])
-    got = photometric(x_BCHW, rows(grey=[0] * 4), SPEC.mean, SPEC.std, torch.float32)
+    got = make_views(x_BCHW, rows(grey=[0] * 4), SPEC.mean, SPEC.std, torch.float32)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-    assert torch.equal(got, normalise(x_BCHW, SPEC.mean, SPEC.std, torch.float32))
-    low = photometric(x_BCHW, rows(grey=[0] * 4), SPEC.mean, SPEC.std, torch.bfloat16)
+    assert torch.equal(got, normalise_crops(x_BCHW, SPEC.mean, SPEC.std, torch.float32))
+    low = make_views(x_BCHW, rows(grey=[0] * 4), SPEC.mean, SPEC.std, torch.bfloat16)
     assert torch.equal(low, got.bfloat16())
 
 
-def test_a_row_does_not_depend_on_its_place_in_the_batch(monkeypatch):
+def test_a_row_does_not_depend_on_its_place_in_the_batch():
     x_BCHW = crops(24, 16, seed=5)
-    params = torch.from_numpy(np.stack([draw(SPEC, 0, 0, i, 90, 90)[2][1] for i in range(24)]))
-    whole = photometric(x_BCHW, params, SPEC.mean, SPEC.std, torch.float32)
+    params = torch.from_numpy(
+        np.stack([draw_views(SPEC, 0, 0, i, 90, 90)[2][1] for i in range(24)])
+    )
+    whole = make_views(x_BCHW, params, SPEC.mean, SPEC.std, torch.float32)
     places = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    moved = photometric(x_BCHW[places], params[places], SPEC.mean, SPEC.std, torch.float32)
+    moved = make_views(x_BCHW[places], params[places], SPEC.mean, SPEC.std, torch.float32)
     assert torch.equal(moved, whole[places])
-    monkeypatch.setattr(views, "_CACHED_VALUES", 1)  # one row at a time
-    assert torch.equal(photometric(x_BCHW, params, SPEC.mean, SPEC.std, torch.float32), whole)
+    normalisation = photometric.scale_and_shift(SPEC.mean, SPEC.std)
+    inputs = (x_BCHW, params, *normalisation, torch.empty_like(whole))
+    one_by_one = photometric.make_views_torch(*inputs, cached_values=1)
+    assert torch.equal(one_by_one, whole)
 
 
 def test_the_crops_are_not_changed():
     x_BCHW = crops(4)
     before = x_BCHW.clone()
-    photometric(x_BCHW, rows(grey=[1] * 4), SPEC.mean, SPEC.std, torch.float32)
+    make_views(x_BCHW, rows(grey=[1] * 4), SPEC.mean, SPEC.std, torch.float32)
     assert torch.equal(x_BCHW, before)
 
 
 def test_augment_is_photometric_without_its_normalisation():
     x_BCHW = crops(32, 24)
-    params = torch.from_numpy(np.stack([draw(SPEC, 1, 0, i, 90, 90)[2][1] for i in range(32)]))
+    params = torch.from_numpy(
+        np.stack([draw_views(SPEC, 1, 0, i, 90, 90)[2][1] for i in range(32)])
+    )
     expected = ours(x_BCHW, params)
-    views.augment(x_BCHW.numpy(), params.numpy())
+    photometric.augment_crops(x_BCHW.numpy(), params.numpy())
     assert torch.equal(x_BCHW, expected)
 
 
@@ -258,7 +265,7 @@ def test_augment_takes_any_strides_and_touches_nothing_else():
     pool[:, 3] = crops(2, 16)
     params = rows(solarise=[1, 0], grey=[0, 1])
     expected = ours(pool[:, 3], params)
-    views.augment(pool.numpy()[:, 3], params.numpy())
+    photometric.augment_crops(pool.numpy()[:, 3], params.numpy())
     assert torch.equal(pool[:, 3], expected)
     assert not pool[:, [0, 1, 2, 4]].any()
 
@@ -266,8 +273,8 @@ def test_augment_takes_any_strides_and_touches_nothing_else():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_can_go_into_a_given_tensor(dtype):
     x_BCHW = crops(8, 16)
-    params = torch.from_numpy(np.stack([draw(SPEC, 0, 0, i, 90, 90)[2][1] for i in range(8)]))
+    params = torch.from_numpy(np.stack([draw_views(SPEC, 0, 0, i, 90, 90)[2][1] for i in range(8)]))
     out = torch.full(x_BCHW.shape, float("nan"), dtype=dtype)
-    got = photometric(x_BCHW, params, SPEC.mean, SPEC.std, dtype, out)
+    got = make_views(x_BCHW, params, SPEC.mean, SPEC.std, dtype, out)
     assert got.data_ptr() == out.data_ptr()
-    assert torch.equal(out, photometric(x_BCHW, params, SPEC.mean, SPEC.std, dtype))
+    assert torch.equal(out, make_views(x_BCHW, params, SPEC.mean, SPEC.std, dtype))

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from mocov3_ds.data.views import photometric
+from mocov3_ds.data.views.draw import draw_views
+from mocov3_ds.data.views.spec import ViewSpec
 
 pytest.importorskip("triton")
 
-SPEC = photometric.ViewSpec()
-WIDE = photometric.ViewSpec(
+SPEC = ViewSpec()
+WIDE = ViewSpec(
     hue=0.5, saturation=1.0, blur_sigma=(0.0, 6.0), blur_p=(1.0, 0.5), solarise_p=(0.5, 0.5)
 )
 
@@ -25,7 +27,7 @@ def cases():
     every = (torch.float32, torch.bfloat16, torch.float16)
     shapes = [(SPEC, 2, (13, 9), every), (WIDE, 9, (33, 40), every[:1]), (WIDE, 2, (1, 1), every)]
     for spec, samples, (height, width), dtypes in shapes:
-        rows = np.concatenate([photometric.draw(spec, 0, 0, i, 90, 90)[2] for i in range(samples)])
+        rows = np.concatenate([draw_views(spec, 0, 0, i, 90, 90)[2] for i in range(samples)])
         crops = rng.integers(0, 256, (len(rows), 3, height, width), dtype=np.uint8)
         crops[::4] //= 16
         crops[1::4] = crops[1::4, :, :1, :1]
@@ -39,9 +41,10 @@ def compare(device):
 
     for crops_BCHW, rows_BP, dtype in cases():
         expected = torch.empty(crops_BCHW.shape, dtype=dtype)
-        photometric.photometric_torch(crops_BCHW, rows_BP, SPEC.mean, SPEC.std, expected)
+        normalisation = photometric.scale_and_shift(SPEC.mean, SPEC.std)
+        photometric.make_views_torch(crops_BCHW, rows_BP, *normalisation, expected)
         before, got = crops_BCHW.clone(), torch.empty_like(expected, device=device)
-        photometric_triton.photometric(crops_BCHW.to(device), rows_BP, SPEC.mean, SPEC.std, got)
+        photometric_triton.make_views(crops_BCHW.to(device), rows_BP, *normalisation, got)
         if device == "cpu" and dtype == torch.bfloat16:  # the interpreter casts by cutting off
             torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
         else:
@@ -53,7 +56,7 @@ def compare(device):
 def test_the_interpreted_kernels_equal_torch():
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); "
-        "from tests.data import test_photometric_triton as t; t.compare('cpu')"
+        "from tests.data.views import test_photometric_triton as t; t.compare('cpu')"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = str(Path(__file__).parents[3])

@@ -1,8 +1,13 @@
-"""The compiled half of the data path: JPEG to crops, draws and photometric work on the CPU.
+"""The compiled half of the data path: JPEG to crops, and colour work on the CPU.
 
 A plain shared library called through ctypes: it needs no Python header to build, and ctypes lets
 other threads run during a call. It decodes with the libjpeg-turbo that Pillow brought, so that its
-pixels are Pillow's, bit for bit; before it is used it must prove that on a small image.
+pixels are Pillow's, bit for bit; before it is used it must prove that on a small image. The layout
+of parameter rows and structures must be the one that this code knows: a library that was built from
+other sources is refused.
+
+Functions that read an image return a verdict of the library: `READ`, or any other number where the
+image is not for this code. Then Pillow reads it or says what is wrong with it.
 """
 
 import ctypes
@@ -14,26 +19,35 @@ from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-if TYPE_CHECKING:
-    from mocov3_ds.data.views.photometric import ViewSpec
-
-Box = tuple[int, int, int, int]
+from mocov3_ds.data.views.spec import (
+    ATTEMPTS,
+    ORDERS,
+    PARAMETERS,
+    Box,
+    Column,
+    Purpose,
+    ViewSpec,
+)
+from mocov3_ds.settings.comparison import differences
 
 READ = 0
-"""verdict: done. Any other one means: not for this code, let Pillow read the image or refuse it"""
+"""verdict of an image that was read"""
+FLOAT32, BFLOAT16 = 0, 1
+"""types of views that `make_views` can write"""
+LAYOUT_VERSION = 1
+"""raised, here and in crops.cpp, when a function of the library takes or returns something else"""
 _MASK = (1 << 64) - 1
 _opening = threading.Lock()  # a thread that comes second must not open it again under the first
 _NOT_BUILT = "the extension was not built (no C++ compiler when the package was installed)"
 
 
 class Crop(ctypes.Structure):
-    """One crop: a box of the image resized to out_height x out_width, and the window kept of it."""
+    """One crop: a box of the image resized to out_height x out_width, and a window of that."""
 
     _fields_ = (
         *((name, c_int) for name in ("top", "left", "height", "width", "out_height", "out_width")),
@@ -45,7 +59,7 @@ class Crop(ctypes.Structure):
 
 
 class Spec(ctypes.Structure):
-    """ViewSpec as the library reads it."""
+    """The fields of ViewSpec that the library draws from."""
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("crop_min", "crop_max", "brightness", "contrast")),
@@ -55,61 +69,76 @@ class Spec(ctypes.Structure):
     )
 
 
-@cache
-def pack(spec: "ViewSpec") -> Spec:
-    """The distribution of views for the library."""
-    return Spec(*(getattr(spec, name) for name, *_ in Spec._fields_))
+# ------------------------------------------------------------------------ loading the library
 
 
-def library() -> ctypes.CDLL:
-    """The library, its libjpeg opened and its pixels proven.
+def load_library(folder: Path) -> ctypes.CDLL:
+    """Load the library of a folder and check that it was built from the present sources.
 
     Raises:
-        RuntimeError: it cannot be used here; the message is the reason.
+        RuntimeError: There is no library, or it does not load on this machine.
+        ValueError: It was built from other sources than this code belongs to.
     """
-    with _opening:
-        return _opened()
+    candidates = [folder / f"_library{s}" for s in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((p for p in candidates if p.exists()), None)
+    if path is None:
+        raise RuntimeError(_NOT_BUILT)
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(f"{path.name} does not load: {error}") from error
+    layout = _read_layout(loaded)
+    difference = next(differences(layout, expected_layout()), None) if layout else "it is older"
+    if difference is not None:
+        raise ValueError(
+            f"{path} was built from other C++ sources ({difference}); build it again: "
+            "pip install -e ."
+        )
+    _declare_arguments(loaded)
+    return loaded
 
 
 @cache
-def _opened() -> ctypes.CDLL:
+def colour_library() -> ctypes.CDLL:
+    """The library for what needs no libjpeg; see `load_library` for what is raised."""
+    return load_library(Path(__file__).parent)
+
+
+def jpeg_library() -> ctypes.CDLL:
+    """The library with its libjpeg opened and its pixels proven.
+
+    Raises:
+        RuntimeError: It cannot be used on this machine; the message is the reason.
+        ValueError: It was built from other sources than this code belongs to.
+    """
+    with _opening:
+        return open_jpeg_library()
+
+
+@cache
+def open_jpeg_library() -> ctypes.CDLL:
+    """What `jpeg_library` does on its first call, for one thread at a time."""
     loaded = colour_library()
-    tried = _libjpegs()
-    for libjpeg in tried:
-        if loaded.mocov3_open_library(libjpeg.encode(), _pillow_weighs_tall_rows_first()):
+    candidates = find_libjpegs()
+    for libjpeg in candidates:
+        if loaded.mocov3_open_libjpeg(libjpeg.encode(), _pillow_weighs_tall_rows_first()):
             for own_huffman in (True, False):
-                loaded.mocov3_hook(own_huffman)
+                loaded.mocov3_use_own_huffman(own_huffman)
                 difference = _difference_from_pillow(loaded)
                 if difference == 0:
                     return loaded
             raise RuntimeError(
                 f"decoding with {libjpeg} differs from Pillow by up to {difference} of 255"
             )
-    raise RuntimeError(f"no libjpeg-turbo of ABI 62, 70 or 80 among {tried or 'no file'}")
+    raise RuntimeError(f"no libjpeg-turbo of ABI 62, 70 or 80 among {candidates or 'no file'}")
 
 
-@cache
-def colour_library() -> ctypes.CDLL:
-    """The library, for what needs no libjpeg.
+def is_built() -> bool:
+    """Whether `make_views` and `augment_crops` can be called.
 
     Raises:
-        RuntimeError: it was not built or does not load.
+        ValueError: The library was built from other sources than this code belongs to.
     """
-    here = Path(__file__).parent
-    built = [here / f"_library{s}" for s in importlib.machinery.EXTENSION_SUFFIXES]
-    path = next((p for p in built if p.exists()), None)
-    if path is None:
-        raise RuntimeError(_NOT_BUILT)
-    try:
-        loaded = ctypes.CDLL(str(path))
-        _declare(loaded)
-    except (OSError, AttributeError) as error:
-        raise RuntimeError(f"{path.name} does not load: {error}") from error
-    return loaded
-
-
-def ready() -> bool:
-    """Whether `photometric` and `draw` can be called."""
     try:
         colour_library()
     except RuntimeError:
@@ -117,160 +146,198 @@ def ready() -> bool:
     return True
 
 
-def crops(
-    data: bytes,
+def expected_layout() -> dict[str, int]:
+    """Every number that this code and the library must agree on, by name."""
+    layout = {
+        "LAYOUT_VERSION": LAYOUT_VERSION,
+        "PARAMETERS": PARAMETERS,
+        "ATTEMPTS": ATTEMPTS,
+        "ORDER_COUNT": len(ORDERS),
+        **{member.name: member.value for member in (*Column, *Purpose)},
+    }
+    for structure in (Spec, Crop):
+        layout[f"sizeof {structure.__name__}"] = ctypes.sizeof(structure)
+        for name, *_ in structure._fields_:
+            layout[f"{structure.__name__}.{name}"] = getattr(structure, name).offset
+    return layout
+
+
+def _read_layout(loaded: ctypes.CDLL) -> dict[str, int]:
+    """What the library says of the same numbers; empty if it is so old that it says nothing."""
+    if not hasattr(loaded, "mocov3_layout"):
+        return {}
+    loaded.mocov3_layout.argtypes = (c_int, POINTER(c_int))
+    loaded.mocov3_layout.restype = c_char_p
+    layout: dict[str, int] = {}
+    value = c_int()
+    while name := loaded.mocov3_layout(len(layout), value):
+        layout[name.decode()] = value.value
+    return layout
+
+
+def _declare_arguments(loaded: ctypes.CDLL) -> None:
+    """Set the argument types, against which ctypes checks each call."""
+    image, strides = (c_char_p, c_int64, c_int64), (c_int64,) * 3
+    loaded.mocov3_open_libjpeg.argtypes = (c_char_p, c_int)
+    loaded.mocov3_use_own_huffman.argtypes = (c_int,)
+    loaded.mocov3_use_own_huffman.restype = c_int64
+    loaded.mocov3_cut_crops.argtypes = (*image, POINTER(Crop), c_int)
+    loaded.mocov3_read_size.argtypes = (*image, POINTER(c_int))
+    sample, crops = (c_uint64,) * 3, (c_int, c_void_p, *strides)
+    loaded.mocov3_make_crops.argtypes = (*image, POINTER(Spec), *sample, *crops, c_void_p, c_int)
+    batch = (c_void_p, c_void_p, c_int64, c_int, c_int)
+    loaded.mocov3_augment_crops.argtypes = batch
+    loaded.mocov3_make_views.argtypes = (*batch, c_void_p, c_void_p, c_int, c_void_p)
+
+
+# ----------------------------------------------------------------------------- stored images
+
+
+def read_size(image_bytes: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """Height and width of a plain JPEG in pixels; None if Pillow must look."""
+    size = (c_int * 2)()
+    verdict = jpeg_library().mocov3_read_size(image_bytes, len(image_bytes), max_pixels, size)
+    return (size[0], size[1]) if verdict == READ else None
+
+
+def cut_crops(
+    image_bytes: bytes,
     boxes: Sequence[Box],
     flips: Sequence[bool],
-    out: NDArray[np.uint8],
+    out_VCHW: NDArray[np.uint8],
     max_pixels: int,
 ) -> int:
-    """`decode.two_crops` for plain JPEGs; rows of `out` contiguous. Returns the verdict."""
-    view, plane, row, _ = out.strides
-    size, start = out.shape[3], out.ctypes.data
-    two = (Crop * 2)(
+    """`decode.cut_crops` of a plain JPEG into contiguous rows. Returns the verdict."""
+    view, plane, row, _ = out_VCHW.strides
+    size, start = out_VCHW.shape[3], out_VCHW.ctypes.data
+    crops = (Crop * 2)(
         *(
             Crop(*box, size, size, 0, 0, size, flip, plane, row, start + i * view)
             for i, (box, flip) in enumerate(zip(boxes, flips, strict=True))
         )
     )
-    verdict: int = library().mocov3_crops(data, len(data), max_pixels, two, 2)
-    return verdict
+    return jpeg_library().mocov3_cut_crops(image_bytes, len(image_bytes), max_pixels, crops, 2)
 
 
-def window(
-    data: bytes,
+def cut_window(
+    image_bytes: bytes,
     height_width: tuple[int, int],
     resized: tuple[int, int],
     corner: tuple[int, int],
-    out: NDArray[np.uint8],
+    out_CHW: NDArray[np.uint8],
     max_pixels: int,
 ) -> int:
-    """Resize a whole image and keep the window of `out`'s size at `corner`. Returns the verdict."""
-    _, plane, row = (0, *out.strides[:2])
-    crop = Crop(
-        0, 0, *height_width, *resized, *corner, out.shape[2], 0, plane, row, out.ctypes.data
-    )
-    verdict: int = library().mocov3_crops(data, len(data), max_pixels, ctypes.byref(crop), 1)
-    return verdict
+    """Resize an image and keep the window of `out_CHW`'s size at `corner`. Returns the verdict."""
+    plane, row, _ = out_CHW.strides
+    out = (out_CHW.shape[2], 0, plane, row, out_CHW.ctypes.data)
+    crop = ctypes.byref(Crop(0, 0, *height_width, *resized, *corner, *out))
+    return jpeg_library().mocov3_cut_crops(image_bytes, len(image_bytes), max_pixels, crop, 1)
 
 
-def size_of(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """Height and width of a plain JPEG; None if Pillow must look."""
-    found = (c_int * 2)()
-    verdict = library().mocov3_size(data, len(data), max_pixels, found)
-    return (found[0], found[1]) if verdict == READ else None
-
-
-def pair(
-    data: bytes,
-    spec: "ViewSpec",
-    key: tuple[int, int, int],
-    out: NDArray[np.uint8],
-    rows: NDArray[np.float32],
+def make_crops(
+    image_bytes: bytes,
+    spec: ViewSpec,
+    sample: tuple[int, int, int],
+    crops_VCHW: NDArray[np.uint8],
+    params_VP: NDArray[np.float32],
     max_pixels: int,
     augment: bool,
 ) -> int:
-    """Draw the views of a sample (key: seed, epoch, sample) and crop them. Returns the verdict.
+    """`crops.make_crops` for plain JPEGs, in one pass over the bytes. Returns the verdict.
 
-    Rows of `out` are contiguous; if `augment`, which also does the colour work, each view is.
+    Args:
+        image_bytes: Bytes of the stored image.
+        spec: Distribution of the views.
+        sample: Seed, epoch and sample number, each taken modulo 2^64.
+        crops_VCHW: Crops that are written; their rows are contiguous, and with `augment` all of a
+            view is.
+        params_VP: Contiguous parameter rows that are written.
+        max_pixels: Larger images are not read.
+        augment: Whether to change the colours of the crops as well.
     """
-    seed, epoch, sample = (k & _MASK for k in key)
-    verdict: int = library().mocov3_views(
-        data,
-        len(data),
+    return jpeg_library().mocov3_make_crops(
+        image_bytes,
+        len(image_bytes),
         max_pixels,
-        pack(spec),
-        seed,
-        epoch,
-        sample,
-        out.shape[3],
-        out.ctypes.data,
-        *out.strides[:3],
-        rows.ctypes.data,
+        pack_spec(spec),
+        *(number & _MASK for number in sample),
+        crops_VCHW.shape[3],
+        crops_VCHW.ctypes.data,
+        *crops_VCHW.strides[:3],
+        params_VP.ctypes.data,
         augment,
     )
-    return verdict
 
 
-def draw(
-    spec: "ViewSpec", key: tuple[int, int, int], height: int, width: int
-) -> tuple[list[Box], list[bool], NDArray[np.float32]]:
-    """`views.draw`."""
-    boxes, flips = (c_int * 8)(), (c_int * 2)()
-    rows = np.empty((2, 10), np.float32)
-    colour_library().mocov3_draw(
-        pack(spec), *(k & _MASK for k in key), height, width, boxes, flips, rows.ctypes.data
-    )
-    first = (boxes[0], boxes[1], boxes[2], boxes[3])
-    second = (boxes[4], boxes[5], boxes[6], boxes[7])
-    return [first, second], [bool(f) for f in flips], rows
+@cache
+def pack_spec(spec: ViewSpec) -> Spec:
+    """The distribution of views in the form that the library reads."""
+    return Spec(*(getattr(spec, name) for name, *_ in Spec._fields_))
 
 
-def photometric(
-    images_BCHW: NDArray[np.uint8],
-    rows_BP: NDArray[np.float32],
+# --------------------------------------------------------------------------------- colour work
+
+
+def make_views(
+    crops_BCHW: NDArray[np.uint8],
+    params_BP: NDArray[np.float32],
     scale_C: NDArray[np.float32],
     shift_C: NDArray[np.float32],
-    kind: Literal["float32", "bfloat16"],
+    kind: int,
     out: int,
 ) -> None:
-    """Colour work, then scale and shift to `out`, an address; all arrays are contiguous."""
-    count, _, height, width = images_BCHW.shape
-    failed = colour_library().mocov3_photometric(
-        images_BCHW.ctypes.data,
-        rows_BP.ctypes.data,
-        count,
-        height,
-        width,
+    """Colour work, then pixel * scale + shift; all arrays are contiguous.
+
+    Args:
+        crops_BCHW: Crops, which stay as they are.
+        params_BP: Parameter rows of the crops.
+        scale_C: Factor of a pixel, for each channel.
+        shift_C: Summand of a scaled pixel, for each channel.
+        kind: Type of the views, `FLOAT32` or `BFLOAT16`.
+        out: Address that the views are written to.
+
+    Raises:
+        MemoryError: A copy of one crop does not fit into memory.
+    """
+    if colour_library().mocov3_make_views(
+        *_batch_arguments(crops_BCHW, params_BP),
         scale_C.ctypes.data,
         shift_C.ctypes.data,
-        ("float32", "bfloat16").index(kind),
+        kind,
         out,
-    )
-    if failed:
+    ):
         raise MemoryError
 
 
-def augment(images_BCHW: NDArray[np.uint8], rows_BP: NDArray[np.float32]) -> None:
-    """Colour work in place; both arrays are contiguous."""
-    count, _, height, width = images_BCHW.shape
-    arguments = (images_BCHW.ctypes.data, rows_BP.ctypes.data, count, height, width)
-    if colour_library().mocov3_augment(*arguments):
+def augment_crops(crops_BCHW: NDArray[np.uint8], params_BP: NDArray[np.float32]) -> None:
+    """Colour work in place; both arrays are contiguous. Raises MemoryError."""
+    if colour_library().mocov3_augment_crops(*_batch_arguments(crops_BCHW, params_BP)):
         raise MemoryError
 
 
-def _declare(loaded: ctypes.CDLL) -> None:
-    """Argument types; ctypes checks each call against them."""
-    image = (c_char_p, c_int64, c_int64)
-    spec_and_key = (POINTER(Spec), c_uint64, c_uint64, c_uint64)
-    loaded.mocov3_open_library.argtypes = (c_char_p, c_int)
-    loaded.mocov3_hook.argtypes, loaded.mocov3_hook.restype = (c_int,), c_int64
-    loaded.mocov3_crops.argtypes = (*image, POINTER(Crop), c_int)
-    loaded.mocov3_size.argtypes = (*image, POINTER(c_int))
-    strides = (c_int64,) * 3
-    crops = (c_int, c_void_p, *strides)
-    loaded.mocov3_views.argtypes = (*image, *spec_and_key, *crops, c_void_p, c_int)
-    images = (c_void_p, c_void_p, c_int64, c_int, c_int)
-    loaded.mocov3_augment.argtypes = images
-    loaded.mocov3_photometric.argtypes = (*images, c_void_p, c_void_p, c_int, c_void_p)
-    boxes_flips_rows = (POINTER(c_int), POINTER(c_int), c_void_p)
-    loaded.mocov3_draw.argtypes = (*spec_and_key, c_int, c_int, *boxes_flips_rows)
-    loaded.mocov3_draw.restype = None
+def _batch_arguments(
+    crops_BCHW: NDArray[np.uint8], params_BP: NDArray[np.float32]
+) -> tuple[int, int, int, int, int]:
+    count, _, height, width = crops_BCHW.shape
+    return crops_BCHW.ctypes.data, params_BP.ctypes.data, count, height, width
 
 
-def _libjpegs() -> list[str]:
+# ------------------------------------------------------------------------- Pillow's libjpeg
+
+
+def find_libjpegs() -> list[str]:
     """Files to try: those that Pillow came with, then any other in this process (torchvision's)."""
     package = Path(Image.__file__).parent
     folders = [package.parent / "pillow.libs", package / ".dylibs", Path(sys.prefix) / "lib"]
-    found: list[str] = []
+    paths: list[str] = []
     for folder in folders:
-        found += sorted(str(p) for p in folder.glob("libjpeg*.so*"))
-        found += sorted(str(p) for p in folder.glob("libjpeg*.dylib"))
+        paths += sorted(str(p) for p in folder.glob("libjpeg*.so*"))
+        paths += sorted(str(p) for p in folder.glob("libjpeg*.dylib"))
     maps = Path("/proc/self/maps")
     if maps.exists():
-        files = [line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()]
-        found += [f for f in files if Path(f).name.startswith("libjpeg")]
-    return list(dict.fromkeys([*found, "libjpeg.so.62", "libjpeg.so.8"]))
+        mapped = [line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()]
+        paths += [p for p in mapped if Path(p).name.startswith("libjpeg")]
+    return list(dict.fromkeys([*paths, "libjpeg.so.62", "libjpeg.so.8"]))
 
 
 def _pillow_weighs_tall_rows_first() -> bool:
@@ -288,15 +355,16 @@ def _difference_from_pillow(loaded: ctypes.CDLL) -> int:
     pixels = np.stack([(x * 5 + y) % 256, (y * 7) % 256, (x * y) % 256], -1).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90, subsampling=2)
-    data, size = buffer.getvalue(), 33
+    image_bytes, size = buffer.getvalue(), 33
+    arguments = (image_bytes, len(image_bytes), 1 << 20)
     out = np.empty((3, size, size), np.uint8)
     largest = 0
     for top, left, height, width in ((0, 0, 70, 90), (13, 30, 50, 41)):
         crop = Crop(top, left, height, width, size, size, 0, 0, size, 0, size * size, size)
         crop.out = out.ctypes.data
-        if loaded.mocov3_crops(data, len(data), 1 << 20, ctypes.byref(crop), 1) != READ:
+        if loaded.mocov3_cut_crops(*arguments, ctypes.byref(crop), 1) != READ:
             return 256
-        image = Image.open(io.BytesIO(data)).crop((left, top, left + width, top + height))
+        image = Image.open(io.BytesIO(image_bytes)).crop((left, top, left + width, top + height))
         expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
         gap = np.abs(expected.transpose(2, 0, 1).astype(int) - out)
         largest = max(largest, int(gap.max()))

@@ -1,7 +1,7 @@
-// The largest part of decoding a JPEG is undoing its Huffman codes. The library looks 8 bits ahead and
-// takes a symbol and its value one after the other; this looks further ahead and takes both at once.
-// It knows only what nearly all stored images are: one sequential scan of 8-bit samples. The rest, and
-// whatever is odd, is left to the library, and damage to Pillow.
+// Huffman decoding. The largest part of decoding a JPEG is undoing its Huffman codes. The library
+// looks 8 bits ahead and takes a symbol and its value one after the other; this looks further ahead
+// and takes both at once. It knows only what nearly all stored images are: one sequential scan of
+// 8-bit samples. The rest, and whatever is odd, is left to the library, and damage to Pillow.
 
 #include "entropy.h"
 
@@ -12,15 +12,15 @@
 namespace entropy {
 namespace {
 
-// Natural position of the k-th coefficient of a block. Behind its end it is the last one's, which is
-// written after that, or never read as the data are damaged.
+// Natural position of the k-th coefficient of a block. Behind its end it is the last one's, which
+// is written after that, or never read as the data are damaged.
 struct Natural {
   uint8_t at[64 + END];
 };
-constexpr uint8_t ZIGZAG[64] = {
-    0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
-    41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
-    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
+constexpr uint8_t ZIGZAG[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,
+                                12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6,  7,  14, 21, 28,
+                                35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51,
+                                58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 constexpr Natural NATURAL = [] {
   Natural natural = {};
   for (int k = 0; k < 64 + END; k++) natural.at[k] = k < 64 ? ZIGZAG[k] : 63;
@@ -65,11 +65,11 @@ bool build(Table& table, const uint8_t* counts, const uint8_t* symbols, bool ac)
       if (size > (ac ? 15 : 11) || (ac && !size && zeros && zeros != 15)) return false;
       table.symbols[total] = uint8_t(symbol);
       if (length > LOOK) continue;
-      const bool whole = length + size <= LOOK;
+      const bool value_fits = length + size <= LOOK;
       const int free = LOOK - length;
       for (uint32_t rest = 0; rest < 1u << free; rest++) {
         Step& step = table.steps[(code << free) | rest];
-        if (whole) {
+        if (value_fits) {
           step.bits = uint8_t(length + size);
           step.zeros = uint8_t(ac && symbol == 0 ? END_OF_BLOCK : zeros);
           step.value = int16_t(signed_value(size ? rest >> (free - size) : 0, size));
@@ -78,7 +78,7 @@ bool build(Table& table, const uint8_t* counts, const uint8_t* symbols, bool ac)
         }
       }
     }
-    table.behind[length] = code << (16 - length);
+    table.code_end[length] = code << (16 - length);
     code <<= 1;
   }
   table.count = total;
@@ -139,11 +139,11 @@ INLINE uint32_t take(Bits& s, int bits) {
 INLINE int long_symbol(Bits& s, const Table& table) {
   const uint32_t pattern = uint32_t(s.buffer >> 48);
   for (int length = LOOK + 1; length <= 16; length++) {
-    if (pattern >= table.behind[length]) continue;
-    const int place = int(pattern >> (16 - length)) + table.shift[length];
-    if (place < 0 || place >= table.count) return -1;
+    if (pattern >= table.code_end[length]) continue;
+    const int index = int(pattern >> (16 - length)) + table.shift[length];
+    if (index < 0 || index >= table.count) return -1;
     consume(s, length);
-    return table.symbols[place];
+    return table.symbols[index];
   }
   return -1;
 }
@@ -244,46 +244,48 @@ bool begin(Scan& s, const uint8_t* bytes, size_t size, const uint8_t* scan) {
   bool built[2][4] = {};
   s.restart_interval = 0;
   const uint8_t* const end = bytes + size;
-  const uint8_t* at = bytes + 2;
-  while (end - at >= 4) {
-    if (at[0] != 0xFF) return false;
-    const int marker = at[1];
+  const uint8_t* segment = bytes + 2;
+  while (end - segment >= 4) {
+    if (segment[0] != 0xFF) return false;
+    const int marker = segment[1];
     if (marker == 0xFF) {  // fill
-      at++;
+      segment++;
       continue;
     }
-    const ptrdiff_t length = at[2] << 8 | at[3];
-    const uint8_t *part = at + 4, *behind = at + 2 + length;
-    if (length < 2 || end - (at + 2) < length) return false;
+    const ptrdiff_t length = segment[2] << 8 | segment[3];
+    const uint8_t *payload = segment + 4, *segment_end = segment + 2 + length;
+    if (length < 2 || end - (segment + 2) < length) return false;
     if (marker == 0xC4) {
-      while (behind - part >= 17) {
-        const int kind = part[0] >> 4, number = part[0] & 15;
+      while (segment_end - payload >= 17) {
+        const int kind = payload[0] >> 4, number = payload[0] & 15;
         int total = 0;
-        for (int i = 1; i <= 16; i++) total += part[i];
-        if (kind > 1 || number > 3 || total > 256 || behind - (part + 17) < total) return false;
-        if (!build(s.tables[kind][number], part + 1, part + 17, kind == 1)) return false;
+        for (int i = 1; i <= 16; i++) total += payload[i];
+        if (kind > 1 || number > 3 || total > 256 || segment_end - (payload + 17) < total)
+          return false;
+        if (!build(s.tables[kind][number], payload + 1, payload + 17, kind == 1)) return false;
         built[kind][number] = true;
-        part += 17 + total;
+        payload += 17 + total;
       }
-      if (part != behind) return false;
+      if (payload != segment_end) return false;
     } else if (marker == 0xC0 || marker == 0xC1) {
-      if (count || behind - part < 6 || part[0] != 8) return false;
-      count = part[5];
-      if (count < 1 || count > 3 || behind - part != 6 + 3 * count) return false;
+      if (count || segment_end - payload < 6 || payload[0] != 8) return false;
+      count = payload[5];
+      if (count < 1 || count > 3 || segment_end - payload != 6 + 3 * count) return false;
       for (int i = 0; i < count; i++)
-        components[i] = {part[6 + 3 * i], (part[7 + 3 * i] >> 4) * (part[7 + 3 * i] & 15)};
+        components[i] = {payload[6 + 3 * i], (payload[7 + 3 * i] >> 4) * (payload[7 + 3 * i] & 15)};
     } else if (marker == 0xDD) {
       if (length != 4) return false;
-      s.restart_interval = part[0] << 8 | part[1];
+      s.restart_interval = payload[0] << 8 | payload[1];
     } else if (marker == 0xDA) {
-      if (behind != scan || !count || behind - part != 4 + 2 * count || part[0] != count)
+      if (segment_end != scan || !count || segment_end - payload != 4 + 2 * count ||
+          payload[0] != count)
         return false;
-      const uint8_t* range = part + 1 + 2 * count;
+      const uint8_t* range = payload + 1 + 2 * count;
       if (range[0] != 0 || range[1] != 63 || range[2] != 0) return false;
       s.blocks = 0;
       for (int i = 0; i < count; i++) {
-        const int dc = part[2 + 2 * i] >> 4, ac = part[2 + 2 * i] & 15;
-        if (part[1 + 2 * i] != components[i].id || dc > 3 || ac > 3) return false;
+        const int dc = payload[2 + 2 * i] >> 4, ac = payload[2 + 2 * i] & 15;
+        if (payload[1 + 2 * i] != components[i].id || dc > 3 || ac > 3) return false;
         if (!built[0][dc] || !built[1][ac]) return false;
         const int blocks = count == 1 ? 1 : components[i].blocks;
         if (blocks < 1 || s.blocks + blocks > MOST_BLOCKS) return false;
@@ -301,7 +303,7 @@ bool begin(Scan& s, const uint8_t* bytes, size_t size, const uint8_t* scan) {
     } else if (marker < 0xC0 || (marker > 0xC1 && marker < 0xE0 && marker != 0xDB)) {
       return false;  // another kind of frame, or no header
     }
-    at = behind;
+    segment = segment_end;
   }
   return false;
 }

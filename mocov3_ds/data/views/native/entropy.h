@@ -11,21 +11,22 @@ using Block = int16_t[64];
 constexpr int LOOK = 11;         // bits that the tables resolve at once
 constexpr int MOST_BLOCKS = 10;  // of an MCU, by the standard
 
-// What the next LOOK bits begin with. If a coefficient's code and value fit into them: bits of both,
-// zeros before it, and its value. Else bits is 0, and if the code fits: its length and symbol.
+// What the next LOOK bits begin with. If a coefficient's code and value fit into them: bits of
+// both, zeros before it, and its value. Else bits is 0, and if the code fits: its length and
+// symbol.
 struct Step {
   int16_t value;  // or the symbol
   uint8_t zeros;  // or the length of the code, 0 = longer than LOOK
   uint8_t bits;
 };
 
-// The same for AC codes, with the coefficient after it, if that fits in as well. Without one, the next
-// coefficient is the first again, so that two can be written each time.
+// The same for AC codes, with the coefficient after it, if that fits in as well. Without one, the
+// next coefficient is the first again, so that two can be written each time.
 struct Pair {
   int16_t value, next_value;
-  uint8_t zeros;     // or, if `all_bits` is 0, the length of the code, and `value` the symbol
-  uint8_t next;      // place of the next coefficient, counted from where this begins; END = none comes
-  uint8_t bits;      // of the first coefficient
+  uint8_t zeros;  // or, if `all_bits` is 0, the length of the code, and `value` the symbol
+  uint8_t next;   // place of the next coefficient, counted from where this begins; END = none comes
+  uint8_t bits;   // of the first coefficient
   uint8_t all_bits;  // of both
 };
 constexpr int END = 127;
@@ -33,8 +34,8 @@ constexpr int END = 127;
 struct Table {
   Step steps[1 << LOOK];
   Pair pairs[1 << LOOK];  // of AC codes
-  uint32_t behind[17];  // first 16-bit pattern that is no code of length n or shorter
-  int32_t shift[17];    // symbol of a code of length n: symbols[code + shift[n]]
+  uint32_t code_end[17];  // first 16-bit pattern that is no code of length n or shorter
+  int32_t shift[17];      // symbol of a code of length n: symbols[code + shift[n]]
   uint8_t symbols[256];
   int count;
 };
@@ -50,7 +51,7 @@ struct Bits {
 // State of one scan. Plain data: the library's errors jump over it.
 struct Scan {
   Bits bits;
-  int blocks;       // of an MCU
+  int blocks;  // of an MCU
   const Table *dc[MOST_BLOCKS], *ac[MOST_BLOCKS];
   int component[MOST_BLOCKS];
   uint32_t last_dc[4];  // modulo 2^32, as damaged data may add up to anything

@@ -1,9 +1,9 @@
 // The libjpeg-turbo that Pillow brought, opened at run time: no header, no package is needed.
 //
-// Only the head of libjpeg's decompression object is declared here; it is the same in ABI 62, 70 and
-// 80, which differ in what follows. The library itself says which ABI it is and how large its object
-// is (`open_library` asks with wrong answers and reads the right ones from the complaint), so the
-// tail is opaque bytes.
+// Only the head of libjpeg's decompression object is declared here; it is the same in ABI 62, 70
+// and 80, which differ in what follows. The library itself says which ABI it is and how large its
+// object is (`mocov3_open_libjpeg` asks with wrong answers and reads the right ones from the
+// complaint), so the tail is opaque bytes.
 #pragma once
 
 #include <csetjmp>

@@ -1,6 +1,7 @@
-// Loops worth it are written once and compiled for each instruction set: a .cpp includes its kernels
-// into namespaces plain, avx2 and avx512, and ON_THIS_CPU calls the best that the processor has.
-// The numbers are the same on all (tests compare them): no operation is reordered or contracted.
+// Loops worth it are written once and compiled for each instruction set: a .cpp includes its
+// kernels into namespaces plain, avx2 and avx512, and ON_THIS_CPU calls the best that the processor
+// has. The numbers are the same on all (tests compare them): no operation is reordered or
+// contracted.
 #pragma once
 
 #include <cstdlib>
@@ -11,9 +12,10 @@
 #if defined(__clang__)
 #define BEGIN_AVX2 \
   _Pragma("clang attribute push(__attribute__((target(\"avx2\"))), apply_to = function)")
-#define BEGIN_AVX512                                                                          \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512vl,avx512dq\"))), " \
-          "apply_to = function)")
+#define BEGIN_AVX512                                                                           \
+  _Pragma(                                                                                     \
+      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512vl,avx512dq\"))), " \
+      "apply_to = function)")
 #define END_KERNELS _Pragma("clang attribute pop")
 #else
 #define BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2\")")
@@ -37,9 +39,9 @@ inline Cpu this_cpu() {
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
       best = Cpu::AVX512;
-    const char* wanted = std::getenv("MOCOV3_DS_CPU");
-    if (wanted && !std::strcmp(wanted, "plain")) best = Cpu::PLAIN;
-    if (wanted && !std::strcmp(wanted, "avx2") && best > Cpu::AVX2) best = Cpu::AVX2;
+    const char* requested = std::getenv("MOCOV3_DS_CPU");
+    if (requested && !std::strcmp(requested, "plain")) best = Cpu::PLAIN;
+    if (requested && !std::strcmp(requested, "avx2") && best > Cpu::AVX2) best = Cpu::AVX2;
 #endif
     return best;
   }();
@@ -47,11 +49,11 @@ inline Cpu this_cpu() {
 }
 
 #if X86_KERNELS
-#define ON_THIS_CPU(...)                                     \
-  switch (this_cpu()) {                                      \
-    case Cpu::AVX512: avx512::__VA_ARGS__; break;            \
-    case Cpu::AVX2: avx2::__VA_ARGS__; break;                \
-    case Cpu::PLAIN: plain::__VA_ARGS__; break;              \
+#define ON_THIS_CPU(...)                          \
+  switch (this_cpu()) {                           \
+    case Cpu::AVX512: avx512::__VA_ARGS__; break; \
+    case Cpu::AVX2: avx2::__VA_ARGS__; break;     \
+    case Cpu::PLAIN: plain::__VA_ARGS__; break;   \
   }
 #else
 #define ON_THIS_CPU(...) plain::__VA_ARGS__

@@ -1,4 +1,4 @@
-// Colour work on uint8 crops on the CPU: the same numbers as mocov3_ds/data/views/photometric.py (`photometric`).
+// Colour work on uint8 crops on the CPU: the same numbers as mocov3_ds/data/views/photometric.py.
 
 #include "photometric.h"
 
@@ -9,7 +9,9 @@
 #include <new>
 
 #include "kernels.h"
-#include "parameters.h"
+#include "spec.h"
+
+#define EXPORT __attribute__((visibility("default")))
 
 namespace {
 
@@ -18,7 +20,7 @@ using namespace views;
 constexpr int BLOCK = 1024;  // pixels that pass all operations while they are in the first cache
 
 // The n-th permutation of 0 .. 3 in lexicographic order, as itertools gives them.
-void order_of(int n, int* order) {
+void fill_order(int n, int* order) {
   for (int i = 0; i < 4; i++) order[i] = i;
   for (; n > 0; n--) std::next_permutation(order, order + 4);
 }
@@ -39,32 +41,32 @@ namespace avx512 {
 END_KERNELS
 #endif
 
-// Memory kept by the thread.
+// Memory that a thread keeps for its next image.
 template <typename T>
-struct Kept {
+struct ThreadMemory {
   T* values = nullptr;
   size_t size = 0;
-  bool ensure(size_t wanted) {
-    if (wanted <= size) return true;
+  bool ensure(size_t count) {
+    if (count <= size) return true;
     delete[] values;
-    values = new (std::nothrow) T[wanted];
-    size = values ? wanted : 0;
+    values = new (std::nothrow) T[count];
+    size = values ? count : 0;
     return values;
   }
-  ~Kept() { delete[] values; }
+  ~ThreadMemory() { delete[] values; }
 };
-thread_local Kept<uint16_t> planes;  // two padded planes of 16-bit pixels for the blur
-thread_local Kept<uint8_t> copy;     // the image being changed
+thread_local ThreadMemory<uint16_t> planes;  // two padded planes of 16-bit pixels for the blur
+thread_local ThreadMemory<uint8_t> copy;     // the image being changed
 
 }  // namespace
 
 namespace views {
 
-bool augment(uint8_t* image, int height, int width, const float* row) {
-  const size_t reach = row[BOX_RADIUS] >= 0 ? size_t(row[BOX_RADIUS]) + 1 : 0;
+bool augment(uint8_t* image, int height, int width, const float* params) {
+  const size_t reach = params[BOX_RADIUS] >= 0 ? size_t(params[BOX_RADIUS]) + 1 : 0;
   const size_t size = (height + 2 * reach) * (width + 2 * reach);
   if (!planes.ensure(2 * size)) return false;
-  ON_THIS_CPU(augment(image, height, width, row, planes.values, planes.values + size));
+  ON_THIS_CPU(augment(image, height, width, params, planes.values, planes.values + size));
   return true;
 }
 
@@ -79,17 +81,18 @@ void normalise(const uint8_t* image, size_t plane, const float* scale, const flo
 
 extern "C" {
 
-// Images (count, 3, height, width) with the colours that their rows (count, 10) ask for, normalised to
-// `out` of the same shape: float32 if kind is 0, bfloat16 if it is 1. Returns 0, or 1 without memory.
-__attribute__((visibility("default"))) int mocov3_photometric(
-    const uint8_t* images, const float* rows, int64_t count, int height, int width,
-    const float* scale, const float* shift, int kind, void* out) {
+// Views of crops (count, 3, height, width): colours as their rows (count, PARAMETERS) say,
+// normalised to `out` of the same shape, float32 if kind is 0, bfloat16 if it is 1. Returns 0, or 1
+// without memory.
+EXPORT int mocov3_make_views(const uint8_t* crops, const float* params, int64_t count, int height,
+                             int width, const float* scale, const float* shift, int kind,
+                             void* out) {
   const size_t plane = size_t(height) * width;
   if (!copy.ensure(3 * plane)) return 1;
   uint8_t* image = copy.values;
   for (int64_t i = 0; i < count; i++) {
-    std::memcpy(image, images + 3 * plane * i, 3 * plane);
-    if (!views::augment(image, height, width, rows + i * views::PARAMETERS)) return 1;
+    std::memcpy(image, crops + 3 * plane * i, 3 * plane);
+    if (!views::augment(image, height, width, params + i * views::PARAMETERS)) return 1;
     if (kind == 0)
       views::normalise(image, plane, scale, shift, static_cast<float*>(out) + 3 * plane * i);
     else
@@ -98,12 +101,12 @@ __attribute__((visibility("default"))) int mocov3_photometric(
   return 0;
 }
 
-// The same colours in place. Returns 0, or 1 without memory.
-__attribute__((visibility("default"))) int mocov3_augment(uint8_t* images, const float* rows,
-                                                          int64_t count, int height, int width) {
+// The same colours in place, without the normalisation. Returns 0, or 1 without memory.
+EXPORT int mocov3_augment_crops(uint8_t* crops, const float* params, int64_t count, int height,
+                                int width) {
   const size_t image = 3 * size_t(height) * width;
   for (int64_t i = 0; i < count; i++)
-    if (!views::augment(images + image * i, height, width, rows + i * views::PARAMETERS)) return 1;
+    if (!views::augment(crops + image * i, height, width, params + i * views::PARAMETERS)) return 1;
   return 0;
 }
 

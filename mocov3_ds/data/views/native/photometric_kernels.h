@@ -1,8 +1,9 @@
-// Included once per instruction set (kernels.h), inside a namespace.
+// Colour work on planes of pixels. Included once per instruction set (kernels.h), inside a
+// namespace.
 //
-// The arithmetic of mocov3_ds/data/views/photometric.py, operation by operation: whole numbers 0 .. 255 in
-// float32, one rounding per operation as written there. Loops are plain so that a compiler turns
-// them into vectors; no contraction of multiply and add is allowed (see pyproject.toml).
+// The arithmetic of mocov3_ds/data/views/photometric.py, operation by operation: whole numbers 0 ..
+// 255 in float32, one rounding per operation as written there. Loops are plain so that a compiler
+// turns them into vectors; no contraction of multiply and add is allowed (see pyproject.toml).
 
 struct Block {
   float r[BLOCK], g[BLOCK], b[BLOCK];
@@ -18,18 +19,18 @@ static void store_plane(const float* x, int count, uint8_t* out) {
   for (int i = 0; i < count; i++) out[i] = uint8_t(int(x[i]));
 }
 
-static inline float truncated(float x) {
+static inline float truncate(float x) {
   x = x < 0.0f ? 0.0f : x;
   x = x > 255.0f ? 255.0f : x;
   return float(int(x));
 }
 
 static void brightness_plane(float* x, int count, float factor) {
-  for (int i = 0; i < count; i++) x[i] = truncated(x[i] * factor);
+  for (int i = 0; i < count; i++) x[i] = truncate(x[i] * factor);
 }
 
 static void blend_plane(float* x, int count, float base, float factor) {
-  for (int i = 0; i < count; i++) x[i] = truncated((x[i] - base) * factor + base);
+  for (int i = 0; i < count; i++) x[i] = truncate((x[i] - base) * factor + base);
 }
 
 static inline int luma(float r, float g, float b) {
@@ -45,17 +46,17 @@ static int luma_sum(const Block& x, int count) {
 static void saturation(Block& x, int count, float factor) {
   for (int i = 0; i < count; i++) {
     const float base = float(luma(x.r[i], x.g[i], x.b[i]));
-    x.r[i] = truncated((x.r[i] - base) * factor + base);
-    x.g[i] = truncated((x.g[i] - base) * factor + base);
-    x.b[i] = truncated((x.b[i] - base) * factor + base);
+    x.r[i] = truncate((x.r[i] - base) * factor + base);
+    x.g[i] = truncate((x.g[i] - base) * factor + base);
+    x.b[i] = truncate((x.b[i] - base) * factor + base);
   }
 }
 
-static inline float turned(float hue, float ahead, float saturation, float value) {
-  float place = hue + ahead;
-  place = place >= 1530.0f ? place - 1530.0f : place;
-  const float other = 1020.0f - place;
-  float weight = place < other ? place : other;
+static inline float channel_value(float hue, float ahead, float saturation, float value) {
+  float position = hue + ahead;
+  position = position >= 1530.0f ? position - 1530.0f : position;
+  const float descending = 1020.0f - position;
+  float weight = position < descending ? position : descending;
   weight = weight < 0.0f ? 0.0f : weight;
   weight = weight > 255.0f ? 255.0f : weight;
   return float(int((65025.0f - weight * saturation) * value * float(1.0 / 65025.0) + 0.5f));
@@ -77,22 +78,22 @@ static void hue(Block& x, int count, float turn) {
     sector = red == 0.0f ? blue - green : sector;
     sector /= 6.0f;
     sector = sector < 0.0f ? sector + 1.0f : sector;
-    float turned_hue = float(int(sector * 255.0f)) + turn;
-    turned_hue = turned_hue >= 256.0f ? turned_hue - 256.0f : turned_hue;
-    turned_hue *= 6.0f;
-    const float whole = value < 1.0f ? 1.0f : value;
-    const float saturation = float(int(chroma * 255.0f / whole));
-    x.r[i] = turned(turned_hue, 1275.0f, saturation, value);
-    x.g[i] = turned(turned_hue, 765.0f, saturation, value);
-    x.b[i] = turned(turned_hue, 255.0f, saturation, value);
+    float new_hue = float(int(sector * 255.0f)) + turn;
+    new_hue = new_hue >= 256.0f ? new_hue - 256.0f : new_hue;
+    new_hue *= 6.0f;
+    const float divisor_of_value = value < 1.0f ? 1.0f : value;
+    const float saturation = float(int(chroma * 255.0f / divisor_of_value));
+    x.r[i] = channel_value(new_hue, 1275.0f, saturation, value);
+    x.g[i] = channel_value(new_hue, 765.0f, saturation, value);
+    x.b[i] = channel_value(new_hue, 255.0f, saturation, value);
   }
 }
 
 // Jitter operations turn[0 .. count) of `order`, on one block.
-static void jitter(Block& x, int pixels, const int* order, int count, const float* row,
+static void jitter(Block& x, int pixels, const int* order, int count, const float* params,
                    float mean) {
   for (int i = 0; i < count; i++) {
-    const float factor = row[order[i]];
+    const float factor = params[order[i]];
     switch (order[i]) {
       case BRIGHTNESS:
         brightness_plane(x.r, pixels, factor);
@@ -104,33 +105,30 @@ static void jitter(Block& x, int pixels, const int* order, int count, const floa
         blend_plane(x.g, pixels, mean, factor);
         blend_plane(x.b, pixels, mean, factor);
         break;
-      case SATURATION:
-        saturation(x, pixels, factor);
-        break;
-      default:
-        hue(x, pixels, factor);
+      case SATURATION: saturation(x, pixels, factor); break;
+      default: hue(x, pixels, factor);
     }
   }
 }
 
-// Jitter and grey, in place. The contrast needs the mean luma of all that comes before it.
-static void colours(uint8_t* image, size_t plane, const float* row) {
-  const bool jittered = row[ORDER] >= 0, grey = row[GREY] > 0;
+// Jitter and grey, in position. The contrast needs the mean luma of all that comes before it.
+static void change_colours(uint8_t* image, size_t plane, const float* params) {
+  const bool jittered = params[ORDER] >= 0, grey = params[GREY] > 0;
   if (!jittered && !grey) return;
   Block x;
-  int order[4], before = 0, count = 0;
+  int order[4], contrast_turn = 0, count = 0;
   float mean = 0;
   if (jittered) {
-    order_of(int(row[ORDER]), order);
+    fill_order(int(params[ORDER]), order);
     count = 4;
-    while (order[before] != CONTRAST) before++;
+    while (order[contrast_turn] != CONTRAST) contrast_turn++;
     int64_t total = 0;
     for (size_t start = 0; start < plane; start += BLOCK) {
       const int pixels = plane - start < BLOCK ? int(plane - start) : BLOCK;
       load(image + start, plane, pixels, x);
-      jitter(x, pixels, order, before, row, 0);
+      jitter(x, pixels, order, contrast_turn, params, 0);
       total += luma_sum(x, pixels);
-      if (!before) continue;
+      if (!contrast_turn) continue;
       store_plane(x.r, pixels, image + start);
       store_plane(x.g, pixels, image + plane + start);
       store_plane(x.b, pixels, image + 2 * plane + start);
@@ -140,7 +138,7 @@ static void colours(uint8_t* image, size_t plane, const float* row) {
   for (size_t start = 0; start < plane; start += BLOCK) {
     const int pixels = plane - start < BLOCK ? int(plane - start) : BLOCK;
     load(image + start, plane, pixels, x);
-    jitter(x, pixels, order + before, count - before, row, mean);
+    jitter(x, pixels, order + contrast_turn, count - contrast_turn, params, mean);
     if (grey) {  // one plane is enough until the end
       for (int i = 0; i < pixels; i++) image[start + i] = uint8_t(luma(x.r[i], x.g[i], x.b[i]));
       continue;
@@ -161,8 +159,9 @@ static inline void box_pass(const uint16_t* in, ptrdiff_t step, int count, int r
   } else if (radius == 1) {
     const uint16_t *a = in - 2 * step, *b = in - step, *c = in + step, *d = in + 2 * step;
     for (int i = 0; i < count; i++)
-      out[i] = uint16_t((uint32_t(b[i] + in[i] + c[i]) * weight + uint32_t(a[i] + d[i]) * edge +
-                         (1u << 23)) >> 24);
+      out[i] = uint16_t(
+          (uint32_t(b[i] + in[i] + c[i]) * weight + uint32_t(a[i] + d[i]) * edge + (1u << 23)) >>
+          24);
   } else {
     for (int i = 0; i < count; i++) {
       uint32_t middle = 0;
@@ -173,12 +172,12 @@ static inline void box_pass(const uint16_t* in, ptrdiff_t step, int count, int r
   }
 }
 
-// Three box passes along each axis, each rounded to 8 bits; borders repeat. `first` and `second` hold
-// height + 2 * reach rows of width + 2 * reach values.
-static void blur(uint8_t* image, int height, int width, const float* row, uint16_t* first,
+// Three box passes along each axis, each rounded to 8 bits; borders repeat. `first` and `second`
+// hold height + 2 * reach rows of width + 2 * reach values.
+static void blur(uint8_t* image, int height, int width, const float* params, uint16_t* first,
                  uint16_t* second) {
-  const int radius = int(row[BOX_RADIUS]), reach = radius + 1;
-  const uint32_t weight = uint32_t(row[BOX_WEIGHT]), edge = uint32_t(row[BOX_EDGE]);
+  const int radius = int(params[BOX_RADIUS]), reach = radius + 1;
+  const uint32_t weight = uint32_t(params[BOX_WEIGHT]), edge = uint32_t(params[BOX_EDGE]);
   const ptrdiff_t stride = width + 2 * reach;
   for (int y = 0; y < height; y++) {
     uint16_t* line = first + stride * (y + reach) + reach;
@@ -211,16 +210,16 @@ static void solarise(uint8_t* x, size_t count) {
   for (size_t i = 0; i < count; i++) x[i] = x[i] < 128 ? x[i] : uint8_t(255 - x[i]);
 }
 
-// All but the normalisation, in place.
-static void augment(uint8_t* image, int height, int width, const float* row, uint16_t* first,
+// All but the normalisation, in position.
+static void augment(uint8_t* image, int height, int width, const float* params, uint16_t* first,
                     uint16_t* second) {
   const size_t plane = size_t(height) * width;
-  colours(image, plane, row);
-  const bool grey = row[GREY] > 0;
+  change_colours(image, plane, params);
+  const bool grey = params[GREY] > 0;
   const int planes = grey ? 1 : 3;
-  if (row[BOX_RADIUS] >= 0)
-    for (int c = 0; c < planes; c++) blur(image + c * plane, height, width, row, first, second);
-  if (row[SOLARISE] > 0) solarise(image, planes * plane);
+  if (params[BOX_RADIUS] >= 0)
+    for (int c = 0; c < planes; c++) blur(image + c * plane, height, width, params, first, second);
+  if (params[SOLARISE] > 0) solarise(image, planes * plane);
   if (grey) {
     std::memcpy(image + plane, image, plane);
     std::memcpy(image + 2 * plane, image, plane);

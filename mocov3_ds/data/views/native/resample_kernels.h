@@ -1,9 +1,9 @@
-// Included once per instruction set (kernels.h), inside a namespace; AVX2 and AVX512 are defined to 0
-// or 1.
+// Weighs pixels along rows and columns. Included once per instruction set (kernels.h), inside a
+// namespace; AVX2 and AVX512 are defined to 0 or 1.
 //
 // Pillow's bilinear resampling with antialiasing, bit for bit: weights are whole numbers of 1/2^22,
-// columns first, then rows, each rounded to 8 bits. A weight k is kept as high * 2^11 + low, so that
-// 16-bit multiply-adds, of which there are fast ones, give the exact 32-bit sum.
+// columns first, then rows, each rounded to 8 bits. A weight k is kept as high * 2^11 + low, so
+// that 16-bit multiply-adds, of which there are fast ones, give the exact 32-bit sum.
 
 // One row of RGBX pixels to one row of three planes (`plane` bytes apart): weighs along the row.
 // `pixels` is readable 16 bytes past the last pixel.
@@ -28,12 +28,12 @@ static void weigh_columns(const Axis& axis, const uint8_t* pixels, uint8_t* out,
     __m512i high = _mm512_setzero_si512(), low = half;
     for (int step = 0; step < axis.steps[x / GROUP]; step++, k++) {
       // Weights beyond a pixel's own taps are 0, and what is read there is inside the row's slack.
-      const __m256i ab = _mm256_inserti128_si256(
-          _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a + step)),
-          _mm_loadu_si128((const __m128i*)b + step), 1);
-      const __m256i cd = _mm256_inserti128_si256(
-          _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)c + step)),
-          _mm_loadu_si128((const __m128i*)d + step), 1);
+      const __m256i ab =
+          _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a + step)),
+                                  _mm_loadu_si128((const __m128i*)b + step), 1);
+      const __m256i cd =
+          _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)c + step)),
+                                  _mm_loadu_si128((const __m128i*)d + step), 1);
       const __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(ab), cd, 1);
       const __m512i v01 = _mm512_shuffle_epi8(v, pair01), v23 = _mm512_shuffle_epi8(v, pair23);
       const __m512i w = _mm512_loadu_si512(k);
@@ -54,14 +54,14 @@ static void weigh_columns(const Axis& axis, const uint8_t* pixels, uint8_t* out,
     const uint8_t* a = pixels + 4 * axis.first[x];
     const uint8_t* b = pixels + 4 * axis.first[x + 1];
     const int group = x / GROUP * GROUP;
-    const auto* k = (const __m256i*)(axis.packed + size_t(group) * axis.stride * PACKED) +
-                    (x - group) / 2;
+    const auto* k =
+        (const __m256i*)(axis.packed + size_t(group) * axis.stride * PACKED) + (x - group) / 2;
     __m256i high = _mm256_setzero_si256(), low = half;
     for (int step = 0; step < axis.steps[x / GROUP]; step++, k += 2) {
       // Weights beyond a pixel's own taps are 0, and what is read there is inside the row's slack.
-      const __m256i v = _mm256_inserti128_si256(
-          _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a + step)),
-          _mm_loadu_si128((const __m128i*)b + step), 1);
+      const __m256i v =
+          _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)a + step)),
+                                  _mm_loadu_si128((const __m128i*)b + step), 1);
       const __m256i v01 = _mm256_shuffle_epi8(v, pair01), v23 = _mm256_shuffle_epi8(v, pair23);
       const __m256i w = _mm256_loadu_si256(k);
       high = _mm256_add_epi32(high, _mm256_madd_epi16(v01, _mm256_shuffle_epi32(w, 0x00)));
@@ -146,8 +146,8 @@ static void weigh_rows(const Axis& axis, int y, const uint8_t* rows, size_t stri
     __m256i words = _mm256_packs_epi32(_mm256_srai_epi32(low0, WEIGHT_BITS),
                                        _mm256_srai_epi32(low1, WEIGHT_BITS));
     words = _mm256_permute4x64_epi64(words, 0xD8);
-    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words),
-                                           _mm256_extracti128_si256(words, 1));
+    const __m128i bytes =
+        _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i*)(out + x), bytes);
   }
 #else

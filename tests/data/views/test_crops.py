@@ -4,29 +4,29 @@ import numpy as np
 import pytest
 
 from mocov3_ds.data.views import decode, photometric
+from mocov3_ds.data.views.crops import make_crops
 from mocov3_ds.data.views.decode import UnreadableImage
-from mocov3_ds.data.views.pairs import make_pair
+from mocov3_ds.data.views.draw import draw_views
+from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
 from tests.data.pictures import picture, stored
 
-SPEC = photometric.ViewSpec()
+SPEC = ViewSpec()
 
 
 @pytest.fixture(autouse=True, params=["native", "simplejpeg", "pillow"])
 def decoder(request, monkeypatch):
     monkeypatch.setenv("MOCOV3_DS_DECODER", request.param)
-    decode._choice.cache_clear()
-    absent = decode._absence(request.param)
+    absent = decode.explain_absence(request.param)
     if absent:
         pytest.skip(f"{request.param}: {absent}")
     yield request.param
-    decode._choice.cache_clear()
 
 
 def parts(data, sample, size):
-    height, width = decode.size_of(data)
-    boxes, flips, rows = photometric.draw(SPEC, 5, 2, sample, height, width)
+    height, width = decode.read_size(data)
+    boxes, flips, rows = draw_views(SPEC, 5, 2, sample, height, width)
     crops = np.zeros((2, 3, size, size), np.uint8)
-    decode.two_crops(data, boxes, flips, crops)
+    decode.cut_crops(data, boxes, flips, crops)
     return crops, rows
 
 
@@ -35,12 +35,12 @@ def parts(data, sample, size):
 @pytest.mark.parametrize("augment", [False, True])
 def test_a_pair_is_its_parts(kind, mode, augment):
     data = stored(picture(120, 90).convert(mode), kind)
-    crops, rows = np.zeros((2, 3, 40, 40), np.uint8), np.zeros((2, 10), np.float32)
+    crops, rows = np.zeros((2, 3, 40, 40), np.uint8), np.zeros((2, PARAMETERS), np.float32)
     for sample in range(8):
         expected, expected_rows = parts(data, sample, 40)
         if augment:
-            photometric.augment(expected, expected_rows)
-        make_pair(data, SPEC, 5, 2, sample, crops, rows, augment=augment)
+            photometric.augment_crops(expected, expected_rows)
+        make_crops(data, SPEC, 5, 2, sample, crops, rows, augment=augment)
         np.testing.assert_array_equal(crops, expected)
         np.testing.assert_array_equal(rows, expected_rows)
 
@@ -48,10 +48,10 @@ def test_a_pair_is_its_parts(kind, mode, augment):
 def test_a_pair_fits_into_strided_buffers():
     data = stored(picture())
     ring = np.zeros((2, 7, 3, 24, 24), np.uint8)
-    rows = np.zeros((2, 7, 10), np.float32)
-    make_pair(data, SPEC, 5, 2, 3, ring[:, 4], rows[:, 4], augment=True)
+    rows = np.zeros((2, 7, PARAMETERS), np.float32)
+    make_crops(data, SPEC, 5, 2, 3, ring[:, 4], rows[:, 4], augment=True)
     crops, expected_rows = parts(data, 3, 24)
-    photometric.augment(crops, expected_rows)
+    photometric.augment_crops(crops, expected_rows)
     np.testing.assert_array_equal(ring[:, 4], crops)
     np.testing.assert_array_equal(rows[:, 4], expected_rows)
     others = [0, 1, 2, 3, 5, 6]
@@ -60,6 +60,6 @@ def test_a_pair_fits_into_strided_buffers():
 
 @pytest.mark.parametrize("data", [b"", b"text", stored(picture())[:900]])
 def test_unreadable_bytes_say_why(data):
-    crops, rows = np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 10), np.float32)
+    crops, rows = np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, PARAMETERS), np.float32)
     with pytest.raises(UnreadableImage, match=r"empty file|not an image|truncated"):
-        make_pair(data, SPEC, 0, 0, 0, crops, rows)
+        make_crops(data, SPEC, 0, 0, 0, crops, rows)
