@@ -22,10 +22,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from mocov3_ds.checkpoints import checkpoint
+from mocov3_ds.checkpoints import checkpoint_writer
 from mocov3_ds.checkpoints.saver import Saver
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import compute_dtype, engine_config, full_tensors, start_engine
+from mocov3_ds.distributed.engine import full_tensors, start_engine
+from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
 from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import PAPER_SHAPES
@@ -73,7 +74,7 @@ def main(options: Options) -> None:
         run = Path(ranks.broadcast_object(made))
         step()  # compiles, allocates
         alone = statistics.median(step() for _ in range(options.repeats))
-        size = sum(size for _, _, size in checkpoint.parts(groups()))
+        size = sum(size for _, _, size in checkpoint_writer.gather_tensor_files(groups()))
         ways: dict[str, tuple[bool, float]] = {
             "foreground (`--save.background False`)": (False, 1e12),
             "background": (True, 1e12),
@@ -93,7 +94,7 @@ def main(options: Options) -> None:
 def cost(
     saver: Saver,
     number: int,
-    groups: Callable[[], dict[str, checkpoint.Tensors]],
+    groups: Callable[[], dict[str, checkpoint_writer.NamedTensors]],
     step: Callable[[], float],
     alone: float,
     *,
@@ -154,7 +155,7 @@ def print_table(
 
 def prepare(
     options: Options, device: torch.device
-) -> tuple[Callable[[], float], Callable[[], dict[str, checkpoint.Tensors]]]:
+) -> tuple[Callable[[], float], Callable[[], dict[str, checkpoint_writer.NamedTensors]]]:
     """A step that returns its seconds, and what a run saves."""
     shape = EncoderShape(vit=PAPER_SHAPES[options.shape])
     given: dict[str, Any] = {"zero_optimization": {"stage": options.stage}}
@@ -189,7 +190,7 @@ def prepare(
         for name, state in optimizer.full_state("weight"):
             yield name, state["weight"]
 
-    def groups() -> dict[str, checkpoint.Tensors]:
+    def groups() -> dict[str, checkpoint_writer.NamedTensors]:
         return {"base": weights(), "optimizer": moments(), "momentum": encoder.full_state()}
 
     return step, groups

@@ -1,20 +1,16 @@
-"""The run's whole state on disk: written aside, renamed, free of any layout, verified on reading.
+"""What a checkpoint looks like on disk, and how it is found and read.
 
-    RUN/config.json                      the resolved configuration, before step 0
-    RUN/checkpoints/step-00000500/       one folder a step
+    RUN/config.json                      the resolved configuration, written before step 0
+    RUN/checkpoints/step-00000500/       one folder for each saved step
         base-0.safetensors ...           base encoder: fp32 weights, frozen tensors, buffers
         momentum-0.safetensors ...       momentum encoder, fp32
-        optimizer-0.safetensors ...      "exp_avg/NAME" and the like, whole tensors
-        extra-0.safetensors              what the k-NN monitor remembers
+        optimizer-0.safetensors ...      "exp_avg/NAME" and the like, full tensors
+        extra-0.safetensors              queues of the k-NN monitor
         state.json                       step, optimizer step count, versions, sha256 of each file
     RUN/checkpoints/latest               name of the newest complete folder
 
-No file knows the world size, the ZeRO stage or the precision it was written under, and none holds
-a pickle. Tensors are written in parts of bounded size, so rank 0 never holds them all.
-
-The order on disk is what makes a kill or a power cut harmless: files, their digests, the folder
-itself, each waited for; then the folder's final name; then `latest`; then old folders go, by a
-rename first, so that no half-deleted folder ever has the name of a checkpoint.
+No file depends on the world size, the ZeRO stage or the precision of the run that wrote it, and
+none holds a pickle. `checkpoint_writer` writes these folders.
 """
 
 import hashlib
@@ -22,306 +18,73 @@ import json
 import logging
 import math
 import re
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mocov3_ds.data.storage.atomic import digest, sync, write_text
+from mocov3_ds.data.storage.atomic import digest_file
 from mocov3_ds.distributed import ranks
 from mocov3_ds.version import __version__
-
-__all__ = [
-    "FORMAT", "Checkpoint", "Part", "Refused", "Tensors", "drop", "drop_after",
-    "folders", "install", "newest", "newest_of_all_ranks", "parts", "read_state", "save", "staying",
-    "step_of", "sweep", "write",
-]  # fmt: skip
 
 FORMAT = 1
 """Layout of a checkpoint folder; later formats keep `state.json` with `format` and `digest`."""
 
-_PART_BYTES = 256 * 2**20
 _log = logging.getLogger("mocov3_ds")
 
-Tensors = Iterable[tuple[str, Tensor]]
-Part = tuple[str, dict[str, Tensor], int]
-"""name of the file to be, its tensors, their bytes"""
 
+class CheckpointRefusedError(ValueError):
+    """A checkpoint that may be complete but cannot be read by this version or this user.
 
-class Refused(ValueError):  # noqa: N818 - it says what happens to the checkpoint
-    """A checkpoint that is not damaged and yet cannot be read here; none before it may be taken."""
-
-
-# ---------------------------------------------------------------------------------------- writing
-
-
-def save(
-    run: Path,
-    step: int,
-    groups: Mapping[str, Tensors],
-    state: Mapping[str, Any],
-    *,
-    keep: int,
-    keep_every: int = 0,
-) -> Path:
-    """Write a checkpoint and wait for it; all ranks must call and iterate, rank 0 writes.
-
-    The folder gets its name only when complete and on disk, and `latest` names it only then: a
-    kill at any moment leaves the former checkpoint in force.
-
-    Args:
-        run: run folder.
-        step: optimizer steps done.
-        groups: named streams of (tensor name, whole tensor), iterated in order.
-        state: JSON values to keep beside them.
-        keep: newest checkpoints that stay.
-        keep_every: those of multiples of so many steps stay as well; 0 = none.
-
-    Returns:
-        the checkpoint's folder.
-
-    Raises:
-        ValueError: it could not be written; on each rank, and the former one is in force.
+    Nobody may silently take an older checkpoint instead of it.
     """
-    of_all = parts(groups)
-    trouble: OSError | None = None
-    if ranks.is_first():
-        try:
-            write(run, step, of_all, state, keep=keep, keep_every=keep_every)
-        except OSError as error:
-            trouble = error
-    for _ in of_all:  # what is gathered is gathered by all ranks, also after the disk failed
-        pass
-
-    def tell() -> None:
-        if trouble is not None:
-            raise trouble
-
-    ranks.first_does(tell)
-    return _folder(run, step)
-
-
-def parts(groups: Mapping[str, Tensors]) -> Iterator[Part]:
-    """Copies in host memory of all tensors, in parts of bounded size; all ranks must iterate.
-
-    Yields:
-        on the first rank a file's name and content; on the others the same name and no tensors.
-    """
-    for group, tensors in groups.items():
-        index, size, part = 0, 0, dict[str, Tensor]()
-        for name, tensor in tensors:
-            if ranks.is_first():
-                part[name] = _host_copy(tensor)
-            size += tensor.numel() * tensor.element_size()
-            if size >= _PART_BYTES:
-                yield f"{group}-{index}.safetensors", part, size
-                index, size, part = index + 1, 0, {}
-        if size or part:
-            yield f"{group}-{index}.safetensors", part, size
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    """A copy that no later step changes."""
-    here = tensor.detach().cpu()
-    if here.data_ptr() == tensor.data_ptr():
-        here = here.clone(memory_format=torch.contiguous_format)
-    return here.contiguous()
-
-
-def write(
-    run: Path,
-    step: int,
-    of_all: Iterable[Part],
-    state: Mapping[str, Any],
-    *,
-    keep: int,
-    keep_every: int = 0,
-    spare: Collection[str] = (),
-) -> Path:
-    """Write what `parts` gave; this process alone, on whatever thread.
-
-    Args:
-        run: run folder.
-        step: optimizer steps done.
-        of_all: the parts.
-        state: JSON values to keep beside them.
-        keep: newest checkpoints that stay.
-        keep_every: those of multiples of so many steps stay as well; 0 = none.
-        spare: names of folders that somebody is reading.
-
-    Returns:
-        the checkpoint's folder.
-
-    Raises:
-        OSError: it could not be written; nothing of it is left and the former one is in force.
-    """
-    folder = run / "checkpoints"
-    aside = folder / f"writing-{step:08d}"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        digests: dict[str, str] = {}
-        for name, tensors, _ in of_all:
-            _save_file(tensors, aside / name)
-            sync(aside / name)
-            digests[name] = digest(aside / name)
-            tensors.clear()  # the copies are needed no more, and the next ones are on their way
-        versions = {"format": FORMAT, "version": __version__, "torch": torch.__version__}
-        whole = {**state, "step": step, "files": digests, **versions}
-        write_text(aside / "state.json", json.dumps({**whole, "digest": _seal(whole)}, indent=1))
-        final = install(aside, run, step)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
-        raise
-    _prune(folder, step, keep, keep_every, spare)
-    return final
-
-
-def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, str(path))
-    except SafetensorError as error:  # its name for trouble with the disk
-        raise OSError(f"{path}: {error}") from None
-
-
-def install(aside: Path, run: Path, step: int) -> Path:
-    """Give a complete folder the name of its step, and make `latest` name it.
-
-    Raises:
-        OSError: the disk refused it.
-    """
-    folder, final = run / "checkpoints", _folder(run, step)
-    replaced = folder / f"replaced-{step:08d}"
-    sync(aside)
-    if final.exists():  # damaged, or of a past that was rewound
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.replace(replaced)
-    aside.replace(final)
-    sync(folder)
-    write_text(folder / "latest", final.name + "\n")
-    shutil.rmtree(replaced, ignore_errors=True)
-    return final
-
-
-def _prune(folder: Path, step: int, keep: int, keep_every: int, spare: Collection[str]) -> None:
-    """Let old checkpoints go, and those of a later step: the run has gone another way since."""
-    steps = [step_of(path) for path in folders(folder.parent)]
-    for other in set(steps) - staying(steps, step, keep, keep_every):
-        path = _folder(folder.parent, other)
-        try:
-            if path.name not in spare:
-                drop(path)
-        except OSError as error:
-            _log.warning("old checkpoint %s cannot be removed: %s", path, error)
-
-
-def staying(steps: Iterable[int], step: int, keep: int, keep_every: int) -> set[int]:
-    """Which of the checkpoints at `steps` stay once the one at `step` is complete."""
-    past = sorted(s for s in steps if s <= step)
-    return {s for s in past if keep_every and s % keep_every == 0} | {*past[-max(keep, 1) :]}
-
-
-def drop(checkpoint: Path) -> None:
-    """Remove a checkpoint; killed halfway, it is none any more.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
-    gone = checkpoint.with_name(checkpoint.name.replace("step-", "gone-"))
-    shutil.rmtree(gone, ignore_errors=True)
-    checkpoint.replace(gone)
-    shutil.rmtree(gone)
-
-
-def drop_after(run: Path, step: int) -> None:
-    """Remove the checkpoints after the one at `step`, from where the run goes another way.
-
-    Raises:
-        OSError: one cannot be removed.
-    """
-    later = [path for path in folders(run) if step_of(path) > step]
-    if later:
-        write_text(run / "checkpoints" / "latest", _folder(run, step).name + "\n")
-    for path in reversed(later):
-        drop(path)
-
-
-def sweep(run: Path) -> None:
-    """Clear away what a killed job left in `checkpoints`; only for the holder of the lock.
-
-    Raises:
-        OSError: the folder cannot be changed.
-    """
-    folder = run / "checkpoints"
-    for replaced in folder.glob("replaced-*"):
-        final = folder / replaced.name.replace("replaced-", "step-")
-        if not final.exists():  # killed between the two renames
-            replaced.replace(final)
-    for pattern in ("writing-*", "gone-*", "replaced-*"):
-        for left in folder.glob(pattern):
-            shutil.rmtree(left)
-
-
-def folders(run: Path) -> list[Path]:
-    """Folders of complete checkpoints, damaged ones too, oldest first."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def step_of(folder: Path) -> int:
-    """Step that a folder's name tells."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def _folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-# ---------------------------------------------------------------------------------------- reading
 
 
 class Checkpoint:
-    """A checkpoint folder, read tensor by tensor without unpickling anything.
+    """A checkpoint folder; tensors are read one by one, and nothing is unpickled.
+
+    Args:
+        folder: The checkpoint's folder, `RUN/checkpoints/step-NNNNNNNN`.
 
     Raises:
-        ValueError: it is damaged (`state.json` is checked, of the tensors the outer form) or,
-            as `Refused`, of a later version.
-        OSError: it cannot be read.
+        ValueError: The folder is damaged (`state.json` is checked completely, of the tensor files
+            only the header), or it is of a later version (`CheckpointRefusedError`).
+        OSError: The folder cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state = read_state(folder)
-        self._where: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, dict[str, Any]] = {}  # group -> tensor name -> open file
         for name in self.state["files"]:
             group = name.rpartition("-")[0]
             try:
-                file = safe_open(str(folder / name), framework="pt")
+                file: Any = safe_open(str(folder / name), framework="pt")
             except SafetensorError as error:
                 raise ValueError(f"{name} is no complete safetensors file ({error})") from None
-            self._where.setdefault(group, {}).update(dict.fromkeys(_names(file), file))
+            self._files.setdefault(group, {}).update(dict.fromkeys(file.keys(), file))
 
     @property
     def step(self) -> int:
-        """Optimizer steps done when it was written."""
+        """Number of optimizer steps that were done when the checkpoint was written."""
         return int(self.state["step"])
 
     @property
     def position(self) -> int:
-        """Global batches that the run had gone through: as many as steps, unless it was rewound."""
+        """Number of global batches that the run had used: equal to `step` unless it was rewound."""
         return int(self.state.get("position", self.step))
 
-    def value(self, name: str) -> Any:
-        """One of the JSON values beside the tensors.
+    def state_value(self, name: str) -> Any:
+        """Return one of the JSON values that are stored beside the tensors.
+
+        Args:
+            name: Key of the value in `state.json`.
 
         Raises:
-            ValueError: this checkpoint has no such value.
+            ValueError: The checkpoint has no such value.
         """
         if name not in self.state:
             raise ValueError(
@@ -330,51 +93,60 @@ class Checkpoint:
             )
         return self.state[name]
 
-    def names(self, group: str) -> list[str]:
-        """Tensors of a group (`base`, `momentum`, `optimizer`, `extra`)."""
-        return sorted(self._where.get(group, {}))
+    def tensor_names(self, group: str) -> list[str]:
+        """Return the sorted tensor names of a group.
 
-    def tensor(self, group: str, name: str) -> Tensor:
-        """One whole tensor on the CPU.
+        Args:
+            group: One of `base`, `momentum`, `optimizer`, `extra`.
+        """
+        return sorted(self._files.get(group, {}))
+
+    def read_tensor(self, group: str, name: str) -> Tensor:
+        """Read one full tensor into the memory of the CPU.
+
+        Args:
+            group: One of `base`, `momentum`, `optimizer`, `extra`.
+            name: Name of the tensor within its group.
 
         Raises:
-            ValueError: this checkpoint has no such tensor.
+            ValueError: The checkpoint has no such tensor.
         """
-        if name not in self._where.get(group, {}):
+        if name not in self._files.get(group, {}):
             raise ValueError(
                 f"checkpoint {self.folder} has no {group} tensor {name!r}; it is of another model "
                 "or optimizer."
             )
-        tensor: Tensor = self._where[group][name].get_tensor(name)
-        return tensor
+        return self._files[group][name].get_tensor(name)
 
-    def group(self, group: str) -> dict[str, Tensor]:
-        """All tensors of a group by name."""
-        return {name: self.tensor(group, name) for name in self.names(group)}
+    def read_group(self, group: str) -> dict[str, Tensor]:
+        """Read all tensors of a group, by name.
+
+        Args:
+            group: One of `base`, `momentum`, `optimizer`, `extra`.
+        """
+        return {name: self.read_tensor(group, name) for name in self.tensor_names(group)}
 
     def verify(self) -> None:
-        """Read every byte.
+        """Compare every byte of the tensor files with the digests in `state.json`.
 
         Raises:
-            ValueError: a file is not what was written.
-            OSError: a file cannot be read.
+            ValueError: The content of a file is not what was written.
+            OSError: A file cannot be read.
         """
-        for name, wanted in self.state["files"].items():
-            if digest(self.folder / name) != wanted:
+        for name, expected in self.state["files"].items():
+            if digest_file(self.folder / name) != expected:
                 raise ValueError(f"{name} is not what was written")
 
 
-def _names(file: Any) -> list[str]:
-    names: list[str] = file.keys()
-    return names
-
-
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `state.json`, compared with its own digest.
+    """Read `state.json` of a checkpoint folder and compare it with its own digest.
+
+    Args:
+        folder: The checkpoint's folder.
 
     Raises:
-        ValueError: it is damaged or, as `Refused`, of a later version.
-        OSError: it cannot be read.
+        ValueError: The file is damaged or of a later version (`CheckpointRefusedError`).
+        OSError: The file cannot be read.
     """
     try:
         state = json.loads((folder / "state.json").read_bytes())
@@ -382,13 +154,13 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = None
     if not isinstance(state, dict):
         raise ValueError("state.json is not what was written")
-    # before there was a format number there was no digest of the rest either
-    if ("format" in state or "digest" in state) and state.get("digest") != _seal(state):
+    # checkpoints from before the format number have no digest of the state either
+    if ("format" in state or "digest" in state) and state.get("digest") != state_digest(state):
         raise ValueError("state.json is not what was written")
     if not isinstance(state.get("format", FORMAT), int):
         raise ValueError("state.json has an impossible format number")
     if state.get("format", FORMAT) > FORMAT:
-        raise Refused(
+        raise CheckpointRefusedError(
             f"checkpoint {folder} was written by version {state.get('version')} in format "
             f"{state['format']}; version {__version__} reads up to format {FORMAT}. Install the "
             "newer version."
@@ -396,73 +168,129 @@ def read_state(folder: Path) -> dict[str, Any]:
     files = state.get("files")
     if not isinstance(state.get("step"), int) or not isinstance(files, dict):
         raise ValueError("state.json names no step or no files")
-    if any("/" in name or not isinstance(wanted, str) for name, wanted in files.items()):
+    if any("/" in name or not isinstance(value, str) for name, value in files.items()):
         raise ValueError("state.json names impossible files")
     return state
 
 
-def _seal(state: Mapping[str, Any]) -> str:
-    """Digest of all values of `state.json` but itself, as the file will have them."""
-    # a key that is a number becomes a word, and those sort otherwise
-    rest = json.loads(json.dumps({n: value for n, value in state.items() if n != "digest"}))
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def state_digest(state: Mapping[str, Any]) -> str:
+    """Compute the sha256 of all values of `state.json` except `digest` itself.
+
+    Args:
+        state: JSON values by name, with or without the key `digest`.
+    """
+    # a number as a key becomes text in JSON, and text sorts differently
+    values = json.loads(json.dumps({n: value for n, value in state.items() if n != "digest"}))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def newest(run: Path, before: float = math.inf) -> Checkpoint | None:
-    """The newest checkpoint of a run before a step whose files are what was written, or None.
+# ---------------------------------------------------------------------------------------- finding
 
-    Names are not believed: each byte is compared with its digest. A damaged folder is passed over
-    with a warning in favour of the one before. A run may be read while it trains and prunes.
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the folders of complete checkpoints, oldest first; damaged ones are among them.
+
+    Args:
+        run: The run folder, which may have no checkpoints yet.
+    """
+    paths = (run / "checkpoints").glob("step-*")
+    return sorted(path for path in paths if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return the path that a checkpoint of a step has once it is complete.
+
+    Args:
+        run: The run folder.
+        step: Number of optimizer steps done.
+    """
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def step_in_name(folder: Path) -> int:
+    """Return the step that the name of a checkpoint folder tells.
+
+    Args:
+        folder: A path whose last part is `step-NNNNNNNN`.
+    """
+    return int(folder.name.removeprefix("step-"))
+
+
+def find_newest(run: Path, before: float = math.inf) -> Checkpoint | None:
+    """Find the newest undamaged checkpoint of a run.
+
+    Each byte is compared with its digest. A damaged folder is passed over with a warning, and the
+    one before it is tried. The run may train and remove old checkpoints in the meantime.
+
+    Args:
+        run: The run folder.
+        before: Only checkpoints of earlier steps than this one are considered.
+
+    Returns:
+        The checkpoint, or None where there is no undamaged one.
 
     Raises:
-        ValueError: the newest may be whole but is not for us: of a later version, or forbidden.
+        ValueError: The newest may be undamaged but is of a later version or may not be read
+            (`CheckpointRefusedError`).
     """
-    passed: set[str] = set()
-    while left := [p for p in folders(run) if step_of(p) < before and p.name not in passed]:
+    damaged: set[str] = set()
+    while paths := [
+        path
+        for path in list_checkpoints(run)
+        if step_in_name(path) < before and path.name not in damaged
+    ]:
+        newest = paths[-1]
         try:
-            found = Checkpoint(left[-1])
-            found.verify()
-        except Refused:
+            checkpoint = Checkpoint(newest)
+            checkpoint.verify()
+        except CheckpointRefusedError:
             raise
         except PermissionError as error:
-            raise Refused(f"checkpoint {left[-1]} cannot be read: {error}.") from None
+            raise CheckpointRefusedError(f"checkpoint {newest} cannot be read: {error}.") from None
         except (OSError, ValueError) as error:
-            if left[-1].exists():  # and was not pruned in this moment
-                passed.add(left[-1].name)
-                _log.warning("passing over checkpoint %s: %s", left[-1], error)
+            if newest.exists():  # otherwise the run has just removed it
+                damaged.add(newest.name)
+                _log.warning("passing over checkpoint %s: %s", newest, error)
         else:
-            return found
+            return checkpoint
     return None
 
 
-def newest_of_all_ranks(run: Path, before: float = math.inf) -> Checkpoint | None:
-    """The same on each rank, and only the first reads every byte; all ranks must call.
+def find_newest_on_all_ranks(run: Path, before: float = math.inf) -> Checkpoint | None:
+    """Do what `find_newest` does, with the same result on each rank; all ranks must call.
+
+    Only the first rank reads every byte.
+
+    Args:
+        run: The run folder, on a file system that all ranks see.
+        before: Only checkpoints of earlier steps than this one are considered.
 
     Raises:
-        ValueError: there are checkpoints but none can be continued from, or not on each rank.
+        ValueError: There are checkpoints but all are damaged, or a rank cannot read the one that
+            the first rank found.
     """
-    folder: Path | None = ranks.first_does(partial(_to_continue, run, before))
+    folder: Path | None = ranks.run_on_first(partial(_find_folder_to_continue, run, before))
     if folder is None:
         return None
-    found, trouble = None, ""
+    checkpoint, message = None, ""
     try:
-        found = Checkpoint(folder)
+        checkpoint = Checkpoint(folder)
     except (OSError, ValueError) as error:
-        trouble = str(error)
-    for rank, words in enumerate(ranks.gather_objects(trouble)):
-        if words:
+        message = str(error)
+    for rank, rank_message in enumerate(ranks.gather_objects(message)):
+        if rank_message:
             raise ValueError(
-                f"rank {rank} cannot read checkpoint {folder}, which rank 0 can ({words}); put "
-                "--runs on a file system that all machines share."
+                f"rank {rank} cannot read checkpoint {folder}, which rank 0 can ({rank_message}); "
+                "put --runs on a file system that all machines share."
             )
-    return found
+    return checkpoint
 
 
-def _to_continue(run: Path, before: float) -> Path | None:
-    found, there = newest(run, before), folders(run)
-    if found is None and there and before == math.inf:
+def _find_folder_to_continue(run: Path, before: float) -> Path | None:
+    checkpoint, folders = find_newest(run, before), list_checkpoints(run)
+    if checkpoint is None and folders and before == math.inf:
         raise ValueError(
-            f"none of the {len(there)} checkpoints of {run} is whole (see above), and starting "
+            f"none of the {len(folders)} checkpoints of {run} is whole (see above), and starting "
             f"anew would drop its metrics; restore one, or move {run} away to start again."
         )
-    return None if found is None else found.folder
+    return None if checkpoint is None else checkpoint.folder

@@ -1,12 +1,12 @@
-"""Copies of a run's checkpoints in a second place, and a fresh machine that goes on from them.
+"""Copies of a run's checkpoints in a second place, from which a fresh machine can continue.
 
     MIRROR/config.json, metrics.jsonl, bad_samples.jsonl     as in the run folder
     MIRROR/checkpoints/step-00000500/...                     complete checkpoints
-    MIRROR/mirror.json                                       which ones are complete: written last
+    MIRROR/mirror.json                                       names the complete ones; written last
 
-MIRROR is a folder or a URL of an object store, where nothing can be renamed: a checkpoint counts
-when `mirror.json` names it among `complete`. Folders that it names among `partial` may hold any
-part of a checkpoint; they are emptied by and by.
+MIRROR is a folder or the URL of an object store, where nothing can be renamed. Therefore a
+checkpoint counts only if `mirror.json` names it among `complete`. A folder that is named among
+`partial` may hold any part of a checkpoint; its files are removed with a later checkpoint.
 """
 
 import json
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mocov3_ds.checkpoints import checkpoint
-from mocov3_ds.checkpoints.checkpoint import Checkpoint
+from mocov3_ds.checkpoints.checkpoint import Checkpoint, CheckpointRefusedError, step_in_name
+from mocov3_ds.checkpoints.checkpoint_writer import install_checkpoint, steps_to_keep
 from mocov3_ds.checkpoints.run_folder import check_same_run
 from mocov3_ds.data import storage
-from mocov3_ds.data.storage.atomic import sync
+from mocov3_ds.data.storage.atomic import replace_when_whole
 
 _INDEX = "mirror.json"
 _BESIDE = ("config.json", "metrics.jsonl", "bad_samples.jsonl")
@@ -30,46 +31,53 @@ _log = logging.getLogger("mocov3_ds")
 
 
 class Mirror:
-    """Sends complete checkpoints, the newest first, on a thread of its own.
+    """Copies complete checkpoints on a thread of its own, the newest first.
 
-    Trouble with the store is a warning, and the next checkpoint is the next try: training goes on.
+    A failing store is only a warning, and the next checkpoint is the next attempt: the training
+    goes on.
 
     Args:
-        url: a folder, or a URL of `data.storage`.
-        run: run folder.
-        keep: newest checkpoints that stay there.
-        keep_every: those of multiples of so many steps stay as well; 0 = none.
+        url: A folder, or a URL that `data.storage` can write to.
+        run: The run folder.
+        keep: Number of newest checkpoints that stay in the mirror.
+        keep_every: Checkpoints of steps that are multiples of this number stay as well; 0 = none.
     """
 
     def __init__(self, url: str, run: Path, *, keep: int, keep_every: int = 0) -> None:
         self._url, self._run, self._keep, self._keep_every = url, run, keep, keep_every
         self._thread: threading.Thread | None = None
-        self._wanted: Path | None = None
-        self._busy_with: Path | None = None
-        self._change = threading.Lock()
+        self._next: Path | None = None
+        self._current: Path | None = None
+        self._lock = threading.Lock()
 
     def send(self, folder: Path) -> None:
-        """Copy a checkpoint as soon as the one before it is through; returns at once."""
-        with self._change:
-            if self._wanted is not None:
-                _log.info("mirror %s is slow: %s is left out", self._url, self._wanted.name)
-            self._wanted = folder
-            if self._busy_with is None:
-                self._busy_with = folder
-                self._thread = threading.Thread(target=self._work, name="mirror")
+        """Copy a checkpoint once the one before it is copied; returns at once.
+
+        Args:
+            folder: The complete checkpoint's folder.
+        """
+        with self._lock:
+            if self._next is not None:
+                _log.info("mirror %s is slow: %s is left out", self._url, self._next.name)
+            self._next = folder
+            if self._current is None:
+                self._current = folder
+                self._thread = threading.Thread(target=self._copy_all, name="mirror")
                 self._thread.start()
 
-    def _work(self) -> None:
+    def _copy_all(self) -> None:
         while True:
-            with self._change:
-                folder, self._wanted = self._wanted, None
-                self._busy_with = folder
+            with self._lock:
+                folder, self._next = self._next, None
+                self._current = folder
             if folder is None:
                 return
             try:
-                copy_to(self._url, self._run, folder, keep=self._keep, keep_every=self._keep_every)
-            except Exception as error:
-                if not folder.exists():  # the run was rewound to before it
+                copy_checkpoint(
+                    self._url, self._run, folder, keep=self._keep, keep_every=self._keep_every
+                )
+            except Exception as error:  # the training goes on whatever the store does
+                if not folder.exists():  # the run was rewound, which removed it
                     continue
                 _log.warning(
                     "%s was not copied to the mirror: %s. It stays on this disk, and the next "
@@ -78,13 +86,13 @@ class Mirror:
                     error,
                 )
 
-    def reading(self) -> Collection[str]:
-        """Names of the checkpoints that must not be pruned now."""
-        with self._change:
-            return [path.name for path in (self._busy_with, self._wanted) if path is not None]
+    def names_in_use(self) -> Collection[str]:
+        """Return the names of the checkpoint folders that must not be removed now."""
+        with self._lock:
+            return [path.name for path in (self._current, self._next) if path is not None]
 
     def close(self) -> None:
-        """Wait until the last checkpoint is copied, or the store has been given up on."""
+        """Wait until the last checkpoint is copied or its copying has failed."""
         if self._thread is not None:
             if self._thread.is_alive():
                 _log.warning("waiting for the mirror %s", self._url)
@@ -95,112 +103,118 @@ class Mirror:
 # ----------------------------------------------------------------------------------------- sending
 
 
-def copy_to(url: str, run: Path, folder: Path, *, keep: int, keep_every: int = 0) -> None:
-    """Copy a checkpoint, then make it count, then let old ones go.
+def copy_checkpoint(url: str, run: Path, folder: Path, *, keep: int, keep_every: int = 0) -> None:
+    """Copy a checkpoint to a mirror, name it in the index, then remove old ones.
+
+    Args:
+        url: The mirror.
+        run: The run folder, whose metrics and settings are copied as well.
+        folder: The complete checkpoint's folder.
+        keep: Number of newest checkpoints that stay in the mirror.
+        keep_every: Checkpoints of steps that are multiples of this number stay as well; 0 = none.
 
     Raises:
-        OSError: the store refused, or a file vanished; what counted before counts still.
-        ValueError: the mirror's index is damaged.
+        OSError: The store failed, or a file vanished; the checkpoints that were complete before
+            are complete still.
+        ValueError: The mirror's index is damaged.
     """
-    complete, left = _index(url)
-    _set_index(url, complete - {folder.name}, left | {folder.name})
+    complete, partial = _read_index(url)
+    _write_index(url, complete - {folder.name}, partial | {folder.name})
     for path in sorted(folder.iterdir()):
-        _copy(path, _join(url, "checkpoints", folder.name, path.name))
+        _copy_file(path, _join(url, "checkpoints", folder.name, path.name))
     for path in (run / name for name in _BESIDE):
         if path.exists():
-            _copy(path, _join(url, path.name))
+            _copy_file(path, _join(url, path.name))
     complete |= {folder.name}
-    stay = checkpoint.staying(
-        [checkpoint.step_of(Path(name)) for name in complete],
-        checkpoint.step_of(folder),
-        keep,
-        keep_every,
-    )
-    names = {f"step-{step:08d}" for step in stay}
-    gone = (complete | left) - names
-    _set_index(url, names, gone)
-    for name in gone:
-        there = _join(url, "checkpoints", name)
-        for entry in storage.entries(there):
-            storage.remove(storage.join(there, entry.name))
-    if gone:
-        _set_index(url, names, set())
+    steps = [step_in_name(Path(name)) for name in complete]
+    kept = steps_to_keep(steps, step_in_name(folder), keep, keep_every)
+    kept_names = {f"step-{step:08d}" for step in kept}
+    removed_names = (complete | partial) - kept_names
+    _write_index(url, kept_names, removed_names)
+    for name in removed_names:
+        removed_url = _join(url, "checkpoints", name)
+        for entry in storage.list_files(removed_url):
+            storage.remove_file(storage.join_url(removed_url, entry.name))
+    if removed_names:
+        _write_index(url, kept_names, set())
 
 
-def _copy(path: Path, url: str) -> None:
+def _copy_file(path: Path, url: str) -> None:
     with path.open("rb") as source, storage.open_write(url) as target:
         while block := source.read(storage.BLOCK):
             target.write(block)
 
 
-def _set_index(url: str, complete: set[str], left: set[str]) -> None:
-    index = {"complete": sorted(complete), "partial": sorted(left)}
+def _write_index(url: str, complete: set[str], partial: set[str]) -> None:
+    index = {"complete": sorted(complete), "partial": sorted(partial)}
     storage.write(_join(url, _INDEX), json.dumps(index, indent=1).encode())
 
 
-def _index(url: str) -> tuple[set[str], set[str]]:
-    """Complete and partial checkpoints of a mirror; none where there is no mirror yet."""
+def _read_index(url: str) -> tuple[set[str], set[str]]:
+    """Return the names of complete and of partial checkpoints; none in a mirror to be."""
     try:
         content = storage.read(_join(url, _INDEX))
     except FileNotFoundError:
         return set(), set()
     try:
         index = json.loads(content)
-        found = set(index["complete"]), set(index["partial"])
-        for name in found[0] | found[1]:
-            checkpoint.step_of(Path(name))
+        complete, partial = set(index["complete"]), set(index["partial"])
+        for name in complete | partial:
+            step_in_name(Path(name))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{_join(url, _INDEX)} is damaged; give another --save.mirror.") from None
-    return found
+    return complete, partial
 
 
 def _join(url: str, *names: str) -> str:
     for name in names:
-        url = storage.join(url, name)
+        url = storage.join_url(url, name)
     return url
 
 
 # --------------------------------------------------------------------------------------- receiving
 
 
-def check_same(url: str, resolved: Mapping[str, Any], data: str) -> None:
-    """Refuse the mirror of another run; one that there is not yet is fine.
+def check_mirror(url: str, resolved: Mapping[str, Any], data_digest: str) -> None:
+    """Refuse the mirror of another run; a mirror that does not exist yet is fine.
 
     Args:
-        url: of the mirror.
-        resolved: `Run.as_json()`.
-        data: digest of the training shards' manifest.
+        url: The mirror.
+        resolved: The resolved settings, as `config.Settings.as_json` gives them.
+        data_digest: Digest of the training shards' manifest.
 
     Raises:
-        ValueError: the mirror is of another run, is damaged, or cannot be asked.
+        ValueError: The mirror belongs to another run, is damaged, or cannot be read.
     """
-    if _index(url)[0]:
+    complete, _ = _read_index(url)
+    if complete:
         text = storage.read(_join(url, "config.json")).decode(errors="replace")
-        check_same_run(text, url, resolved, data)
+        check_same_run(text, url, resolved, data_digest)
 
 
-def fetch_newer(url: str, run: Path) -> Path | None:
-    """Bring the newest whole checkpoint of a mirror here, if it is ahead of what is here.
+def fetch_newer_checkpoint(url: str, run: Path) -> Path | None:
+    """Copy the newest undamaged checkpoint of a mirror to the run folder, if it is newer.
 
     Args:
-        url: of the mirror.
-        run: run folder, locked.
+        url: The mirror.
+        run: The run folder, locked by this process.
 
     Returns:
-        the checkpoint's folder; None where the run folder is as far as the mirror.
+        The checkpoint's folder; None where the run folder is as far as the mirror.
 
     Raises:
-        ValueError: nothing in the mirror is whole and nothing is here, or it cannot be asked.
-        OSError: this disk refused.
+        ValueError: The mirror has no undamaged checkpoint and the run folder has none either, or
+            the mirror cannot be read.
+        OSError: The local disk failed.
     """
-    complete, _ = _index(url)
-    here = checkpoint.newest(run)
-    at, position = (-1, -1) if here is None else (here.step, here.position)
-    steps = sorted((checkpoint.step_of(Path(name)) for name in complete), reverse=True)
-    for step in (step for step in steps if step > at):
+    complete, _ = _read_index(url)
+    local = checkpoint.find_newest(run)
+    local_step, local_position = (-1, -1) if local is None else (local.step, local.position)
+    steps = sorted((step_in_name(Path(name)) for name in complete), reverse=True)
+    for step in (step for step in steps if step > local_step):
         try:
-            folder = _fetch(url, run, step, position)
-        except checkpoint.Refused:
+            folder = _fetch_checkpoint(url, run, step, local_position)
+        except CheckpointRefusedError:
             raise
         except (ValueError, FileNotFoundError) as error:
             if isinstance(error, storage.StorageError):
@@ -209,7 +223,7 @@ def fetch_newer(url: str, run: Path) -> Path | None:
         else:
             _log.warning("step %d comes from the mirror %s", step, url)
             return folder
-    if at < 0 and steps:
+    if local is None and steps:
         raise ValueError(
             f"none of the {len(steps)} checkpoints of the mirror {url} is whole (see above); give "
             "another --save.mirror to start anew."
@@ -217,38 +231,31 @@ def fetch_newer(url: str, run: Path) -> Path | None:
     return None
 
 
-def _fetch(url: str, run: Path, step: int, position: int) -> Path:
-    """Bring one here, if it is behind global batch `position`."""
-    there = _join(url, "checkpoints", f"step-{step:08d}")
-    aside = run / "checkpoints" / f"writing-{step:08d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+def _fetch_checkpoint(url: str, run: Path, step: int, local_position: int) -> Path:
+    """Copy one checkpoint to the run folder, if its run had used more global batches."""
+    source = _join(url, "checkpoints", f"step-{step:08d}")
+    temporary = run / "checkpoints" / f"writing-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        _receive(_join(there, "state.json"), aside / "state.json")
-        state = checkpoint.read_state(aside)
-        # a later step of fewer batches: the run was rewound to before it and has gone another way
-        if state.get("position", step) <= position:
-            raise ValueError(f"the run here is behind global batch {position} already")
+        _fetch_file(_join(source, "state.json"), temporary / "state.json")
+        state = checkpoint.read_state(temporary)
+        # a later step of fewer batches: the run was rewound before it, and has gone another way
+        if state.get("position", step) <= local_position:
+            raise ValueError(f"the run here is behind global batch {local_position} already")
         for name in state["files"]:
-            _receive(storage.join(there, name), aside / name)
-        Checkpoint(aside).verify()
+            _fetch_file(storage.join_url(source, name), temporary / name)
+        Checkpoint(temporary).verify()
         for name in _BESIDE:
             if name != "config.json" and storage.exists(_join(url, name)):
-                _receive(_join(url, name), run / name)
-        return checkpoint.install(aside, run, step)
+                _fetch_file(_join(url, name), run / name)
+        return install_checkpoint(temporary, run, step)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _receive(url: str, path: Path) -> None:
-    """A file from the mirror, on disk under its name when it is whole."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("wb") as file:
-            for block in storage.chunks(url):
-                file.write(block)
-        sync(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+def _fetch_file(url: str, path: Path) -> None:
+    with replace_when_whole(path) as temporary, temporary.open("wb") as file:
+        for block in storage.read_blocks(url):
+            file.write(block)

@@ -1,11 +1,11 @@
-"""Checkpoints behind the training: the step loop waits for copies, one thread for the disk.
+"""Checkpoints written while the training goes on: the step loop waits only for copies.
 
-    main thread, all ranks    gather a tensor, copy it to host memory (first rank), next tensor
-    one thread, first rank    part -> file -> fsync -> digest; names, `latest`, pruning; mirror
+    main thread, all ranks     gather a tensor, copy it to host memory (first rank), next tensor
+    a thread, first rank       file -> disk -> fsync -> digest; final name, `latest`; mirror
 
-All communication stays on the main thread, so its order is the same on all ranks. The copies are
-what makes a step taken meanwhile harmless; their size is bounded, and the step loop waits for the
-disk beyond that.
+All communication stays on the main thread, so its order is the same on all ranks. The thread works
+on copies, so the next training step cannot change what it writes. The copies have a bounded size;
+beyond it the step loop waits for the disk.
 """
 
 import logging
@@ -17,8 +17,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mocov3_ds.checkpoints import checkpoint, run_folder
-from mocov3_ds.checkpoints.checkpoint import Part, Tensors
+from mocov3_ds.checkpoints import run_folder
+from mocov3_ds.checkpoints.checkpoint_writer import (
+    FILE_BYTES,
+    NamedTensors,
+    TensorFile,
+    gather_tensor_files,
+    write_checkpoint,
+)
 from mocov3_ds.checkpoints.mirror import Mirror
 from mocov3_ds.distributed import ranks
 
@@ -29,11 +35,12 @@ class Saver:
     """Writes the checkpoints of a run, one at a time.
 
     Args:
-        run: run folder.
-        keep: newest checkpoints that stay.
-        keep_every: those of multiples of so many steps stay as well; 0 = none.
-        host_bytes: of copies that may wait in host memory; one part may exceed it.
-        mirror: where complete checkpoints are copied to.
+        run: The run folder.
+        keep: Number of newest checkpoints that stay.
+        keep_every: Checkpoints of steps that are multiples of this number stay as well; 0 = none.
+        host_bytes: Bytes of copies that may wait in host memory; a single file may exceed it.
+        file_bytes: A tensor file is closed once it has so many bytes.
+        mirror: Where complete checkpoints are copied to, or None.
     """
 
     def __init__(
@@ -43,107 +50,111 @@ class Saver:
         keep: int,
         keep_every: int = 0,
         host_bytes: int = 16 * 2**30,
+        file_bytes: int = FILE_BYTES,
         mirror: Mirror | None = None,
     ) -> None:
         self._run, self._keep, self._keep_every = run, keep, keep_every
-        self._host_bytes, self._mirror = host_bytes, mirror
+        self._host_bytes, self._file_bytes, self._mirror = host_bytes, file_bytes, mirror
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
 
     def save(
         self,
         step: int,
-        groups: Mapping[str, Tensors],
+        groups: Mapping[str, NamedTensors],
         state: Mapping[str, Any],
         *,
         background: bool,
     ) -> float:
-        """Write a checkpoint; all ranks must call. The one before it is waited for.
+        """Write a checkpoint after waiting for the one before; all ranks must call.
 
-        In the background only the copies are waited for. If that fails later, a warning says so at
-        once, and the next save is waited for to its end, while its state is still at hand.
+        In the background, only the copies are waited for. If the writing fails later, a warning is
+        logged at once, and the next save waits until its own checkpoint is on disk.
 
         Args:
-            step: optimizer steps done.
-            groups: named streams of (tensor name, whole tensor), iterated in order.
-            state: JSON values to keep beside them.
-            background: let a thread do the writing.
+            step: Number of optimizer steps done.
+            groups: For each group (`base`, `optimizer`, ...) a stream of tensor names and full
+                tensors, which is iterated in order.
+            state: JSON values to store beside the tensors.
+            background: Whether a thread does the writing.
 
         Returns:
-            seconds that this call took.
+            Seconds that this call took.
 
         Raises:
-            ValueError: it could not be written, on each rank; the former checkpoint is in force.
+            ValueError: The checkpoint could not be written; raised on each rank. The former
+                checkpoint is still the newest.
         """
         started = time.perf_counter()
         self.wait()
         failed_before = ranks.broadcast_object(self._failure is not None)
-        of_all = checkpoint.parts(groups)
+        files = gather_tensor_files(groups, self._file_bytes)
         if background and not failed_before:
-            self._hand_over(step, of_all, state)
+            self._start_writing(step, files, state)
         else:
-            self._write(step, of_all, state)
-            for _ in of_all:  # all ranks gather to the end, also after the disk failed
+            self._write(step, files, state)
+            for _ in files:  # all ranks gather to the end, even if the disk has failed
                 pass
-            ranks.first_does(self._tell)
+            ranks.run_on_first(self._raise_failure)
         return time.perf_counter() - started
 
-    def _hand_over(self, step: int, of_all: Iterator[Part], state: Mapping[str, Any]) -> None:
+    def _start_writing(
+        self, step: int, files: Iterator[TensorFile], state: Mapping[str, Any]
+    ) -> None:
         if not ranks.is_first():
-            for _ in of_all:
+            for _ in files:
                 pass
             return
-        copies = _Copies(self._host_bytes)
+        queue = _FileQueue(self._host_bytes)
         self._thread = threading.Thread(
-            target=self._write, args=(step, copies.taken(), state), name="checkpoint"
+            target=self._write, args=(step, queue.take_files(), state), name="checkpoint"
         )
         self._thread.start()
         try:
-            for part in of_all:
-                copies.put(part)
-            copies.end(complete=True)
+            for file in files:
+                queue.put(file)
+            queue.close(complete=True)
         finally:
-            copies.end(complete=False)
+            queue.close(complete=False)
 
-    def _write(self, step: int, of_all: Iterator[Part], state: Mapping[str, Any]) -> None:
-        """Runs on the main thread or on the writer's; keeps what went wrong in `_failure`."""
+    def _write(self, step: int, files: Iterator[TensorFile], state: Mapping[str, Any]) -> None:
+        """Write on the main thread or on the writing one; an error goes to `_failure`."""
         if not ranks.is_first():
             return
         self._failure = None
-        spare = self._mirror.reading() if self._mirror else ()
         try:
-            run_folder.check_still_ours(self._run)
-            folder = checkpoint.write(
+            run_folder.check_lock_held(self._run)
+            folder = write_checkpoint(
                 self._run,
                 step,
-                of_all,
+                files,
                 state,
                 keep=self._keep,
                 keep_every=self._keep_every,
-                spare=spare,
+                in_use=self._mirror.names_in_use() if self._mirror else (),
             )
-        except Exception as error:
-            self._failure = _sentence(self._run, step, error)
+        except Exception as error:  # the training goes on whatever fails here
+            self._failure = _failure_message(self._run, step, error)
             _log.warning("%s", self._failure)
-            for _ in of_all:  # take what comes, so that the step loop never waits for nobody
+            for _ in files:  # empty the queue: otherwise the step loop would wait for room in it
                 pass
         else:
             if self._mirror:
                 self._mirror.send(folder)
 
-    def _tell(self) -> None:
+    def _raise_failure(self) -> None:
         if self._failure is not None:
             raise ValueError(self._failure)
 
-    def busy(self) -> bool:
-        """Whether a checkpoint is on its way to the disk; on the first rank."""
+    def is_busy(self) -> bool:
+        """Tell whether a checkpoint is being written right now; only the first rank knows."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until the last checkpoint that was asked for is on disk or has failed; needs no rank.
+        """Wait until the last checkpoint is on disk or has failed; ranks need not call together.
 
         Args:
-            seconds: wait no longer than that.
+            seconds: The longest time to wait; None = as long as it takes.
         """
         if self._thread is not None:
             self._thread.join(seconds)
@@ -151,61 +162,61 @@ class Saver:
                 self._thread = None
 
     def close(self) -> None:
-        """Wait for what is on its way, to the disk and to the mirror; needs no other rank."""
+        """Wait for the disk and for the mirror; ranks need not call together."""
         self.wait()
         if self._mirror:
             self._mirror.close()
 
 
-class _Copies:
-    """Parts on their way from the step loop to the writer, of bounded size."""
+class _FileQueue:
+    """Tensor files on their way from the step loop to the writing thread, of bounded size."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._held = limit, 0
-        self._parts: deque[Part] = deque()
-        self._ended: bool | None = None  # True = complete, False = the step loop failed
+        self._limit, self._size = limit, 0  # bytes
+        self._files: deque[TensorFile] = deque()
+        self._complete: bool | None = None  # None = open, False = the step loop failed
         self._change = threading.Condition()
 
-    def put(self, part: Part) -> None:
-        """Hand a part over; waits while too many bytes are held, unless none are."""
+    def put(self, file: TensorFile) -> None:
+        """Add a file; waits while the queue has no room for it, unless the queue is empty."""
         with self._change:
-            self._change.wait_for(lambda: not self._held or self._held + part[2] <= self._limit)
-            self._held += part[2]
-            self._parts.append(part)
+            self._change.wait_for(lambda: not self._size or self._size + file.size <= self._limit)
+            self._size += file.size
+            self._files.append(file)
             self._change.notify_all()
 
-    def end(self, *, complete: bool) -> None:
-        """Nothing more comes; the first call counts."""
+    def close(self, *, complete: bool) -> None:
+        """Let no more files come; only the first call counts."""
         with self._change:
-            if self._ended is None:
-                self._ended = complete
+            if self._complete is None:
+                self._complete = complete
             self._change.notify_all()
 
-    def taken(self) -> Iterator[Part]:
-        """The parts in order; one counts as held until the next is asked for.
+    def take_files(self) -> Iterator[TensorFile]:
+        """Yield the files in order; each takes room in the queue until the next is asked for.
 
         Raises:
-            OSError: the step loop failed before it had handed over all of them.
+            OSError: The step loop failed before it had added all files.
         """
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._parts or self._ended is not None)
-                if not self._parts:
+                self._change.wait_for(lambda: self._files or self._complete is not None)
+                if not self._files:
                     break
-                part = self._parts.popleft()
-            yield part
+                file = self._files.popleft()
+            yield file
             with self._change:
-                self._held -= part[2]
+                self._size -= file.size
                 self._change.notify_all()
-        if not self._ended:
+        if not self._complete:
             raise OSError("the tensors were not all gathered")
 
 
-def _sentence(run: Path, step: int, error: Exception) -> str:
+def _failure_message(run: Path, step: int, error: Exception) -> str:
     try:
         free = f"{shutil.disk_usage(run).free / 1e9:.1f} GB are free there"
-    except OSError as trouble:
-        free = f"{run} cannot be reached: {trouble}"
+    except OSError as disk_error:
+        free = f"{run} cannot be reached: {disk_error}"
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return (
         f"the checkpoint of step {step} could not be written: {kind}{error} ({free}). The one "

@@ -4,19 +4,20 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from mocov3_ds.checkpoints import checkpoint, mirror, run_folder
+from mocov3_ds.checkpoints import mirror, run_folder
+from mocov3_ds.checkpoints.checkpoint_writer import remove_checkpoint
 from mocov3_ds.checkpoints.mirror import Mirror
 from mocov3_ds.checkpoints.saver import Saver
 from mocov3_ds.data import storage
 from tests import object_store
+from tests.checkpoints.saved import WEIGHT, check_newest, save_step, steps_on_disk
 
-WEIGHT = torch.arange(6.0)
 SETTINGS: dict[str, Any] = {"config": {"batch": 8}, "deepspeed": {}}
 
 
@@ -24,19 +25,16 @@ def write(run: Path, step: int) -> Path:
     """A checkpoint and the metrics up to it."""
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step}) + "\n")
-    return checkpoint.save(run, step, {"base": [("w", WEIGHT + step)]}, {}, keep=9)
+    return save_step(run, step, keep=9)
 
 
 def complete(url: str) -> list[str]:
-    found: list[str] = json.loads(storage.read(storage.join(url, "mirror.json")))["complete"]
-    return found
+    names: list[str] = json.loads(storage.read(storage.join_url(url, "mirror.json")))["complete"]
+    return names
 
 
 def check(run: Path, step: int) -> None:
-    found = checkpoint.newest(run)
-    assert found is not None
-    assert found.step == step
-    assert torch.equal(found.tensor("base", "w"), WEIGHT + step)
+    check_newest(run, {step})
     assert (run / "checkpoints/latest").read_text().strip() == f"step-{step:08d}"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert step in [row["step"] for row in rows]
@@ -70,34 +68,33 @@ def test_the_way_that_a_rewind_left_does_not_come_back(
 ) -> None:
     """At step 4 it had seen 4 batches; rewound, it is at step 3 and has seen 9."""
 
-    def saved(step: int, position: int) -> Path:
-        groups = {"base": [("w", WEIGHT + step)]}
-        return checkpoint.save(run, step, groups, {"position": position}, keep=9)
+    def save(step: int, position: int) -> Path:
+        return save_step(run, step, keep=9, state={"position": position})
 
     url = str(tmp_path / "mirror")
-    mirror.copy_to(url, run, saved(4, 4), keep=2)
-    checkpoint.drop(run / "checkpoints/step-00000004")
-    saved(3, 9)
-    assert mirror.fetch_newer(url, run) is None
+    mirror.copy_checkpoint(url, run, save(4, 4), keep=2)
+    remove_checkpoint(run / "checkpoints/step-00000004")
+    save(3, 9)
+    assert mirror.fetch_newer_checkpoint(url, run) is None
     assert "the run here is behind global batch 9 already" in caplog.text
-    mirror.copy_to(url, run, saved(5, 11), keep=2)
-    checkpoint.drop(run / "checkpoints/step-00000005")
-    assert mirror.fetch_newer(url, run) == run / "checkpoints/step-00000005"
+    mirror.copy_checkpoint(url, run, save(5, 11), keep=2)
+    remove_checkpoint(run / "checkpoints/step-00000005")
+    assert mirror.fetch_newer_checkpoint(url, run) == run / "checkpoints/step-00000005"
 
 
 def test_what_is_copied_comes_back_and_old_ones_go(url: str, run: Path, other: Path) -> None:
     for step in (5, 10, 15, 20):
-        mirror.copy_to(url, run, write(run, step), keep=2, keep_every=5 * 2)
+        mirror.copy_checkpoint(url, run, write(run, step), keep=2, keep_every=5 * 2)
     assert complete(url) == ["step-00000010", "step-00000015", "step-00000020"]
-    assert not storage.entries(storage.join(url, "checkpoints/step-00000005"))
-    mirror.check_same(url, SETTINGS, "data")
-    folder = mirror.fetch_newer(url, other)
+    assert not storage.list_files(storage.join_url(url, "checkpoints/step-00000005"))
+    mirror.check_mirror(url, SETTINGS, "data")
+    folder = mirror.fetch_newer_checkpoint(url, other)
     assert folder == other / "checkpoints/step-00000020"
     check(other, 20)
     assert (other / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
-    assert mirror.fetch_newer(url, other) is None  # as far as the mirror
+    assert mirror.fetch_newer_checkpoint(url, other) is None  # as far as the mirror
     write(other, 25)
-    assert mirror.fetch_newer(url, other) is None  # further
+    assert mirror.fetch_newer_checkpoint(url, other) is None  # further
     check(other, 25)
 
 
@@ -105,55 +102,56 @@ def test_a_damaged_one_is_passed_over(
     url: str, run: Path, other: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (5, 10):
-        mirror.copy_to(url, run, write(run, step), keep=2)
+        mirror.copy_checkpoint(url, run, write(run, step), keep=2)
     storage.write(f"{url}/checkpoints/step-00000010/base-0.safetensors", b"something else")
-    mirror.fetch_newer(url, other)
+    mirror.fetch_newer_checkpoint(url, other)
     check(other, 5)
     assert "passing over step 10 of the mirror" in caplog.text
     assert sorted(p.name for p in (other / "checkpoints").iterdir()) == ["latest", "step-00000005"]
-    storage.remove(f"{url}/checkpoints/step-00000005/state.json")
+    storage.remove_file(f"{url}/checkpoints/step-00000005/state.json")
     fresh = other.with_name("fresh")
     fresh.mkdir()
     with pytest.raises(ValueError, match=r"none of the 2 checkpoints of the mirror .* is whole"):
-        mirror.fetch_newer(url, fresh)
+        mirror.fetch_newer_checkpoint(url, fresh)
 
 
 def test_a_damaged_checkpoint_here_is_healed(tmp_path: Path, run: Path) -> None:
     url = str(tmp_path / "mirror")
     folder = write(run, 5)
-    mirror.copy_to(url, run, folder, keep=2)
+    mirror.copy_checkpoint(url, run, folder, keep=2)
     (folder / "base-0.safetensors").write_bytes(b"")
-    mirror.fetch_newer(url, run)
+    mirror.fetch_newer_checkpoint(url, run)
     check(run, 5)
 
 
 def test_the_mirror_of_another_run_is_refused(tmp_path: Path, run: Path) -> None:
     url = str(tmp_path / "mirror")
-    mirror.check_same(url, {"config": {"batch": 16}, "deepspeed": {}}, "data")  # there is none yet
-    mirror.copy_to(url, run, write(run, 5), keep=2)
+    settings = {"config": {"batch": 16}, "deepspeed": {}}
+    mirror.check_mirror(url, settings, "data")  # there is none yet
+    mirror.copy_checkpoint(url, run, write(run, 5), keep=2)
     with pytest.raises(ValueError, match=rf"{url} holds another run: batch is 8 there, 16 here"):
-        mirror.check_same(url, {"config": {"batch": 16}, "deepspeed": {}}, "data")
+        mirror.check_mirror(url, settings, "data")
     storage.write(f"{url}/mirror.json", b"[]")
     with pytest.raises(ValueError, match=r"mirror\.json is damaged; give another --save\.mirror"):
-        mirror.check_same(url, SETTINGS, "data")
+        mirror.check_mirror(url, SETTINGS, "data")
 
 
 def test_an_end_at_any_moment_leaves_complete_ones_alone_in_the_index(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each call of the store is the last one of a job once."""
+    """Each call of the store is the last one of a run once."""
     folders = [write(run, step) for step in (5, 10)]
-    calls = [getattr(storage, name) for name in ("open_write", "remove")]
+    calls = [getattr(storage, name) for name in ("open_write", "remove_file")]
     for last in range(1000):
         url, count = str(tmp_path / f"mirror-{last}"), 0
-        mirror.copy_to(url, run, folders[0], keep=1)
+        mirror.copy_checkpoint(url, run, folders[0], keep=1)
 
-        def ends(call: Any, at: int = last) -> Any:
+        def ends(call: Any, allowed: int = last) -> Any:
             def wrapped(*arguments: Any) -> Any:
                 nonlocal count
                 count += 1
-                if count > at:
-                    raise ConnectionError("the job is no more")
+                if count > allowed:
+                    raise ConnectionError("the run is no more")
                 return call(*arguments)
 
             return wrapped
@@ -163,15 +161,15 @@ def test_an_end_at_any_moment_leaves_complete_ones_alone_in_the_index(
             for call in calls:
                 patch.setattr(storage, call.__name__, ends(call))
             try:
-                mirror.copy_to(url, run, folders[1], keep=1)
+                mirror.copy_checkpoint(url, run, folders[1], keep=1)
             except ConnectionError:
                 ended = True
         fresh = tmp_path / f"fresh-{last}"
         fresh.mkdir()
-        mirror.fetch_newer(url, fresh)
+        mirror.fetch_newer_checkpoint(url, fresh)
         check(fresh, 5 if complete(url) == ["step-00000005"] else 10)
-        # the next job leaves nothing of it behind
-        mirror.copy_to(url, run, folders[1], keep=1)
+        # the next run leaves nothing of it behind
+        mirror.copy_checkpoint(url, run, folders[1], keep=1)
         assert complete(url) == ["step-00000010"]
         assert not list((Path(url) / "checkpoints/step-00000005").glob("*"))
         if not ended:
@@ -188,7 +186,7 @@ def test_trouble_with_the_store_is_a_warning_and_the_next_save_a_new_try(
     saver.save(5, {"base": [("w", WEIGHT + 5)]}, {}, background=True)
     saver.close()
     assert "step-00000005 was not copied to the mirror" in caplog.text
-    assert [checkpoint.step_of(f) for f in checkpoint.folders(run)] == [5]
+    assert steps_on_disk(run) == [5]
     blocked.unlink()
     saver.save(10, {"base": [("w", WEIGHT + 10)]}, {}, background=True)
     saver.close()
@@ -205,35 +203,35 @@ def test_a_store_that_is_gone_stops_no_training(
             saver.save(step, {"base": [("w", WEIGHT + step)]}, {}, background=True)
         saver.close()
         with pytest.raises(storage.StorageError, match="no progress for"):
-            mirror.check_same("s3://bucket/gone", SETTINGS, "data")
+            mirror.check_mirror("s3://bucket/gone", SETTINGS, "data")
     assert "step-00000010 was not copied to the mirror" in caplog.text
-    assert [checkpoint.step_of(f) for f in checkpoint.folders(run)] == [5, 10]
+    assert steps_on_disk(run) == [5, 10]
 
 
-def test_a_slow_store_gets_the_newest_and_what_it_reads_is_not_pruned(
+def test_a_slow_store_gets_the_newest_and_what_it_reads_is_not_removed(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     opened, reached = threading.Event(), threading.Event()
-    copy = mirror._copy
+    open_write = storage.open_write
 
-    def slow(path: Path, url: str) -> None:
+    def slow(url: str) -> AbstractContextManager[storage.Writer]:
         reached.set()
         assert opened.wait(60)
-        copy(path, url)
+        return open_write(url)
 
-    monkeypatch.setattr(mirror, "_copy", slow)
+    monkeypatch.setattr(storage, "open_write", slow)
     url = str(tmp_path / "mirror")
     saver = Saver(run, keep=1, mirror=Mirror(url, run, keep=9))
     for step in (5, 10, 15):
         saver.save(step, {"base": [("w", WEIGHT + step)]}, {}, background=False)
         assert reached.wait(60)
     # 5 is on its way; 10 was to be next until 15 overtook it
-    assert [checkpoint.step_of(f) for f in checkpoint.folders(run)] == [5, 10, 15]
+    assert steps_on_disk(run) == [5, 10, 15]
     assert "step-00000010 is left out" in caplog.text
     opened.set()
     saver.close()
     assert complete(url) == ["step-00000005", "step-00000015"]
     saver.save(20, {"base": [("w", WEIGHT + 20)]}, {}, background=False)
     saver.close()
-    assert [checkpoint.step_of(f) for f in checkpoint.folders(run)] == [20]
+    assert steps_on_disk(run) == [20]

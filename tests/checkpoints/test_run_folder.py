@@ -1,4 +1,4 @@
-"""A folder belongs to one run, and one job at a time works on it."""
+"""A folder belongs to one run, and one process at a time works on it."""
 
 import errno
 import fcntl
@@ -48,18 +48,18 @@ def test_a_knob_that_an_older_version_did_not_have_stands_at_its_default(tmp_pat
 def test_a_damaged_config_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"config\.json of .* is damaged; move the folder away"):
-        run_folder.enter(tmp_path, resolved(), "data")
+        run_folder.enter_folder(tmp_path, resolved(), "data")
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"is not empty and holds no config\.json"):
-        run_folder.enter(tmp_path, resolved(), "data")
+        run_folder.enter_folder(tmp_path, resolved(), "data")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-# ------------------------------------------------------------------------------- one job at a time
+# --------------------------------------------------------------------------- one process at a time
 
 HOLDER = """
 import fcntl, json, os, sys
@@ -94,14 +94,13 @@ def end(process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "run"
-    run_folder.unlock(tmp_path / "run")
+    run_folder.unlock_folder(tmp_path / "run")
 
 
-def test_a_second_job_is_refused_and_changes_nothing(
-    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_second_process_is_refused_and_changes_nothing(
+    run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_folder.claim_folder(run, resolved(), "data")
-    monkeypatch.setattr(run_folder, "PATIENCE_S", 0.3)
     holder = hold(run)
     try:
         words = (
@@ -109,12 +108,12 @@ def test_a_second_job_is_refused_and_changes_nothing(
             rf"end it \(kill {holder.pid}; .*--name"
         )
         with pytest.raises(ValueError, match=words):
-            run_folder.enter(run, resolved(), "data")
+            run_folder.enter_folder(run, resolved(), "data", wait_s=0.3)
         assert "waiting 0 s for its end" in caplog.text
         assert json.loads((run / "lock").read_text())["pid"] == holder.pid
     finally:
         end(holder)
-    run_folder.enter(run, resolved(), "data")
+    run_folder.enter_folder(run, resolved(), "data")
     assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
     assert sorted(p.name for p in run.iterdir()) == ["config.json", "lock"]
 
@@ -123,7 +122,7 @@ def test_a_job_on_another_host_is_named(run: Path) -> None:
     holder = hold(run, host="node7")
     try:
         with pytest.raises(ValueError, match=rf"kill {holder.pid} on node7;"):
-            run_folder.lock(run, patience_s=0)
+            run_folder.lock_folder(run, wait_s=0)
     finally:
         end(holder)
 
@@ -132,8 +131,8 @@ def test_a_job_on_another_host_is_named(run: Path) -> None:
 def test_a_holder_without_a_name(run: Path, content: str) -> None:
     holder = hold(run, content)
     try:
-        with pytest.raises(ValueError, match="in use by another job"):
-            run_folder.lock(run, patience_s=0)
+        with pytest.raises(ValueError, match="in use by another process"):
+            run_folder.lock_folder(run, wait_s=0)
     finally:
         end(holder)
 
@@ -142,21 +141,21 @@ def test_a_predecessor_that_is_just_dying_is_waited_for(run: Path) -> None:
     holder = hold(run)
     killer = threading.Timer(0.3, holder.kill)
     killer.start()
-    run_folder.lock(run, patience_s=60)
+    run_folder.lock_folder(run, wait_s=60)
     killer.join()
     end(holder)
 
 
 def test_one_process_may_lock_again_and_let_go(run: Path) -> None:
-    run_folder.lock(run)
-    run_folder.lock(run)
-    run_folder.unlock(run)
-    run_folder.unlock(run)
+    run_folder.lock_folder(run)
+    run_folder.lock_folder(run)
+    run_folder.unlock_folder(run)
+    run_folder.unlock_folder(run)
     end(hold(run))
 
 
 def test_a_forked_child_does_not_keep_the_lock(run: Path) -> None:
-    run_folder.lock(run)
+    run_folder.lock_folder(run)
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -165,22 +164,22 @@ def test_a_forked_child_does_not_keep_the_lock(run: Path) -> None:
         os._exit(0)
     os.close(read)
     # the child's copy is closed before fork returns there, so at the latest when it reads
-    run_folder.unlock(run)
-    run_folder.lock(run, patience_s=30)
+    run_folder.unlock_folder(run)
+    run_folder.lock_folder(run, wait_s=30)
     os.close(write)
     os.waitpid(child, 0)
 
 
 def test_a_folder_that_was_replaced_is_noticed(run: Path) -> None:
-    run_folder.check_still_ours(run)
-    run_folder.lock(run)
-    run_folder.check_still_ours(run)
+    run_folder.check_lock_held(run)
+    run_folder.lock_folder(run)
+    run_folder.check_lock_held(run)
     (run / "lock").unlink()
     with pytest.raises(ValueError, match="was removed or replaced"):
-        run_folder.check_still_ours(run)
+        run_folder.check_lock_held(run)
     (run / "lock").write_text("")
     with pytest.raises(ValueError, match="was removed or replaced"):
-        run_folder.check_still_ours(run)
+        run_folder.check_lock_held(run)
 
 
 def test_a_file_system_without_locks_is_told(
@@ -190,5 +189,5 @@ def test_a_file_system_without_locks_is_told(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    run_folder.lock(run)
-    assert "no locks here (No locks available); start no second job" in caplog.text
+    run_folder.lock_folder(run)
+    assert "no locks here (No locks available); start no second process" in caplog.text

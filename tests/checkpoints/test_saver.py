@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mocov3_ds.checkpoints import checkpoint, run_folder
+from mocov3_ds.checkpoints import checkpoint, checkpoint_writer, run_folder
 from mocov3_ds.checkpoints.saver import Saver
 from mocov3_ds.distributed import ranks
 from tests.ranks_pool import run_ranks
 
 SIZE = 64
-PART = SIZE * 4  # bytes of a tensor, and of a part in these tests
+FILE_BYTES = SIZE * 4  # bytes of a tensor, and of a file in these tests
 
 
 def weights(step: int, count: int = 6) -> list[tuple[str, Tensor]]:
@@ -27,78 +27,80 @@ def weights(step: int, count: int = 6) -> list[tuple[str, Tensor]]:
 
 
 def check(run: Path, step: int) -> None:
-    found = checkpoint.newest(run)
+    found = checkpoint.find_newest(run)
     assert found is not None
     assert found.step == step
     for name, tensor in weights(step):
-        assert torch.equal(found.tensor("base", name), tensor)
+        assert torch.equal(found.read_tensor("base", name), tensor)
 
 
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_PART_BYTES", PART)
+def small_saver(run: Path, host_bytes: int = 2**20) -> Saver:
+    """A saver that writes a file for each tensor."""
+    return Saver(run, keep=2, host_bytes=host_bytes, file_bytes=FILE_BYTES)
 
 
-class Gate:
+class SlowDisk:
     """Holds the writing of files until it is opened; what a slow disk does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.waiting = threading.Event(), threading.Event()
         self.threads: set[str] = set()
-        write = checkpoint._save_file
+        self.written = 0
+        write = checkpoint_writer.save_file
 
-        def slow(tensors: dict[str, Tensor], path: Path) -> None:
+        def slow(tensors: dict[str, Tensor], path: str) -> None:
             self.threads.add(threading.current_thread().name)
             self.waiting.set()
             assert self.open.wait(60)
             write(tensors, path)
+            self.written += 1
 
-        monkeypatch.setattr(checkpoint, "_save_file", slow)
+        monkeypatch.setattr(checkpoint_writer, "save_file", slow)
 
 
-def full_disk(monkeypatch: pytest.MonkeyPatch, at: int = 2) -> Callable[[], None]:
-    """From file `at` of a checkpoint on, the disk is full, until what is returned is called."""
-    write = checkpoint._save_file
+def full_disk(monkeypatch: pytest.MonkeyPatch, first: int = 2) -> Callable[[], None]:
+    """From file `first` of a checkpoint on, the disk is full, until what is returned is called."""
+    write = checkpoint_writer.save_file
 
-    def fail(tensors: dict[str, Tensor], path: Path) -> None:
-        if path.name == f"base-{at}.safetensors":
+    def fail(tensors: dict[str, Tensor], path: str) -> None:
+        if path.endswith(f"base-{first}.safetensors"):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "_save_file", fail)
-    return lambda: monkeypatch.setattr(checkpoint, "_save_file", write)
+    monkeypatch.setattr(checkpoint_writer, "save_file", fail)
+    return lambda: monkeypatch.setattr(checkpoint_writer, "save_file", write)
 
 
 def test_a_save_in_the_background_holds_what_was_there_when_it_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, saver, tensors = Gate(monkeypatch), Saver(tmp_path, keep=2), weights(5)
+    disk, saver, tensors = SlowDisk(monkeypatch), small_saver(tmp_path), weights(5)
     seconds = saver.save(5, {"base": tensors}, {"a": 1}, background=True)
     assert seconds >= 0
     for _, tensor in tensors:
         tensor.zero_()  # the next step
-    assert checkpoint.newest(tmp_path) is None
-    gate.open.set()
+    assert checkpoint.find_newest(tmp_path) is None
+    disk.open.set()
     saver.close()
     check(tmp_path, 5)
-    assert gate.threads == {"checkpoint"}
+    assert disk.threads == {"checkpoint"}
     saver.save(6, {"base": weights(6)}, {}, background=False)
     check(tmp_path, 6)
-    assert "MainThread" in gate.threads
+    assert "MainThread" in disk.threads
 
 
 def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, saver = Gate(monkeypatch), Saver(tmp_path, keep=2)
+    disk, saver = SlowDisk(monkeypatch), small_saver(tmp_path)
     saver.save(5, {"base": weights(5)}, {}, background=True)
-    assert gate.waiting.wait(60)
+    assert disk.waiting.wait(60)
     seen: list[int] = []
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
-        found = checkpoint.newest(tmp_path)
+        found = checkpoint.find_newest(tmp_path)
         seen.append(-1 if found is None else found.step)
         yield from weights(6)
 
-    threading.Timer(0.2, gate.open.set).start()
+    threading.Timer(0.2, disk.open.set).start()
     saver.save(6, {"base": gathered()}, {}, background=True)
     assert seen == [5]
     saver.close()
@@ -106,33 +108,32 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_copies_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, saver = Gate(monkeypatch), Saver(tmp_path, keep=2, host_bytes=3 * PART)
-    asked: list[int] = []
+    disk, saver = SlowDisk(monkeypatch), small_saver(tmp_path, host_bytes=3 * FILE_BYTES)
+    ahead: list[int] = []  # files gathered but not yet written, whenever a tensor is asked for
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
         for i, named in enumerate(weights(5, count=20)):
-            asked.append(i)
+            ahead.append(i - disk.written)
             yield named
 
     saving = threading.Thread(
         target=saver.save, args=(5, {"base": gathered()}, {}), kwargs={"background": True}
     )
     saving.start()
-    assert gate.waiting.wait(60)
-    while len(asked) < 4:
+    assert disk.waiting.wait(60)
+    while len(ahead) < 4:
         time.sleep(0.01)
-    time.sleep(0.2)  # it would go on if anything let it
-    # one part is being written and two wait; a fourth is gathered and finds no room
-    assert asked == [0, 1, 2, 3]
-    gate.open.set()
+    disk.open.set()
     saving.join()
     saver.close()
-    assert len(asked) == 20
+    # one file is being written and two wait; a fourth is gathered and finds no room
+    assert len(ahead) == 20
+    assert max(ahead) == 3
     check(tmp_path, 5)
 
 
-def test_one_part_may_be_larger_than_the_bound(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, keep=2, host_bytes=0)
+def test_one_file_may_be_larger_than_the_bound(tmp_path: Path) -> None:
+    saver = small_saver(tmp_path, host_bytes=0)
     saver.save(5, {"base": weights(5)}, {}, background=True)
     saver.close()
     check(tmp_path, 5)
@@ -141,7 +142,7 @@ def test_one_part_may_be_larger_than_the_bound(tmp_path: Path) -> None:
 def test_trouble_in_the_background_is_told_and_the_next_save_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gate_like, saver = full_disk(monkeypatch), Saver(tmp_path, keep=2)
+    let_it_work, saver = full_disk(monkeypatch), small_saver(tmp_path)
     saver.save(4, {"base": weights(4, 2)}, {}, background=True)  # fits
     saver.save(5, {"base": weights(5)}, {}, background=True)
     saver.close()
@@ -149,8 +150,8 @@ def test_trouble_in_the_background_is_told_and_the_next_save_is_waited_for(
     assert "GB are free there" in caplog.text
     with pytest.raises(ValueError, match=r"step 6 could not be written.*stays in force"):
         saver.save(6, {"base": weights(6)}, {}, background=True)
-    assert [checkpoint.step_of(f) for f in checkpoint.folders(tmp_path)] == [4]
-    gate_like()
+    assert [checkpoint.step_in_name(f) for f in checkpoint.list_checkpoints(tmp_path)] == [4]
+    let_it_work()
     saver.save(7, {"base": weights(7)}, {}, background=True)
     check(tmp_path, 7)  # waited for, since the one before had failed
     saver.save(8, {"base": weights(8)}, {}, background=True)
@@ -164,8 +165,8 @@ def test_a_fault_of_the_program_in_the_background_is_told_as_well(
     def fault(*_: Any) -> None:
         raise KeyError("fault")
 
-    saver = Saver(tmp_path, keep=2)
-    monkeypatch.setattr(checkpoint, "digest", fault)
+    saver = small_saver(tmp_path)
+    monkeypatch.setattr(checkpoint_writer, "digest_file", fault)
     saver.save(5, {"base": weights(5)}, {}, background=True)
     with pytest.raises(ValueError, match="KeyError: 'fault'"):
         saver.save(6, {"base": weights(6)}, {}, background=True)
@@ -178,7 +179,7 @@ def test_a_gather_that_fails_leaves_nothing_behind(
         yield from weights(6, 3)
         raise RuntimeError("a rank died")
 
-    saver = Saver(tmp_path, keep=2)
+    saver = small_saver(tmp_path)
     saver.save(5, {"base": weights(5)}, {}, background=True)
     with pytest.raises(RuntimeError, match="a rank died"):
         saver.save(6, {"base": gathered()}, {}, background=True)
@@ -191,21 +192,20 @@ def test_a_gather_that_fails_leaves_nothing_behind(
 
 def test_a_folder_that_is_no_longer_ours_is_left_alone(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_folder.lock(run)
-    saver = Saver(run, keep=2)
+    run_folder.lock_folder(run)
+    saver = small_saver(run)
     (run / "lock").unlink()
-    with pytest.raises(ValueError, match="was removed or replaced while this job worked on it"):
+    with pytest.raises(ValueError, match="was removed or replaced while this process worked on it"):
         saver.save(5, {"base": weights(5)}, {}, background=False)
     assert not list(run.iterdir())
-    run_folder.unlock(run)
+    run_folder.unlock_folder(run)
 
 
 def on_each_rank(folder: str) -> dict[str, Any]:
     """Saves on several ranks: one that works, one that fails behind the training, the next."""
     logging.disable(logging.CRITICAL)
     run, said = Path(folder), []
-    checkpoint._PART_BYTES = PART
-    saver = Saver(run, keep=2)
+    saver = small_saver(run)
 
     def gathered(step: int) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights(step):
@@ -222,13 +222,13 @@ def on_each_rank(folder: str) -> dict[str, Any]:
                 saver.save(step, {"base": gathered(step)}, {}, background=True)
             except ValueError as error:
                 said.append(str(error))
-    found = checkpoint.newest_of_all_ranks(run)
+    found = checkpoint.find_newest_on_all_ranks(run)
     assert found is not None
     in_force = found.step
     saver.save(9, {"base": gathered(9)}, {}, background=True)
     saver.close()
     ranks.barrier()
-    found = checkpoint.newest_of_all_ranks(run)
+    found = checkpoint.find_newest_on_all_ranks(run)
     assert found is not None
     return {"said": said, "in force": in_force, "last": found.step}
 

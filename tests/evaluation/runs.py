@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mocov3_ds.checkpoints import checkpoint, run_folder
-from mocov3_ds.config import RECIPES, Settings, ViewConfig
+from mocov3_ds.checkpoints import run_folder
+from mocov3_ds.checkpoints.saver import Saver
+from mocov3_ds.config import Settings, ViewConfig, encoder_shape
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
-from mocov3_ds.training.run import encoder_shape
+from mocov3_ds.recipes import RECIPES
 from tests.data.sets import make_set
 
 SIZE, DIM, HEADS = 16, 32, 4
@@ -43,13 +44,8 @@ def make_run(
             shaken[name] += 0.05 * torch.randn_like(shaken[name])
     momentum.start_from(shaken)
     run_folder.claim_folder(folder, Settings(config, dict(recipe.engine)).as_json(), "data")
-    checkpoint.save(
-        folder,
-        step,
-        {"base": list(base.state_dict().items()), "momentum": list(momentum.full_state())},
-        {"optimizer_steps": step},
-        keep=1,
-    )
+    groups = {"base": list(base.state_dict().items()), "momentum": list(momentum.full_state())}
+    Saver(folder, keep=1).save(step, groups, {"optimizer_steps": step}, background=False)
     return folder
 
 
@@ -69,3 +65,9 @@ def make_splits(folder: Path, train: int = 61, val: int = 37) -> tuple[str, str]
     make_set(urls[0], [train // 2, train - train // 2], coloured, 3)
     make_set(urls[1], [val], lambda number: coloured(number + 1000 * 3), 3)
     return urls
+
+
+def make_labelled_run(folder: Path) -> Path:
+    """The run folder/run with labelled shards to learn from and to be judged by."""
+    train, val = make_splits(folder)
+    return make_run(folder / "run", train=train, val=val)
