@@ -1,86 +1,73 @@
-"""What is derived for DeepSpeed, what is refused, and what each shipped JSON says."""
+"""Tensors and gradients of an engine by name, whole on each rank, at each ZeRO stage."""
 
-import json
-import re
-from pathlib import Path
+import warnings
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from mocov3_ds.config import RECIPES
-from mocov3_ds.distributed.engine import compute_dtype, engine_config
-
-CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
-
-
-def test_batch_sizes_are_derived_and_clipping_is_off() -> None:
-    config = engine_config({}, global_batch=4096, world_size=8)
-    assert config["train_batch_size"] == 4096
-    assert config["train_micro_batch_size_per_gpu"] == 512
-    assert config["gradient_accumulation_steps"] == 1
-    assert config["gradient_clipping"] == 0.0
-    assert config["zero_optimization"]["stage"] == 1
-
-
-def test_agreeing_and_auto_values_pass() -> None:
-    given = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": "auto"}
-    assert engine_config(given, global_batch=64, world_size=2)["train_batch_size"] == 64
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        (
-            {"train_batch_size": 128},
-            "train_batch_size = 128, but --batch 64 on 2 ranks makes it 64",
-        ),
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4"),
-        ({"zero_optimisation": {}}, "unknown key 'zero_optimisation'; did you mean"),
-        ({"scheduler": {}}, "'scheduler' has no effect here"),
-        ({"zero_optimization": {"stage": 4}}, "stage is 4"),
-        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "fp16 at ZeRO stage 0"),
-        ({"zero_optimization": 3}, "'zero_optimization' is 3, not an object"),
-        ({"bf16": None}, "'bf16' is None, not an object"),
-        (
-            {"zero_optimization": {"offload_optimizer": "cpu"}},
-            "offload_optimizer is 'cpu'; it must be an object",
-        ),
-        (
-            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
-            "offload_optimizer.ratio",
-        ),
-        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "bf16.check_grad_overflow"),
-    ],
+from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.engine import (
+    full_gradients,
+    full_tensors,
+    gradient_bytes,
+    start_engine,
 )
-def test_refused(given: dict[str, object], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        engine_config(given, global_batch=64, world_size=2)
+from mocov3_ds.distributed.engine_config import engine_config
+from mocov3_ds.optim import AdamW
+from tests.optim import engines, plain
+from tests.optim.engines import BATCH, Case
+from tests.ranks_pool import run_ranks
 
 
-def test_indivisible_batch_names_the_neighbours() -> None:
-    with pytest.raises(ValueError, match=r"batch 100 does not divide over 3 ranks; .* 99 or 102"):
-        engine_config({}, global_batch=100, world_size=3)
+def read_engines(stages: list[int]) -> list[dict[str, Any]]:
+    """Tensors, gradients and foretold bytes of an engine of each stage, on this rank."""
+    warnings.filterwarnings("ignore")  # DeepSpeed's own
+    engines.quiet()
+    results = []
+    for stage in stages:
+        model = plain.odd_model(unused=True)
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {}
+        config = engine_config(
+            {"zero_optimization": {"stage": stage} | zero},
+            global_batch=BATCH,
+            world_size=ranks.world_size(),
+        )
+        engine = start_engine(model, AdamW(model.named_parameters()), config)
+        tensors = dict(full_tensors(engine.module))
+        ((x, y),) = next(engines.batches(Case(stage), 1))
+        engines.backward(engine, x, y)
+        gradients = {name: g.clone() for name, g in full_gradients(engine.module)}
+        results.append(
+            {"tensors": tensors, "gradients": gradients, "bytes": gradient_bytes(engine)}
+        )
+        engine.step()
+        engines.stop(engine)
+    return results
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_each_file_is_what_its_name_says(path: Path) -> None:
-    config = json.loads(path.read_text())
-    stage, optimizer, precision, offload, card = re.fullmatch(
-        r"zero(\d)_(\w+?)_(bf16|fp16|fp32)(_offload)?(_\d+gb)?", path.stem
-    ).groups()  # type: ignore[union-attr]
-    assert config["zero_optimization"]["stage"] == int(stage)
-    assert config["optimizer"]["type"].lower() == optimizer
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    assert compute_dtype(config) == dtype
-    assert ("offload_optimizer" in config["zero_optimization"]) == bool(offload)
-    buckets = {None: None, "_24gb": 25_000_000, "_40gb": 50_000_000, "_80gb": 200_000_000}
-    assert config["zero_optimization"].get("reduce_bucket_size") == buckets[card]
-    engine_config(config, global_batch=8, world_size=2)
+def plain_gradients() -> dict[str, Tensor]:
+    """Gradients of the whole batch in one process; zeros where a tensor takes no part."""
+    model = plain.odd_model(unused=True)
+    ((x, y),) = next(engines.batches(Case(0), 1))
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained.items()}
 
 
-@pytest.mark.parametrize("recipe", ["vit_s16", "vit_b16", "vit_l16", "vit_h14"])
-def test_files_and_recipes_agree(recipe: str) -> None:
-    path = next(p for p in CONFIGS if p.stem == "zero1_adamw_bf16")
-    file, own = json.loads(path.read_text()), dict(RECIPES[recipe].engine)
-    assert file["optimizer"]["params"].pop("eps") == 1e-8  # AdamW's own default
-    assert file == own
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tensors_and_gradients_are_whole_at_each_stage(world_size: int) -> None:
+    expected, model = plain_gradients(), plain.odd_model(unused=True)
+    numbers = sum(gradient.numel() for gradient in expected.values())
+    for results in run_ranks(world_size, read_engines, [0, 1, 2, 3]):
+        for stage, result in enumerate(results):
+            tensors, gradients = result["tensors"], result["gradients"]
+            assert tensors.keys() == model.state_dict().keys(), stage
+            assert all(torch.equal(tensors[n], p) for n, p in model.named_parameters()), stage
+            assert gradients.keys() == expected.keys(), stage
+            for name, gradient in expected.items():
+                torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
+            shards = world_size if stage else 1
+            buckets = 2 * 4 * numbers if stage else 0
+            assert result["bytes"] == 4 * numbers + 4 * numbers // shards + buckets, stage

@@ -1,14 +1,12 @@
 """Optimizer blocks of DeepSpeed JSONs, and what is refused in them."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
 
-from mocov3_ds.optim import AdamW, Lamb, Lars, Rule
+from mocov3_ds.optim import AdamW, Lamb, Lars
 from mocov3_ds.optim.build import base_rate, build_optimizer
-from mocov3_ds.optim.rules import check_rule, vit_rule
 from mocov3_ds.recipes import parse
 from tests.ds_configs import CONFIGS
 
@@ -22,14 +20,14 @@ def build(kind: str, **parameters: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted"),
+    ("kind", "expected"),
     [
         *[("AdamW", AdamW), ("adam", AdamW), ("Adam", AdamW)],
         *[("Lamb", Lamb), ("LAMB", Lamb), ("FusedLamb", Lamb), ("Lars", Lars)],
     ],
 )
-def test_types(kind: str, wanted: type) -> None:
-    assert type(build(kind, lr=0.1)) is wanted
+def test_types(kind: str, expected: type) -> None:
+    assert type(build(kind, lr=0.1)) is expected
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -63,14 +61,6 @@ def test_lars_options_reach_the_optimizer() -> None:
     assert {key: group[key] for key in options} == options
 
 
-def test_the_coefficients_of_deepspeed_bound_the_ratio() -> None:
-    stock = build("FusedLamb", max_coeff=10.0, min_coeff=0.01).param_groups[0]
-    assert stock["trust_clip"] == (0.01, 10.0)
-    assert build("Lamb", max_coeff=10.0).param_groups[0]["trust_clip"] == (0.0, 10.0)
-    assert build("Lamb", min_coeff=0.5).param_groups[0]["trust_clip"] == (0.5, math.inf)
-    assert build("Lamb").param_groups[0]["trust_clip"] is None
-
-
 def test_flat_from_the_command_line() -> None:
     arguments = ["--ds", "optimizer.type=Lamb", "--ds", "optimizer.params.flat=true"]
     run = parse(["--recipe", "cifar10", *arguments])
@@ -80,7 +70,7 @@ def test_flat_from_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "words"),
+    ("block", "message"),
     [
         (None, "needs an optimizer block"),
         ({"type": "SGD"}, "type 'SGD' is unknown; types are AdamW"),
@@ -91,51 +81,15 @@ def test_flat_from_the_command_line() -> None:
         ({"type": "AdamW", "params": {"amsgrad": True}}, "AMSGrad is not implemented"),
         ({"type": "Adam", "params": {"adam_w_mode": False}}, "adam_w_mode must be true"),
         ({"type": "AdamW", "params": {"flat": True}}, "no parameter 'flat'"),
-        ({"type": "Lamb", "params": {"lr": -1}}, "lr is -1; it must be at least 0"),
-        ({"type": "Lamb", "params": {"lr": "1e-3"}}, "lr is '1e-3'; it must be a number"),
-        ({"type": "Lamb", "params": {"lr": math.nan}}, "lr is nan; it must be at least"),
-        ({"type": "Lamb", "params": {"betas": [0.9]}}, "betas is .* two numbers"),
-        ({"type": "Lamb", "params": {"betas": [0.9, 1.0]}}, r"betas\[1\] is 1.0; .* below 1"),
-        ({"type": "Lamb", "params": {"eps": -1e-8}}, "eps is -1e-08"),
-        ({"type": "Lamb", "params": {"flat": "false"}}, "flat is 'false'; it must be true or"),
-        ({"type": "Lamb", "params": {"trust_clip": True}}, "trust_clip is True; it must be null"),
-        ({"type": "Lamb", "params": {"trust_clip": [2, 1]}}, "first number must not be larger"),
-        ({"type": "Lamb", "params": {"trust_clip": [0, 1], "max_coeff": 2}}, "keep one of them"),
         ({"type": "Lamb", "params": {"backend": "cuda"}}, "must be one of auto, plain, blocks"),
-        ({"type": "Lars", "params": {"momentum": 1.0}}, "momentum is 1.0"),
         ({"type": "Lars", "params": {"betas": [0.9, 0.9]}}, "no parameter 'betas'"),
     ],
 )
-def test_refused(block: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_refused(block: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         build_optimizer(block, named())
 
 
 def test_a_block_without_a_rate_has_no_base_rate() -> None:
     with pytest.raises(ValueError, match=r"no params\.lr"):
         base_rate({"type": "Lamb", "params": {}})
-
-
-def test_matrices_adapt_and_the_rest_does_not() -> None:
-    for name, shape, matrix in [
-        ("blocks.0.attn.qkv.weight", (9, 3), True),
-        ("patch_embed.proj.weight", (9, 3, 2, 2), True),
-        ("blocks.0.attn.qkv.bias", (9,), False),
-        ("norm.weight", (3,), False),
-        ("cls_token", (1, 1, 3), False),
-        ("backbone.pos_embed", (1, 5, 3), False),
-    ]:
-        assert vit_rule(name, shape) == Rule(decay=matrix, adapt=matrix), name
-
-
-@pytest.mark.parametrize(
-    ("rule", "words"),
-    [
-        (Rule(decay=-1), "decay -1; it must be 0 or above"),
-        (Rule(decay=math.nan), "decay nan"),
-        (Rule(lr_multiplier=0), "lr_multiplier 0; it must be above 0"),
-    ],
-)
-def test_impossible_rules(rule: Rule, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        check_rule(rule, "w")

@@ -1,0 +1,72 @@
+"""A step is dropped on all ranks where the gradient is too large or not finite, and only there."""
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.engine import full_gradients
+from mocov3_ds.distributed.guarded_step import DROP, step_within
+from tests.optim import engines
+from tests.optim.engines import Case
+from tests.ranks_pool import run_ranks
+
+CASES = [Case(0), Case(0, "bf16"), Case(1), Case(2, "fp16"), Case(3, "bf16")]
+
+
+def poison_gradient(parameter: torch.nn.Parameter) -> None:
+    """Make the first rank's next gradient of a parameter NaN, once."""
+    if ranks.rank() == 0:
+        handle = parameter.register_hook(lambda gradient: gradient * math.nan)
+        parameter.register_post_accumulate_grad_hook(lambda _: handle.remove())
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Norms and whether the weights moved, for a series of limits."""
+    engine, optimizer = engines.start(case)
+    scale = engine.optimizer.loss_scale if case.precision == "fp16" else 1.0
+    parameters = dict(engine.module.named_parameters())
+    result: dict[str, Any] = {}
+    limits = {"free": math.inf, "wide": 1e3, "narrow": 1e-6, "drop": DROP, "nan": math.inf}
+    for (name, limit), ((x, y),) in zip(
+        limits.items(), engines.batches(case, len(limits)), strict=True
+    ):
+        weights = engines.weights(optimizer)
+        if name == "nan":
+            poison_gradient(parameters["out.weight"])
+        engines.backward(engine, x, y)
+        gradients = {n: g / scale for n, g in full_gradients(engine.module)}
+        expected = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
+        norm = step_within(engine, limit)
+        moved = any(not torch.equal(w, weights[n]) for n, w in engines.weights(optimizer).items())
+        result[name] = (norm, expected, moved, engine.was_step_applied())
+    result["count"] = optimizer.step_count
+    engines.stop(engine)
+    return result
+
+
+def run_cases() -> dict[str, dict[str, Any]]:
+    """Results of each case on this rank."""
+    warnings.filterwarnings("ignore")  # DeepSpeed's own
+    return {str(case): run_case(case) for case in CASES}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_limits_decide_alike_on_all_ranks(world_size: int) -> None:
+    for results in run_ranks(world_size, run_cases):
+        assert len(results) == len(CASES)
+        for case, result in results.items():
+            for name in ("free", "wide"):
+                norm, expected, moved, applied = result[name]
+                assert norm == pytest.approx(expected, rel=1e-3), (case, name)
+                assert moved and applied, (case, name)
+            for name in ("narrow", "drop"):
+                norm, expected, moved, applied = result[name]
+                assert norm == pytest.approx(expected, rel=1e-3), (case, name)
+                assert not moved and not applied, (case, name)
+            norm, _, moved, applied = result["nan"]
+            assert not math.isfinite(norm) and not moved and not applied, case
+            assert result["count"] == 2, case

@@ -1,0 +1,154 @@
+"""What all optimizers share, without an engine: signals, state, and what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mocov3_ds.optim import AdamW, Lamb, Lars
+from tests.optim.one_process import make_gradients, make_model
+
+
+@pytest.mark.parametrize("kind", [Lamb, AdamW, Lars])
+def test_signals_are_the_norms(kind: Any) -> None:
+    net = make_model()
+    optimizer = kind(net.named_parameters(), lr=0.01, weight_decay=0.1)
+    optimizer.attach()
+    assert optimizer.signals() is None
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    step = make_gradients(net, 1)[0]
+    for name, parameter in net.named_parameters():
+        parameter.grad = step.get(name)
+    wanted_gradients = {n: g.clone() for n, g in step.items()}
+    optimizer.step()
+    rows = optimizer.signals().rows()
+    assert list(rows) == list(wanted_gradients)
+    for name, row in rows.items():
+        g, w = wanted_gradients[name], before[name]
+        moved = (dict(net.named_parameters())[name].detach() - w).norm()
+        assert row["grad_norm"] == pytest.approx(float(g.norm()), rel=1e-5)
+        assert row["weight_norm"] == pytest.approx(float(w.norm()), rel=1e-5)
+        assert row["rate"] == pytest.approx(0.01)
+        # what all of them are for: the size of this step
+        size = row["rate"] * row["trust_ratio"] * row["update_norm"]
+        assert size == pytest.approx(float(moved), rel=2e-3)
+    total = torch.stack([g.norm() for g in wanted_gradients.values()]).norm()
+    assert optimizer.grad_norm() == pytest.approx(float(total), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Lamb, AdamW, Lars])
+def test_state_dict_goes_on_bit_for_bit(kind: Any) -> None:
+    def start() -> tuple[nn.Module, Any]:
+        net = make_model()
+        optimizer = kind(net.named_parameters(), lr=0.01, weight_decay=0.1)
+        optimizer.attach()
+        return net, optimizer
+
+    def steps(net: nn.Module, optimizer: Any, which: slice) -> None:
+        for step in make_gradients(net)[which]:
+            for name, parameter in net.named_parameters():
+                parameter.grad = step[name].clone() if name in step else None
+            optimizer.step()
+
+    net, optimizer = start()
+    steps(net, optimizer, slice(0, 8))
+    other, resumed = start()
+    steps(other, resumed, slice(0, 5))
+    weights, state = other.state_dict(), resumed.state_dict()
+    third, last = start()
+    third.load_state_dict(weights)
+    last.load_state_dict(state)
+    steps(third, last, slice(5, 8))
+    assert last.step_count == 8
+    for name, parameter in third.named_parameters():
+        assert torch.equal(parameter, dict(net.named_parameters())[name]), name
+
+
+def one(name: str = "w", **options: Any) -> nn.Parameter:
+    return nn.Parameter(torch.ones(3, **options))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda: [one()], "needs names beside its tensors"),
+        (lambda: [{"params": [one()]}], "needs names beside its tensors"),
+        (lambda: [("a", one()), ("a", one())], "two tensors are called 'a'"),
+        (lambda: [("a", one(dtype=torch.complex64))], "'a' is complex; train its real view"),
+        (list, "no tensor that requires a gradient"),
+        (lambda: [("a", one().requires_grad_(False))], "no tensor that requires a gradient"),
+        (lambda: [("a", nn.Parameter(torch.empty(0, 3)))], "no tensor that requires a gradient"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Lamb, AdamW, Lars])
+def test_tensors_that_cannot_be_trained(kind: Any, given: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        kind(given())
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Embedding(5, 2, sparse=True)
+    optimizer = Lamb(table.named_parameters())
+    optimizer.attach()
+    table(torch.tensor([1, 1])).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient of 'weight' is sparse; .* sparse=False"):
+        optimizer.step()
+    assert optimizer.step_count == 0
+
+
+def test_a_step_before_attach_is_refused_once_there_is_something_to_do() -> None:
+    layer = nn.Linear(2, 2)
+    optimizer = Lamb(layer.named_parameters())
+    optimizer.step()  # no gradient: DeepSpeed does this while it is being built
+    layer.weight.grad = torch.zeros(2, 2)
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(layer.weight, before)
+    layer.weight.grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"call optimizer\.attach\(engine\)"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"call optimizer\.attach\(engine\)"):
+        next(optimizer.full_state())
+
+
+def test_low_precision_weights_without_an_engine_are_refused() -> None:
+    optimizer = Lamb([("a", one(dtype=torch.bfloat16))])
+    with pytest.raises(ValueError, match=r"'a' is torch\.bfloat16; .* must be fp32"):
+        optimizer.attach()
+
+
+def test_there_is_one_group() -> None:
+    optimizer = Lamb([("a", one())])
+    with pytest.raises(ValueError, match="keeps one parameter group; give a rule"):
+        optimizer.add_param_group({"params": [one()]})
+
+
+def test_a_closure_is_run_with_gradients() -> None:
+    w = nn.Parameter(torch.ones(2, 2))
+    optimizer = Lamb([("w", w)], lr=0.1)
+    optimizer.attach()
+
+    def closure() -> float:
+        loss = w.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) == 4.0
+    assert optimizer.step_count == 1
+
+
+def test_loading_names_what_does_not_fit_and_changes_nothing() -> None:
+    net = make_model()
+    optimizer = Lamb(net.named_parameters())
+    optimizer.attach()
+    state = {n: {k: t + 1 for k, t in s.items()} for n, s in optimizer.full_state()}
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    state["out.weight"]["exp_avg"] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"saved exp_avg of 'out.weight' has shape \(2, 2\)"):
+        optimizer.load_full_state(state.__getitem__, 3)
+    del state["out.weight"]["exp_avg"]
+    with pytest.raises(ValueError, match=r"'out.weight' has no 'exp_avg'; .* another optimizer"):
+        optimizer.load_full_state(state.__getitem__, 3)
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    assert optimizer.step_count == 0
