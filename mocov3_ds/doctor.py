@@ -4,9 +4,9 @@
     deepspeed --hostfile hosts mocov3_ds/doctor.py --runs /shared/runs --recipe vit_l16 \
         --shards s3://bucket/imagenet --store s3://bucket/scratch
 
-Start it as the run will be started (torchrun, accelerate launch and srun as well), on all its
-machines. N ranks must compute what one computes; a checkpoint must be saved, found and continued;
-network, disk and storage must work and are timed. A check that fails does not stop the others.
+Start it the way the run will be started (torchrun, accelerate launch and srun work as well), on all
+its machines. N ranks must compute what one computes; a run must be saved and continued; network,
+disk and storage must work and are timed. A check that fails does not stop the others.
 """
 
 import json
@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,45 +26,54 @@ if not __package__:
 import torch
 import tyro
 
-from mocov3_ds.checks import exact, machine, network, resume, stores
-from mocov3_ds.checks.finding import Finding, merged
-from mocov3_ds.config import RECIPES, without_launcher_flags
+from mocov3_ds.checks import equivalence, machine, network, restart, run_disk, storage_access
+from mocov3_ds.checks.finding import Finding, merge_findings
 from mocov3_ds.distributed import ranks
+from mocov3_ds.recipes import find_recipe, without_launcher_flags
 
 _TIMEOUT_S = 120.0
 _MARKS = {"pass": "pass", "note": "note", "skip": "skip", "fail": "FAIL"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class DoctorOptions:
     """Examine machines, network, disk and storage before a long run."""
 
     runs: Path = Path("runs")
     """folder of all runs, on a disk that all ranks see"""
     recipe: str = "vit_b16"
-    """whose checkpoints the disk must hold"""
+    """recipe whose checkpoints the disk must hold"""
     shards: str = ""
     """folder or URL of sharded images to read; empty = skip"""
     store: str = ""
     """folder or URL that may be written, e.g. s3://bucket/scratch; empty = skip"""
     json: Path | None = None
-    """file that gets the findings as JSON"""
+    """file for the findings as JSON"""
 
 
 Check = tuple[str, Callable[[], list[Finding]]]
 
 
-def checks(options: Options, device: torch.device, folder: Path) -> list[Check]:
+def list_checks(
+    options: DoctorOptions,
+    device: torch.device,
+    folder: Path,
+    sizes_mb: Sequence[int] = network.SIZES_MB,
+) -> list[Check]:
     """What is examined, in order: title and check. All ranks run each.
 
     Args:
-        options: from the command line.
-        device: of this rank.
-        folder: empty, below `options.runs`, seen by all ranks, gone afterwards.
+        options: what the user gave on the command line.
+        device: the device of this rank.
+        folder: empty folder below `options.runs` that all ranks see; it is deleted afterwards.
+        sizes_mb: buffer sizes of the collectives, 10^6 bytes.
     """
-    config = RECIPES[options.recipe].config
+    config = find_recipe(options.recipe).config
     return [
-        ("versions", lambda: [machine.check_versions(ranks.gather_objects(machine.versions()))]),
+        (
+            "versions",
+            lambda: [machine.check_versions(ranks.gather_objects(machine.read_versions()))],
+        ),
         (
             "machine",
             lambda: [
@@ -74,101 +83,107 @@ def checks(options: Options, device: torch.device, folder: Path) -> list[Check]:
                 network.check_clock(),
             ],
         ),
-        ("collectives", lambda: network.check_collectives(device)),
+        ("collectives", lambda: network.check_collectives(device, sizes_mb)),
         (
             "gather and batch norm",
-            lambda: [exact.check_gather(device), exact.check_batch_norm(device)],
+            lambda: [equivalence.check_gather(device), equivalence.check_batch_norm(device)],
         ),
-        ("training step", lambda: exact.check_steps(device)),
-        ("repetition", lambda: [exact.check_determinism(device)]),
+        ("training step", lambda: equivalence.check_steps(device)),
+        ("repetition", lambda: [equivalence.check_determinism(device)]),
         (
             "run folder",
             lambda: [
-                machine.check_shared(folder),
-                machine.check_disk_speed(folder),
-                machine.check_disk_space(folder, config),
-                machine.check_rename(folder),
-                machine.check_lock(folder),
+                run_disk.check_shared(folder),
+                run_disk.check_disk_speed(folder),
+                run_disk.check_disk_space(folder, config),
+                run_disk.check_rename(folder),
+                run_disk.check_lock(folder),
             ],
         ),
-        ("checkpoint", lambda: resume.check_resume(device, folder)),
-        ("object store", lambda: stores.check_store(options.store)),
-        ("shards", lambda: stores.check_shards(options.shards)),
+        ("checkpoint", lambda: restart.check_restart(device, folder)),
+        ("object store", lambda: storage_access.check_store(options.store)),
+        ("shards", lambda: storage_access.check_shards(options.shards)),
     ]
 
 
-def examine(todo: Sequence[Check], hosts: Sequence[str]) -> list[Finding]:
-    """Run all checks on all ranks and merge what the ranks found."""
+def run_checks(checks: Sequence[Check], hosts: Sequence[str]) -> list[Finding]:
+    """Run all checks on all ranks and merge the findings of the ranks.
+
+    Args:
+        checks: title and check, the same on all ranks.
+        hosts: the machine of each rank, in rank order.
+    """
     findings: list[Finding] = []
-    for number, (title, check) in enumerate(todo, 1):
-        began = time.monotonic()
-        _say(f"[{number}/{len(todo)}] {title} ...")
-        own = _guarded(title, check)
+    for number, (title, check) in enumerate(checks, 1):
+        start = time.monotonic()
+        _show_progress(f"[{number}/{len(checks)}] {title} ...")
+        rank_findings = _run_check(title, check)
         try:
-            findings += merged(ranks.gather_objects(own), hosts)
-        except Exception as error:  # a rank is gone or still in a check that the others have left
-            words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            findings += merge_findings(ranks.gather_objects(rank_findings), hosts)
+        except Exception as error:  # a rank has ended, or is still in an earlier check
+            message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             remedy = "no later check was run: mend what failed before, and run the doctor again."
-            lost = Finding(f"{title}: ranks", "fail", words, "all ranks answer", remedy)
-            return [*findings, *own, lost]
-        _say(f"[{number}/{len(todo)}] {title}: {time.monotonic() - began:.1f} s")
+            silence = Finding(f"{title}: ranks", "fail", message, "all ranks answer", remedy)
+            return [*findings, *rank_findings, silence]
+        _show_progress(f"[{number}/{len(checks)}] {title}: {time.monotonic() - start:.1f} s")
     return findings
 
 
-def _guarded(title: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """What a check found, or that it could not be carried out."""
+def _run_check(title: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """The findings of a check, or one that says why it could not run."""
     try:
         return check()
-    except (Exception, SystemExit) as error:  # the other checks still have something to say
-        words = " ".join(f"{type(error).__name__}: {error}".split())
+    except (Exception, SystemExit) as error:  # the other checks are run all the same
+        message = " ".join(f"{type(error).__name__}: {error}".split())
         return [
-            Finding(title, "fail", words[:300], "the check runs", "see the error of this rank.")
+            Finding(title, "fail", message[:300], "the check runs", "see the error of this rank.")
         ]
 
 
-def table(findings: Sequence[Finding]) -> str:
+def format_table(findings: Sequence[Finding]) -> str:
     """The findings for people, and under them what to do."""
-    rows = [(f.name, _MARKS[f.status], f.measured, f.wanted) for f in findings]
-    wide = [max(len(row[column]) for row in rows) for column in range(3)]
-    wide[2] = min(wide[2], 76)
+    rows = [(f.name, _MARKS[f.status], f.measured, f.expected) for f in findings]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    widths[2] = min(widths[2], 76)
     lines = [
-        f"{name:<{wide[0]}}  {mark:<4}  {measured:<{wide[2]}}  {wanted}".rstrip()
-        for name, mark, measured, wanted in rows
+        f"{name:<{widths[0]}}  {mark:<4}  {measured:<{widths[2]}}  {expected}".rstrip()
+        for name, mark, measured, expected in rows
     ]
-    todo = [f for f in findings if f.remedy]
-    lines += [""] * bool(todo)
-    lines += [f"{_MARKS[f.status]} {f.name}: {f.remedy}" for f in todo]
+    remedies = [f"{_MARKS[f.status]} {f.name}: {f.remedy}" for f in findings if f.remedy]
     failed = sum(f.status == "fail" for f in findings)
     counts = f"{len(findings)} checks, {failed} failed"
-    return "\n".join([*lines, "", counts])
+    return "\n".join([*lines, *[""] * bool(remedies), *remedies, "", counts])
 
 
-def doctor(options: Options) -> bool:
-    """Examine, print, and say whether nothing failed; all ranks must call.
+def examine_machines(options: DoctorOptions, sizes_mb: Sequence[int] = network.SIZES_MB) -> bool:
+    """Run all checks, print the table, and return whether nothing failed; all ranks must call.
+
+    Args:
+        options: what the user gave on the command line.
+        sizes_mb: buffer sizes of the collectives, 10^6 bytes.
 
     Raises:
-        ValueError: an unknown recipe, a folder of runs that cannot be written.
+        ValueError: the recipe is unknown, or the folder of runs cannot be written.
     """
-    if options.recipe not in RECIPES:
-        raise ValueError(f"no recipe {options.recipe!r}; there are {', '.join(RECIPES)}.")
+    find_recipe(options.recipe)
     device = ranks.start(timeout_s=_TIMEOUT_S)
     torch.backends.cudnn.allow_tf32 = False  # comparisons are made in full fp32
     hosts: list[str] = ranks.gather_objects(socket.gethostname())
-    began = time.monotonic()
-    _say(f"{ranks.world_size()} ranks on {len({*hosts})} machines, {device.type}")
-    folder = Path(ranks.first_does(partial(_make_folder, options.runs)))
+    start = time.monotonic()
+    _show_progress(f"{ranks.world_size()} ranks on {len({*hosts})} machines, {device.type}")
+    folder = Path(ranks.run_on_first(partial(_make_folder, options.runs)))
     try:
-        findings = examine(checks(options, device, folder), hosts)
+        findings = run_checks(list_checks(options, device, folder, sizes_mb), hosts)
     finally:
         ranks.barrier()
         if ranks.is_first():
             shutil.rmtree(folder, ignore_errors=True)
     good = all(f.status != "fail" for f in findings)
     if ranks.is_first():
-        print(table(findings))  # noqa: T201
-        print(f"{time.monotonic() - began:.0f} s")  # noqa: T201
+        print(format_table(findings))
+        print(f"{time.monotonic() - start:.0f} s")
         if options.json is not None:
-            tree = {"good": good, "hosts": hosts, "findings": [asdict(f) for f in findings]}
+            tree = {"good": good, "hosts": hosts, "findings": [f.as_json() for f in findings]}
             options.json.write_text(json.dumps(tree, indent=1) + "\n")
     ranks.barrier()  # a launcher ends all ranks when the first one leaves with an error
     return good
@@ -183,19 +198,20 @@ def _make_folder(runs: Path) -> str:
     return str(folder.resolve())
 
 
-def _say(text: str) -> None:
+def _show_progress(text: str) -> None:
     if ranks.is_first():
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        print(text, file=sys.stderr, flush=True)
 
 
 def main() -> int:
-    """Status 0 = nothing failed, 1 = something did (rank 0 alone says so), 2 = bad options."""
+    """Exit status: 0 = nothing failed, 1 = something did (on rank 0 only), 2 = bad options."""
     try:
         arguments = without_launcher_flags(sys.argv[1:])
-        good = doctor(tyro.cli(Options, args=arguments, prog="doctor.py", description=__doc__))
+        options = tyro.cli(DoctorOptions, args=arguments, prog="doctor.py", description=__doc__)
+        good = examine_machines(options)
     except ValueError as error:
         if ranks.is_first():
-            print(f"doctor.py: error: {error}", file=sys.stderr)  # noqa: T201
+            print(f"doctor.py: error: {error}", file=sys.stderr)
         return 2
     return 0 if good or not ranks.is_first() else 1
 

@@ -1,9 +1,10 @@
-"""What a check found, and how the findings of all ranks become one."""
+"""What did a check find, and how do the findings of all ranks become one?"""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Status = Literal["pass", "note", "skip", "fail"]
 _WORST: tuple[Status, ...] = ("fail", "note", "skip", "pass")
@@ -11,94 +12,101 @@ _WORST: tuple[Status, ...] = ("fail", "note", "skip", "pass")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table."""
+    """One line of the doctor's table."""
 
     name: str
     status: Status
     """note = it works, and there is something to know"""
     measured: str
-    wanted: str = ""
+    expected: str = ""
     remedy: str = ""
     """what to do when it fails"""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """what was measured, for machines"""
+    """the measured values, for programs"""
+
+    def as_json(self) -> dict[str, Any]:
+        """The finding as JSON values; in the file `expected` is called "wanted"."""
+        return {
+            "wanted" if key == "expected" else key: value
+            for key, value in dataclasses.asdict(self).items()
+        }
 
 
-def judged(
-    name: str, errors: Mapping[str, float], limit: float, remedy: str, *, wanted: str = ""
+def judge_errors(
+    name: str, errors: Mapping[str, float], limit: float, remedy: str, *, expected: str = ""
 ) -> Finding:
-    """Pass if each error is a number and within the limit.
+    """A finding that passes if each error is a number within the limit.
 
     Args:
-        name: of the finding.
-        errors: what was measured, by case.
-        limit: largest error that is rounding.
-        remedy: what to do otherwise.
-        wanted: instead of the limit.
+        name: the name of the finding, unique among the checks.
+        errors: the measured error of each case.
+        limit: the largest error that is still rounding.
+        remedy: what to do if an error is larger.
+        expected: words for the table, in place of the limit.
     """
     assert errors
-    good = all(math.isfinite(e) and e <= limit for e in errors.values())
-    spelled = ", ".join(
+    good = all(math.isfinite(error) and error <= limit for error in errors.values())
+    listed = ", ".join(
         f"{case} {error:.1e}" if case else f"{error:.1e}" for case, error in errors.items()
     )
     return Finding(
         name,
         "pass" if good else "fail",
-        spelled,
-        wanted or (f"<= {limit:.0e}" if limit else "0"),
+        listed,
+        expected or (f"<= {limit:.0e}" if limit else "0"),
         "" if good else remedy,
         errors,
     )
 
 
-def sound(
+def judge_problem(
     name: str,
     measured: str,
-    wanted: str,
+    expected: str,
     *,
-    trouble: object,
+    problem: object,
     remedy: str,
     numbers: Mapping[str, float] | None = None,
 ) -> Finding:
-    """Pass unless there is trouble.
+    """A finding that passes unless there is a problem.
 
     Args:
-        name: of the finding.
-        measured: what was found; a trouble in words takes its place.
-        wanted: what a sound machine shows.
-        trouble: words, or anything else that is true when something is wrong.
-        remedy: what to do then.
-        numbers: what was measured, for machines.
+        name: the name of the finding, unique among the checks.
+        measured: what was measured; a problem in words takes its place.
+        expected: what a sound machine shows.
+        problem: words, or another value that is true if something is wrong.
+        remedy: what to do about the problem.
+        numbers: the measured values, for programs.
     """
-    if isinstance(trouble, str) and trouble:
-        measured = trouble
-    status: Status = "fail" if trouble else "pass"
-    return Finding(name, status, measured, wanted, remedy if trouble else "", numbers or {})
+    if isinstance(problem, str) and problem:
+        measured = problem
+    status: Status = "fail" if problem else "pass"
+    return Finding(name, status, measured, expected, remedy if problem else "", numbers or {})
 
 
-def merged(of_ranks: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> list[Finding]:
-    """One finding a name: the worst status wins, and the ranks that have it are named.
+def merge_findings(by_rank: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> list[Finding]:
+    """One finding for each name: the worst status counts, and the ranks that have it are named.
 
     Args:
-        of_ranks: what each rank found, in rank order.
-        hosts: machine of each rank.
+        by_rank: the findings of each rank, in rank order.
+        hosts: the machine of each rank, in rank order.
     """
-    names = list(dict.fromkeys(f.name for findings in of_ranks for f in findings))
-    return [_worst(name, of_ranks, hosts) for name in names]
+    names = list(dict.fromkeys(finding.name for findings in by_rank for finding in findings))
+    return [_worst_finding(name, by_rank, hosts) for name in names]
 
 
-def _worst(name: str, of_ranks: Sequence[Sequence[Finding]], hosts: Sequence[str]) -> Finding:
-    found = {r: f for r, findings in enumerate(of_ranks) for f in findings if f.name == name}
-    status = min((f.status for f in found.values()), key=_WORST.index)
-    ranks = [rank for rank, finding in found.items() if finding.status == status]
-    first = found[ranks[0]]
-    if status == "pass" or len(ranks) == len(of_ranks) == 1:
+def _worst_finding(
+    name: str, by_rank: Sequence[Sequence[Finding]], hosts: Sequence[str]
+) -> Finding:
+    findings = {r: f for r, of_rank in enumerate(by_rank) for f in of_rank if f.name == name}
+    status = min((finding.status for finding in findings.values()), key=_WORST.index)
+    ranks = [rank for rank, finding in findings.items() if finding.status == status]
+    first = findings[ranks[0]]
+    if status == "pass" or len(ranks) == len(by_rank) == 1:
         return first
-    if len(ranks) == len(of_ranks) and len({found[r].measured for r in ranks}) == 1:
+    if len(ranks) == len(by_rank) and len({findings[rank].measured for rank in ranks}) == 1:
         return first
-    who = f"rank {ranks[0]} on {hosts[ranks[0]]}"
+    source = f"rank {ranks[0]} on {hosts[ranks[0]]}"
     if len(ranks) > 1:
-        who += f" and {len(ranks) - 1} more ({', '.join(map(str, ranks[1:9]))})"
-    return Finding(
-        name, status, f"{who}: {first.measured}", first.wanted, first.remedy, first.numbers
-    )
+        source += f" and {len(ranks) - 1} more ({', '.join(map(str, ranks[1:9]))})"
+    return dataclasses.replace(first, measured=f"{source}: {first.measured}")

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from mocov3_ds import cli
 from mocov3_ds.distributed import ranks
-from mocov3_ds.evaluation.finetune import finetune
-from mocov3_ds.evaluation.linear import linear
+from mocov3_ds.evaluation.finetune import finetune_encoder
+from mocov3_ds.evaluation.linear import train_probe
 from tests.evaluation import test_finetune, test_linear
+from tests.evaluation.runs import make_labelled_run
 from tests.ranks_pool import run_ranks
 
 
@@ -24,13 +25,13 @@ def judge(folder: Path) -> dict[str, Any]:
         test_finetune.settings(folder, out=out, batch=12, epochs=2, **test_finetune.PLAIN),
         learning_rate=1e-3,
     )
-    found = {"linear": linear(probe), "finetune": finetune(tuning)}
-    cli.knn(folder / "run", k=5, batch=4, out=out)
+    found = {"linear": train_probe(probe), "finetune": finetune_encoder(tuning)}
+    cli.evaluate_knn(folder / "run", k=5, batch=4, out=out)
     return found
 
 
 def test_three_ranks_equal_one(tmp_path: Path) -> None:
-    test_linear.prepare(tmp_path)
+    make_labelled_run(tmp_path)
     alone = judge(tmp_path)
     ranks.stop()
     for together in run_ranks(3, judge, tmp_path):
