@@ -67,7 +67,7 @@ class Rclone(Server):
 
 @contextlib.contextmanager
 def environment(endpoint: str, **limits: float) -> Iterator[None]:
-    """Point boto3 at an endpoint; `limits` are those of `patience.Limits`, e.g. stall_s=0.5."""
+    """Point boto3 at an endpoint; `limits` are those of `retry.RetryLimits`, e.g. stall_s=0.5."""
     settings = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "key",
@@ -80,13 +80,11 @@ def environment(endpoint: str, **limits: float) -> Iterator[None]:
     settings |= {f"MOCOV3_STORAGE_{name.upper()}": str(x) for name, x in limits.items()}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    known = dict(stores._stores)
-    stores._stores.clear()
+    stores.forget_stores()
     try:
         yield
     finally:
-        stores._stores.clear()
-        stores._stores.update(known)
+        stores.forget_stores()
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:

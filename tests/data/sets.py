@@ -43,7 +43,7 @@ def make_set(url, sizes, image=picture, classes=10):
             members += [(f"img{number}.jpg", image(number)), (f"img{number}.cls", b"%d" % number)]
         tar, begins = make_tar(members)
         name = f"t-{shard:03d}.tar"
-        storage.write(storage.join(url, name), tar)
+        storage.write(storage.join_url(url, name), tar)
         shards.append(Shard(name, len(tar), count, hashlib.sha256(tar).hexdigest()))
         for place, number in enumerate(range(first, first + count)):
             data = members[2 * place][1]

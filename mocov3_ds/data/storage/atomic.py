@@ -1,4 +1,7 @@
-"""Files that are whole and on disk when a function returns."""
+"""How does a file get on this machine's disk so that a kill or a power cut never leaves half of it?
+
+A state file is replaced by `replace_when_whole`; a log grows by an `Appender`.
+"""
 
 import contextlib
 import hashlib
@@ -6,6 +9,9 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+"""End of the names of files that are being written; a killed process may leave some behind."""
 
 _BLOCK = 1 << 20
 _log = logging.getLogger("mocov3_ds")
@@ -15,20 +21,23 @@ class Appender:
     """A log file that outlasts a full disk: what cannot be written is kept and written later.
 
     A log is no reason to end a run; whether it can go on is for its checkpoints to say.
+
+    Args:
+        path: Log file, which is continued if it exists.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("ab", buffering=0)
-        self._kept = b""
+        self._pending = b""
         self._warned = False
 
     def append(self, data: bytes) -> None:
-        """Write, and before it what could not be written earlier."""
-        self._kept += data
+        """Write `data`, and before it what could not be written earlier."""
+        self._pending += data
         try:
-            while self._kept:
-                self._kept = self._kept[self._file.write(self._kept) :]
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             if not self._warned:
                 reason = error.strerror
@@ -38,57 +47,66 @@ class Appender:
             self._warned = False
 
     def close(self) -> None:
-        """Write what is left, if that can be, and finish the file."""
+        """Write what is still pending, if that is possible, and close the file."""
         self.append(b"")
-        if self._kept:
-            _log.warning("%s lacks its last %d bytes", self._path, len(self._kept))
+        if self._pending:
+            _log.warning("%s lacks its last %d bytes", self._path, len(self._pending))
         self._file.close()
 
 
 @contextlib.contextmanager
-def replace_when_whole(path: Path) -> Iterator[Path]:
+def replace_when_whole(path: Path, *, unique: bool = False, durable: bool = True) -> Iterator[Path]:
     """Give a file new content: at any moment it has the old one or the new one, never a part.
 
     The content is written to a temporary file beside `path`, synced to the disk, and renamed; then
     the folder is synced, so that a power cut after the block finds the new content.
 
     Args:
-        path: the file, which may exist already.
+        path: The file to replace, which need not exist.
+        unique: Give the temporary file a name that no other process uses, for a file that several
+            processes or machines may write at the same time.
+        durable: Sync file and folder. Without it, a power cut may leave a damaged file, which
+            whoever reads it must notice; a kill leaves none.
 
     Yields:
         The temporary file's path, to be written in whatever way.
 
     Raises:
-        OSError: the file cannot be written; the old content stays and the temporary file goes.
+        OSError: The file cannot be written; the old content stays and the temporary file goes.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # machines that share a file system may have the same process ids
+    identity = f".{os.getpid()}-{os.urandom(4).hex()}" if unique else ""
+    temporary = path.with_name(f"{path.name}{identity}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync_to_disk(temporary)
         temporary.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno:
             error.filename = error.filename or str(path)  # a full disk names no file
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink()
         raise
-    sync(path.parent)
+    if durable:
+        sync_to_disk(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Give a file new text, whole or not at all; see `replace_when_whole`.
 
     Raises:
-        OSError: it cannot be written; the old content stays.
+        OSError: The file cannot be written; the old content stays.
     """
     with replace_when_whole(path) as temporary:
         temporary.write_text(text)
 
 
-def sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk.
 
     Raises:
-        OSError: the disk refused it.
+        OSError: The disk refused it.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -97,15 +115,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file, hexadecimal.
+def digest_file(path: Path) -> str:
+    """Compute the SHA-256 of a file, as hexadecimal text.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: The file cannot be read.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     buffer = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            found.update(buffer[:count])
-    return found.hexdigest()
+            digest.update(buffer[:count])
+    return digest.hexdigest()

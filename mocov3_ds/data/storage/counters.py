@@ -1,4 +1,4 @@
-"""What reading from object storage cost this process: bytes, retries, cache hits."""
+"""What did reading from object storage cost this process? Bytes, retries, cache hits."""
 
 import threading
 from collections import Counter
@@ -7,19 +7,19 @@ _lock = threading.Lock()
 _counts: Counter[str] = Counter()
 
 
-def count(name: str, number: int = 1) -> None:
+def add_count(name: str, number: int = 1) -> None:
     """Add to a counter, from any thread."""
     with _lock:
         _counts[name] += number
 
 
-def since_last_asked() -> dict[str, int]:
-    """Counters of this rank since the last call, by name; those that stood still are left out.
+def take_counts() -> dict[str, int]:
+    """Return the counters of this process since the last call, by name, and set them to zero.
 
-    `store_bytes` read from stores, `store_retries` of reads and writes that failed, `cache_hits`
-    and `cache_misses` of blocks.
+    `store_bytes` were read from stores, `store_retries` counts reads and writes that failed,
+    `cache_hits` and `cache_misses` count blocks. A counter that stands at zero is left out.
     """
     with _lock:
-        found = dict(_counts)
+        counts = dict(_counts)
         _counts.clear()
-    return found
+    return counts

@@ -1,4 +1,9 @@
-"""How long a store may fail: back-off over minutes, and errors that say what to do."""
+"""How long may an object store fail? Back-off over minutes, and errors that say what to do.
+
+Every request to a store is made again after a failure that may pass, for as long as
+MOCOV3_STORAGE_PATIENCE_S allows without any progress. Failures that no waiting mends (no such file,
+no permission, a file that changed) are raised at once, as one sentence.
+"""
 
 import logging
 import os
@@ -13,7 +18,9 @@ from mocov3_ds.data.storage import counters
 
 _T = TypeVar("_T")
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 20.0
-_ENOUGH = 64 << 10  # bytes after which a store counts as working again
+_PROGRESS_BYTES = 64 << 10
+"""Bytes after which a store counts as working again."""
+_LOGGED_FAILURES = (3, 10, 30, 100)
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -34,8 +41,12 @@ class Stopped(OSError):  # noqa: N818 - nothing failed
     """The caller asked to wait no longer."""
 
 
+_FINAL = FileNotFoundError | PermissionError | StorageError | Truncated | Changed | Stopped
+"""Errors that no further attempt can mend."""
+
+
 @dataclass(frozen=True)
-class Limits:
+class RetryLimits:
     """When a store counts as out of reach; MOCOV3_STORAGE_PATIENCE_S and so on set each."""
 
     patience_s: float
@@ -50,109 +61,136 @@ class Limits:
     """seconds to connect"""
 
     @classmethod
-    def of_environment(cls) -> "Limits":
-        """The variables' values, or minutes.
+    def from_environment(cls) -> "RetryLimits":
+        """Read the environment variables; the defaults are minutes.
 
         Raises:
-            ValueError: a value is not a number.
+            ValueError: the value of a variable is not a number.
         """
-
-        def number(name: str, default: float) -> float:
-            name = f"MOCOV3_STORAGE_{name}"
-            try:
-                return float(os.environ.get(name, default))
-            except ValueError:
-                raise ValueError(f"{name}={os.environ[name]} is not a number.") from None
-
-        patience = number("PATIENCE_S", 900)
+        patience_s = _read_seconds("PATIENCE_S", 900)
         return cls(
-            patience_s=patience,
-            first_contact_s=min(patience, number("FIRST_CONTACT_S", 60)),
-            stall_s=number("STALL_S", 20),
-            low_bytes_s=number("LOW_BYTES_S", 16 << 10),
-            connect_s=number("CONNECT_S", 10),
+            patience_s=patience_s,
+            first_contact_s=min(patience_s, _read_seconds("FIRST_CONTACT_S", 60)),
+            stall_s=_read_seconds("STALL_S", 20),
+            low_bytes_s=_read_seconds("LOW_BYTES_S", 16 << 10),
+            connect_s=_read_seconds("CONNECT_S", 10),
         )
 
 
-class Fallible(Protocol):
-    """What `Patience` has to know of a store."""
+def _read_seconds(name: str, default: float) -> float:
+    variable = f"MOCOV3_STORAGE_{name}"
+    try:
+        return float(os.environ.get(variable, default))
+    except ValueError:
+        raise ValueError(f"{variable}={os.environ[variable]} is not a number.") from None
 
-    limits: Limits
-    answered: bool
-    """whether it has ever answered this process"""
+
+class RetriedStore(Protocol):
+    """What `Retry` has to know of a store."""
+
+    limits: RetryLimits
+    """how long a failure may last"""
+    has_answered: bool
+    """whether the store has ever answered this process"""
     errors: tuple[type[Exception], ...]
-    """what its client raises"""
+    """exception classes that its client raises"""
 
-    def problem(self, url: str, error: Exception) -> Exception | None:
-        """What an error means for good, or None where the next attempt may go well."""
+    def explain_error(self, url: str, error: Exception) -> Exception | None:
+        """Translate an error that is final; None where the next attempt may go well."""
         ...
 
 
-class Patience:
-    """Failures in a row of one read or write.
+class Retry:
+    """Counts the failures in a row of one read or write, and waits after each of them.
 
     Args:
-        store: that fails.
-        url: of the file, for messages.
-        stop: set it to give up at once.
+        store: Object store whose requests fail.
+        url: URL of the file, for messages.
+        stop: Event that ends the waiting at once when it is set.
     """
 
-    def __init__(self, store: Fallible, url: str, stop: threading.Event | None = None) -> None:
+    def __init__(self, store: RetriedStore, url: str, stop: threading.Event | None = None) -> None:
         self._store, self._url = store, url
         self._stop = stop or threading.Event()
-        self._failures = self._progress = 0
-        self._since = 0.0
+        self._failures = self._progress_bytes = 0
+        self._first_failure_s = 0.0  # on the monotonic clock
 
-    def progressed(self, count: int) -> None:
-        """Note bytes that came; enough of them end the row of failures."""
-        self._progress += count
-        if self._progress >= _ENOUGH:
+    def note_progress(self, count: int) -> None:
+        """Count `count` bytes that came; enough of them end the row of failures."""
+        self._progress_bytes += count
+        if self._progress_bytes >= _PROGRESS_BYTES:
             self._failures = 0
 
-    def failed(self, error: Exception) -> None:
-        """Wait before the next attempt.
+    def wait_after(self, error: Exception) -> None:
+        """Count a failure and wait before the next attempt.
 
         Raises:
-            FileNotFoundError: the store says so; likewise `StorageError`, `Truncated`, `Changed`.
-            StorageError: there has been no progress for too long.
-            Stopped: the caller waits no longer.
+            FileNotFoundError: The store says so; likewise `StorageError`, `Truncated`, `Changed`.
+            StorageError: There has been no progress for too long.
+            Stopped: The caller waits no longer.
         """
-        final = FileNotFoundError | PermissionError | StorageError | Truncated | Changed | Stopped
-        meaning = error if isinstance(error, final) else self._store.problem(self._url, error)
-        if meaning is not None:
-            raise meaning from (None if meaning is error else error)
-        now = time.monotonic()
+        final = error if isinstance(error, _FINAL) else self._store.explain_error(self._url, error)
+        if final is not None:
+            raise final from (None if final is error else error)
+        self._count_failure(error)
+        delay_s = min(_FIRST_DELAY_S * 2 ** min(self._failures - 1, 16), _LONGEST_DELAY_S)
+        if self._stop.wait(random.uniform(0.5, 1.0) * delay_s):
+            raise Stopped(f"{self._url}: stopped while waiting for the store")
+
+    def _count_failure(self, error: Exception) -> None:
+        time_s = time.monotonic()
         if not self._failures:
-            self._since = now
+            self._first_failure_s = time_s
         self._failures += 1
-        counters.count("store_retries")
-        self._progress = 0
+        self._progress_bytes = 0
+        counters.add_count("store_retries")
         limits = self._store.limits
-        budget = limits.patience_s if self._store.answered else limits.first_contact_s
+        limit_s = limits.patience_s if self._store.has_answered else limits.first_contact_s
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        if now - self._since > budget:
+        waited_s = time_s - self._first_failure_s
+        if waited_s > limit_s:
             raise StorageError(
-                f"{self._url}: no progress for {now - self._since:.0f} s in {self._failures} "
+                f"{self._url}: no progress for {waited_s:.0f} s in {self._failures} "
                 f"attempts, the last one ended with {text}. (MOCOV3_STORAGE_PATIENCE_S and "
                 "MOCOV3_STORAGE_FIRST_CONTACT_S set how long is waited.)"
             ) from error
-        if self._failures in (3, 10, 30, 100):
+        if self._failures in _LOGGED_FAILURES:
             _log.warning("%s: attempt %d failed: %s", self._url, self._failures, text)
-        longest = min(_FIRST_DELAY_S * 2 ** min(self._failures - 1, 16), _LONGEST_DELAY_S)
-        if self._stop.wait(random.uniform(0.5, 1.0) * longest):
-            raise Stopped(f"{self._url}: stopped while waiting for the store")
 
 
-def patiently(
-    store: Fallible, url: str, attempt: Callable[[], _T], stop: threading.Event | None = None
+def call_with_retry(
+    store: RetriedStore, url: str, attempt: Callable[[], _T], stop: threading.Event | None = None
 ) -> _T:
-    """What an attempt returns, made again as `Patience` says."""
-    patience = Patience(store, url, stop)
+    """Call `attempt` until it succeeds and return its result; `Retry` says how long."""
+    retry = Retry(store, url, stop)
     while True:
         try:
             result = attempt()
         except store.errors as error:
-            patience.failed(error)
+            retry.wait_after(error)
         else:
-            store.answered = True
+            store.has_answered = True
             return result
+
+
+def explain_status(url: str, status: int, text: str) -> Exception | None:
+    """Translate an HTTP status that is final; None for one that may pass.
+
+    Args:
+        url: URL of the file, for messages.
+        status: HTTP status of the answer.
+        text: The store's own words about the failure.
+    """
+    if status == 404:
+        return FileNotFoundError(f"{url} does not exist")
+    if status == 416:
+        return Truncated(f"{url} ends before the bytes that were asked for")
+    if status == 412:
+        return Changed(f"{url} changed while it was read")
+    if status in (401, 403):
+        return StorageError(
+            f"{url}: the store refuses access ({text}); check the credentials and what they may do."
+        )
+    if 400 <= status < 500 and status not in (408, 425, 429) and "RequestTimeout" not in text:
+        return StorageError(f"{url}: the store refuses ({status} {text}).")
+    return None

@@ -8,7 +8,8 @@ import pytest
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
 from mocov3_ds.data.loader import evaluation_batches
-from mocov3_ds.data.storage import Changed, Entry, StorageError, Truncated, stores
+from mocov3_ds.data.storage import Changed, FileEntry, StorageError, Truncated, stores
+from mocov3_ds.data.storage.retry import call_with_retry
 from tests import object_store, radosgw
 from tests.data.sets import make_set
 from tests.data.test_loader import SIZES, copied, open_stream, run, same
@@ -29,26 +30,26 @@ def gateway(tmp_path_factory):
     try:
         server.start()
         with object_store.environment(server.url, first_contact_s=60):
-            store, _ = stores.store_of("s3://bucket")
-            stores.patiently(
-                store, "s3://bucket", lambda: store._client.create_bucket(Bucket="bucket")
+            store, _ = stores.store_for_url("s3://bucket")
+            call_with_retry(
+                store, "s3://bucket", lambda: store.client.create_bucket(Bucket="bucket")
             )
             yield server
     finally:
         server.close()
 
 
-def test_storage(gateway, monkeypatch):
-    monkeypatch.setattr(stores, "PART", 5 << 20)
+def test_storage(gateway):
+    stores.store_for_url("s3://bucket")[0].part_bytes = 5 << 20
     url = "s3://bucket/storage"
-    assert storage.entries(url) == [] and not storage.exists(f"{url}/a")
+    assert storage.list_files(url) == [] and not storage.exists(f"{url}/a")
     for data in (b"", b"small", DATA):
         storage.write(f"{url}/a", data)
-        assert storage.read(f"{url}/a") == data and storage.size(f"{url}/a") == len(data)
+        assert storage.read(f"{url}/a") == data and storage.file_size(f"{url}/a") == len(data)
     assert storage.read(f"{url}/a", 5, 7_000_000) == DATA[5:7_000_000]
-    assert b"".join(storage.chunks(f"{url}/a", 7)) == DATA[7:]
+    assert b"".join(storage.read_blocks(f"{url}/a", 7)) == DATA[7:]
     storage.write(f"{url}/deeper/b", b"1")
-    assert storage.entries(url) == [Entry("a", len(DATA))]
+    assert storage.list_files(url) == [FileEntry("a", len(DATA))]
     with pytest.raises(Truncated):
         storage.read(f"{url}/a", 0, len(DATA) + 1)
     with pytest.raises(Truncated):
@@ -66,16 +67,16 @@ def test_storage(gateway, monkeypatch):
         storage.write(f"{url}/a", DATA[::-1])
         file.seek(11_000_000)
         file.read(10)
-    storage.remove(f"{url}/a")
+    storage.remove_file(f"{url}/a")
     assert not storage.exists(f"{url}/a")
 
 
 def test_a_wrong_secret_is_refused_in_a_sentence(gateway, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    stores._stores.clear()
+    stores.forget_stores()
     with pytest.raises(StorageError, match=r"refuses access \(SignatureDoesNotMatch.*check the"):
         storage.read("s3://bucket/a")
-    stores._stores.clear()
+    stores.forget_stores()
 
 
 def test_stream_and_a_gateway_killed_amid_it(gateway, tmp_path):
