@@ -14,7 +14,7 @@ def picture(height=97, width=131, seed=0):
     return Image.fromarray((np.stack(channels, -1) + noise).clip(0, 255).astype(np.uint8))
 
 
-def stored(image, kind="JPEG", **options):
+def encode_image(image, kind="JPEG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -64,30 +64,36 @@ def draw_contact_sheet(
     manifest, spec = load(url), spec or ViewSpec()
     if rows < 1 or manifest.samples < 1:
         raise ValueError(f"{rows} rows of {manifest.samples} samples are nothing to show.")
-    tile = size + _GAP
-    sheet = Image.new("RGB", (tile * len(COLUMNS), _TITLE + tile * rows), "white")
-    for column, title in enumerate(COLUMNS):
-        ImageDraw.Draw(sheet).text((column * tile + 2, 2), title, fill="black")
     random.seed(seed)
     torch.manual_seed(seed)
     usual = [reference.view_transform(spec, v, size, normalised=False) for v in (0, 1)]
-    largest = 0
     sample_ids = np.linspace(0, manifest.samples - 1, rows).astype(int).tolist()
-    for row, sample_id in enumerate(sample_ids):
+    pictures, largest = [], 0
+    for sample_id in sample_ids:
         image_bytes, image = _read_image(manifest, sample_id)
-        ours, by_pillow = _make_views(image_bytes, image, spec, size, (seed, epoch, sample_id))
-        largest = max(largest, _largest_difference(ours, by_pillow))
-        stored = image.copy()
-        stored.thumbnail((size, size))
-        by_itself = [transform(image) for transform in usual]
-        tiles = (stored, ours[0], by_pillow[0], ours[1], by_pillow[1], *by_itself)
-        for column, picture in enumerate(tiles):
-            sheet.paste(picture, (column * tile, _TITLE + row * tile))
+        sample = (seed, epoch, sample_id)
+        trained, by_pillow = _make_views(image_bytes, image, spec, size, sample)
+        largest = max(largest, _largest_difference(trained, by_pillow))
+        thumbnail = image.copy()
+        thumbnail.thumbnail((size, size))
+        compared = (trained[0], by_pillow[0], trained[1], by_pillow[1])
+        pictures.append((thumbnail, *compared, *(transform(image) for transform in usual)))
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    _arrange(pictures, size).save(buffer, "PNG")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(buffer.getvalue())
     return largest
+
+
+def _arrange(pictures: Sequence[Images], size: int) -> Image.Image:
+    """Rows of pictures below the titles of their columns."""
+    tile = size + _GAP
+    sheet = Image.new("RGB", (tile * len(COLUMNS), _TITLE + tile * len(pictures)), "white")
+    for column, title in enumerate(COLUMNS):
+        ImageDraw.Draw(sheet).text((column * tile + 2, 2), title, fill="black")
+        for row, images in enumerate(pictures):
+            sheet.paste(images[column], (column * tile, _TITLE + row * tile))
+    return sheet
 
 
 def _read_image(manifest: Manifest, sample_id: int) -> tuple[bytes, Image.Image]:
@@ -108,13 +114,13 @@ def _make_views(
     crops_VCHW = np.empty((2, 3, size, size), np.uint8)
     params_VP = np.empty((2, PARAMETERS), np.float32)
     make_crops(image_bytes, spec, *sample, crops_VCHW, params_VP, augment=True)
-    ours = [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in crops_VCHW]
+    trained = [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0))) for x in crops_VCHW]
     boxes, flips, params_VP = draw_views(spec, *sample, image.height, image.width)
     draws = zip(boxes, flips, params_VP.tolist(), strict=True)
-    return ours, [reference.make_drawn_view(image, *drawn, size) for drawn in draws]
+    return trained, [reference.make_drawn_view(image, *drawn, size) for drawn in draws]
 
 
-def _largest_difference(ours: Images, by_pillow: Images) -> int:
+def _largest_difference(trained: Images, by_pillow: Images) -> int:
     """Largest difference of a pixel between the images of two lists, of 255."""
-    pairs = zip(ours, by_pillow, strict=True)
+    pairs = zip(trained, by_pillow, strict=True)
     return max(int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()) for a, b in pairs)

@@ -80,8 +80,8 @@ def cut_crops(
     elif decoder == "simplejpeg" and _cut_by_simplejpeg(image_bytes, boxes, flips, out_VCHW):
         return
     image = decode_rgb(image_bytes)
-    for (top, left, height, width), flip, crop_CHW in zip(boxes, flips, out_VCHW, strict=True):
-        crop = image.crop((left, top, left + width, top + height))
+    for (y, x, height, width), flip, crop_CHW in zip(boxes, flips, out_VCHW, strict=True):
+        crop = image.crop((x, y, x + width, y + height))
         crop = crop.resize(crop_CHW.shape[:0:-1], Image.Resampling.BILINEAR)
         resized_CHW = np.asarray(crop).transpose(2, 0, 1)
         crop_CHW[:] = resized_CHW[:, :, ::-1] if flip else resized_CHW
@@ -111,9 +111,10 @@ def centre_crop(image_bytes: bytes, size: int, resize: int) -> NDArray[np.uint8]
         if verdict == native.READ:
             return crop_CHW
     image = decode_rgb(image_bytes)
-    (height, width), (top, left) = _centre_window(image.height, image.width, size, resize)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    image = image.crop((left, top, left + size, top + size))
+    (height, width), (y, x) = _centre_window(image.height, image.width, size, resize)
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop(
+        (x, y, x + size, y + size)
+    )
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
@@ -218,8 +219,8 @@ def _cut_by_simplejpeg(
     except ValueError:  # also for what is only a warning: Pillow decides
         return False
     image_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)  # channels last: faster
-    for (top, left, tall, wide), flip, crop_CHW in zip(boxes, flips, out_VCHW, strict=True):
-        box_1CHW = image_CHW[None, :, top : top + tall, left : left + wide]
+    for (y, x, tall, wide), flip, crop_CHW in zip(boxes, flips, out_VCHW, strict=True):
+        box_1CHW = image_CHW[None, :, y : y + tall, x : x + wide]
         resized_CHW = torch.nn.functional.interpolate(
             box_1CHW, size=crop_CHW.shape[1:], mode="bilinear", antialias=True
         )[0].numpy()

@@ -101,8 +101,8 @@ def _draw_box(key: int, crop_min: float, crop_max: float, height: int, width: in
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top = _draw_below(key, Purpose.DRAW_TOP, height - crop_height + 1)
-            left = _draw_below(key, Purpose.DRAW_LEFT, width - crop_width + 1)
-            return top, left, crop_height, crop_width
+            from_left = _draw_below(key, Purpose.DRAW_LEFT, width - crop_width + 1)
+            return top, from_left, crop_height, crop_width
     narrowest, widest = ASPECT_RATIOS
     crop_height, crop_width = height, width
     if width / height < narrowest:

@@ -8,7 +8,7 @@ from mocov3_ds import cli
 from mocov3_ds.data.views import decode
 from mocov3_ds.data.views.contact_sheet import COLUMNS, draw_contact_sheet
 from mocov3_ds.data.views.spec import ViewSpec
-from tests.data.pictures import picture, stored
+from tests.data.pictures import encode_image, picture
 from tests.data.sets import make_set
 
 
@@ -16,7 +16,7 @@ from tests.data.sets import make_set
 def shards(tmp_path):
     def image(number):
         kind = "PNG" if number % 3 == 2 else "JPEG"
-        return stored(picture(60 + number, 90, seed=number), kind)
+        return encode_image(picture(60 + number, 90, seed=number), kind)
 
     make_set(str(tmp_path / "set"), [4, 3], image)
     return str(tmp_path / "set")
@@ -55,7 +55,7 @@ def test_the_command(shards, tmp_path, monkeypatch, capsys):
 
 
 def test_an_unreadable_sample_is_a_sentence(tmp_path, monkeypatch, capsys):
-    whole = stored(picture())
+    whole = encode_image(picture())
     images = [whole, whole, whole[: len(whole) // 2], whole]
     make_set(str(tmp_path / "set"), [4], lambda number: images[number])
     out = tmp_path / "views.png"

@@ -8,7 +8,7 @@ from mocov3_ds.data.views.crops import make_crops
 from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
-from tests.data.pictures import picture, stored
+from tests.data.pictures import encode_image, picture
 
 SPEC = ViewSpec()
 
@@ -34,7 +34,7 @@ def parts(data, sample, size):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("augment", [False, True])
 def test_a_pair_is_its_parts(kind, mode, augment):
-    data = stored(picture(120, 90).convert(mode), kind)
+    data = encode_image(picture(120, 90).convert(mode), kind)
     crops, rows = np.zeros((2, 3, 40, 40), np.uint8), np.zeros((2, PARAMETERS), np.float32)
     for sample in range(8):
         expected, expected_rows = parts(data, sample, 40)
@@ -46,7 +46,7 @@ def test_a_pair_is_its_parts(kind, mode, augment):
 
 
 def test_a_pair_fits_into_strided_buffers():
-    data = stored(picture())
+    data = encode_image(picture())
     ring = np.zeros((2, 7, 3, 24, 24), np.uint8)
     rows = np.zeros((2, 7, PARAMETERS), np.float32)
     make_crops(data, SPEC, 5, 2, 3, ring[:, 4], rows[:, 4], augment=True)
@@ -58,7 +58,7 @@ def test_a_pair_fits_into_strided_buffers():
     assert not ring[:, others].any() and not rows[:, others].any()
 
 
-@pytest.mark.parametrize("data", [b"", b"text", stored(picture())[:900]])
+@pytest.mark.parametrize("data", [b"", b"text", encode_image(picture())[:900]])
 def test_unreadable_bytes_say_why(data):
     crops, rows = np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, PARAMETERS), np.float32)
     with pytest.raises(UnreadableImage, match=r"empty file|not an image|truncated"):

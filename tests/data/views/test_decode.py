@@ -15,7 +15,7 @@ from torchvision.transforms import functional as tv
 
 from mocov3_ds.data.views import decode, native
 from mocov3_ds.data.views.decode import UnreadableImage, centre_crop, cut_crops, read_size
-from tests.data.pictures import picture, stored
+from tests.data.pictures import encode_image, picture
 
 DECODERS = ("native", "simplejpeg", "pillow")
 BOXES = [(5, 20, 90, 110), (0, 0, 97, 131)]
@@ -59,14 +59,14 @@ def decoded(data):
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("size", [32, 224])
 def test_two_crops_are_torchvisions(subsampling, size):
-    data = stored(picture(), quality=90, subsampling=subsampling)
+    data = encode_image(picture(), quality=90, subsampling=subsampling)
     assert_pixels(crops_of(data, size=size), reference_crops(decoded(data), size=size))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_plain_jpegs_do_not_need_pillow(decoder, mode, progressive, monkeypatch):
-    data = stored(picture().convert(mode), progressive=progressive)
+    data = encode_image(picture().convert(mode), progressive=progressive)
     expected = reference_crops(decoded(data))
     if decoder != "pillow":
         monkeypatch.delattr(decode, "decode_rgb")
@@ -74,7 +74,7 @@ def test_plain_jpegs_do_not_need_pillow(decoder, mode, progressive, monkeypatch)
 
 
 def test_views_share_no_pixels_with_their_neighbours_in_a_batch():
-    data = stored(picture())
+    data = encode_image(picture())
     batch = np.zeros((2, 5, 3, 16, 16), np.uint8)
     cut_crops(data, BOXES, [True, False], batch[:, 3])  # strided, as the ring of buffers is
     np.testing.assert_array_equal(batch[:, 3], crops_of(data, flips=[True, False], size=16))
@@ -82,31 +82,31 @@ def test_views_share_no_pixels_with_their_neighbours_in_a_batch():
 
 
 def test_size_is_height_and_width():
-    assert read_size(stored(picture(40, 70))) == (40, 70)
+    assert read_size(encode_image(picture(40, 70))) == (40, 70)
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_jpeg_modes_become_rgb_as_pillow_converts_them(mode):
-    data = stored(picture().convert(mode))
+    data = encode_image(picture().convert(mode))
     assert_pixels(crops_of(data), reference_crops(decoded(data)))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1"])
 def test_png_modes_become_rgb(mode):
     image = picture().convert(mode)
-    data = stored(image, "PNG")  # also the PNG that ImageNet names .JPEG: contents decide
+    data = encode_image(image, "PNG")  # also the PNG that ImageNet names .JPEG: contents decide
     assert_pixels(crops_of(data), reference_crops(image.convert("RGB")))
 
 
 def test_palette_with_transparency_keeps_its_colours():
     image = picture().convert("P")
-    data = stored(image, "PNG", transparency=bytes(range(256)))
+    data = encode_image(image, "PNG", transparency=bytes(range(256)))
     assert_pixels(crops_of(data), reference_crops(image.convert("RGB")))
 
 
 def test_16_bit_grey_is_scaled_not_clipped():
     deep = (np.mgrid[:97, :131][1] * 500).astype(np.uint16)
-    data = stored(Image.fromarray(deep), "PNG")
+    data = encode_image(Image.fromarray(deep), "PNG")
     expected = Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
     assert_pixels(crops_of(data), reference_crops(expected))
 
@@ -114,7 +114,7 @@ def test_16_bit_grey_is_scaled_not_clipped():
 @pytest.mark.parametrize(("kind", "shift"), [("PPM", 8), ("TIFF", 0)])
 def test_32_bit_integers_are_16_bits_deep_only_where_their_format_says_so(kind, shift):
     deep = np.mgrid[:97, :131][1].astype(np.int32) * 2 << shift
-    data = stored(Image.fromarray(deep), kind)
+    data = encode_image(Image.fromarray(deep), kind)
     expected = Image.fromarray((deep >> shift).clip(0, 255).astype(np.uint8)).convert("RGB")
     assert_pixels(crops_of(data), reference_crops(expected))
 
@@ -122,7 +122,7 @@ def test_32_bit_integers_are_16_bits_deep_only_where_their_format_says_so(kind, 
 def test_exif_rotation_is_ignored_as_the_reference_does():
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = stored(picture(), exif=exif)
+    data = encode_image(picture(), exif=exif)
     assert read_size(data) == (97, 131)
     assert_pixels(crops_of(data), reference_crops(decoded(data)))
 
@@ -130,7 +130,7 @@ def test_exif_rotation_is_ignored_as_the_reference_does():
 @pytest.mark.parametrize(("height", "width"), [(97, 131), (131, 97), (40, 300), (64, 64)])
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (32, 37), (64, 64)])
 def test_centre_crop_is_torchvisions(height, width, size, resize):
-    data = stored(picture(height, width))
+    data = encode_image(picture(height, width))
     image = tv.resize(decoded(data), resize, InterpolationMode.BILINEAR)
     expected = np.asarray(tv.center_crop(image, [size, size])).transpose(2, 0, 1)
     np.testing.assert_array_equal(centre_crop(data, size, resize), expected)
@@ -138,7 +138,7 @@ def test_centre_crop_is_torchvisions(height, width, size, resize):
 
 def test_centre_crop_larger_than_the_image_is_an_error():
     with pytest.raises(ValueError, match="224 pixels needs resize >= 224, got 200"):
-        centre_crop(stored(picture()), 224, 200)
+        centre_crop(encode_image(picture()), 224, 200)
 
 
 def bomb():
@@ -150,14 +150,14 @@ def bomb():
 
 
 def unreadable():
-    whole = stored(picture())
+    whole = encode_image(picture())
     return {
         "empty file": b"",
         "not an image": b"<html>404 not found</html>" * 40,
         "damaged header|not an image": whole[:20],
         "truncated JPEG": whole[: len(whole) // 2],
         "truncated JPEG data": whole[:-1],
-        "truncated PNG|damaged PNG": stored(picture(), "PNG")[:2000],
+        "truncated PNG|damaged PNG": encode_image(picture(), "PNG")[:2000],
         "too many pixels: at most": bomb(),
     }
 
@@ -172,8 +172,8 @@ def test_unreadable_images_say_why(reason):
 
 def test_images_just_too_large_are_refused():
     with pytest.raises(UnreadableImage, match="too many pixels: 131 x 97, at most 12706"):
-        read_size(stored(picture()), max_pixels=97 * 131 - 1)
-    assert read_size(stored(picture()), max_pixels=97 * 131) == (97, 131)
+        read_size(encode_image(picture()), max_pixels=97 * 131 - 1)
+    assert read_size(encode_image(picture()), max_pixels=97 * 131) == (97, 131)
 
 
 def test_a_program_is_never_started_for_a_postscript_file():

@@ -18,7 +18,7 @@ from torchvision.transforms import functional as tvf
 from mocov3_ds.data.views import reference as reference_views
 from mocov3_ds.data.views.crops import make_crops
 from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
-from tests.data.pictures import detailed_picture, stored
+from tests.data.pictures import detailed_picture, encode_image
 
 SPEC = ViewSpec()
 SIZE = 96
@@ -94,7 +94,7 @@ def reference(images, epochs, seed):
 
 @pytest.fixture(scope="module")
 def images():
-    return [stored(detailed_picture(150, 180, seed), quality=95) for seed in range(60)]
+    return [encode_image(detailed_picture(150, 180, seed), quality=95) for seed in range(60)]
 
 
 @pytest.fixture(scope="module")

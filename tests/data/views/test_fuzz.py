@@ -17,7 +17,7 @@ from mocov3_ds.data.views import decode, native
 from mocov3_ds.data.views.crops import make_crops
 from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
-from tests.data.pictures import picture, stored
+from tests.data.pictures import encode_image, picture
 
 pytestmark = pytest.mark.skipif(
     bool(decode.explain_absence("native")), reason="the extension cannot run here"
@@ -27,15 +27,15 @@ pytestmark = pytest.mark.skipif(
 def seeds():
     """Every kind of JPEG that the extension reads, and some that it hands on."""
     return [
-        stored(picture(60, 80)),
-        stored(picture(60, 80), subsampling=0, quality=95),
-        stored(picture(61, 79), subsampling=1),
-        stored(picture(40, 70), progressive=True),
-        stored(picture(50, 50), restart_marker_blocks=3),
-        stored(picture(33, 47), optimize=True, quality=20),
-        stored(picture(64, 48).convert("L")),
-        stored(picture(30, 30).convert("CMYK")),
-        stored(picture(300, 400), quality=60),
+        encode_image(picture(60, 80)),
+        encode_image(picture(60, 80), subsampling=0, quality=95),
+        encode_image(picture(61, 79), subsampling=1),
+        encode_image(picture(40, 70), progressive=True),
+        encode_image(picture(50, 50), restart_marker_blocks=3),
+        encode_image(picture(33, 47), optimize=True, quality=20),
+        encode_image(picture(64, 48).convert("L")),
+        encode_image(picture(30, 30).convert("CMYK")),
+        encode_image(picture(300, 400), quality=60),
     ]
 
 

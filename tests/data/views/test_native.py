@@ -1,6 +1,5 @@
 """The extension: Pillow's pixels for any box, size and instruction set; refusals; flat memory."""
 
-import ctypes
 import hashlib
 import io
 import os
@@ -10,7 +9,6 @@ import sys
 import sysconfig
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +20,8 @@ from PIL import Image
 
 from mocov3_ds.data.views import decode, native, photometric
 from mocov3_ds.data.views.crops import make_crops
-from mocov3_ds.data.views.spec import PARAMETERS, Column, ViewSpec
-from tests.data.pictures import picture, stored
+from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
+from tests.data.pictures import encode_image, picture
 
 SPEC = ViewSpec()
 SOURCES = Path(native.__file__).parent
@@ -56,7 +54,7 @@ def test_any_box_gives_pillows_pixels(subsampling, progressive):
     """Boxes at and near block borders and image edges; crops enlarged, shrunk, tall and flat."""
     rng = np.random.default_rng(subsampling)
     for height, width in ((97, 131), (64, 48), (33, 210), (200, 17), (1, 1), (8, 9)):
-        data = stored(
+        data = encode_image(
             picture(height, width), quality=88, subsampling=subsampling, progressive=progressive
         )
         for _ in range(25):
@@ -76,7 +74,7 @@ def test_any_box_gives_pillows_pixels(subsampling, progressive):
 def test_a_progressive_image_that_lacks_scans_gives_pillows_pixels(subsampling):
     """The library smooths such images across blocks, whichever columns are wanted."""
     rng = np.random.default_rng(subsampling)
-    whole = stored(picture(), quality=60, subsampling=subsampling, progressive=True)
+    whole = encode_image(picture(), quality=60, subsampling=subsampling, progressive=True)
     scans = [place for place in range(len(whole)) if whole[place : place + 2] == b"\xff\xda"]
     assert len(scans) > 5
     for end in scans[1:]:
@@ -106,7 +104,7 @@ def test_threads_that_come_at_once_open_the_library_once(monkeypatch):
 
 def test_strongly_shrunk_boxes_give_pillows_pixels():
     """Many taps: more than a vector holds, fewer at the borders than next to them."""
-    data = stored(picture(900, 1100), quality=90)
+    data = encode_image(picture(900, 1100), quality=90)
     for size in (1, 3, 5, 7, 16):
         boxes = [(0, 0, 900, 1100), (100, 30, 800, 1000)]
         verdict, got = native_crops(data, boxes, size=size)
@@ -144,7 +142,7 @@ def test_our_huffman_decoder_gives_the_librarys_pixels(mode, kind, own_huffman):
     rng = np.random.default_rng(5)
     for seed in range(6):
         image = picture(int(rng.integers(20, 250)), int(rng.integers(20, 250)), seed).convert(mode)
-        data = stored(image, **PLAIN_SCANS[kind])
+        data = encode_image(image, **PLAIN_SCANS[kind])
         boxes = [(0, 0, image.height, image.width), (9, 11, image.height - 12, image.width - 13)]
         before = own_huffman(False)
         plain = native_crops(data, boxes, size=40)
@@ -184,7 +182,7 @@ def waves(frequencies, seed):
 def test_blocks_that_end_late_give_the_librarys_pixels(frequencies, optimize, own_huffman):
     boxes = [(0, 0, 96, 96), (8, 16, 80, 64)]
     for seed in range(8):
-        data = stored(waves(frequencies, seed), quality=100, optimize=optimize)
+        data = encode_image(waves(frequencies, seed), quality=100, optimize=optimize)
         own_huffman(False)
         plain = native_crops(data, boxes, size=96)
         before = own_huffman(True)
@@ -204,7 +202,10 @@ def test_pillows_library_comes_before_one_of_another_package():
 
 def test_other_scans_are_left_to_the_library(own_huffman):
     before = own_huffman(True)
-    assert native_crops(stored(picture(), progressive=True), [(0, 0, 9, 9)] * 2)[0] == native.READ
+    assert (
+        native_crops(encode_image(picture(), progressive=True), [(0, 0, 9, 9)] * 2)[0]
+        == native.READ
+    )
     assert own_huffman(True) == before
 
 
@@ -212,13 +213,13 @@ def test_other_scans_are_left_to_the_library(own_huffman):
     "box", [(-1, 0, 9, 9), (0, -1, 9, 9), (90, 0, 9, 9), (0, 125, 9, 9), (0, 0, 0, 9), (0, 0, 9, 0)]
 )
 def test_boxes_outside_the_image_are_not_read(box):
-    assert native_crops(stored(picture()), [box, (0, 0, 9, 9)])[0] != native.READ
+    assert native_crops(encode_image(picture()), [box, (0, 0, 9, 9)])[0] != native.READ
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 50, 1000, 3000])
 def test_bytes_that_stop_early_are_not_read(cut):
     """Also when what is missing lies below both boxes."""
-    data = stored(picture(), quality=95)
+    data = encode_image(picture(), quality=95)
     assert native_crops(data, [(0, 0, 9, 9)] * 2)[0] == native.READ
     assert native_crops(data[:-cut], [(0, 0, 9, 9)] * 2)[0] != native.READ
     assert native_crops(data + b"tail", [(0, 0, 9, 9)] * 2)[0] == native.READ
@@ -227,16 +228,16 @@ def test_bytes_that_stop_early_are_not_read(cut):
 def test_too_many_pixels_are_not_read():
     out = np.zeros((2, 3, 8, 8), np.uint8)
     boxes, flips = [(0, 0, 9, 9)] * 2, [False] * 2
-    assert native.cut_crops(stored(picture()), boxes, flips, out, 97 * 131) == native.READ
-    assert native.cut_crops(stored(picture()), boxes, flips, out, 97 * 131 - 1) != native.READ
-    assert native.read_size(stored(picture()), 97 * 131 - 1) is None
+    assert native.cut_crops(encode_image(picture()), boxes, flips, out, 97 * 131) == native.READ
+    assert native.cut_crops(encode_image(picture()), boxes, flips, out, 97 * 131 - 1) != native.READ
+    assert native.read_size(encode_image(picture()), 97 * 131 - 1) is None
 
 
 def digest_of_all_kernels():
     """Of crops and colours that go through every loop."""
     total = hashlib.sha256()
     for seed, (height, width, size) in enumerate([(97, 131, 33), (300, 80, 64), (40, 60, 50)]):
-        data = stored(picture(height, width, seed))
+        data = encode_image(picture(height, width, seed))
         out, rows = np.zeros((2, 3, size, size), np.uint8), np.zeros((2, PARAMETERS), np.float32)
         for sample in range(24):
             make_crops(data, SPEC, 0, 0, sample, out, rows, augment=True)
@@ -270,7 +271,7 @@ def test_every_instruction_set_gives_the_same_bits():
 
 
 def test_threads_do_not_disturb_each_other():
-    images = [stored(picture(60 + 7 * i, 150 - 5 * i, seed=i)) for i in range(12)]
+    images = [encode_image(picture(60 + 7 * i, 150 - 5 * i, seed=i)) for i in range(12)]
 
     def one(i):
         out, rows = np.zeros((2, 3, 40, 40), np.uint8), np.zeros((2, PARAMETERS), np.float32)
@@ -284,7 +285,7 @@ def test_threads_do_not_disturb_each_other():
 
 def test_memory_is_given_back():
     """Thousands of good, damaged and large images: the process grows by less than one of them."""
-    good, large = stored(picture(200, 250)), stored(picture(2000, 2400), quality=50)
+    good, large = encode_image(picture(200, 250)), encode_image(picture(2000, 2400), quality=50)
     damaged = good[:1500] + bytes(300) + good[1800:]
     out, rows = np.zeros((2, 3, 32, 32), np.uint8), np.zeros((2, PARAMETERS), np.float32)
 
@@ -298,91 +299,6 @@ def test_memory_is_given_back():
     before = psutil.Process().memory_info().rss
     round_of(1500)
     assert psutil.Process().memory_info().rss - before < 4 << 20
-
-
-@pytest.fixture
-def library_of(monkeypatch):
-    """Lets the module load the library of another folder, as on a first use."""
-
-    def use_folder(folder):
-        monkeypatch.setattr(native, "colour_library", lambda: native.load_library(folder))
-        native.open_jpeg_library.cache_clear()
-
-    yield use_folder
-    monkeypatch.undo()
-    native.open_jpeg_library.cache_clear()
-
-
-def test_a_missing_library_is_a_reason(library_of, tmp_path):
-    library_of(tmp_path)
-    assert not native.is_built()
-    with pytest.raises(RuntimeError, match="was not built"):
-        native.jpeg_library()
-    assert "was not built" in decode.explain_absence("native")
-
-
-# ------------------------------------------------------------- what Python and C++ must agree on
-
-
-def test_the_library_tells_what_python_expects():
-    layout = native.expected_layout()
-    assert layout["PARAMETERS"] == 10 and layout["SOLARISE"] == 9 and layout["DRAW_FACTORS"] == 29
-    assert layout["sizeof Spec"] == 15 * 8 and layout["Crop.out"] == 56
-    assert native.load_library(SOURCES)
-
-
-def test_a_column_that_python_alone_has_is_refused(library_of, monkeypatch):
-    library_of(SOURCES)
-    monkeypatch.setattr(native, "PARAMETERS", PARAMETERS + 1)
-    sentence = r"\(PARAMETERS is 10 there, 11 here\); build it again: pip install -e \."
-    for first_use in (
-        native.is_built,
-        native.jpeg_library,
-        lambda: decode.explain_absence("native"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            first_use()
-
-
-def test_a_column_of_another_name_or_place_is_refused(monkeypatch):
-    names = [column.name for column in Column]
-    for changed in ([*names[:-1], "GAMMA"], [*names[:-2], names[-1], names[-2]]):
-        columns = IntEnum("Column", changed, start=0)
-        monkeypatch.setattr(native, "Column", columns)
-        with pytest.raises(ValueError, match="build it again"):
-            native.load_library(SOURCES)
-
-
-def test_a_structure_of_another_form_is_refused(monkeypatch):
-    class Longer(ctypes.Structure):
-        _fields_ = (*native.Spec._fields_, ("gamma_p", ctypes.c_double))
-
-    Longer.__name__ = "Spec"
-    monkeypatch.setattr(native, "Spec", Longer)
-    with pytest.raises(ValueError, match=r"Spec\.gamma_p is None there, 120 here"):
-        native.load_library(SOURCES)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("int mocov3_open_library;", "it is older"),
-        (
-            'extern "C" const char* mocov3_layout(int i, int* value)'
-            '{ *value = 11; return i ? nullptr : "PARAMETERS"; }',
-            "ATTEMPTS is None there, 10 here",
-        ),
-    ],
-)
-def test_a_library_from_other_sources_is_refused(library_of, source, message, tmp_path):
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (tmp_path / "other.cpp").write_text(source)
-    files = [tmp_path / "other.cpp", "-o", tmp_path / f"_library{suffix}"]
-    subprocess.run(["g++", "-shared", "-fPIC", *files], check=True)
-    library_of(tmp_path)
-    with pytest.raises(ValueError, match=f"was built from other C.. sources .{message}.; build it"):
-        native.is_built()
 
 
 @pytest.mark.skipif(

@@ -351,20 +351,21 @@ def _pillow_weighs_tall_rows_first() -> bool:
 
 def _difference_from_pillow(loaded: ctypes.CDLL) -> int:
     """Largest difference of a small chroma-subsampled image's crops; 256 = not decoded."""
-    y, x = np.mgrid[:70, :90]
-    pixels = np.stack([(x * 5 + y) % 256, (y * 7) % 256, (x * y) % 256], -1).astype(np.uint8)
+    row, column = np.mgrid[:70, :90]
+    channels = [(column * 5 + row) % 256, (row * 7) % 256, (column * row) % 256]
+    pixels = np.stack(channels, -1).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90, subsampling=2)
     image_bytes, size = buffer.getvalue(), 33
     arguments = (image_bytes, len(image_bytes), 1 << 20)
     out = np.empty((3, size, size), np.uint8)
     largest = 0
-    for top, left, height, width in ((0, 0, 70, 90), (13, 30, 50, 41)):
-        crop = Crop(top, left, height, width, size, size, 0, 0, size, 0, size * size, size)
+    for y, x, height, width in ((0, 0, 70, 90), (13, 30, 50, 41)):
+        crop = Crop(y, x, height, width, size, size, 0, 0, size, 0, size * size, size)
         crop.out = out.ctypes.data
         if loaded.mocov3_cut_crops(*arguments, ctypes.byref(crop), 1) != READ:
             return 256
-        image = Image.open(io.BytesIO(image_bytes)).crop((left, top, left + width, top + height))
+        image = Image.open(io.BytesIO(image_bytes)).crop((x, y, x + width, y + height))
         expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
         gap = np.abs(expected.transpose(2, 0, 1).astype(int) - out)
         largest = max(largest, int(gap.max()))
