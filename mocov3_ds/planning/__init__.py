@@ -1,1 +1,1 @@
-"""What fits, how fast and at what cost: arithmetic on architecture and hardware, nothing is run."""
+"""What fits, how fast does it run and what does it cost? Plans by arithmetic alone."""

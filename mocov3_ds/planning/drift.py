@@ -1,4 +1,4 @@
-"""A run's memory and step time as planned and as measured, in one line of its log."""
+"""How far is a run from its plan? Memory and step time, planned and measured, in one log line."""
 
 import statistics
 import time
@@ -8,54 +8,98 @@ from itertools import pairwise
 import psutil
 import torch
 
-from mocov3_ds.planning.hardware import GIB
-from mocov3_ds.planning.memory import Memory
-from mocov3_ds.planning.pace import Pace
+from mocov3_ds.distributed import ranks
+from mocov3_ds.planning.hardware import GIB, Cluster, find_card_of_device
+from mocov3_ds.planning.memory import Memory, plan_memory
+from mocov3_ds.planning.pace import Pace, plan_pace
+from mocov3_ds.planning.step_setup import StepSetup
 
 SETTLED = 20
 """steps after which the allocator has seen everything that comes each step"""
 
 
 class Drift:
-    """Says the line once the run has settled, and at its end. Make it before the run is built.
+    """Compares plan and run once the run has settled, and at its end.
 
-    On a GPU the allocator's peak is compared. On the CPU the resident set is, by what it grew since
-    this was made: loader, k-NN monitor and copies for checkpoints are in it, which the plan of what
-    a card holds leaves out.
+    Make it before the run is built. On a GPU the allocator's peak is compared. On the CPU the
+    resident set is, by what it grew since this object was made: loader, k-NN monitor and copies for
+    checkpoints are in it, which the plan of what a card holds leaves out.
 
     Args:
-        device: where the run is.
+        device: device of the run, a GPU or the CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         cpu = device.type == "cpu"
-        self._before = psutil.Process().memory_info().rss / GIB if cpu else 0.0
+        self._program_gib = psutil.Process().memory_info().rss / GIB if cpu else 0.0
         self._steps = 0
-        self._ends: deque[float] = deque(maxlen=SETTLED)
+        self._step_ends: deque[float] = deque(maxlen=SETTLED)
 
-    def line(self, plan: Memory, measured_gib: float, pace: Pace | None = None) -> str:
-        """The line, from the plan of this rank and its peak as `memory_gib` measures it.
+    def compare(self, setup: StepSetup, measured_gib: float) -> str:
+        """The line of the log: this rank's memory, and a step's time where the card is known.
 
-        Time is compared where `pace` is known: that of cards whose rates the planner has.
+        Args:
+            setup: the run's step as the planner sees it.
+            measured_gib: peak of this rank's memory in GiB, the program itself included.
         """
-        planned, measured = plan.total / GIB, measured_gib - self._before
-        also = "; with loader, k-NN and copies for checkpoints" if self._before else ""
-        beside = f", beside {self._before:.2f} of the program itself" if self._before else ""
+        plan = plan_memory(setup, on_demand=self._device.type == "cpu")
+        return self.describe(plan, measured_gib, pace_on_device(setup, self._device))
+
+    def describe(self, plan: Memory, measured_gib: float, pace: Pace | None = None) -> str:
+        """The line for a plan that has been made.
+
+        Args:
+            plan: what the planner computes for this rank.
+            measured_gib: peak of this rank's memory in GiB, the program itself included.
+            pace: planned time of a step; None where the planner does not know the card.
+        """
+        planned, measured = plan.peak_bytes / GIB, measured_gib - self._program_gib
+        extras, program = "", ""
+        if self._program_gib:
+            extras = "; with loader, k-NN and copies for checkpoints"
+            program = f", beside {self._program_gib:.2f} of the program itself"
         return (
             f"plan: memory {planned:.2f} GiB planned, {measured:.2f} measured "
-            f"({100 * (measured / planned - 1):+.0f} %{also}){beside}{self._time(pace)}"
+            f"({100 * (measured / planned - 1):+.0f} %{extras}){program}{self._describe_time(pace)}"
         )
 
-    def _time(self, pace: Pace | None) -> str:
-        """The part about time: the median of the last steps, waiting for data included."""
-        if pace is None or len(self._ends) < 2:
+    def _describe_time(self, pace: Pace | None) -> str:
+        """Time by the median of the last steps, waiting for data included."""
+        if pace is None or len(self._step_ends) < 2:
             return ""
-        took = statistics.median(end - begin for begin, end in pairwise(self._ends))
-        off = 100 * (took / pace.step - 1)
-        return f"; a step {pace.step:.2f} s planned, {took:.2f} measured ({off:+.0f} %)"
+        measured = statistics.median(end - begin for begin, end in pairwise(self._step_ends))
+        percent = 100 * (measured / pace.step_s - 1)
+        return f"; a step {pace.step_s:.2f} s planned, {measured:.2f} measured ({percent:+.0f} %)"
 
-    def due(self, last: bool) -> bool:
-        """Count a step; whether the line is to be said after it."""
+    def record_step(self) -> None:
+        """Note that a step has just ended."""
         self._steps += 1
-        self._ends.append(time.monotonic())
+        self._step_ends.append(time.monotonic())
+
+    def is_due(self, last: bool) -> bool:
+        """Whether the line is to be logged after the step that was recorded last.
+
+        Args:
+            last: whether it was the last step of the run.
+        """
         return self._steps == SETTLED or last
+
+
+def pace_on_device(setup: StepSetup, device: torch.device) -> Pace | None:
+    """Planned time of a step on this rank's card and its equals.
+
+    Args:
+        setup: the run's step as the planner sees it.
+        device: device of this rank.
+
+    Returns:
+        The time; None on a CPU and on cards that the planner does not know.
+    """
+    if device.type != "cuda":
+        return None
+    card = find_card_of_device(torch.cuda.get_device_name(device))
+    if card is None:
+        return None
+    per_node = min(ranks.local_world_size(), setup.world_size)
+    return plan_pace(setup, Cluster(card, setup.world_size, per_node))

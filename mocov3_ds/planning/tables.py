@@ -1,38 +1,42 @@
-"""Tables over many plans: what fits where, and each recipe with its command and hours."""
+"""What fits where, and how long does each recipe take? Tables over many plans, as markdown."""
 
 from collections.abc import Callable
 
-from mocov3_ds.config import RECIPES
 from mocov3_ds.planning.hardware import GIB, read_cluster
-from mocov3_ds.planning.options import Option, Wish, all_options
+from mocov3_ds.planning.options import Option, PlannedRun, rank_options
+from mocov3_ds.recipes import RECIPES
 
 _MACHINES = ("8xRTX4090", "8xA100-80GB", "8xH100-80GB")
 
 
-def what_fits(wishes: list[Wish]) -> str:
+def tabulate_fits(runs: list[PlannedRun]) -> str:
     """Chunk, stage and GiB of the fastest option for 8 to 64 cards of 24, 40 and 80 GB."""
     lines = [
         "| recipe | batch | cards | 24 GB | 40 GB | 80 GB |",
         "|---|---|---|---|---|---|",
     ]
-    for wish in wishes:
+    for planned in runs:
         for cards in (8, 16, 32, 64):
             cells = []
             for memory in (24, 40, 80):
                 cluster = read_cluster(f"{cards}x{memory}GB")
-                cells.append(_cell(all_options(wish, cluster)[0]))
-            lines.append(f"| {wish.recipe} | {wish.batch} | {cards} | {' | '.join(cells)} |")
+                cells.append(_format_option(rank_options(planned, cluster)[0]))
+            lines.append(f"| {planned.recipe} | {planned.batch} | {cards} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(best: Option) -> str:
+def _format_option(best: Option) -> str:
     if not best.fits:
         return "does not fit"
-    return f"ZeRO-{best.stage}, {best.passes}: {best.memory.total / GIB:.1f}"
+    return f"ZeRO-{best.setup.stage}, {best.passes}: {best.memory.peak_bytes / GIB:.1f}"
 
 
-def recipes(wish_of: Callable[[str], Wish]) -> str:
-    """Each paper recipe: command, hours on eight cards of three kinds, the paper's accuracy."""
+def tabulate_recipes(plan_recipe: Callable[[str], PlannedRun]) -> str:
+    """Each paper recipe: command, hours on eight cards of three kinds, the paper's accuracy.
+
+    Args:
+        plan_recipe: gives what a recipe trains, by the recipe's name.
+    """
     lines = [
         f"| recipe | command | hours on {', on '.join(_MACHINES)} | the paper's accuracy |",
         "|---|---|---|---|",
@@ -40,13 +44,13 @@ def recipes(wish_of: Callable[[str], Wish]) -> str:
     for name, recipe in RECIPES.items():
         if not name.startswith("vit_"):
             continue
-        wish = wish_of(name)
+        planned = plan_recipe(name)
         hours = []
         for machine in _MACHINES:
-            pace = all_options(wish, read_cluster(machine))[0].pace
-            hours.append("-" if pace is None else f"{pace.hours(wish.epochs):.0f}")
+            pace = rank_options(planned, read_cluster(machine))[0].pace
+            hours.append("-" if pace is None else f"{pace.hours(planned.epochs):.0f}")
         lines.append(
-            f"| {name}, {wish.epochs:g} epochs | `deepspeed mocov3_ds/train.py --recipe {name} "
+            f"| {name}, {planned.epochs:g} epochs | `deepspeed mocov3_ds/train.py --recipe {name} "
             f"--data.shards SHARDS` | {', '.join(hours)} | {recipe.paper} |"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the ranks say to each other in one step: each collective, its calls and its payload.
+"""What do the ranks send each other in one step: each collective, its calls and its payload?
 
 The payload is the larger side of a collective: the whole tensor of an all-reduce, what all ranks
 together hold of a gather, what a reduce-scatter is given. What crosses a link depends on the
@@ -13,13 +13,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mocov3_ds.model.base_encoder import EncoderShape
-from mocov3_ds.optim.step_tables import EVERYTHING, NORMS, PEAK
-from mocov3_ds.planning.architecture import TensorSize, features_of_norms, tensors, trained
+from mocov3_ds.optim.kernel_types import EVERYTHING, NORMS, PEAK
+from mocov3_ds.planning.architecture import (
+    TensorSize,
+    batch_norm_features,
+    count_trained,
+    list_tensors,
+)
+from mocov3_ds.planning.step_setup import StepSetup
 
-BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-PERSISTENCE = 100_000
-"""DeepSpeed's default `stage3_param_persistence_threshold`"""
+_DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 _ALIGNMENT = 2
 """numbers of a ZeRO-1/2 partition come in multiples of this (its `nccl_start_alignment_factor`)"""
 
@@ -30,15 +33,16 @@ class Collective:
 
     purpose: str
     operation: str
+    """name of the function of torch.distributed"""
     dtype: str
     calls: int
     numbers: int
-    """of the larger side, all calls together"""
+    """elements of the larger side, all calls together"""
 
     @property
     def payload(self) -> int:
         """Bytes of the larger side, all calls together."""
-        return self.numbers * BYTES[self.dtype]
+        return self.numbers * _DTYPE_BYTES[self.dtype]
 
     def wire_bytes(self, world_size: int) -> float:
         """Bytes that a ring sends through each rank's link."""
@@ -52,122 +56,105 @@ class Collective:
         for each doubling of the ranks and moves the whole payload.
 
         Args:
-            world_size: ranks.
-            link: bytes a second through a rank's link.
-            latency: seconds of a message.
+            world_size: number of ranks in the collective.
+            link: bytes a second that pass through a rank's link, each way.
+            latency: seconds that one message takes, whatever its size.
         """
         ways = 2 if self.operation == "all_reduce" else 1
         ring = self.wire_bytes(world_size) / link + self.calls * ways * (world_size - 1) * latency
-        steps = ways * math.ceil(math.log2(world_size))
-        return min(ring, ways * self.payload / link + self.calls * steps * latency)
+        messages = ways * math.ceil(math.log2(world_size))
+        tree = ways * self.payload / link + self.calls * messages * latency
+        return min(ring, tree)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Passes:
-    """How often a step walks through the backbone with gradients, both views together."""
-
-    forward: int = 2
-    recomputed: int = 0
-
-
-def of_a_step(
-    shape: EncoderShape,
-    *,
-    stage: int,
-    world_size: int,
-    batch: int,
-    dtype: str,
-    passes: Passes,
-    bucket: int = 50_000_000,
-    persistence: int = PERSISTENCE,
-    watch: bool = False,
-) -> list[Collective]:
+def plan_collectives(setup: StepSetup, *, signals: bool = False) -> list[Collective]:
     """Collectives of one `train_step`, in the order in which they come.
 
+    Tensors above `setup.persistence` are gathered at ZeRO-3 when a pass reaches them and freed
+    after it. They are counted without DeepSpeed's prefetching, which makes fewer gathers of them:
+    exact where each tensor persists, else within 5 % of what happens without prefetching and above
+    what happens with it.
+
     Args:
-        shape: architecture.
-        stage: of ZeRO.
-        world_size: ranks.
-        batch: global batch.
-        dtype: of the network: float32, bfloat16 or float16.
-        passes: of the backbone; matter where ZeRO-3 gathers weights for each.
-        bucket: `reduce_bucket_size`.
-        persistence: `stage3_param_persistence_threshold`; larger tensors are gathered when a pass
-            reaches them and let go after it. Counted without DeepSpeed's prefetching, which makes
-            fewer gathers of them: exact where each tensor persists, else within 5 % of what
-            happens without prefetching and above what happens with it.
-        watch: whether the optimizer measures all its signals.
+        setup: the step: architecture, ranks, ZeRO stage, chunks, precision.
+        signals: whether the optimizer measures all its signals in this step.
     """
-    everything, more = tensors(shape), world_size > 1
-    own = sum(tensor.trained for tensor in everything)
-    found = []
-    if stage == 3 and more:
-        found.append(_weights_of_passes(everything, world_size, passes, persistence, dtype))
-    if more:
-        found += _from_the_loss(shape, world_size, batch, dtype)
-    reduced = _padded_each(everything, world_size) if stage == 3 else trained(shape)
-    reduction = "reduce_scatter_tensor" if stage == 3 else "all_reduce"
-    found.append(
-        Collective("gradients", reduction, dtype, _buckets(everything, bucket), reduced),
-    )
+    stage, dtype, distributed = setup.stage, setup.dtype, setup.world_size > 1
+    tensors = list_tensors(setup.shape)
+    collectives = []
+    if stage == 3 and distributed:
+        collectives.append(_weights_of_passes(setup, tensors))
+    if distributed:
+        collectives += _loss_collectives(setup)
+    collectives.append(_gradient_reduction(setup, tensors))
     if stage in (1, 2) and dtype != "float32":
-        found.append(Collective("gradients finite?", "all_reduce", "uint8", 1, 1))
+        collectives.append(Collective("gradients finite?", "all_reduce", "uint8", 1, 1))
     if stage:
-        wide = "float64" if stage == 3 else "float32"
-        found.append(Collective("gradient norm", "all_reduce", wide, 1, 1))
-    if stage and more:
-        sums = PEAK if watch else NORMS
-        found.append(Collective("the optimizer's norms", "all_reduce", "float32", 1, sums * own))
-    if stage and more and watch:
-        rest = EVERYTHING - PEAK
-        found.append(Collective("the optimizer's peaks", "all_reduce", "float32", 1, rest * own))
-    if stage and more:
-        found.append(_updated_weights(everything, stage, world_size, persistence, dtype))
-    return [collective for collective in found if collective.calls]
+        norm_dtype = "float64" if stage == 3 else "float32"
+        collectives.append(Collective("gradient norm", "all_reduce", norm_dtype, 1, 1))
+    if stage and distributed:
+        collectives += _optimizer_collectives(tensors, signals)
+        collectives.append(_updated_weights(setup, tensors))
+    return [collective for collective in collectives if collective.calls]
 
 
-def _from_the_loss(
-    shape: EncoderShape, world_size: int, batch: int, dtype: str
-) -> list[Collective]:
-    """Batch norm, keys and loss; the momentum encoder moves without a word."""
-    query, key = features_of_norms(shape), features_of_norms(shape)[:3]
+def _loss_collectives(setup: StepSetup) -> list[Collective]:
+    """Batch norm, keys and loss; the momentum encoder moves without a collective."""
+    query = batch_norm_features(setup.shape)
+    key = query[:3]  # the momentum encoder has a projector alone
     norms = 2 * (query + key)
-    statistics = world_size * sum(2 * features + 1 for features in norms)
+    statistics = setup.world_size * sum(2 * features + 1 for features in norms)
     sums = 2 * sum(2 * query)
+    keys = 2 * setup.batch * setup.shape.out
     return [
         Collective("batch-norm statistics", "all_gather", "float32", len(norms), statistics),
-        Collective("keys", "all_gather", dtype, 2, 2 * batch * shape.out),
+        Collective("keys", "all_gather", setup.dtype, 2, keys),
         Collective("loss", "all_reduce", "float32", 1, 1),
         Collective("batch norm's backward", "all_reduce", "float32", 2 * len(query), sums),
     ]
 
 
-def _updated_weights(
-    everything: Sequence[TensorSize], stage: int, world_size: int, persistence: int, dtype: str
-) -> Collective:
-    """All that is trained, in one piece; at stage 3 each tensor that stays whole, frozen or not."""
-    if stage == 3:
-        stay = [tensor for tensor in everything if tensor.numbers <= persistence]
-        calls, numbers = len(stay), sum(_padded(tensor, world_size) for tensor in stay)
+def _gradient_reduction(setup: StepSetup, tensors: Sequence[TensorSize]) -> Collective:
+    """Whole tensors up to stage 2; at stage 3 each rank is handed its share alone."""
+    calls = _count_buckets(tensors, setup.bucket)
+    if setup.stage < 3:
+        numbers = count_trained(setup.shape)
+        return Collective("gradients", "all_reduce", setup.dtype, calls, numbers)
+    numbers = sum(_padded_numbers(tensor, setup.world_size) for tensor in tensors if tensor.trained)
+    return Collective("gradients", "reduce_scatter_tensor", setup.dtype, calls, numbers)
+
+
+def _optimizer_collectives(tensors: Sequence[TensorSize], signals: bool) -> list[Collective]:
+    """Sums and maxima that the optimizer measures of each trained tensor."""
+    trained = sum(tensor.trained for tensor in tensors)
+    sums = (PEAK if signals else NORMS) * trained
+    collectives = [Collective("the optimizer's norms", "all_reduce", "float32", 1, sums)]
+    if signals:
+        peaks = (EVERYTHING - PEAK) * trained
+        collectives.append(Collective("the optimizer's peaks", "all_reduce", "float32", 1, peaks))
+    return collectives
+
+
+def _updated_weights(setup: StepSetup, tensors: Sequence[TensorSize]) -> Collective:
+    """All that is trained, at once; at stage 3 each tensor that stays whole, frozen or not."""
+    if setup.stage == 3:
+        persistent = [tensor for tensor in tensors if tensor.numbers <= setup.persistence]
+        calls = len(persistent)
+        numbers = sum(_padded_numbers(tensor, setup.world_size) for tensor in persistent)
     else:
-        piece = _ALIGNMENT * world_size
-        numbers = sum(tensor.numbers for tensor in everything if tensor.trained)
-        calls, numbers = 1, -(-numbers // piece) * piece
-    return Collective("updated weights", "all_gather_into_tensor", dtype, calls, numbers)
+        multiple = _ALIGNMENT * setup.world_size
+        calls, numbers = 1, -(-count_trained(setup.shape) // multiple) * multiple
+    return Collective("updated weights", "all_gather_into_tensor", setup.dtype, calls, numbers)
 
 
-def _padded(tensor: TensorSize, world_size: int) -> int:
+def _padded_numbers(tensor: TensorSize, world_size: int) -> int:
     return -(-tensor.numbers // world_size) * world_size
 
 
-def _padded_each(everything: Sequence[TensorSize], world_size: int) -> int:
-    return sum(_padded(tensor, world_size) for tensor in everything if tensor.trained)
-
-
-def _buckets(everything: Sequence[TensorSize], bucket: int) -> int:
+def _count_buckets(tensors: Sequence[TensorSize], bucket: int) -> int:
     """Reductions of the gradients: tensors come from the end and fill buckets."""
     count, filled = 0, 0
-    for tensor in reversed(everything):
+    for tensor in reversed(tensors):
         if tensor.trained:
             if filled and filled + tensor.numbers > bucket:
                 count, filled = count + 1, 0
@@ -175,17 +162,17 @@ def _buckets(everything: Sequence[TensorSize], bucket: int) -> int:
     return count + (filled > 0)
 
 
-def _weights_of_passes(
-    everything: Sequence[TensorSize], world_size: int, passes: Passes, persistence: int, dtype: str
-) -> Collective:
+def _weights_of_passes(setup: StepSetup, tensors: Sequence[TensorSize]) -> Collective:
     """Gathers of the tensors that do not persist: for each pass, and again for its backward."""
-    calls = numbers = 0
-    for tensor in everything:
-        if tensor.numbers <= persistence:
+    passes, calls, numbers = setup.passes, 0, 0
+    for tensor in tensors:
+        if tensor.numbers <= setup.persistence:
             continue
         if not tensor.name.startswith("backbone."):
-            times = 2 * 2  # heads see each view once and are not recomputed
+            gathers = 2 * 2  # heads see each view once and are not recomputed
         else:
-            times = passes.forward * (1 + tensor.trained) + passes.recomputed
-        calls, numbers = calls + times, numbers + times * _padded(tensor, world_size)
-    return Collective("weights of each pass", "all_gather_into_tensor", dtype, calls, numbers)
+            gathers = passes.forward * (1 + tensor.trained) + passes.recomputed
+        calls += gathers
+        numbers += gathers * _padded_numbers(tensor, setup.world_size)
+    purpose = "weights of each pass"
+    return Collective(purpose, "all_gather_into_tensor", setup.dtype, calls, numbers)

@@ -28,10 +28,10 @@ SMALL = EncoderShape(
 def test_tensors_are_those_of_the_module(change: dict[str, Any]) -> None:
     shape = dataclasses.replace(SMALL, **change)
     real = BaseEncoder(shape).named_parameters()
-    ours = [(t.name, t.numbers, t.trained) for t in architecture.tensors(shape)]
+    ours = [(t.name, t.numbers, t.trained) for t in architecture.list_tensors(shape)]
     assert ours == [(name, p.numel(), p.requires_grad) for name, p in real]
     momentum = sum(p.numel() for p in MomentumEncoder(shape).parameters())
-    assert architecture.momentum_weights(shape) == momentum
+    assert architecture.count_momentum_weights(shape) == momentum
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,10 @@ def test_tensors_are_those_of_the_module(change: dict[str, Any]) -> None:
 )
 def test_backbones_have_the_papers_size(name: str, millions: float) -> None:
     shape = EncoderShape(vit=PAPER_SHAPES[name])
-    own = sum(t.numbers for t in architecture.tensors(shape) if t.name.startswith("backbone."))
-    assert own / 1e6 == pytest.approx(millions, rel=0.02)
+    numbers = sum(
+        t.numbers for t in architecture.list_tensors(shape) if t.name.startswith("backbone.")
+    )
+    assert numbers / 1e6 == pytest.approx(millions, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,14 +97,14 @@ def test_operations(learns: bool) -> None:
     base = BaseEncoder(shape)
     x = torch.randn(2, 3, 32, 32)
     forward, backward = operations_of(base.backbone, x)
-    ours = architecture.forward_of_an_image(shape)
+    ours = architecture.forward_work(shape)
     assert forward == 2 * ours.operations
-    assert backward == 2 * architecture.backward_of_an_image(shape).operations
+    assert backward == 2 * architecture.backward_work(shape).operations
     heads = torch.nn.Sequential(base.projector, base.predictor)
     features = torch.randn(2, shape.vit.dim, requires_grad=True)
     forward, backward = operations_of(heads, features)
     key, _ = operations_of(base.projector, features)
-    assert forward + backward + key == 2 * architecture.heads_of_an_image(shape).operations
+    assert forward + backward + key == 2 * architecture.heads_work(shape).operations
 
 
 def test_operations_of_the_paper() -> None:
@@ -110,13 +112,15 @@ def test_operations_of_the_paper() -> None:
     for name, gmac in {"vit_s16": 4.6, "vit_b16": 17.5, "vit_l16": 61.3, "vit_h14": 166.7}.items():
         shape = EncoderShape(vit=PAPER_SHAPES[name])
         longer = dataclasses.replace(shape.vit, depth=shape.vit.depth + 1)
-        blocks = architecture.forward_of_an_image(dataclasses.replace(shape, vit=longer))
-        last = architecture.forward_of_an_image(
+        blocks = architecture.forward_work(dataclasses.replace(shape, vit=longer))
+        last = architecture.forward_work(
             dataclasses.replace(shape, vit=dataclasses.replace(shape.vit, depth=1))
         )
-        patch = 2 * (architecture.tokens(shape) - 1) * 3 * shape.vit.patch_size**2 * shape.vit.dim
+        patch = (
+            2 * (architecture.count_tokens(shape) - 1) * 3 * shape.vit.patch_size**2 * shape.vit.dim
+        )
         ours = blocks.operations - last.operations + patch
         assert ours == pytest.approx(2 * gmac * 1e9, rel=0.01), name
-        again = architecture.step_of_an_image(shape, 2, recomputed=1.0)
-        direct = architecture.step_of_an_image(shape, 2, recomputed=0.0)
-        assert again.linear / direct.linear == pytest.approx(10 / 8, rel=0.01)
+        twice = architecture.step_work(shape, 2, recomputed=1.0)
+        once = architecture.step_work(shape, 2, recomputed=0.0)
+        assert twice.linear / once.linear == pytest.approx(10 / 8, rel=0.01)

@@ -1,4 +1,4 @@
-"""Planned bytes against tensors that real engines hold, and the moments by hand."""
+"""Planned bytes against tensors that real engines hold, and the items by hand."""
 
 import dataclasses
 import gc
@@ -9,18 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from mocov3_ds.model.base_encoder import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import EncoderShape
+from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
-from mocov3_ds.planning import architecture, memory
-from mocov3_ds.planning.memory import Memory
-from tests.engines import begin
+from mocov3_ds.optim import Lars
+from mocov3_ds.planning import architecture
+from mocov3_ds.planning.memory import PHASES, Memory, plan_memory
+from mocov3_ds.planning.step_setup import Precision, StepSetup
+from tests.engines import start_encoders
 from tests.ranks_pool import run_ranks
 
 SHAPE = EncoderShape(
     vit=VitShape(image_size=16, patch_size=8, dim=132, depth=4, heads=3), hidden=301, out=66
 )
 BATCH, BUCKET, PERSISTENCE = 12, 30_000, 2_000
-CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("bf16", "fp32")]
+_PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
+CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in _PRECISIONS]
 
 
 def storages() -> dict[int, int]:
@@ -44,7 +48,7 @@ def zero(stage: int, bucket: int) -> dict[str, int]:
     }
 
 
-def held(cases: list[tuple[int, str]]) -> list[int]:
+def held(cases: list[tuple[int, Precision]]) -> list[int]:
     """Bytes of tensors between two steps, of each case."""
     from mocov3_ds.distributed import ranks
     from mocov3_ds.training.step import train_step
@@ -52,7 +56,7 @@ def held(cases: list[tuple[int, str]]) -> list[int]:
     found = []
     for stage, precision in cases:
         before = set(storages())
-        engine, encoder, dtype = begin(
+        engine, encoder, dtype = start_encoders(
             SHAPE, zero(stage, BUCKET), precision=precision, batch=BATCH, chunks=Chunks(size=2)
         )
         rows = BATCH // ranks.world_size()
@@ -71,15 +75,15 @@ LARGER = EncoderShape(
     vit=VitShape(image_size=64, patch_size=8, dim=192, depth=6, heads=3), hidden=1401, out=96
 )
 HALF_OF_THE_GRADIENT = 2_900_000
-WAYS = [
+WAYS: list[tuple[Precision, int, Chunks, bool]] = [
     ("fp32", 4, Chunks(), False),
     ("fp32", 16, Chunks(), False),
-    ("fp32", 16, Chunks(size=4, kept=5), False),
+    ("fp32", 16, Chunks(size=4, keep=5), False),
     ("fp32", 16, Chunks(size=8), True),
     ("fp32", 16, Chunks(), True),
     # few and small: a processor that cannot multiply bf16 takes five times as long for it
     ("bf16", 4, Chunks(), False),
-    ("bf16", 8, Chunks(size=4, kept=2), False),
+    ("bf16", 8, Chunks(size=4, keep=2), False),
 ]
 
 
@@ -89,17 +93,16 @@ def any_rank(mine: bool) -> bool:
     return bool(ranks.all_reduce_max(torch.tensor(float(mine))))
 
 
-def peaks(cases: list[tuple[int, str, int, Chunks, bool]]) -> list[float]:
+def peaks(cases: list[tuple[int, Precision, int, Chunks, bool]]) -> list[float]:
     """Most bytes that tensors made in a step hold at once, of each case."""
     from mocov3_ds.bench.planned import peak_of_tensors
     from mocov3_ds.distributed import ranks
     from mocov3_ds.model import cpu_ops
     from mocov3_ds.training.step import train_step
 
-    cpu_ops.SMALLEST = 2**40  # torch's own layers, as on a GPU: a gradient is copied once more
     found = []
     for stage, precision, images, chunks, recomputed in cases:
-        engine, encoder, dtype = begin(
+        engine, encoder, dtype = start_encoders(
             LARGER,
             zero(stage, HALF_OF_THE_GRADIENT),
             precision=precision,
@@ -107,6 +110,11 @@ def peaks(cases: list[tuple[int, str, int, Chunks, bool]]) -> list[float]:
             chunks=chunks,
         )
         engine.module.base.backbone.set_grad_checkpointing(recomputed)
+        for network in (engine.module, encoder):
+            for layer in network.modules():
+                if type(layer) is cpu_ops.Linear:
+                    # torch's own layers, as on a GPU: a gradient is copied once more
+                    layer.__class__ = torch.nn.Linear
         x1, x2 = (torch.randn(images, 3, 64, 64, dtype=dtype) for _ in range(2))
         step = partial(train_step, engine, encoder, x1, x2, momentum=0.9)
         step()
@@ -136,39 +144,41 @@ ON_TWO_RANKS += [(2, *way) for way in WAYS[::2]]
     ],
 )
 def test_the_peak_of_a_step_is_that_of_real_engines(
-    world_size: int, cases: list[tuple[int, str, int, Chunks, bool]]
+    world_size: int, cases: list[tuple[int, Precision, int, Chunks, bool]]
 ) -> None:
     real = run_ranks(world_size, peaks, cases, timeout=900)[0]
     for (stage, precision, images, chunks, recomputed), step in zip(cases, real, strict=True):
-        plan = memory.of_a_rank(
-            LARGER,
+        setup = StepSetup(
+            shape=LARGER,
             stage=stage,
             world_size=world_size,
             batch=images * world_size,
-            size=4 if precision == "fp32" else 2,
+            precision=precision,
             chunks=chunks,
             recompute_blocks=recomputed,
             persistence=PERSISTENCE,
             bucket=HALF_OF_THE_GRADIENT,
         )
-        case = (stage, precision, images, chunks, recomputed, plan.peak)
-        assert plan.total == pytest.approx(plan.between_steps + step, rel=WITHIN[stage]), case
+        plan = plan_memory(setup)
+        case = (stage, precision, images, chunks, recomputed, plan.peak_phase)
+        expected = pytest.approx(plan.bytes_between_steps + step, rel=WITHIN[stage])
+        assert plan.peak_bytes == expected, case
 
 
-def planned(stage: int, precision: str, world_size: int) -> float:
+def planned(stage: int, precision: Precision, world_size: int) -> float:
     """Bytes that stay from step to step, without the images."""
-    found = memory.of_a_rank(
-        SHAPE,
+    setup = StepSetup(
+        shape=SHAPE,
         stage=stage,
         world_size=world_size,
         batch=BATCH,
-        size=4 if precision == "fp32" else 2,
+        precision=precision,
         chunks=Chunks(size=2),
         persistence=PERSISTENCE,
         bucket=BUCKET,
     )
-    images = sum(part.bytes for part in found.parts if part.name == "views of the images")
-    return found.between_steps - images
+    plan = plan_memory(setup)
+    return plan.bytes_between_steps - bytes_by_name(plan)["views of the images"]
 
 
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -179,69 +189,63 @@ def test_weights_gradients_and_states_are_those_of_real_engines(world_size: int)
         assert ours == pytest.approx(size, rel=0.02), (stage, precision)
 
 
-def of_vit_b(**changes: Any) -> Memory:
-    given: dict[str, Any] = {
-        "stage": 1,
-        "world_size": 8,
-        "batch": 4096,
-        "size": 2,
-        "chunks": Chunks(size=32),
-    }
-    return memory.of_a_rank(EncoderShape(vit=PAPER_SHAPES["vit_b16"]), **(given | changes))
+VIT_B = StepSetup(
+    shape=EncoderShape(vit=PAPER_SHAPES["vit_b16"]),
+    stage=1,
+    world_size=8,
+    batch=4096,
+    precision="bf16",
+    chunks=Chunks(size=32),
+)
 
 
-def parts(found: Memory) -> dict[str, float]:
-    return {part.name: part.bytes for part in found.parts}
+def plan_vit_b(*, on_demand: bool = False, **changes: Any) -> Memory:
+    return plan_memory(dataclasses.replace(VIT_B, **changes), on_demand=on_demand)
 
 
-def test_moments_by_hand() -> None:
-    shape = EncoderShape(vit=PAPER_SHAPES["vit_b16"])
-    image, trained = architecture.backbone_bytes(shape, 2), architecture.trained(shape)
-    whole = parts(of_vit_b(chunks=Chunks()))
-    assert whole["activations of one chunk"] == 512 * image
-    assert whole["activations of kept chunks"] == 512 * image  # the other view
-    assert whole["kept chunks that remain"] == 0  # one view is left when the gradient is whole
-    chunks = parts(of_vit_b())
+def bytes_by_name(plan: Memory) -> dict[str, float]:
+    return {item.name: item.bytes for item in plan.items}
+
+
+def test_items_by_hand() -> None:
+    shape = VIT_B.shape
+    image, trained = architecture.backbone_bytes(shape, 2), architecture.count_trained(shape)
+    one_pass = bytes_by_name(plan_vit_b(chunks=Chunks()))
+    assert one_pass["activations of one chunk"] == 512 * image
+    assert one_pass["activations of kept chunks"] == 512 * image  # the other view
+    assert one_pass["kept chunks that remain"] == 0  # one view is left when the gradient is whole
+    chunks = bytes_by_name(plan_vit_b())
     assert chunks["activations of one chunk"] == 32 * image
     assert chunks["activations of kept chunks"] == chunks["kept chunks that remain"] == 0
-    kept = parts(of_vit_b(chunks=Chunks(size=32, kept=3)))
-    assert kept["activations of kept chunks"] == 3 * 32 * image
-    assert kept["kept chunks that remain"] == 2 * 32 * image
-    assert kept["gradient"] == 2 * trained
-    assert kept["fp32 master weights"] == 4 * trained / 8
-    assert parts(of_vit_b(stage=0))["optimizer's moments"] == 8 * trained
-    assert parts(of_vit_b(moments=1))["optimizer's moments"] == 4 * trained / 8
-    assert parts(of_vit_b(size=4))["momentum encoder, copy"] == 0
-    assert parts(of_vit_b(key_block=64))["logits"] == 4 * 4 * 512 * 64
+    three = bytes_by_name(plan_vit_b(chunks=Chunks(size=32, keep=3)))
+    assert three["activations of kept chunks"] == 3 * 32 * image
+    assert three["kept chunks that remain"] == 2 * 32 * image
+    assert three["gradient"] == 2 * trained
+    assert three["fp32 master weights"] == 4 * trained / 8
+    assert bytes_by_name(plan_vit_b(stage=0))["optimizer's moments"] == 8 * trained
+    assert bytes_by_name(plan_vit_b(optimizer=Lars))["optimizer's moments"] == 4 * trained / 8
+    assert bytes_by_name(plan_vit_b(precision="fp32"))["momentum encoder, copy"] == 0
+    assert bytes_by_name(plan_vit_b(key_block=64))["logits"] == 4 * 4 * 512 * 64
 
 
-def test_the_peak_is_the_largest_moment() -> None:
-    for chunks in (Chunks(), Chunks(size=8), Chunks(size=8, kept=5)):
-        found = of_vit_b(chunks=chunks)
-        assert found.total == max(found.at(moment) for moment in memory.MOMENTS)
-        assert found.total >= found.between_steps
+def test_the_peak_is_the_largest_phase() -> None:
+    for chunks in (Chunks(), Chunks(size=8), Chunks(size=8, keep=5)):
+        plan = plan_vit_b(chunks=chunks)
+        assert plan.peak_bytes == max(plan.bytes_in(phase) for phase in PHASES)
+        assert plan.peak_bytes >= plan.bytes_between_steps
     # a chunk of one image leaves the gradient as what matters, beside a bucket of it
-    one = of_vit_b(chunks=Chunks(size=1))
-    assert one.peak == "middle"
-    written = of_vit_b(chunks=Chunks(size=1), on_demand=True)
-    bucket = 2 * memory.BUCKET
-    assert one.at("middle") - written.at("middle") == bucket  # the gradient moves into it
-    assert written.at("reduce") == one.at("reduce")
-    assert of_vit_b(chunks=Chunks()).peak == "keys"
+    one = plan_vit_b(chunks=Chunks(size=1))
+    assert one.peak_phase == "middle"
+    on_demand = plan_vit_b(chunks=Chunks(size=1), on_demand=True)
+    bucket = 2 * VIT_B.bucket
+    # the gradient moves into the bucket
+    assert one.bytes_in("middle") - on_demand.bytes_in("middle") == bucket
+    assert on_demand.bytes_in("reduce") == one.bytes_in("reduce")
+    assert plan_vit_b(chunks=Chunks()).peak_phase == "keys"
 
 
 def test_memory_falls_with_ranks_chunks_and_recomputed_blocks() -> None:
     for change in ({"world_size": 16}, {"chunks": Chunks(size=16)}, {"recompute_blocks": True}):
-        assert of_vit_b(**change).total < of_vit_b().total
-    deeper = dataclasses.replace(PAPER_SHAPES["vit_b16"], depth=24)
-    assert (
-        memory.of_a_rank(
-            EncoderShape(vit=deeper),
-            stage=1,
-            world_size=8,
-            batch=4096,
-            size=2,
-            chunks=Chunks(size=32),
-        ).total
-        > 1.5 * of_vit_b().total
-    )
+        assert plan_vit_b(**change).peak_bytes < plan_vit_b().peak_bytes
+    deeper = EncoderShape(vit=dataclasses.replace(PAPER_SHAPES["vit_b16"], depth=24))
+    assert plan_vit_b(shape=deeper).peak_bytes > 1.5 * plan_vit_b().peak_bytes

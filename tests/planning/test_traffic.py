@@ -1,15 +1,18 @@
 """Predicted bytes on the wire against bytes counted in real gloo runs of the real step."""
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from mocov3_ds.model.base_encoder import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import EncoderShape
+from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
-from mocov3_ds.planning import pace, traffic
-from mocov3_ds.planning.traffic import Collective, Passes
-from tests.engines import begin
+from mocov3_ds.planning.architecture import count_trained
+from mocov3_ds.planning.step_setup import PERSISTENCE, Precision, StepSetup
+from mocov3_ds.planning.traffic import Collective, plan_collectives
+from tests.engines import start_encoders
 from tests.ranks_pool import run_ranks
 from tests.traffic import Call, log_collectives
 
@@ -18,7 +21,7 @@ SHAPE = EncoderShape(
     vit=VitShape(image_size=16, patch_size=8, dim=36, depth=2, heads=3), hidden=21, out=13
 )
 BATCH = 12
-Case = tuple[int, str, str, int, bool, dict[str, int]]
+Case = tuple[int, Precision, str, int, bool, dict[str, int]]
 """ZeRO stage, precision, optimizer, chunk, watch, keys of zero_optimization"""
 CASES: list[Case] = [
     (stage, precision, optimizer, chunk, False, {})
@@ -43,14 +46,14 @@ def counted(cases: list[Case]) -> list[list[Call]]:
 
     found = []
     for stage, precision, optimizer, chunk, watch, zero in cases:
-        engine, momentum, dtype = begin(
+        engine, momentum, dtype = start_encoders(
             SHAPE,
             {"stage": stage, **zero},
             precision=precision,
             batch=BATCH,
             chunks=Chunks(size=chunk),
             optimizer=optimizer,
-            watch=watch,
+            measures_all=watch,
         )
         rows = BATCH // ranks.world_size()
         mine = slice(ranks.rank() * rows, (ranks.rank() + 1) * rows)
@@ -65,17 +68,16 @@ def counted(cases: list[Case]) -> list[list[Call]]:
 
 def predicted(case: Case, world_size: int) -> list[Collective]:
     stage, precision, _, chunk, watch, zero = case
-    images = BATCH // world_size
-    return traffic.of_a_step(
-        SHAPE,
+    setup = StepSetup(
+        shape=SHAPE,
         stage=stage,
         world_size=world_size,
         batch=BATCH,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[precision],
-        passes=pace.passes_of(Chunks(size=chunk), images, recompute_blocks=False),
-        persistence=zero.get("stage3_param_persistence_threshold", traffic.PERSISTENCE),
-        watch=watch,
+        precision=precision,
+        chunks=Chunks(size=chunk),
+        persistence=zero.get("stage3_param_persistence_threshold", PERSISTENCE),
     )
+    return plan_collectives(setup, signals=watch)
 
 
 def by_kind(calls: list[Any]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -120,40 +122,38 @@ def test_a_ring_by_hand() -> None:
     assert parts.wire_bytes(1) == 0
 
 
+def lay_out(name: str, *, world_size: int, batch: int) -> StepSetup:
+    return StepSetup(
+        shape=EncoderShape(vit=PAPER_SHAPES[name]),
+        stage=1,
+        world_size=world_size,
+        batch=batch,
+        precision="bf16",
+        chunks=Chunks(),
+    )
+
+
 def test_on_paper_up_to_1024_ranks() -> None:
-    shape = EncoderShape(vit=PAPER_SHAPES["vit_h14"])
     previous = 0.0
     for world_size in (2, 8, 64, 512, 1024):
-        found = traffic.of_a_step(
-            shape, stage=1, world_size=world_size, batch=8192, dtype="bfloat16", passes=Passes()
-        )
-        wire = sum(collective.wire_bytes(world_size) for collective in found)
+        setup = lay_out("vit_h14", world_size=world_size, batch=8192)
+        collectives = plan_collectives(setup)
+        wire = sum(collective.wire_bytes(world_size) for collective in collectives)
         assert wire > previous
         previous = wire
-        gradients = next(c for c in found if c.purpose == "gradients")
+        gradients = next(c for c in collectives if c.purpose == "gradients")
         assert gradients.calls == pytest.approx(gradients.numbers / 50e6, abs=3)
     # gradients there and weights back: twice and once the trained weights in bf16; what grows with
     # the ranks is the gather of batch-norm statistics, 350 kB from each
-    trained = sum(t.numbers for t in traffic.tensors(shape) if t.trained)
-    statistics = next(c for c in found if c.purpose == "batch-norm statistics").payload
+    statistics = next(c for c in collectives if c.purpose == "batch-norm statistics").payload
     assert statistics / 1024 == pytest.approx(350e3, rel=0.05)
-    assert (previous - statistics) / (3 * 2 * trained) == pytest.approx(1, rel=0.01)
+    trained_bytes = 2 * count_trained(setup.shape)
+    assert (previous - statistics) / (3 * trained_bytes) == pytest.approx(1, rel=0.01)
 
 
 def test_gradients_fill_buckets() -> None:
-    shape = EncoderShape(vit=PAPER_SHAPES["vit_b16"])
-    few, many = (
-        traffic.of_a_step(
-            shape,
-            stage=1,
-            world_size=8,
-            batch=64,
-            dtype="bfloat16",
-            passes=Passes(),
-            bucket=bucket,
-        )
-        for bucket in (10**9, 10**6)
-    )
+    setup = lay_out("vit_b16", world_size=8, batch=64)
+    few, many = (plan_collectives(replace(setup, bucket=bucket)) for bucket in (10**9, 10**6))
     calls = [next(c for c in f if c.purpose == "gradients").calls for f in (few, many)]
     assert calls[0] == 1
     assert calls[1] > 50
