@@ -8,11 +8,9 @@ from itertools import pairwise
 import psutil
 import torch
 
-from mocov3_ds.distributed import ranks
-from mocov3_ds.planning.hardware import GIB, Cluster, find_card_of_device
-from mocov3_ds.planning.memory import Memory, plan_memory
-from mocov3_ds.planning.pace import Pace, plan_pace
-from mocov3_ds.planning.step_setup import StepSetup
+from mocov3_ds.planning.hardware import GIB
+from mocov3_ds.planning.memory import Memory
+from mocov3_ds.planning.pace import Pace
 
 SETTLED = 20
 """steps after which the allocator has seen everything that comes each step"""
@@ -30,24 +28,13 @@ class Drift:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         cpu = device.type == "cpu"
         self._program_gib = psutil.Process().memory_info().rss / GIB if cpu else 0.0
         self._steps = 0
         self._step_ends: deque[float] = deque(maxlen=SETTLED)
 
-    def compare(self, setup: StepSetup, measured_gib: float) -> str:
-        """The line of the log: this rank's memory, and a step's time where the card is known.
-
-        Args:
-            setup: the run's step as the planner sees it.
-            measured_gib: peak of this rank's memory in GiB, the program itself included.
-        """
-        plan = plan_memory(setup, on_demand=self._device.type == "cpu")
-        return self.describe(plan, measured_gib, pace_on_device(setup, self._device))
-
     def describe(self, plan: Memory, measured_gib: float, pace: Pace | None = None) -> str:
-        """The line for a plan that has been made.
+        """The line of the log.
 
         Args:
             plan: what the planner computes for this rank.
@@ -84,22 +71,3 @@ class Drift:
             last: whether it was the last step of the run.
         """
         return self._steps == SETTLED or last
-
-
-def pace_on_device(setup: StepSetup, device: torch.device) -> Pace | None:
-    """Planned time of a step on this rank's card and its equals.
-
-    Args:
-        setup: the run's step as the planner sees it.
-        device: device of this rank.
-
-    Returns:
-        The time; None on a CPU and on cards that the planner does not know.
-    """
-    if device.type != "cuda":
-        return None
-    card = find_card_of_device(torch.cuda.get_device_name(device))
-    if card is None:
-        return None
-    per_node = min(ranks.local_world_size(), setup.world_size)
-    return plan_pace(setup, Cluster(card, setup.world_size, per_node))

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mocov3_ds.planning.drift import SETTLED, Drift, pace_on_device
+from mocov3_ds.planning.drift import SETTLED, Drift
 from mocov3_ds.planning.hardware import GIB
 from mocov3_ds.planning.memory import Memory, MemoryItem
 from mocov3_ds.planning.pace import Pace
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.build import build_run
+from mocov3_ds.training.planned import run_pace, run_setup
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL
@@ -62,13 +63,13 @@ def pace_of_a_run(folder: Path) -> tuple[Pace | None, Pace | None, Pace | None]:
     make_set(str(folder / "train"), [50])
     flags = [*SMALL, "--data.shards", str(folder / "train"), "--knn.probes", "0"]
     run = build_run(parse([*flags, "--runs", str(folder / "runs")]), torch.device("cpu"))
-    setup = run.step_setup()
-    paces = []
+    setup, on_cpu = run_setup(run), run_pace(run, run_setup(run))
+    run.device, paces = torch.device("cuda"), []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA Something"):
             patch.setattr("torch.cuda.get_device_name", lambda _device, name=name: name)
-            paces.append(pace_on_device(setup, torch.device("cuda")))
-    return pace_on_device(setup, torch.device("cpu")), paces[0], paces[1]
+            paces.append(run_pace(run, setup))
+    return on_cpu, paces[0], paces[1]
 
 
 def test_a_run_knows_its_pace_on_a_card_of_the_presets(tmp_path: Path) -> None:
