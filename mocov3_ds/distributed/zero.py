@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from deepspeed import comm
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.engine import Engine
 from mocov3_ds.distributed.segments import (
     Flat,
     Segment,
@@ -34,7 +35,7 @@ from mocov3_ds.distributed.segments import (
 Names = Mapping[Tensor, str]
 
 
-def describe_flats(engine: Any, names: Names | None = None) -> list[Flat]:
+def describe_flats(engine: Engine[nn.Module], names: Names | None = None) -> list[Flat]:
     """Describe every flat tensor that the engine's base optimizer is given on this rank.
 
     All ranks must call. Padding is made zero on the way.
@@ -74,7 +75,7 @@ def describe_flats(engine: Any, names: Names | None = None) -> list[Flat]:
     return flats
 
 
-def refresh_weights(engine: Any) -> None:
+def refresh_weights(engine: Engine[nn.Module]) -> None:
     """Make the model's weights what the fp32 masters say; all ranks must call."""
     wrapper = engine.optimizer
     kind = type(wrapper).__name__
@@ -106,7 +107,7 @@ _SCALE_KEYS = (
 )
 
 
-def read_loss_scale(engine: Any) -> dict[str, float]:
+def read_loss_scale(engine: Engine[nn.Module]) -> dict[str, float]:
     """State of fp16 loss scaling as plain numbers; empty when nothing is scaled."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not getattr(scaler, "dynamic", False):
@@ -114,7 +115,7 @@ def read_loss_scale(engine: Any) -> dict[str, float]:
     return {key: getattr(scaler, key) for key in _SCALE_KEYS}
 
 
-def load_loss_scale(engine: Any, state: Mapping[str, float]) -> None:
+def load_loss_scale(engine: Engine[nn.Module], state: Mapping[str, float]) -> None:
     """Continue loss scaling where `read_loss_scale` left it; nothing happens without scaling."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not getattr(scaler, "dynamic", False):
@@ -124,13 +125,13 @@ def load_loss_scale(engine: Any, state: Mapping[str, float]) -> None:
             setattr(scaler, key, state[key])
 
 
-def base_optimizer(engine: Any) -> Any:
+def base_optimizer(engine: Engine[nn.Module]) -> Any:
     """The optimizer that the user gave to `deepspeed.initialize`."""
     wrapper = engine.optimizer
     return wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer
 
 
-def _refuse_inexact(engine: Any, wrapper: Any) -> None:
+def _refuse_inexact(engine: Engine[nn.Module], wrapper: Any) -> None:
     """Refuse combinations under which a step would be an approximation."""
     _refuse_precision(wrapper)
     if getattr(wrapper, "model_parallel_group", None) is not None or engine.mpu is not None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.optim.arguments import NamedParameters, check_betas, check_number, check_switch
+from mocov3_ds.optim.flat_step import FlatStep
 from mocov3_ds.optim.kernel_types import NORMS, NORMS_AND_RMS, AdamTerms
 from mocov3_ds.optim.rules import RuleFor, vit_rule
-from mocov3_ds.optim.sharded import FlatStep, ShardedOptimizer
+from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.optim.signals import StepFactors, StepSums
 
 

@@ -109,6 +109,5 @@ def translate_coefficients(params: dict[str, Any]) -> dict[str, Any]:
             f"the optimizer block has trust_clip and {' and '.join(bounds)}; trust_clip is both, "
             "keep one of them."
         )
-    other = {key: value for key, value in params.items() if key not in bounds}
     clip = (bounds.get("min_coeff", 0.0), bounds.get("max_coeff", math.inf))
-    return other | {"trust_clip": clip}
+    return {key: params[key] for key in params if key not in bounds} | {"trust_clip": clip}

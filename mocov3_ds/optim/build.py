@@ -64,8 +64,7 @@ def list_params(optimizer_class: type[ShardedOptimizer]) -> tuple[str, ...]:
 
 def all_params() -> tuple[str, ...]:
     """Keywords that the params of any registered optimizer may give, each once."""
-    classes = dict.fromkeys(_classes.values())
-    return tuple(dict.fromkeys(name for each in classes for name in list_params(each)))
+    return tuple(dict.fromkeys(name for cls in _classes.values() for name in list_params(cls)))
 
 
 def build_optimizer(
@@ -82,10 +81,9 @@ def build_optimizer(
         ValueError: No block, an unknown type or key, an impossible value.
     """
     optimizer_class, params = read_block(block)
-    known = list_params(optimizer_class)
     for key in params:
-        if key not in known:
-            raise ValueError(_unknown_key(key, known, optimizer_class))
+        if key not in list_params(optimizer_class):
+            raise ValueError(_refusal(key, optimizer_class))
     return optimizer_class(named_parameters, rule=rule, **params)
 
 
@@ -128,11 +126,12 @@ def read_block(
     return optimizer_class, optimizer_class.translate_params(dict(params))
 
 
-def _unknown_key(key: str, known: tuple[str, ...], optimizer_class: type[ShardedOptimizer]) -> str:
+def _refusal(key: str, optimizer_class: type[ShardedOptimizer]) -> str:
     hint = optimizer_class.hints.get(key) or _HINTS.get(key)
     if hint:
         return f"the optimizer block's {key!r} has no effect here; {hint}."
+    params = list_params(optimizer_class)
     return (
-        f"optimizer {optimizer_class.__name__} has no parameter {key!r}{did_you_mean(key, known)}; "
-        f"known: {', '.join(known)}."
+        f"optimizer {optimizer_class.__name__} has no parameter {key!r}"
+        f"{did_you_mean(key, params)}; known: {', '.join(params)}."
     )

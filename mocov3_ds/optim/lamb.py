@@ -14,9 +14,10 @@ from mocov3_ds.optim.arguments import (
     check_trust_clip,
     translate_coefficients,
 )
+from mocov3_ds.optim.flat_step import FlatStep
 from mocov3_ds.optim.kernel_types import NORMS, UPDATE, WEIGHT, AdamTerms
 from mocov3_ds.optim.rules import RuleFor, vit_rule
-from mocov3_ds.optim.sharded import FlatStep, ShardedOptimizer
+from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.optim.signals import StepFactors, StepSums
 
 

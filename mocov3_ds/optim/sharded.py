@@ -17,18 +17,17 @@ Legend: S = tensors that one call of `step` updates; Q = quantities measured, se
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.segments import Flat, full_shape, whole_flat
+from mocov3_ds.distributed.segments import Flat, full_shape
 from mocov3_ds.optim.arguments import NamedParameters, select_trained
+from mocov3_ds.optim.flat_step import FlatStep, describe_flats, flat_gradient, sum_over_ranks
 from mocov3_ds.optim.full_state import check_state, gather_tensor, scatter_tensor
-from mocov3_ds.optim.kernel_types import BACKENDS, EVERYTHING, NORMS, PEAK, Kernels
+from mocov3_ds.optim.kernel_types import BACKENDS, EVERYTHING, NORMS
 from mocov3_ds.optim.kernels import choose_kernels
 from mocov3_ds.optim.rules import RuleFor, check_rule, vit_rule
 from mocov3_ds.optim.signals import (
@@ -39,34 +38,10 @@ from mocov3_ds.optim.signals import (
     join_signals,
     mark_undefined,
 )
-from mocov3_ds.optim.step_tables import Share, StepTables, build_tables
+from mocov3_ds.optim.step_tables import StepTables, build_tables
 
 if TYPE_CHECKING:
     from mocov3_ds.distributed.engine import Engine
-
-
-@dataclass(frozen=True, eq=False)
-class FlatStep:
-    """One flat tensor in one step, as the two passes of an optimizer are given it.
-
-    Attributes:
-        share: Which tensors lie in the flat, with their rows and rules.
-        kernels: Kernels for the device of the flat.
-        weight: fp32 master weights, one-dimensional.
-        gradient: Gradient of the same length, which the first pass may use as scratch space and
-            the second pass finds as the first one left it.
-        state: State tensors of the same length, in the order of `ShardedOptimizer.moments`.
-        group: Hyper-parameters, as the constructor gave them.
-        number: Optimizer steps done including this one, from 1.
-    """
-
-    share: Share
-    kernels: Kernels
-    weight: Tensor
-    gradient: Tensor
-    state: tuple[Tensor, ...]
-    group: Mapping[str, Any]
-    number: int
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -122,6 +97,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._tables: dict[tuple[int, ...], StepTables] = {}
         self._records: dict[tuple[int, ...], StepRecord] = {}
         self._engine: Engine[nn.Module] | None = None
+        self._exchange_device: torch.device | None = None
         super().__init__(list(trained.values()), defaults)
 
     # ---------------------------------------------------------------- what a subclass gives
@@ -208,7 +184,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: An engine of another optimizer, or one under which the step cannot be exact.
         """
-        flats = self._plain_flats() if engine is None else self._engine_flats(engine)
+        flats = describe_flats(self, engine, self._names)
         missing = sorted({*self._shapes} - {name for flat in flats for name in flat.names})
         if missing:
             raise ValueError(
@@ -218,6 +194,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for device in {flat.tensor.device for flat in flats}:
             choose_kernels(self._backend, device)
         self._engine = engine
+        self._exchange_device = None if engine is None else torch.device(engine.device)
         self._flats = {flat.tensor: flat for flat in flats}
         self._tables, self._records = {}, {}
         for flat in flats:
@@ -228,31 +205,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key in self.moments:
                 if key not in state:
                     state[key] = torch.zeros_like(flat.tensor, requires_grad=False)
-
-    def _plain_flats(self) -> list[Flat]:
-        flats = [whole_flat(name, parameter) for parameter, name in self._names.items()]
-        for flat in flats:
-            if flat.tensor.dtype != torch.float32:
-                raise ValueError(
-                    f"{flat.names[0]!r} is {flat.tensor.dtype}; without an engine that keeps fp32 "
-                    "masters the weights themselves must be fp32."
-                )
-        return flats
-
-    def _engine_flats(self, engine: "Engine[nn.Module]") -> list[Flat]:
-        from mocov3_ds.distributed import zero  # DeepSpeed takes seconds, and not all need it
-
-        if zero.base_optimizer(engine) is not self:
-            raise ValueError(
-                "the engine was built with another optimizer; call "
-                "deepspeed.initialize(model=model, optimizer=optimizer, config=config) without an "
-                "optimizer block in the config, then optimizer.attach(engine)."
-            )
-        return zero.describe_flats(engine, self._names)
-
-    @property
-    def _exchange_device(self) -> torch.device | None:
-        return None if self._engine is None else torch.device(self._engine.device)
 
     # ------------------------------------------------------------------------------ stepping
 
@@ -307,7 +259,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             tensors = group["params"]
             if not self._flats:
-                self._require_no_gradient(tensors)
+                if any(tensor.grad is not None and tensor.grad.any() for tensor in tensors):
+                    self._require_attached()  # DeepSpeed's own call with zero gradients is fine
             elif any(tensor.grad is not None for tensor in tensors):
                 key = tuple(id(tensor) for tensor in tensors)
                 if key not in self._tables:
@@ -319,15 +272,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _step_tensors(self, tables: StepTables, group: Mapping[str, Any]) -> StepRecord:
         kernels = choose_kernels(self._backend, tables.device)
         gradients = [flat_gradient(share.flat) for share in tables.shares]
-        flats = [
-            self._begin_flat(share, kernels, gradient, group)
-            for share, gradient in zip(tables.shares, gradients, strict=True)
-        ]
+        flats = []
+        for share, gradient in zip(tables.shares, gradients, strict=True):
+            flat, state = share.flat, self.state[share.flat.tensor]
+            state["step"] += 1
+            flats.append(
+                FlatStep(
+                    share=share,
+                    kernels=kernels,
+                    weight=flat.view(),
+                    gradient=gradient,
+                    state=tuple(flat.view(state[key]) for key in self.moments),
+                    group=group,
+                    number=state["step"],
+                )
+            )
         rate_S = tables.multiplier_S * group["lr"]
         quantities = EVERYTHING if self._measures_all else self.count_quantities(group)
         local_QS = torch.zeros(quantities, len(tables.names), device=tables.device)
-        for flat in flats:
-            self.measure_flat(flat, local_QS, rate_S)
+        for flat_step in flats:
+            self.measure_flat(flat_step, local_QS, rate_S)
         sums_QS = sum_over_ranks(tables.shares, local_QS, self._exchange_device)
         if self._measures_all:
             sums_QS = mark_undefined(
@@ -335,30 +299,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         sums = StepSums(tables, local_QS, sums_QS)
         factors = self.compute_factors(sums, group)
-        for flat in flats:
-            self.move_flat(flat, rate_S, factors.factor_S)
+        for flat_step in flats:
+            self.move_flat(flat_step, rate_S, factors.factor_S)
         return StepRecord(sums, factors, rate_S)
-
-    def _begin_flat(
-        self, share: Share, kernels: Kernels, gradient: Tensor, group: Mapping[str, Any]
-    ) -> FlatStep:
-        flat, state = share.flat, self.state[share.flat.tensor]
-        state["step"] += 1
-        return FlatStep(
-            share=share,
-            kernels=kernels,
-            weight=flat.view(),
-            gradient=gradient,
-            state=tuple(flat.view(state[key]) for key in self.moments),
-            group=group,
-            number=state["step"],
-        )
-
-    def _require_no_gradient(self, tensors: Sequence[Tensor]) -> None:
-        """Before `attach`, DeepSpeed's own call with zero gradients is fine and nothing else is."""
-        for tensor in tensors:
-            if tensor.grad is not None and bool(tensor.grad.any()):
-                self._require_attached()
 
     def _require_attached(self) -> None:
         if not self._flats:
@@ -399,13 +342,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for name in self._shapes:
             flat, index = positions[name]
             device = self._exchange_device or flat.tensor.device
-            yield (
-                name,
-                {
-                    key: gather_tensor(flat, index, self._values(flat, key), device)
-                    for key in keys or self._keys
-                },
-            )
+            state = {}
+            for key in keys or self._keys:
+                state[key] = gather_tensor(flat, index, self._values(flat, key), device)
+            yield name, state
 
     @torch.no_grad()
     def load_full_state(self, get: Callable[[str], Mapping[str, Tensor]], step_count: int) -> None:
@@ -444,48 +384,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _values(self, flat: Flat, key: str) -> Tensor:
         return flat.view(None if key == "weight" else self.state[flat.tensor][key])
-
-
-def sum_over_ranks(
-    shares: Sequence[Share], local_QS: Tensor, exchange_device: torch.device | None
-) -> Tensor:
-    """Add the sums of the other ranks; all of them know alike whether the flats are sharded.
-
-    Args:
-        shares: Flats of the step, all sharded over one process group or none.
-        local_QS: Sums over the elements of this rank.
-        exchange_device: Device on which the ranks exchange tensors; None for that of `local_QS`.
-
-    Returns:
-        New sums on the device of `local_QS`.
-    """
-    shards = [share.flat for share in shares if share.flat.sharded]
-    if not shards:
-        return local_QS.clone()
-    assert all(flat.group is shards[0].group for flat in shards) and len(shards) == len(shares), (
-        "one call of step updates tensors of one process group"
-    )
-    sums_QS = local_QS.to(exchange_device or local_QS.device, copy=True)
-    ranks.all_reduce_sum(sums_QS[:PEAK], shards[0].group)
-    if len(sums_QS) > PEAK:
-        ranks.all_reduce_max(sums_QS[PEAK], shards[0].group)
-    return sums_QS.to(local_QS.device)
-
-
-def flat_gradient(flat: Flat) -> Tensor:
-    """Gradient of a flat tensor in one dimension; zeros where a tensor took no part in the loss.
-
-    Raises:
-        ValueError: The gradient is sparse.
-    """
-    tensor = flat.tensor
-    if tensor.grad is None:
-        tensor.grad = torch.zeros_like(tensor)
-    elif tensor.grad.layout != torch.strided:
-        raise ValueError(
-            f"the gradient of {flat.names[0]!r} is sparse; build the layer with sparse=False and "
-            "remove sparse_gradients from the DeepSpeed config."
-        )
-    elif not tensor.grad.is_contiguous():
-        tensor.grad = tensor.grad.contiguous()
-    return tensor.grad.view(-1)

@@ -26,7 +26,7 @@ from mocov3_ds.optim.kernel_types import (
 from mocov3_ds.optim.step_tables import StepTables
 
 NORM_KEYS = ("grad_norm", "update_norm", "weight_norm", "trust_ratio", "rate", "adapts")
-FURTHER_KEYS = ("grad_peak", "rms", "rms_before", "cosine")
+EXTRA_KEYS = ("grad_peak", "rms", "rms_before", "cosine")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ class Signals:
     @property
     def keys(self) -> tuple[str, ...]:
         """Names of what was measured, as `table` and `rows` use them."""
-        return NORM_KEYS + FURTHER_KEYS * self.complete
+        return NORM_KEYS + EXTRA_KEYS * self.complete
 
     def table(self) -> dict[str, npt.NDArray[np.float32]]:
         """Key -> values (S,) in the order of `names`; waits for the device once."""
@@ -172,11 +172,11 @@ def join_signals(records: Sequence[StepRecord], order: Sequence[str]) -> Signals
     sums_QS = joined([record.sums.sums_QS for record in records])
     norms_3S, complete = sums_QS[:NORMS].sqrt(), len(sums_QS) == EVERYTHING
     nan_S = torch.full_like(norms_3S[0], torch.nan)
-    further = dict.fromkeys(FURTHER_KEYS, nan_S)
+    extra = dict.fromkeys(EXTRA_KEYS, nan_S)
     if complete:
         counts_S = joined([record.sums.tables.counts_S for record in records])
         product_S = sums_QS[PRODUCT] / norms_3S[GRADIENT]
-        further = {
+        extra = {
             # a maximum over ranks may lose a NaN, a sum does not
             "grad_peak": torch.where(norms_3S[GRADIENT].isnan(), nan_S, sums_QS[PEAK]),
             "rms": (sums_QS[AFTER] / counts_S).sqrt(),
@@ -192,8 +192,8 @@ def join_signals(records: Sequence[StepRecord], order: Sequence[str]) -> Signals
         rate_S=joined([record.rate_S for record in records]),
         adapts_S=joined([record.factors.adapts_S for record in records]),
         complete=complete,
-        grad_peak_S=further["grad_peak"],
-        rms_S=further["rms"],
-        rms_before_S=further["rms_before"],
-        cosine_S=further["cosine"],
+        grad_peak_S=extra["grad_peak"],
+        rms_S=extra["rms"],
+        rms_before_S=extra["rms_before"],
+        cosine_S=extra["cosine"],
     )

@@ -177,11 +177,11 @@ def adam_pass(
     BLOCK: tl.constexpr,
 ):
     """Moments, direction and Q quantities of a block; moves w (MOVE) or leaves u in g."""
-    position, inside, row, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
-    w = tl.load(w_ + position, mask=inside, other=0.0)
-    g = tl.load(g_ + position, mask=inside, other=0.0)
-    m = tl.load(m_ + position, mask=inside, other=0.0)
-    v = tl.load(v_ + position, mask=inside, other=0.0)
+    position, valid, row, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + position, mask=valid, other=0.0)
+    g = tl.load(g_ + position, mask=valid, other=0.0)
+    m = tl.load(m_ + position, mask=valid, other=0.0)
+    v = tl.load(v_ + position, mask=valid, other=0.0)
     if Q > _BEFORE:
         _store_relative(partial, n_blocks, _BEFORE, g, v, bias2_before, floor)
         _store_momentum(partial, n_blocks, g, m)
@@ -191,14 +191,14 @@ def adam_pass(
         _store_relative(partial, n_blocks, _AFTER, g, v, bias2, floor)
     u = tl.div_rn(tl.div_rn(m, bias1), tl.sqrt_rn(tl.div_rn(v, bias2)) + eps)
     u += (weight_decay * decay) * w
-    u = tl.where(inside, u, 0.0)
+    u = tl.where(valid, u, 0.0)
     _store_sums(partial, n_blocks, w, u, g)
-    tl.store(m_ + position, m, mask=inside)
-    tl.store(v_ + position, v, mask=inside)
+    tl.store(m_ + position, m, mask=valid)
+    tl.store(v_ + position, v, mask=valid)
     if MOVE:
-        tl.store(w_ + position, w - tl.load(rate + row) * u, mask=inside)
+        tl.store(w_ + position, w - tl.load(rate + row) * u, mask=valid)
     else:
-        tl.store(g_ + position, u, mask=inside)
+        tl.store(g_ + position, u, mask=valid)
 
 
 @triton.jit
@@ -214,10 +214,10 @@ def move_pass(
     BLOCK: tl.constexpr,
 ):
     """Move the weights: w <- w - rate u."""
-    position, inside, row, _ = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
-    w = tl.load(w_ + position, mask=inside)
-    u = tl.load(u_ + position, mask=inside)
-    tl.store(w_ + position, w - tl.load(rate + row) * u, mask=inside)
+    position, valid, row, _ = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + position, mask=valid)
+    u = tl.load(u_ + position, mask=valid)
+    tl.store(w_ + position, w - tl.load(rate + row) * u, mask=valid)
 
 
 @triton.jit
@@ -237,12 +237,12 @@ def lars_norms_pass(
     BLOCK: tl.constexpr,
 ):
     """Q quantities of a block."""
-    position, inside, _, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
-    w = tl.load(w_ + position, mask=inside, other=0.0)
-    g = tl.load(g_ + position, mask=inside, other=0.0)
+    position, valid, _, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + position, mask=valid, other=0.0)
+    g = tl.load(g_ + position, mask=valid, other=0.0)
     _store_sums(partial, n_blocks, w, g + (weight_decay * decay) * w, g)
     if Q > _BEFORE:
-        m = tl.load(m_ + position, mask=inside, other=0.0)
+        m = tl.load(m_ + position, mask=valid, other=0.0)
         _store_momentum(partial, n_blocks, g, m)
 
 
@@ -264,16 +264,16 @@ def lars_move_pass(
     BLOCK: tl.constexpr,
 ):
     """Momentum and weights: m <- momentum m + ratio (g + decay w), then w."""
-    position, inside, row, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
-    w = tl.load(w_ + position, mask=inside)
-    g = tl.load(g_ + position, mask=inside)
-    m = tl.load(m_ + position, mask=inside)
+    position, valid, row, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
+    w = tl.load(w_ + position, mask=valid)
+    g = tl.load(g_ + position, mask=valid)
+    m = tl.load(m_ + position, mask=valid)
     d = tl.load(ratio + row) * (g + (weight_decay * decay) * w)
     m = momentum * m + d
-    tl.store(m_ + position, m, mask=inside)
+    tl.store(m_ + position, m, mask=valid)
     if NESTEROV:
         m = d + momentum * m
-    tl.store(w_ + position, w - tl.load(rate + row) * m, mask=inside)
+    tl.store(w_ + position, w - tl.load(rate + row) * m, mask=valid)
 
 
 @triton.jit

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.optim.build import register_optimizer
+from mocov3_ds.optim.flat_step import FlatStep
 from mocov3_ds.optim.kernel_types import UPDATE, WEIGHT
 from mocov3_ds.optim.plain_kernels import add_sums, square_sum
 from mocov3_ds.optim.rules import RuleFor, vit_rule
-from mocov3_ds.optim.sharded import FlatStep, ShardedOptimizer
+from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.optim.signals import StepFactors, StepSums
 
 RATE, DECAY = 1e-2, 0.1
