@@ -11,7 +11,7 @@ __all__ = ["__version__", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and timm only where an encoder is wanted."""
+    """Import `load_encoder`, and with it torch and timm, when it is first used."""
     if name == "load_encoder":
         from mocov3_ds.encoders.load import load_encoder
 

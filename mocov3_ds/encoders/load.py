@@ -1,15 +1,15 @@
-"""A trained encoder as a plain module, outside any engine: for evaluation, export and embedding.
+"""How does a trained encoder become a plain module, outside any engine?
 
-Read are runs of ours and single checkpoints of them, exported folders, the published MoCo v3 files
-(`.pth.tar`), mmpretrain's, DeiT's, timm's and transformers' ViTs, and folders that DeepSpeed's
-`save_checkpoint` wrote at any ZeRO stage. Nothing is unpickled but tensors and plain containers.
+Read are runs of this package and single checkpoints of them, exported folders, the published MoCo
+v3 files (`.pth.tar`), the ViTs of mmpretrain, DeiT, timm and transformers, and folders that
+DeepSpeed's `save_checkpoint` wrote at any ZeRO stage. Nothing is unpickled but tensors and plain
+containers.
 """
 
 import argparse
-import contextlib
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
-from mocov3_ds.config import Config, from_json, read_json
-from mocov3_ds.encoders.names import Which, has_qk_norm, shape_of, to_timm
+from mocov3_ds.config import Config, from_json
+from mocov3_ds.encoders.foreign_names import EncoderRole, has_qk_norm, infer_shape, to_timm
 from mocov3_ds.model.cpu_ops import suit_cpu
+from mocov3_ds.model.tensor_differences import differing_tensors
 from mocov3_ds.model.vit import Positions, VitShape, build_vit, sincos_positions
-
-__all__ = ["Weights", "Which", "build", "load_encoder", "read_run", "read_weights"]
+from mocov3_ds.recipes import read_json
 
 _WRAPPERS = ("state_dict", "model", "module")
 _LOW_PRECISION = 2e-2  # positions between -1 and 1, perhaps stored in fp16 or bf16
@@ -38,28 +38,29 @@ class Weights:
     """A backbone's weights and what is known of where they come from."""
 
     path: Path
-    """what was asked for"""
+    """run folder, or the file or folder that was given"""
     kind: str
-    """what it turned out to be, for people"""
-    which: Which
+    """what `path` is, in words for people"""
+    role: EncoderRole
+    """base or momentum encoder"""
     tensors: Mapping[str, Tensor]
-    """backbone in timm's names, fp32"""
+    """the backbone in timm's names, fp32"""
     shape: VitShape
     positions: Positions = "sincos"
     config: Config | None = None
-    """settings of the run, where it is one of ours"""
+    """settings of the run; None = the weights are not from a run of this package"""
     saved: Checkpoint | None = None
-    """the checkpoint, where it is one of ours"""
+    """checkpoint that the weights were read from; None = not from a run of this package"""
 
     @property
     def title(self) -> str:
-        """Name for tables and cards."""
+        """Name of the encoder in tables and model cards."""
         step = f", step {self.saved.step}" if self.saved is not None else ""
-        return f"{self.path.name} ({self.which} encoder{step})"
+        return f"{self.path.name} ({self.role} encoder{step})"
 
 
 def load_encoder(
-    path: str | Path, which: Which = "base", *, image_size: int = 0, heads: int = 0
+    path: str | Path, which: EncoderRole = "base", *, image_size: int = 0, heads: int = 0
 ) -> VisionTransformer:
     """A trained backbone, fp32, in eval mode: images (B, 3, H, W) -> class-token features (B, D).
 
@@ -75,23 +76,23 @@ def load_encoder(
 
     Args:
         path: a run folder (its newest checkpoint), one checkpoint of it, an exported folder, a
-            DeepSpeed checkpoint folder, or a weights file (see the module's text).
+            DeepSpeed checkpoint folder, or a weights file (the module's docstring lists the kinds).
         which: the base encoder (what the paper evaluates) or the momentum encoder.
-        image_size: pixels; 0 = as trained. Fixed sin-cos positions are made anew for another size,
-            others are interpolated.
+        image_size: side of an image, pixels; 0 = as trained. For another size fixed sin-cos
+            positions are computed, others are interpolated.
         heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
 
     Raises:
         ValueError: no such file, nothing usable in it, or weights that are missing.
     """
-    return build(read_weights(path, which, heads=heads), image_size=image_size)
+    return build_encoder(read_weights(path, which, heads=heads), image_size=image_size)
 
 
-def read_run(run: Path) -> Config:
+def read_run_config(run: Path) -> Config:
     """Settings of a run folder.
 
     Raises:
-        ValueError: no run lives there.
+        ValueError: the folder holds no run.
     """
     path = run / "config.json"
     if not path.exists():
@@ -102,99 +103,102 @@ def read_run(run: Path) -> Config:
         raise ValueError(f"{run}: {error}") from None
 
 
-def read_weights(path: str | Path, which: Which = "base", *, heads: int = 0) -> Weights:
-    """Find out what `path` is and read the backbone from it; see `load_encoder`.
+def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0) -> Weights:
+    """Find out what kind of file or folder `path` is and read the backbone from it.
+
+    Args:
+        path: whatever `load_encoder` reads.
+        role: base or momentum encoder.
+        heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
 
     Raises:
-        ValueError: see `load_encoder`.
+        ValueError: no such file, nothing usable in it, or weights that are missing.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no {path}.")
-    run = _run_of(path)
+    run = _find_run(path)
     if run is not None:
-        return _of_run(path, run, which, heads)
+        return _read_run_weights(path, run, role, heads)
     try:
-        tensors, told_heads, kind = _of_folder(path) if path.is_dir() else _of_file(path)
-        backbone = to_timm(tensors, which)
-        shape = shape_of(backbone, heads or told_heads)
+        tensors, saved_heads, kind = _read_folder(path) if path.is_dir() else _read_file(path)
+        backbone = to_timm(tensors, role)
+        shape = infer_shape(backbone, heads or saved_heads)
     except ValueError as error:
         raise ValueError(f"{path} gives no encoder: {error}") from None
     positions: Positions = "sincos" if "pos_embed" in backbone else "none"
     return Weights(
-        path=path, kind=kind, which=which, tensors=backbone, shape=shape, positions=positions
+        path=path, kind=kind, role=role, tensors=backbone, shape=shape, positions=positions
     )
 
 
-def build(weights: Weights, *, image_size: int = 0, drop_path: float = 0.0) -> VisionTransformer:
-    """The module of these weights, fp32, in eval mode; see `load_encoder`.
+def build_encoder(
+    weights: Weights, *, image_size: int = 0, drop_path: float = 0.0
+) -> VisionTransformer:
+    """The module of these weights, fp32, in eval mode.
+
+    Args:
+        weights: what `read_weights` returned; they are copied.
+        image_size: side of an image, pixels; 0 = as trained.
+        drop_path: stochastic depth rate of the last block, for training.
 
     Raises:
-        ValueError: shapes that do not fit together, an impossible image size.
+        ValueError: shapes that do not fit together, or an impossible image size.
     """
     shape = replace(weights.shape, image_size=image_size or weights.shape.image_size)
-    with _of(weights.path), torch.device("meta"):  # no time for a thrown away initialisation
-        vit = build_vit(
-            shape,
-            positions=weights.positions,
-            drop_path=drop_path,
-            qk_norm=has_qk_norm(weights.tensors),
-        )
+    try:
+        with torch.device("meta"):  # saves the time of an initialisation that is thrown away
+            vit = build_vit(
+                shape,
+                positions=weights.positions,
+                drop_path=drop_path,
+                qk_norm=has_qk_norm(weights.tensors),
+            )
+    except ValueError as error:
+        raise ValueError(f"{weights.path} gives no encoder: {error}") from None
     tensors = dict(weights.tensors)
     if "pos_embed" in tensors:
         tensors["pos_embed"] = positions_for(
             tensors["pos_embed"], shape.image_size // shape.patch_size
         )
-    own = vit.state_dict()
-    wrong = sorted(
-        {*own} ^ {*tensors} | {n for n in {*own} & {*tensors} if own[n].shape != tensors[n].shape}
-    )
-    if wrong:
+    if names := differing_tensors(vit.state_dict(), tensors):
         raise ValueError(
-            f"{len(wrong)} weights of {weights.path} do not fit a ViT of width {shape.dim} and "
-            f"{shape.depth} blocks: {json.dumps(wrong[:3])}."
+            f"{len(names)} weights of {weights.path} do not fit a ViT of width {shape.dim} and "
+            f"{shape.depth} blocks: {json.dumps(names[:3])}."
         )
     vit.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     suit_cpu(vit)
     return vit.eval()
 
 
-@contextlib.contextmanager
-def _of(path: Path) -> Iterator[None]:
-    """Name the file in what is wrong with sizes that it gave."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path} gives no encoder: {error}") from None
-
-
 def positions_for(pos_1ND: Tensor, grid: int) -> Tensor:
-    """Positions for `grid` x `grid` patches: by their closed form if they have it, else resampled.
+    """Positions for `grid` x `grid` patches.
+
+    Sin-cos positions are computed by their formula, others are interpolated.
 
     Args:
-        pos_1ND: (1, 1 + tokens, D), the class token's row first.
-        grid: patches along a side.
+        pos_1ND: positions of another grid, (1, 1 + patches, D), the class token's row first.
+        grid: number of patches along a side.
     """
-    old = round((pos_1ND.shape[1] - 1) ** 0.5)
-    if old == grid:
+    old_grid = round((pos_1ND.shape[1] - 1) ** 0.5)
+    if old_grid == grid:
         return pos_1ND
     dim = pos_1ND.shape[2]
     if dim % 4 == 0 and torch.allclose(
-        pos_1ND.float(), sincos_positions(old, dim), atol=_LOW_PRECISION
+        pos_1ND.float(), sincos_positions(old_grid, dim), atol=_LOW_PRECISION
     ):
         return sincos_positions(grid, dim)
-    resampled: Tensor = resample_abs_pos_embed(pos_1ND, [grid, grid], [old, old])
-    return resampled
+    return resample_abs_pos_embed(pos_1ND, [grid, grid], [old_grid, old_grid])
 
 
-def _run_of(path: Path) -> Path | None:
-    """The run folder that `path` is, or in which it is the checkpoints or one of them."""
-    inside = [path]
+def _find_run(path: Path) -> Path | None:
+    """The run folder, given that folder itself, its checkpoints or one checkpoint of it."""
+    candidates = [path]
     if path.name == "checkpoints":
-        inside.append(path.parent)
+        candidates.append(path.parent)
     elif (path / "state.json").is_file():
-        inside.append(path.parent.parent)
-    for folder in inside:
+        candidates.append(path.parent.parent)
+    for folder in candidates:
         if (folder / "config.json").is_file():
             tree = read_json(folder / "config.json")
             if "config" in tree and "deepspeed" in tree:
@@ -202,8 +206,9 @@ def _run_of(path: Path) -> Path | None:
     return None
 
 
-def _of_run(path: Path, run: Path, which: Which, heads: int) -> Weights:
-    config = read_run(run)
+def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> Weights:
+    """The backbone from one checkpoint (`path`) or the newest checkpoint of a run."""
+    config = read_run_config(run)
     if heads not in (0, config.model.heads):
         raise ValueError(
             f"{run} has {config.model.heads} attention heads; leave out --heads {heads}."
@@ -214,18 +219,18 @@ def _of_run(path: Path, run: Path, which: Which, heads: int) -> Weights:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ValueError(f"{path} is a damaged checkpoint ({_first_line(error)}).") from None
     else:
-        newest = checkpoint.newest(run)
+        newest = checkpoint.find_newest(run)
         if newest is None:
             raise ValueError(f"{run} holds no complete checkpoint yet.")
         saved = newest
     try:
-        tensors = to_timm(saved.group(which))
+        tensors = to_timm(saved.read_group(role))
     except ValueError as error:
         raise ValueError(f"checkpoint {saved.folder} gives no encoder: {error}") from None
     return Weights(
         path=run,
         kind="mocov3-ds run",
-        which=which,
+        role=role,
         tensors=tensors,
         shape=config.vit,
         positions=config.model.positions,
@@ -234,19 +239,18 @@ def _of_run(path: Path, run: Path, which: Which, heads: int) -> Weights:
     )
 
 
-def _of_folder(folder: Path) -> tuple[Mapping[str, Tensor], int, str]:
-    """Tensors, number of heads (0 = not told) and kind of a folder that is no run of ours."""
+def _read_folder(folder: Path) -> tuple[Mapping[str, Tensor], int, str]:
+    """Tensors, number of heads (0 = unknown) and kind of a folder that is no run."""
     if (folder / "latest").is_file() or any(folder.glob("*_model_states.pt")):
-        from mocov3_ds.distributed.zero_folder import merged_weights  # DeepSpeed takes seconds
+        from mocov3_ds.distributed.zero_folder import merge_weights  # DeepSpeed takes seconds
 
-        return merged_weights(folder), 0, "DeepSpeed checkpoint"
+        return merge_weights(folder), 0, "DeepSpeed checkpoint"
     for name in ("model.safetensors", "model.pth", "model.pth.tar", "pytorch_model.bin"):
         if (folder / name).is_file():
-            tensors, heads, kind = _of_file(folder / name)
+            tensors, heads, kind = _read_file(folder / name)
             config = folder / "config.json"
             if not heads and config.is_file():
-                told = read_json(config).get("num_attention_heads", 0)
-                heads = told if isinstance(told, int) else 0
+                heads = _as_int(read_json(config).get("num_attention_heads"))
             return tensors, heads, kind
     raise ValueError(
         "it is no run (config.json and checkpoints/), no DeepSpeed checkpoint (latest, "
@@ -254,7 +258,8 @@ def _of_folder(folder: Path) -> tuple[Mapping[str, Tensor], int, str]:
     )
 
 
-def _of_file(path: Path) -> tuple[Mapping[str, Tensor], int, str]:
+def _read_file(path: Path) -> tuple[Mapping[str, Tensor], int, str]:
+    """Tensors, number of heads (0 = unknown) and kind of a safetensors file or a torch file."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -269,8 +274,8 @@ def _of_file(path: Path) -> tuple[Mapping[str, Tensor], int, str]:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise ValueError(
                 "it holds pickled objects besides tensors, which could run code and are not opened "
-                f"({_refused(str(error))}); save its weights alone where you trust it: torch.save("
-                "{'state_dict': ...})."
+                f"({_refused_class(str(error))}); save its weights alone where you trust it: "
+                "torch.save({'state_dict': ...})."
             ) from None
         raise ValueError(f"it is no torch file ({_first_line(error)}).") from None
     except Exception as error:  # a damaged archive can raise almost anything
@@ -279,12 +284,16 @@ def _of_file(path: Path) -> tuple[Mapping[str, Tensor], int, str]:
         ) from None
     if not isinstance(loaded, dict):
         raise ValueError(f"it holds a {type(loaded).__name__}, not weights by name.")
-    heads = loaded.get("num_heads", 0)
-    return _weights_in(loaded), heads if isinstance(heads, int) else 0, "torch file"
+    return _find_state_dict(loaded), _as_int(loaded.get("num_heads")), "torch file"
 
 
-def _weights_in(loaded: dict[Any, Any]) -> Mapping[str, Tensor]:
-    """The state dict in what `torch.save` wrote."""
+def _as_int(value: object) -> int:
+    """An integer from a foreign file; 0 where it is anything else."""
+    return value if isinstance(value, int) else 0
+
+
+def _find_state_dict(loaded: dict[Any, Any]) -> Mapping[str, Tensor]:
+    """The state dict in a file of `torch.save`, which other entries may surround."""
     for name in _WRAPPERS:
         inner = loaded.get(name)
         if isinstance(inner, dict) and any(isinstance(v, Tensor) for v in inner.values()):
@@ -293,7 +302,8 @@ def _weights_in(loaded: dict[Any, Any]) -> Mapping[str, Tensor]:
     return {str(n): t for n, t in loaded.items() if isinstance(t, Tensor)}
 
 
-def _refused(text: str) -> str:
+def _refused_class(text: str) -> str:
+    """Name of the class that torch refused to unpickle, from its message."""
     for line in text.splitlines():
         if "GLOBAL" in line:
             return line.partition("GLOBAL")[2].split()[0]
@@ -301,5 +311,6 @@ def _refused(text: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    """Type and first sentence of an error."""
     sentence = (str(error).strip().splitlines() or [""])[0].partition(". ")[0]
     return f"{type(error).__name__}: {sentence}"

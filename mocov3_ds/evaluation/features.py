@@ -1,53 +1,57 @@
-"""Frozen backbone -> features of a split, on all ranks.
+"""What features does a backbone give for the images of a split? Computed on all ranks, then joined.
 
-Shape suffixes: B = images, C H W = image, D = features, N = samples of this rank, G = of all ranks.
+Shape suffixes: B = images of a batch, C H W = image, D = features, N = samples of this rank,
+G = samples of all ranks.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mocov3_ds.data.loader import evaluation_batches
+from mocov3_ds.data.evaluation_batches import evaluation_batches
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.data.views.photometric import ViewSpec, normalise
+from mocov3_ds.data.views.photometric import normalise_crops
+from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
 
-Prepare = Callable[[Tensor], Tensor]
+InputTransform = Callable[[Tensor], Tensor]
 """uint8 crops (B, C, H, W) on the CPU -> normalised images on the device in the network's dtype"""
 
 
 @torch.no_grad()
-def extract(
-    backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], prepare: Prepare
+def extract_features(
+    backbone: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    transform: InputTransform,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features (N, D) fp32, labels (N,) and sample ids (N,) of this rank's batches.
 
-    Ranks may hold different numbers of batches (ZeRO-3 needs each forward on all of them): a rank
-    that ran out repeats its last batch and throws the result away.
+    Ranks may hold different numbers of batches, although ZeRO-3 needs each forward pass on all of
+    them: a rank that has no more batches repeats its last one and throws the result away.
 
     Args:
-        backbone: left in the mode it was in; runs in eval mode.
+        backbone: runs in eval mode and is left in the mode it was in.
         batches: (crops_BCHW uint8, labels_B, ids_B) of this rank, at least one.
-        prepare: see `Prepare`.
+        transform: turns crops into what the backbone takes, on its device.
     """
     was_training = backbone.training
     backbone.eval()
+    device = next(backbone.parameters()).device
     features, labels, ids = [], [], []
     source = iter(batches)
     crops_BCHW: Tensor | None = None
     while True:
         batch = next(source, None)
-        more = ranks.all_reduce_max(torch.tensor(int(batch is not None), device=_device(backbone)))
-        if not int(more):
+        has_batch = torch.tensor(int(batch is not None), device=device)
+        if not int(ranks.all_reduce_max(has_batch)):
             break
         if batch is not None:
             crops_BCHW = batch[0]
         assert crops_BCHW is not None, "each rank needs one batch at least"
-        features_BD = backbone(prepare(crops_BCHW))
+        features_BD = backbone(transform(crops_BCHW))
         if batch is not None:
             features.append(features_BD.float())
             labels.append(batch[1].to(features_BD.device))
@@ -56,17 +60,28 @@ def extract(
     return torch.cat(features), torch.cat(labels), torch.cat(ids)
 
 
-def join(features_ND: Tensor, labels_N: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The samples of all ranks sorted by id, the same on each rank (uneven parts allowed)."""
+def join_ranks(
+    features_ND: Tensor, labels_N: Tensor, ids_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples of all ranks sorted by id, the same on each rank.
+
+    Args:
+        features_ND: features of this rank; ranks may hold different numbers of rows.
+        labels_N: label of each row, int64.
+        ids_N: sample id of each row, int64.
+
+    Returns:
+        (G, D) features, (G,) labels and (G,) sample ids.
+    """
     counts = ranks.gather_objects(len(ids_N))
     longest = max(counts)
 
-    def gather(x: Tensor) -> Tensor:
-        padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-        parts = ranks.all_gather_stack(padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    def gather_rows(x_N: Tensor) -> Tensor:
+        padded = torch.cat([x_N, x_N.new_zeros(longest - len(x_N), *x_N.shape[1:])])
+        stacked = ranks.all_gather_stack(padded)
+        return torch.cat([rows[:count] for rows, count in zip(stacked, counts, strict=True)])
 
-    features_GD, labels_G, ids_G = gather(features_ND), gather(labels_N), gather(ids_N)
+    features_GD, labels_G, ids_G = map(gather_rows, (features_ND, labels_N, ids_N))
     order = ids_G.argsort()
     return features_GD[order], labels_G[order], ids_G[order]
 
@@ -80,18 +95,21 @@ def split_features(
     threads: int = 4,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (N, D), labels and ids of the centre crops of a whole split, the same on each rank.
+    """Features of the centre crops of a whole split, the same on each rank.
 
     Args:
-        backbone: its device is used.
-        manifest: of the split.
+        backbone: network in eval mode; the features are computed on its device.
+        manifest: index of the shards of the split.
         image_size: side of a crop, pixels; the shorter side is resized to 256/224 of it before.
         batch: images per forward pass of a rank.
-        threads: decode threads of a rank.
-        limit: a fixed subset of this many samples, spread evenly over the set.
+        threads: number of decoding threads of a rank.
+        limit: number of samples in a fixed subset, spread evenly over the set; None = all samples.
+
+    Returns:
+        (G, D) features fp32, (G,) labels and (G,) sample ids, in the order of the ids.
 
     Raises:
-        ValueError: fewer samples than ranks, an unreadable sample.
+        ValueError: fewer samples than ranks, or an unreadable sample.
     """
     world, samples = ranks.world_size(), min(limit or manifest.samples, manifest.samples)
     if samples < world:
@@ -108,7 +126,7 @@ def split_features(
         threads=threads,
         limit=limit,
     )
-    prepare = partial(_prepare, device=_device(backbone), spec=ViewSpec())
+    device = next(backbone.parameters()).device
     bar = tqdm(
         batches,
         total=math.ceil(math.ceil(samples / world) / batch),
@@ -116,12 +134,13 @@ def split_features(
         disable=not ranks.is_first(),
         leave=False,
     )
-    return join(*extract(backbone, bar, prepare))
+    return join_ranks(
+        *extract_features(backbone, bar, lambda crops_BCHW: make_inputs(crops_BCHW, device))
+    )
 
 
-def _prepare(crops_BCHW: Tensor, device: torch.device, spec: ViewSpec) -> Tensor:
-    return normalise(crops_BCHW.to(device), spec.mean, spec.std, torch.float32)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def make_inputs(crops_BCHW: Tensor, device: torch.device) -> Tensor:
+    """uint8 crops (B, C, H, W) as fp32 network inputs on a device, by the ImageNet statistics."""
+    spec = ViewSpec()
+    crops_BCHW = crops_BCHW.to(device, non_blocking=True)
+    return normalise_crops(crops_BCHW, spec.mean, spec.std, torch.float32)

@@ -1,102 +1,54 @@
-"""Linear probe: the paper's protocol (Sec. 5), many learning rates in one pass over the images.
+"""How linearly separable are the classes of an encoder's features? The paper's linear probe.
 
     accelerate launch -m mocov3_ds.evaluation.linear RUN
-    python -m mocov3_ds.evaluation.linear RUN --epochs 10 --batch 1024
+    python -m mocov3_ds.evaluation.linear RUN --learning_rates 0.3 1 3 --batch 1024
 
-Frozen backbone in eval mode, features of random-resized, flipped crops, SGD with momentum and
-cosine decay, no weight decay. A bank of linear heads, one for each base learning rate, shares each
-batch of features; the heads do not know each other, so each ends where it would have ended alone.
+The backbone is frozen and in eval mode. Its features of random-resized, flipped crops train linear
+heads by SGD with momentum, a cosine schedule and no weight decay. There is one head for each base
+learning rate; all heads share each batch of features and know nothing of each other, so each ends
+where it would have ended alone.
 
 Shape suffixes: L = learning rates, B = images of a pass, C = classes, D = features.
 """
 
-import json
 import math
-import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import tyro
-from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from mocov3_ds.data.views.photometric import ViewSpec, normalise
+from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
-from mocov3_ds.encoders.load import Which, build, read_weights
-from mocov3_ds.evaluation import results
-from mocov3_ds.evaluation.protocol import (
-    Precision,
-    accelerator_for,
-    check,
-    differences,
-    plain,
-    watched,
-)
-from mocov3_ds.evaluation.samples import (
-    Splits,
-    UnreadableSample,
-    centre_crop,
-    epoch_order,
-    labelled_splits,
-    plan,
-    random_crop,
-    reader,
-    split_urls,
-)
-
-_MEAN, _STD = ViewSpec().mean, ViewSpec().std
+from mocov3_ds.encoders.load import build_encoder
+from mocov3_ds.evaluation.features import make_inputs
+from mocov3_ds.evaluation.labelled_images import CentreCrop, RandomCrop
+from mocov3_ds.evaluation.supervised_run import SupervisedConfig, SupervisedRun, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class LinearConfig(SupervisedConfig):
     """Linear probe of an encoder; the defaults are the paper's protocol.
 
     Runs on one process or many (`accelerate launch`), and continues where it was stopped.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder)"""
-    which: Which = "base"
-    """base or momentum encoder"""
-    train: str = ""
-    """labelled training shards; empty = those of the run"""
-    val: str = ""
-    """labelled held-out shards; empty = the run's probe shards"""
     epochs: int = 90
     """passes over the training images"""
     batch: int = 4096
     """global batch: images per step over all ranks"""
+    micro_batch: int = 256
+    """images of a rank in one forward pass; changes nothing but memory"""
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """base rates, per 256 images, all trained at once; the best is reported"""
     momentum: float = 0.9
-    """of SGD"""
+    """momentum of SGD"""
     weight_decay: float = 0.0
-    """of SGD"""
+    """weight decay of SGD"""
     crop_min: float = 0.08
     """smallest random crop, as a share of the image area"""
-    image_size: int = 0
-    """side of a crop, pixels; 0 = as pretrained"""
-    heads: int = 0
-    """attention heads where the weights cannot tell; 0 = the paper's for their width"""
-    seed: int = 0
-    """of the initialisation, the order and the crops"""
-    micro_batch: int = 256
-    """images of a rank in one forward pass; changes nothing but memory"""
-    workers: int = 4
-    """reading processes of each rank; 0 = none beside the rank itself"""
-    precision: Precision = "auto"
-    """of the backbone; auto = bf16 on a GPU that has it, else fp32"""
-    stop_after_epochs: int = 0
-    """end early, as a kill would; 0 = run to the end"""
-    out: Path | None = None
-    """folder of results.json and the probe; empty = RUN, or FILE-evaluation"""
 
 
 @dataclass
@@ -110,18 +62,25 @@ class HeadBank:
 
     @classmethod
     def start(cls, rates: int, classes: int, dim: int, seed: int) -> "HeadBank":
-        """All heads at the same N(0, 0.01) weights and zero biases."""
+        """Heads that all have the same N(0, 0.01) weights and zero biases.
+
+        Args:
+            rates: number of learning rates, and so of heads.
+            classes: number of classes that a head tells apart.
+            dim: width of a feature.
+            seed: seed of the weights.
+        """
         generator = torch.Generator().manual_seed(seed)
         weight_LCD = 0.01 * torch.randn(classes, dim, generator=generator).repeat(rates, 1, 1)
         bias_LC = torch.zeros(rates, classes)
         return cls(weight_LCD, bias_LC, torch.zeros_like(weight_LCD), torch.zeros_like(bias_LC))
 
     def to(self, device: torch.device) -> "HeadBank":
-        """The same on another device."""
+        """A copy of the heads on another device."""
         return HeadBank(*(tensor.to(device) for tensor in vars(self).values()))
 
     def logits(self, x_BD: Tensor) -> Tensor:
-        """Scores (L, B, C) of all heads."""
+        """Scores (L, B, C) of all heads for features (B, D)."""
         return torch.baddbmm(
             self.bias_LC[:, None],
             x_BD.expand(len(self.weight_LCD), *x_BD.shape),
@@ -131,9 +90,18 @@ class HeadBank:
     def add_gradient(
         self, x_BD: Tensor, labels_B: Tensor, grad_LCD: Tensor, grad_LC: Tensor
     ) -> Tensor:
-        """Add the gradient of the *summed* cross entropy; returns the summed losses (L,).
+        """Add the gradient of the *summed* cross entropy.
 
         d loss / d logits = softmax(logits) - one_hot(label), so no graph is built.
+
+        Args:
+            x_BD: features of a pass, fp32.
+            labels_B: class of each image, int64.
+            grad_LCD: gradient of the weights, added to in place.
+            grad_LC: gradient of the biases, added to in place.
+
+        Returns:
+            (L,) losses, summed over the images.
         """
         log_p_LBC = self.logits(x_BD).log_softmax(2)
         labels_LB1 = labels_B.expand(len(log_p_LBC), -1)[..., None]
@@ -153,7 +121,15 @@ class HeadBank:
         momentum: float,
         weight_decay: float,
     ) -> None:
-        """SGD as torch has it: v <- momentum v + (g + decay w), w <- w - rate v."""
+        """One step of SGD as torch has it: v <- momentum v + (g + decay w), w <- w - rate v.
+
+        Args:
+            grad_LCD: mean gradient of the weights.
+            grad_LC: mean gradient of the biases.
+            rate_L: learning rate of each head in this step.
+            momentum: factor of the velocity v.
+            weight_decay: factor of the weight in the gradient.
+        """
         for w, v, g, rate in (
             (self.weight_LCD, self.weight_velocity_LCD, grad_LCD, rate_L[:, None, None]),
             (self.bias_LC, self.bias_velocity_LC, grad_LC, rate_L[:, None]),
@@ -162,36 +138,103 @@ class HeadBank:
             w.sub_(rate * v)
 
 
-def cosine(step: int, total: int) -> float:
-    """Share of the peak rate: a half cosine from 1 to 0 over `total` steps, no warm-up."""
+def cosine_share(step: int, total: int) -> float:
+    """Share of the peak rate: half a cosine from 1 to 0 over `total` steps, without warm-up."""
     return 0.5 * (1.0 + math.cos(math.pi * step / total))
 
 
-@dataclass
-class _Probe:
-    """A probe in memory."""
+class LinearProbe(SupervisedRun[LinearConfig]):
+    """A linear probe in training: the frozen backbone and a head for each learning rate."""
 
-    config: LinearConfig
-    splits: Splits
-    accelerator: Accelerator
-    backbone: nn.Module
-    size: int
-    bank: HeadBank
-    epochs_done: int = 0
+    name = "linear"
+    title = "linear probe"
+    required = tuple(field.name for field in fields(HeadBank))
+
+    def __init__(self, config: LinearConfig) -> None:
+        super().__init__(config)
+        backbone = build_encoder(self.weights, image_size=self.image_size)
+        self.backbone = backbone.requires_grad_(False).to(self.device)
+        rates, dim = len(config.learning_rates), self.weights.shape.dim
+        self.bank = HeadBank.start(rates, self.splits.classes, dim, config.seed).to(self.device)
+
+    def resolve(self, config: LinearConfig) -> LinearConfig:
+        """Check the learning rates."""
+        if not config.learning_rates or min(config.learning_rates) <= 0:
+            raise ValueError(
+                f"learning rates {config.learning_rates} must be positive, one at least."
+            )
+        return config
 
     @torch.no_grad()
-    def features(self, crops_BCHW: Tensor) -> Tensor:
-        """Class-token features (B, D), fp32."""
-        device = self.accelerator.device
-        images_BCHW = normalise(
-            crops_BCHW.to(device, non_blocking=True), _MEAN, _STD, torch.float32
-        )
+    def compute_features(self, crops_BCHW: Tensor) -> Tensor:
+        """Class-token features (B, D), fp32, of uint8 crops."""
+        images_BCHW = make_inputs(crops_BCHW, self.device)
         with self.accelerator.autocast():
-            features_BD: Tensor = self.backbone(images_BCHW)
+            features_BD = self.backbone(images_BCHW)
         return features_BD.float()
 
+    def train_epoch(self, *, final: bool) -> str:
+        """Train one epoch; the lowest mean loss over the training images."""
+        config, samples = self.config, self.splits.train.samples
+        crop = RandomCrop(self.image_size, ViewSpec(crop_min=config.crop_min), config.seed)
+        passes_per_step, batches = self.open_epoch(
+            crop, images_per_pass=config.micro_batch, drop_last=False
+        )
+        steps = len(passes_per_step)
+        peak_L = torch.tensor(config.learning_rates, device=self.device) * config.batch / 256
+        losses_L = torch.zeros_like(peak_L)
+        for index, passes in enumerate(passes_per_step):
+            images = min(config.batch, samples - index * config.batch)
+            grad_LCD = torch.zeros_like(self.bank.weight_LCD)
+            grad_LC = torch.zeros_like(self.bank.bias_LC)
+            for _ in range(passes):
+                crops_BCHW, labels_B, _ = next(batches)
+                labels_B = labels_B.to(self.device)
+                features_BD = self.compute_features(crops_BCHW)
+                losses_L += self.bank.add_gradient(features_BD, labels_B, grad_LCD, grad_LC)
+            step = self.epochs_done * steps + index
+            self.bank.step(
+                ranks.all_reduce_sum(grad_LCD) / images,
+                ranks.all_reduce_sum(grad_LC) / images,
+                rate_L=peak_L * cosine_share(step, config.epochs * steps),
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+            )
+        mean_L = (ranks.all_reduce_sum(losses_L) / samples).nan_to_num(nan=math.inf)
+        best = int(mean_L.argmin())
+        return (
+            f"lowest training loss {float(mean_L[best]):.4f} at lr {config.learning_rates[best]:g}"
+        )
 
-def linear(config: LinearConfig) -> dict[str, Any]:
+    def judge(self) -> tuple[dict[str, Any], str]:
+        """Accuracy of each head; `top1` is that of the best learning rate."""
+        rates = self.config.learning_rates
+        top1_L = self.measure_top1(
+            CentreCrop(self.image_size),
+            lambda crops_BCHW: self.bank.logits(self.compute_features(crops_BCHW)).argmax(2),
+            classifiers=len(rates),
+        ).tolist()
+        best = top1_L.index(max(top1_L))
+        lines = [f"{rate:>7g}   {top1:6.2f} %" for rate, top1 in zip(rates, top1_L, strict=True)]
+        lines[best] += "  <- best"
+        return {
+            "top1": top1_L[best],
+            "best_learning_rate": rates[best],
+            "top1_by_learning_rate": {
+                f"{rate:g}": top1 for rate, top1 in zip(rates, top1_L, strict=True)
+            },
+        }, "\n".join(["base lr   top-1", *lines])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Heads and velocities."""
+        return dict(vars(self.bank)), {}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Continue from saved heads and velocities."""
+        self.bank = HeadBank(**tensors).to(self.device)
+
+
+def train_probe(config: LinearConfig) -> dict[str, Any]:
     """Train and judge the probe; each rank calls it.
 
     Returns:
@@ -200,205 +243,15 @@ def linear(config: LinearConfig) -> dict[str, Any]:
     Raises:
         ValueError: anything a user can have wrong.
     """
-    probe, settings, title, folder = _prepare(config)
-    path = folder / f"linear-{config.which}.safetensors"
-    _resume(probe, path, settings)
-    last = config.stop_after_epochs or config.epochs
-    while probe.epochs_done < last:
-        loss_L = _train_epoch(probe)
-        probe.epochs_done += 1
-        if ranks.is_first():
-            _save(probe, path, settings)
-            best = int(loss_L.nan_to_num(nan=math.inf).argmin())
-            tqdm.write(
-                f"epoch {probe.epochs_done}/{config.epochs}: lowest training loss "
-                f"{float(loss_L[best]):.4f} at lr {config.learning_rates[best]:g}"
-            )
-        ranks.barrier()
-    top1_L = accuracy(probe)
-    best = int(top1_L.argmax())
-    entry = {
-        "top1": float(top1_L[best]),
-        "encoder": title,
-        "best_learning_rate": config.learning_rates[best],
-        "top1_by_learning_rate": {
-            f"{rate:g}": float(top1)
-            for rate, top1 in zip(config.learning_rates, top1_L.tolist(), strict=True)
-        },
-        "epochs_done": probe.epochs_done,
-        "val_images": probe.splits.val.samples,
-        **settings,
-    }
-    if ranks.is_first():
-        if probe.epochs_done >= config.epochs:
-            results.record(folder, "linear", config.which, entry)
-        _report(entry, config, folder)
-    ranks.barrier()
-    return entry
-
-
-def _prepare(config: LinearConfig) -> tuple[_Probe, dict[str, Any], str, Path]:
-    check(config.batch, config.micro_batch, config.epochs, config.precision)
-    if not config.learning_rates or min(config.learning_rates) <= 0:
-        raise ValueError(f"learning rates {config.learning_rates} must be positive, one at least.")
-    accelerator = accelerator_for(config.precision)
-    weights = read_weights(config.run, config.which, heads=config.heads)
-    size = config.image_size or weights.shape.image_size
-    backbone = build(weights, image_size=size).requires_grad_(False).to(accelerator.device)
-    splits = labelled_splits(*split_urls(weights, config.train, config.val))
-    bank = HeadBank.start(
-        len(config.learning_rates), splits.classes, weights.shape.dim, config.seed
-    )
-    settings = {
-        **plain(config, _FREE),
-        "image_size": size,
-        "step": weights.saved.step if weights.saved is not None else None,
-        "train": splits.train.digest,
-        "val": splits.val.digest,
-    }
-    probe = _Probe(config, splits, accelerator, backbone, size, bank.to(accelerator.device))
-    folder = config.out or results.folder_of(weights.path)
-    return probe, settings, weights.title, folder
-
-
-_FREE = ("run", "out", "train", "val", "micro_batch", "workers", "stop_after_epochs")
-
-
-def _train_epoch(probe: _Probe) -> Tensor:
-    """One pass over the training images; mean losses (L,) over all ranks."""
-    config, bank, train = probe.config, probe.bank, probe.splits.train
-    device = probe.accelerator.device
-    order_N = epoch_order(train.samples, config.seed, probe.epochs_done)
-    steps = plan(
-        order_N,
-        batch=config.batch,
-        micro_batch=config.micro_batch,
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
-        drop_last=False,
-    )
-    batches = reader(
-        train,
-        random_crop(probe.size, config.crop_min, config.seed),
-        order_N,
-        [places for passes in steps for places in passes],
-        epoch=probe.epochs_done,
-        workers=config.workers,
-        pin=device.type == "cuda",
-    )
-    base_L = torch.tensor(config.learning_rates, device=device) * config.batch / 256
-    losses_L = torch.zeros_like(base_L)
-    bar = tqdm(
-        total=train.samples,
-        desc=f"linear, epoch {probe.epochs_done + 1}",
-        unit="img",
-        disable=not ranks.is_first(),
-        leave=False,
-    )
-    for index, passes in enumerate(steps):
-        rows = min(config.batch, train.samples - index * config.batch)
-        grad_LCD = torch.zeros_like(bank.weight_LCD)
-        grad_LC = torch.zeros_like(bank.bias_LC)
-        for _ in passes:
-            crops_BCHW, labels_B, _ = next(batches)
-            losses_L += bank.add_gradient(
-                probe.features(crops_BCHW), labels_B.to(device), grad_LCD, grad_LC
-            )
-        done = probe.epochs_done * len(steps) + index
-        bank.step(
-            ranks.all_reduce_sum(grad_LCD) / rows,
-            ranks.all_reduce_sum(grad_LC) / rows,
-            rate_L=base_L * cosine(done, config.epochs * len(steps)),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        bar.update(rows)
-    bar.close()
-    return ranks.all_reduce_sum(losses_L) / train.samples
-
-
-@torch.no_grad()
-def accuracy(probe: _Probe) -> Tensor:
-    """Top-1 (L,) in percent on centre crops, each held-out image counted once over all ranks."""
-    val, config = probe.splits.val, probe.config
-    order_N = epoch_order(val.samples, config.seed, 0)
-    passes = [
-        places
-        for step in plan(
-            order_N,
-            batch=val.samples,
-            micro_batch=config.micro_batch,
-            rank=ranks.rank(),
-            world_size=ranks.world_size(),
-            drop_last=False,
-        )
-        for places in step
-    ]
-    batches = reader(val, centre_crop(probe.size), order_N, passes, workers=config.workers)
-    right_L = torch.zeros(len(config.learning_rates), device=probe.accelerator.device)
-    for crops_BCHW, labels_B, _ in watched(batches, len(passes), "held-out images"):
-        guess_LB = probe.bank.logits(probe.features(crops_BCHW)).argmax(2)
-        right_L += (guess_LB == labels_B.to(guess_LB.device)).sum(1)
-    return 100.0 * ranks.all_reduce_sum(right_L.double()).cpu() / val.samples
-
-
-def _save(probe: _Probe, path: Path, settings: Mapping[str, Any]) -> None:
-    """All state in one file, by name: heads, velocities, epochs done, settings."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    told = {"epochs_done": str(probe.epochs_done), "settings": json.dumps(settings)}
-    save_file({k: v.cpu() for k, v in vars(probe.bank).items()}, str(aside), metadata=told)
-    aside.replace(path)
-
-
-def _resume(probe: _Probe, path: Path, settings: Mapping[str, Any]) -> None:
-    """Take up a probe that was stopped.
-
-    Raises:
-        ValueError: the one that is there has other settings.
-    """
-    if not path.exists():
-        return
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            told = file.metadata() or {}
-            theirs = json.loads(told["settings"])
-            tensors = {name: file.get_tensor(name) for name in vars(probe.bank)}
-            epochs_done = int(told["epochs_done"])
-    except Exception as error:  # damaged or foreign
-        raise ValueError(f"{path} is no linear probe of ours ({error}); move it away.") from None
-    if differing := differences(theirs, settings):
-        raise ValueError(
-            f"{path} holds a probe with other settings: {differing}. Give --out another folder, "
-            "or remove it."
-        )
-    probe.bank = HeadBank(**tensors).to(probe.accelerator.device)
-    probe.epochs_done = epochs_done
-
-
-def _report(entry: Mapping[str, Any], config: LinearConfig, folder: Path) -> None:
-    print("base lr   top-1")  # noqa: T201
-    for rate, top1 in entry["top1_by_learning_rate"].items():
-        mark = "  <- best" if float(rate) == entry["best_learning_rate"] else ""
-        print(f"{rate:>7}   {top1:6.2f} %{mark}")  # noqa: T201
-    if entry["epochs_done"] < config.epochs:
-        print(f"stopped after epoch {entry['epochs_done']} of {config.epochs}")  # noqa: T201
-        return
-    print(results.HEADER)  # noqa: T201
-    print(results.table_line(folder, config.which))  # noqa: T201
+    return LinearProbe(config).run()
 
 
 def main() -> int:
     """Command line; bad input ends with one sentence and status 2."""
-    try:
-        linear(tyro.cli(LinearConfig, prog="python -m mocov3_ds.evaluation.linear"))
-    except ValueError as error:
-        if ranks.is_first() or isinstance(error, UnreadableSample):
-            print(f"linear: error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    finally:
-        ranks.stop()
-    return 0
+    return run_command(
+        "linear",
+        lambda: train_probe(tyro.cli(LinearConfig, prog="python -m mocov3_ds.evaluation.linear")),
+    )
 
 
 if __name__ == "__main__":

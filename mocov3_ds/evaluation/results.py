@@ -1,4 +1,4 @@
-"""What the evaluations of an encoder found: `results.json`, and its line for a README table.
+"""Which accuracies did the evaluations of an encoder measure? `results.json`, and a table of it.
 
     {"knn base": {"top1": 71.2, "encoder": "cifar10 (base encoder, step 9700)", ...}, ...}
 
@@ -6,29 +6,30 @@ An evaluation that is run again replaces its own entry.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Protocol = Literal["knn", "linear", "finetune"]
+from mocov3_ds.data.storage import atomic
 
-NAME = "results.json"
-HEADER = "| encoder | k-NN top-1 | linear top-1 | fine-tune top-1 |\n|---|---|---|---|"
+Evaluation = Literal["knn", "linear", "finetune"]
+
+FILE_NAME = "results.json"
+TABLE_HEADER = "| encoder | k-NN top-1 | linear top-1 | fine-tune top-1 |\n|---|---|---|---|"
 
 
-def folder_of(path: Path) -> Path:
-    """Where the evaluations of a run (in it) or of a weights file (beside it) are kept."""
+def results_folder(path: Path) -> Path:
+    """Where results are kept: in the folder of a run, or beside a weights file."""
     return path if path.is_dir() else path.with_name(path.name + "-evaluation")
 
 
-def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """All entries of a folder; none where nothing was evaluated.
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """All entries of a folder, by evaluation and encoder; none where nothing was evaluated.
 
     Raises:
-        ValueError: the file there is not one of ours.
+        ValueError: the results.json of the folder was written by another program.
     """
-    path = folder / NAME
+    path = folder / FILE_NAME
     if not path.exists():
         return {}
     try:
@@ -40,28 +41,35 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def record(folder: Path, protocol: Protocol, which: str, entry: Mapping[str, Any]) -> Path:
-    """Add or replace one entry, all at once.
+def record_result(
+    folder: Path, evaluation: Evaluation, role: str, entry: Mapping[str, Any]
+) -> None:
+    """Add or replace one entry of results.json, whole or not at all.
 
     Args:
-        folder: made if it is not there.
-        protocol: evaluation that was run.
-        which: base or momentum encoder.
-        entry: JSON values; `top1` in percent and `encoder` must be there.
+        folder: folder of results.json, made if it is missing.
+        evaluation: the evaluation that was run.
+        role: base or momentum encoder.
+        entry: JSON values, among them `top1` in percent and the title of the `encoder`.
     """
-    entries = read(folder) | {f"{protocol} {which}": dict(entry)}
+    entries = read_results(folder) | {f"{evaluation} {role}": dict(entry)}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    aside = path.with_name(f"{NAME}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(entries, indent=1) + "\n")
-    aside.replace(path)
-    return path
+    atomic.write_text(folder / FILE_NAME, json.dumps(entries, indent=1) + "\n")
 
 
-def table_line(folder: Path, which: str) -> str:
-    """The encoder's row below `HEADER`; an evaluation that was not run shows as a dash."""
-    entries = read(folder)
-    found = [entries.get(f"{protocol} {which}") for protocol in ("knn", "linear", "finetune")]
-    title = next((entry["encoder"] for entry in found if entry), folder.name)
-    cells = [f"{entry['top1']:.2f} %" if entry else "-" for entry in found]
-    return f"| {title} | {' | '.join(cells)} |"
+def format_table(folder: Path, role: str) -> str:
+    """Markdown table with one row, the results of an encoder; empty where there is none.
+
+    An evaluation that was not run shows as a dash.
+
+    Args:
+        folder: folder of results.json.
+        role: base or momentum encoder.
+    """
+    entries = read_results(folder)
+    row = [entries.get(f"{evaluation} {role}") for evaluation in get_args(Evaluation)]
+    titles = [entry["encoder"] for entry in row if entry]
+    if not titles:
+        return ""
+    cells = [f"{entry['top1']:.2f} %" if entry else "-" for entry in row]
+    return f"{TABLE_HEADER}\n| {titles[0]} | {' | '.join(cells)} |"

@@ -2,18 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mocov3_ds.encoders import export as exporting
-from mocov3_ds.encoders.export import Format, export, timm_sizes
-from mocov3_ds.encoders.load import load_encoder, read_weights
-from mocov3_ds.encoders.names import to_timm
-from mocov3_ds.evaluation import results
+from mocov3_ds.encoders.export import WRITERS, Forward, export_encoder
+from mocov3_ds.encoders.foreign_names import Format, timm_sizes, to_timm
+from mocov3_ds.encoders.load import Weights, load_encoder, read_weights
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, build_vit, sincos_positions
 from tests.encoders.test_load import plain_features
 from tests.evaluation.runs import DIM, HEADS, SIZE, make_run
@@ -56,7 +53,7 @@ def test_a_run_goes_everywhere(tmp_path: Path, to: Format) -> None:
     run = make_run(tmp_path / "run")
     for which in ("base", "momentum"):
         out = tmp_path / which
-        difference = export(run, out, to=to, which=which)  # type: ignore[arg-type]
+        difference = export_encoder(run, out, to=to, role=which)  # type: ignore[arg-type]
         assert difference < 1e-5
         encoder = load_encoder(run, which)  # type: ignore[arg-type]
         there = features_there(out, to, read_weights(run).shape, images(SIZE))
@@ -69,14 +66,14 @@ def test_a_run_goes_everywhere(tmp_path: Path, to: Format) -> None:
 @pytest.mark.parametrize("to", FORMATS)
 def test_another_size_and_no_positions(tmp_path: Path, to: Format) -> None:
     run = make_run(tmp_path / "run")
-    export(run, tmp_path / "large", to=to, image_size=24)
+    export_encoder(run, tmp_path / "large", to=to, image_size=24)
     larger = load_encoder(run, image_size=24)
     assert torch.equal(larger.pos_embed, sincos_positions(6, DIM))
     shape = VitShape(image_size=24, patch_size=4, dim=DIM, depth=2, heads=HEADS)
     there = features_there(tmp_path / "large", to, shape, images(24))
     torch.testing.assert_close(there, larger(images(24)), atol=1e-5, rtol=1e-5)
     blind = make_run(tmp_path / "blind", positions="none")
-    export(blind, tmp_path / "out", to=to)
+    export_encoder(blind, tmp_path / "out", to=to)
     there = features_there(tmp_path / "out", to, read_weights(blind).shape, images(SIZE))
     torch.testing.assert_close(there, load_encoder(blind)(images(SIZE)), atol=1e-5, rtol=1e-5)
 
@@ -95,7 +92,7 @@ def parity(name: str, tmp_path: Path) -> None:
     # at this size each forward pass takes seconds; DeiT's layout is timm's
     for to in FORMATS if shape.dim < 1280 else ("timm", "hf", "moco-v3"):
         out = tmp_path / to
-        export(tmp_path / "x.pth.tar", out, to=to)  # heads from the width
+        export_encoder(tmp_path / "x.pth.tar", out, to=to)  # heads from the width
         there = features_there(out, to, shape, x)
         torch.testing.assert_close(there, ours, atol=1e-5, rtol=1e-5)
         if to == "timm":
@@ -126,60 +123,40 @@ def test_parity_of_the_large_ones(tmp_path: Path, name: str) -> None:
 
 def test_the_published_layout_holds_the_whole_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    export(run, tmp_path / "a", to="moco-v3")
+    export_encoder(run, tmp_path / "a", to="moco-v3")
     file = torch.load(tmp_path / "a/model.pth.tar", weights_only=True)
     state, saved = file["state_dict"], read_weights(run).saved
     assert saved is not None
     assert torch.equal(
-        state["module.predictor.3.weight"], saved.tensor("base", "predictor.3.weight")
+        state["module.predictor.3.weight"], saved.read_tensor("base", "predictor.3.weight")
     )
     for encoder, group in (("base_encoder", "base"), ("momentum_encoder", "momentum")):
         assert torch.equal(
             state[f"module.{encoder}.head.7.running_var"],
-            saved.tensor(group, "projector.7.running_var"),
+            saved.read_tensor(group, "projector.7.running_var"),
         )
         backbone = to_timm(state, group)  # type: ignore[arg-type]
-        assert torch.equal(backbone["norm.bias"], saved.tensor(group, "backbone.norm.bias"))
-    export(run, tmp_path / "b", to="moco-v3", which="momentum")
+        assert torch.equal(backbone["norm.bias"], saved.read_tensor(group, "backbone.norm.bias"))
+    export_encoder(run, tmp_path / "b", to="moco-v3", role="momentum")
     alone = torch.load(tmp_path / "b/model.pth.tar", weights_only=True)["state_dict"]
     assert {name.split(".")[1] for name in alone} == {"base_encoder"}
 
 
-def test_the_card_tells_recipe_metrics_and_loading(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    results.record(run, "linear", "base", {"top1": 61.237, "encoder": "run (base encoder, step 7)"})
-    export(run, tmp_path / "out")
-    card = (tmp_path / "out/README.md").read_text()
-    assert "| run (base encoder, step 7) | - | 61.24 % | - |" in card
-    assert "tiny: global batch 256, 12 epochs, 2 of warm-up" in card
-    assert "AdamW: lr 0.0015" in card
-    code = card.split("```python\n")[1].split("```")[0]
-    names: dict[str, Any] = {"images": images(SIZE)}
-    exec(code.replace('"model.safetensors"', f'"{tmp_path / "out/model.safetensors"}"'), names)
-    assert torch.allclose(names["features"], load_encoder(run)(images(SIZE)), atol=1e-5)
-    export(run, tmp_path / "other", which="momentum")
-    assert "Not evaluated" in (tmp_path / "other/README.md").read_text()
+def test_features_that_differ_are_no_success(tmp_path: Path) -> None:
+    def write_wrong(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forward:
+        return WRITERS["deit"](weights, tensors | {"norm.bias": tensors["norm.bias"] + 1e-3}, out)
 
-
-def test_features_that_differ_are_no_success(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wrong(shape: VitShape, tensors: dict[str, Tensor]) -> nn.Module:
-        model = timm.create_model("vit_base_patch16_224", **timm_sizes(shape))
-        model.load_state_dict(tensors | {"norm.bias": tensors["norm.bias"] + 1e-3})
-        return model.eval()
-
-    monkeypatch.setattr(exporting, "_in_timm", wrong)
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
     with pytest.raises(ValueError, match=r"features differ by 0\.001 .* nothing was written"):
-        export(make_run(tmp_path / "run"), tmp_path / "out", to="deit")
+        export_encoder(run, out, to="deit", writers={"deit": write_wrong})
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (tmp_path / "out").mkdir()
-    export(run, tmp_path / "out")  # empty: fine
+    export_encoder(run, tmp_path / "out")  # empty: fine
     before = (tmp_path / "out/README.md").read_text()
     with pytest.raises(ValueError, match="is not empty; give another --out"):
-        export(run, tmp_path / "out", to="hf")
+        export_encoder(run, tmp_path / "out", to="hf")
     assert (tmp_path / "out/README.md").read_text() == before

@@ -9,24 +9,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mocov3_ds.encoders.load import load_encoder, read_weights
-from mocov3_ds.evaluation import finetune as finetuning
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.finetune import (
     FinetuneConfig,
-    classifier,
-    finetune,
+    build_classifier,
+    build_parameter_groups,
+    build_transform,
+    finetune_encoder,
+    learning_rate_at,
     mean_loss,
-    parameter_groups,
-    rate_at,
-    resolved,
-    training_transform,
+    resolve_config,
 )
-from mocov3_ds.evaluation.samples import seed_all
-from tests.evaluation.runs import HEADS, make_run, make_splits
+from mocov3_ds.evaluation.labelled_images import seed_generators
+from tests.evaluation.runs import HEADS, make_labelled_run, make_run
 
 PLAIN: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "label_smoothing": 0.0}
 
@@ -45,17 +45,12 @@ def settings(folder: Path, **changes: Any) -> FinetuneConfig:
     return replace(config, **changes)
 
 
-def prepare(folder: Path) -> Path:
-    train, val = make_splits(folder)
-    return make_run(folder / "run", train=train, val=val)
-
-
 def test_the_papers_numbers_are_the_defaults() -> None:
-    small = resolved(FinetuneConfig(run=Path("x")), dim=768)
+    small = resolve_config(FinetuneConfig(run=Path("x")), dim=768)
     assert (small.epochs, small.drop_path, small.batch) == (150, 0.1, 1024)
-    large = resolved(FinetuneConfig(run=Path("x")), dim=1024)
+    large = resolve_config(FinetuneConfig(run=Path("x")), dim=1024)
     assert (large.epochs, large.drop_path) == (100, 0.5)
-    asked = resolved(FinetuneConfig(run=Path("x"), epochs=7, drop_path=0.0), dim=1024)
+    asked = resolve_config(FinetuneConfig(run=Path("x"), epochs=7, drop_path=0.0), dim=1024)
     assert (asked.epochs, asked.drop_path) == (7, 0.0)
     # arXiv 2012.12877, Table 9
     assert (small.learning_rate, small.weight_decay, small.label_smoothing) == (5e-4, 0.05, 0.1)
@@ -65,7 +60,7 @@ def test_the_papers_numbers_are_the_defaults() -> None:
 
 def test_the_rate_warms_up_and_falls() -> None:
     config = FinetuneConfig(run=Path("x"), epochs=10, batch=1024, warmup_epochs=2)
-    rates = [rate_at(step, config=config, steps_per_epoch=5) for step in range(51)]
+    rates = [learning_rate_at(step, config=config, steps_per_epoch=5) for step in range(51)]
     assert rates[0] == pytest.approx(1e-6)
     assert rates[5] == pytest.approx((1e-6 + 1e-3) / 2)  # 5e-4 x 1024 / 512
     assert rates[10] == pytest.approx(1e-3)
@@ -75,11 +70,11 @@ def test_the_rate_warms_up_and_falls() -> None:
 
 def test_layer_decay_by_hand(tmp_path: Path) -> None:
     weights = read_weights(make_run(tmp_path / "run", depth=3))
-    config = resolved(settings(tmp_path, layer_decay=0.5), dim=32)
-    vit = classifier(weights, 3, config)
+    config = resolve_config(settings(tmp_path, layer_decay=0.5), dim=32)
+    vit = build_classifier(weights, 3, config)
     names = {id(p): name for name, p in vit.named_parameters()}
     seen = {}
-    for group in parameter_groups(vit, config):
+    for group in build_parameter_groups(vit, config):
         for parameter in group["params"]:
             seen[names[id(parameter)]] = (group["lr_scale"], group["weight_decay"])
     assert {*seen} == {name for name, _ in vit.named_parameters()}
@@ -100,8 +95,8 @@ def test_layer_decay_by_hand(tmp_path: Path) -> None:
 
 def test_the_classifier_is_the_encoder_with_a_head(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    config = resolved(settings(tmp_path, drop_path=0.3), dim=32)
-    vit = classifier(read_weights(run), 5, config)
+    config = resolve_config(settings(tmp_path, drop_path=0.3), dim=32)
+    vit = build_classifier(read_weights(run), 5, config)
     assert vit.training
     assert all(p.requires_grad for p in vit.parameters())
     assert vit.blocks[1].drop_path1.drop_prob == pytest.approx(0.3)
@@ -123,16 +118,16 @@ def test_targets_are_smoothed_once() -> None:
 
 
 def test_augmentation_holds_what_was_asked_for() -> None:
-    both = str(training_transform(FinetuneConfig(run=Path("x")), 32))
+    both = str(build_transform(FinetuneConfig(run=Path("x")), 32))
     for part in ("RandomResizedCropAndInterpolation", "bicubic", "RandAugment", "RandomErasing"):
         assert part in both
     # at full strength, too: 0 bits are kept there
     strongest = FinetuneConfig(run=Path("x"), auto_augment="rand-m10-n2-inc1", erase=0.0)
-    augment = training_transform(strongest, 32)
+    augment = build_transform(strongest, 32)
     for seed in range(60):
-        seed_all(seed)
+        seed_generators(seed)
         assert augment(Image.new("RGB", (40, 30), "teal")).shape == (3, 32, 32)
-    none = str(training_transform(FinetuneConfig(run=Path("x"), auto_augment="", erase=0.0), 32))
+    none = str(build_transform(FinetuneConfig(run=Path("x"), auto_augment="", erase=0.0), 32))
     assert "RandAugment" not in none
     assert "RandomErasing" not in none
 
@@ -143,9 +138,9 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_micro_batches_move_nothing(tmp_path: Path) -> None:
-    prepare(tmp_path)
+    make_labelled_run(tmp_path)
     for size in (16, 5):
-        finetune(
+        finetune_encoder(
             settings(tmp_path, micro_batch=size, epochs=1, clip=0.5, out=tmp_path / f"{size}",
                      **PLAIN)
         )  # fmt: skip
@@ -158,19 +153,19 @@ def test_micro_batches_move_nothing(tmp_path: Path) -> None:
 
 
 def test_it_learns_and_is_recorded(tmp_path: Path) -> None:
-    run = prepare(tmp_path)
+    run = make_labelled_run(tmp_path)
     plain = {**PLAIN, "auto_augment": "", "erase": 0.0, "repeats": 1, "crop_min": 0.5}
-    entry = finetune(settings(tmp_path, epochs=25, ema=0.5, **plain))
+    entry = finetune_encoder(settings(tmp_path, epochs=25, ema=0.5, **plain))
     assert entry["top1"] > 50  # chance is 38
     assert entry["best_top1_seen"] >= entry["top1"]
     assert entry["top1_of_averaged_weights"] > 40
-    found = results.read(run)["finetune base"]
+    found = results.read_results(run)["finetune base"]
     assert (found["top1"], found["epochs"], found["val_images"]) == (entry["top1"], 25, 37)
 
 
 def test_the_state_is_an_encoder_too(tmp_path: Path) -> None:
-    run = prepare(tmp_path)
-    finetune(settings(tmp_path, epochs=1, ema=0.9))
+    run = make_labelled_run(tmp_path)
+    finetune_encoder(settings(tmp_path, epochs=1, ema=0.9))
     file = run / "finetune-base.safetensors"
     state = load_file(file)
     for which, kind in (("base", "model"), ("momentum", "ema")):
@@ -180,13 +175,13 @@ def test_the_state_is_an_encoder_too(tmp_path: Path) -> None:
 
 
 def test_resumed_bits_are_those_of_an_unbroken_run(tmp_path: Path) -> None:
-    prepare(tmp_path)
+    make_labelled_run(tmp_path)
     options: dict[str, Any] = {"ema": 0.9, "drop_path": 0.2}
-    whole = finetune(settings(tmp_path, out=tmp_path / "a", **options))
-    first = finetune(settings(tmp_path, out=tmp_path / "b", stop_after_epochs=1, **options))
+    whole = finetune_encoder(settings(tmp_path, out=tmp_path / "a", **options))
+    first = finetune_encoder(settings(tmp_path, out=tmp_path / "b", stop_after_epochs=1, **options))
     assert first["epochs_done"] == 1
     assert not (tmp_path / "b/results.json").exists()
-    entry = finetune(settings(tmp_path, out=tmp_path / "b", workers=1, **options))
+    entry = finetune_encoder(settings(tmp_path, out=tmp_path / "b", workers=1, **options))
     a, b = (load_file(tmp_path / f / "finetune-base.safetensors") for f in "ab")
     assert {n.replace("/", ".").split(".")[0] for n in a} == {
         *("model", "ema", "exp_avg", "exp_avg_sq")
@@ -195,26 +190,25 @@ def test_resumed_bits_are_those_of_an_unbroken_run(tmp_path: Path) -> None:
         assert torch.equal(a[name], b[name]), name
     assert entry["top1"] == whole["top1"]
     with pytest.raises(ValueError, match=r"mixup is 0\.8 there, 0\.5 here.*Give --out"):
-        finetune(settings(tmp_path, out=tmp_path / "b", mixup=0.5, **options))
+        finetune_encoder(settings(tmp_path, out=tmp_path / "b", mixup=0.5, **options))
     (tmp_path / "b/finetune-base.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="is no fine-tuning of ours"):
-        finetune(settings(tmp_path, out=tmp_path / "b", **options))
+        finetune_encoder(settings(tmp_path, out=tmp_path / "b", **options))
 
 
-def test_a_diverged_run_stops_and_keeps_its_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = prepare(tmp_path)
-    finetune(settings(tmp_path, stop_after_epochs=1))
-    before = (run / "finetune-base.safetensors").read_bytes()
-
-    def broken(*_: Any) -> torch.Tensor:
-        return torch.full((), math.nan, requires_grad=True)
-
-    monkeypatch.setattr(finetuning, "mean_loss", broken)
+def test_a_diverged_run_stops_and_keeps_its_state(tmp_path: Path) -> None:
+    run = make_labelled_run(tmp_path)
+    finetune_encoder(settings(tmp_path, stop_after_epochs=1))
+    path = run / "finetune-base.safetensors"
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["model.head.bias"].fill_(math.nan)
+    save_file(tensors, str(path), metadata=metadata)
+    before = path.read_bytes()
     with pytest.raises(FloatingPointError, match="the loss of epoch 2 is nan"):
-        finetune(settings(tmp_path))
-    assert (run / "finetune-base.safetensors").read_bytes() == before
+        finetune_encoder(settings(tmp_path))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -228,26 +222,26 @@ def test_a_diverged_run_stops_and_keeps_its_state(
         ({"image_size": 15}, "image size 15 is not a multiple of the patch size 4"),
     ],
 )
-def test_bad_settings_are_told(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
-    run = prepare(tmp_path)
+def test_bad_settings_are_refused(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    run = make_labelled_run(tmp_path)
     with pytest.raises(ValueError, match=sentence):
-        finetune(settings(tmp_path, **change))
+        finetune_encoder(settings(tmp_path, **change))
     assert not list(run.glob("finetune*"))
 
 
-def test_batches_that_ranks_cannot_share_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetuning.ranks, "world_size", lambda: 3)
+def test_batches_that_ranks_cannot_share_are_refused() -> None:
     config = FinetuneConfig(run=Path("x"), batch=10)
     with pytest.raises(ValueError, match=r"batch 10 cannot be shared .* 3 ranks; choose e\.g\. 12"):
-        resolved(config, dim=768)
+        resolve_config(config, dim=768, world_size=3)
     with pytest.raises(ValueError, match="pair the images of a rank, so 9 / 3 = 3 must be even"):
-        resolved(replace(config, batch=9), dim=768)
-    assert resolved(replace(config, batch=9, mixup=0.0, cutmix=0.0), dim=768).batch == 9
+        resolve_config(replace(config, batch=9), dim=768, world_size=3)
+    unmixed = replace(config, batch=9, mixup=0.0, cutmix=0.0)
+    assert resolve_config(unmixed, dim=768, world_size=3).batch == 9
 
 
 def test_every_weight_is_trained(tmp_path: Path) -> None:
-    run = prepare(tmp_path)
-    finetune(settings(tmp_path, epochs=1, **PLAIN))
+    run = make_labelled_run(tmp_path)
+    finetune_encoder(settings(tmp_path, epochs=1, **PLAIN))
     start, end = load_encoder(run).state_dict(), weights_of(run)
     vit: nn.Module = load_encoder(run)
     for name, _ in vit.named_parameters():
@@ -255,11 +249,11 @@ def test_every_weight_is_trained(tmp_path: Path) -> None:
 
 
 def test_the_depth_of_a_weight_scales_its_steps(tmp_path: Path) -> None:
-    run = prepare(tmp_path)
+    run = make_labelled_run(tmp_path)
     config = settings(tmp_path, epochs=1, layer_decay=0.1, weight_decay=0.0, **PLAIN)
-    finetune(config)
+    finetune_encoder(config)
     start, end = load_encoder(run).state_dict(), weights_of(run)
-    reach = sum(rate_at(step, config=config, steps_per_epoch=3) for step in range(3))
+    reach = sum(learning_rate_at(step, config=config, steps_per_epoch=3) for step in range(3))
     for name, scale in [("cls_token", 1e-3), ("blocks.0.mlp.fc1.bias", 1e-2), ("norm.bias", 1e-1)]:
         moved = float((end[f"model.{name}"] - start[name]).abs().max())
         assert 0.3 * scale * reach < moved <= 1.01 * scale * reach  # AdamW moves by about its rate

@@ -1,4 +1,4 @@
-"""Weighted k-NN against a plain loop, on one rank and on several; the feature queue."""
+"""Weighted k-NN against a plain loop, on one rank and on several; the queue of features."""
 
 import math
 
@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.evaluation.features import extract, join
 from mocov3_ds.evaluation.knn import FeatureQueue, knn_accuracy
-from mocov3_ds.monitoring.knn_monitor import KnnMonitor
 from tests.ranks_pool import run_ranks
 
 
@@ -45,8 +43,8 @@ def plain_accuracy(k: int, temperature: float) -> float:
 
 
 def part_accuracy(k: int, block: int) -> float:
-    mine = slice(ranks.rank(), None, ranks.world_size())
-    return knn_accuracy(BANK[mine], LABELS[mine], PROBES, TARGETS, k=k, block=block)
+    rows = slice(ranks.rank(), None, ranks.world_size())
+    return knn_accuracy(BANK[rows], LABELS[rows], PROBES, TARGETS, k=k, block=block)
 
 
 @pytest.mark.parametrize("k", [1, 7, 60, 200])
@@ -79,42 +77,3 @@ def test_queue_is_first_in_first_out_and_can_be_rebuilt() -> None:
     for q in (queue, again):
         q.push(torch.full((2, 2), 9.0), torch.tensor([8, 9]))
     assert torch.equal(again.labels_N, queue.labels_N)
-
-
-def uneven_extract() -> list[torch.Tensor]:
-    """Rank 0 holds 3 batches, rank 1 one small one."""
-    ids = [torch.tensor([0, 2]), torch.tensor([4, 6]), torch.tensor([7])]
-    if ranks.rank() == 1:
-        ids = [torch.tensor([1, 3, 5])]
-    batches = [(i.float()[:, None], i * 10, i) for i in ids]
-    backbone = torch.nn.Linear(1, 2)
-    torch.nn.init.ones_(backbone.weight)
-    torch.nn.init.zeros_(backbone.bias)
-    return list(join(*extract(backbone, batches, lambda x: x)))
-
-
-def test_features_of_all_ranks_are_joined_once_each() -> None:
-    for features, labels, ids in run_ranks(2, uneven_extract):
-        assert ids.tolist() == list(range(8))
-        assert labels.tolist() == [10 * i for i in range(8)]
-        assert torch.equal(features[:, 0], ids.float())
-
-
-def chance_of_uneven_ranks() -> float:
-    labels_P = torch.tensor([[0, 0, 1], [2, 2, 2, 2, 1]][ranks.rank()])
-    crops_PCHW = torch.zeros(len(labels_P), 3, 4, 4, dtype=torch.uint8)
-    monitor = KnnMonitor(
-        probes=[(crops_PCHW, labels_P, labels_P)],
-        bank=list,
-        capacity=4,
-        dim=2,
-        k=1,
-        temperature=1.0,
-        prepare=lambda crops_BCHW: crops_BCHW,
-        device=torch.device("cpu"),
-    )
-    return monitor.chance()
-
-
-def test_chance_counts_the_probes_of_all_ranks() -> None:
-    assert run_ranks(2, chance_of_uneven_ranks) == [50.0, 50.0]

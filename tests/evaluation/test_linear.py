@@ -12,12 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mocov3_ds.data import manifest as manifests
-from mocov3_ds.data.views.photometric import ViewSpec, normalise
+from mocov3_ds.data.views.photometric import normalise_crops
+from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.encoders.load import load_encoder
 from mocov3_ds.evaluation import results
-from mocov3_ds.evaluation.linear import HeadBank, LinearConfig, cosine, linear
-from mocov3_ds.evaluation.samples import centre_crop, epoch_order, random_crop, reader
-from tests.evaluation.runs import make_run, make_splits
+from mocov3_ds.evaluation.labelled_images import (
+    CentreCrop,
+    RandomCrop,
+    draw_epoch_order,
+    read_batches,
+)
+from mocov3_ds.evaluation.linear import HeadBank, LinearConfig, cosine_share, train_probe
+from tests.evaluation.runs import make_labelled_run
 
 RATES = (0.1, 3.0, 40.0)
 
@@ -33,11 +39,6 @@ def settings(folder: Path, **changes: Any) -> LinearConfig:
         crop_min=0.4,
     )
     return replace(config, **changes)
-
-
-def prepare(folder: Path) -> Path:
-    train, val = make_splits(folder)
-    return make_run(folder / "run", train=train, val=val)
 
 
 def test_gradients_equal_autograd() -> None:
@@ -84,12 +85,12 @@ def test_each_head_equals_torchs_sgd(decay: float) -> None:
 def plain_probe(folder: Path, rate: float) -> tuple[float, Tensor]:
     """The protocol once more, with torch's layer and SGD, one rate, whole batches."""
     config = settings(folder)
-    encoder, spec = load_encoder(config.run), ViewSpec()
+    encoder = load_encoder(config.run)
     train, val = (manifests.load(str(folder / name)) for name in ("train", "val"))
 
     @torch.no_grad()
     def features(crops: Tensor) -> Tensor:
-        return encoder(normalise(crops, spec.mean, spec.std, torch.float32))
+        return encoder(normalise_crops(crops, ViewSpec.mean, ViewSpec.std, torch.float32))
 
     layer = torch.nn.Linear(32, 3)
     layer.weight.data = HeadBank.start(1, 3, 32, seed=0).weight_LCD[0].clone()
@@ -97,25 +98,26 @@ def plain_probe(folder: Path, rate: float) -> tuple[float, Tensor]:
     sgd = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.9)
     step, per_epoch = 0, math.ceil(61 / 16)
     for epoch in range(3):
-        order = epoch_order(61, 0, epoch)
+        order = draw_epoch_order(61, 0, epoch)
         for start in range(0, 61, 16):
-            places = range(start, min(start + 16, 61))
-            pixels = random_crop(16, 0.4, 0)
-            ((crops, labels, _),) = reader(train, pixels, order, [places], epoch=epoch)
+            positions = range(start, min(start + 16, 61))
+            crop = RandomCrop(16, ViewSpec(crop_min=0.4), 0)
+            ((crops, labels, _),) = read_batches(train, crop, order, [positions], epoch=epoch)
             peak = rate * 16 / 256
             sgd.param_groups[0]["lr"] = peak * (1 + math.cos(math.pi * step / (3 * per_epoch))) / 2
             sgd.zero_grad()
             F.cross_entropy(layer(features(crops)), labels).backward()
             sgd.step()
             step += 1
-    ((crops, labels, _),) = reader(val, centre_crop(16), epoch_order(37, 0, 0), [range(37)])
+    order = draw_epoch_order(37, 0, 0)
+    ((crops, labels, _),) = read_batches(val, CentreCrop(16), order, [range(37)])
     right = (layer(features(crops)).argmax(1) == labels).sum()
     return 100 * float(right) / 37, layer.weight.detach()
 
 
 def test_the_whole_probe_equals_a_plain_one(tmp_path: Path) -> None:
-    run = prepare(tmp_path)
-    entry = linear(settings(tmp_path))
+    run = make_labelled_run(tmp_path)
+    entry = train_probe(settings(tmp_path))
     weight_LCD = load_file(run / "linear-base.safetensors")["weight_LCD"]
     plain = [plain_probe(tmp_path, rate) for rate in RATES]
     for head, (_, weight) in enumerate(plain):
@@ -126,52 +128,52 @@ def test_the_whole_probe_equals_a_plain_one(tmp_path: Path) -> None:
     assert entry["best_learning_rate"] == RATES[top1.index(max(top1))]
     assert len({*top1}) > 1  # the rates can be told apart
     assert 34 < max(top1) < 100
-    (found,) = results.read(run).values()
+    (found,) = results.read_results(run).values()
     assert found["top1"] == entry["top1"]
     assert found["encoder"] == "run (base encoder, step 7)"
 
 
 def test_a_stopped_probe_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    run = prepare(tmp_path)
-    whole = linear(settings(tmp_path, out=tmp_path / "whole"))
-    stopped = linear(settings(tmp_path, stop_after_epochs=1))
+    run = make_labelled_run(tmp_path)
+    whole = train_probe(settings(tmp_path, out=tmp_path / "whole"))
+    stopped = train_probe(settings(tmp_path, stop_after_epochs=1))
     assert stopped["epochs_done"] == 1
     assert not (run / "results.json").exists()
-    entry = linear(settings(tmp_path, micro_batch=16, workers=1))  # may change on the way
+    entry = train_probe(settings(tmp_path, micro_batch=16, workers=1))  # may change on the way
     assert entry["top1_by_learning_rate"] == whole["top1_by_learning_rate"]
     states = [load_file(f / "linear-base.safetensors") for f in (run, tmp_path / "whole")]
     for name, tensor in states[0].items():
         torch.testing.assert_close(tensor, states[1][name], atol=1e-5, rtol=1e-4)
-    again = linear(settings(tmp_path))  # a finished one is judged again
+    again = train_probe(settings(tmp_path))  # a finished one is judged again
     assert again["top1"] == entry["top1"]
     with pytest.raises(ValueError, match=r"batch is 16 there, 8 here\. Give --out"):
-        linear(settings(tmp_path, batch=8))
+        train_probe(settings(tmp_path, batch=8))
     (run / "linear-base.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"is no linear probe of ours .* move it away"):
-        linear(settings(tmp_path))
+        train_probe(settings(tmp_path))
 
 
 def test_resumed_bits_are_those_of_an_unbroken_probe(tmp_path: Path) -> None:
-    prepare(tmp_path)
-    linear(settings(tmp_path, out=tmp_path / "a"))
+    make_labelled_run(tmp_path)
+    train_probe(settings(tmp_path, out=tmp_path / "a"))
     for last in (1, 2, 0):
-        linear(settings(tmp_path, out=tmp_path / "b", stop_after_epochs=last))
+        train_probe(settings(tmp_path, out=tmp_path / "b", stop_after_epochs=last))
     a, b = (load_file(tmp_path / f / "linear-base.safetensors") for f in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_rate_that_diverges_hurts_no_other(tmp_path: Path) -> None:
-    prepare(tmp_path)
-    alone = linear(settings(tmp_path, learning_rates=(3.0,), out=tmp_path / "a"))
-    both = linear(settings(tmp_path, learning_rates=(3.0, 1e38), out=tmp_path / "b"))
+    make_labelled_run(tmp_path)
+    alone = train_probe(settings(tmp_path, learning_rates=(3.0,), out=tmp_path / "a"))
+    both = train_probe(settings(tmp_path, learning_rates=(3.0, 1e38), out=tmp_path / "b"))
     assert both["top1_by_learning_rate"]["3"] == alone["top1"]
     assert both["top1"] >= alone["top1"]
 
 
 def test_cosine_ends() -> None:
-    assert cosine(0, 10) == 1.0
-    assert cosine(5, 10) == pytest.approx(0.5)
-    assert cosine(10, 10) == pytest.approx(0.0)
+    assert cosine_share(0, 10) == 1.0
+    assert cosine_share(5, 10) == pytest.approx(0.5)
+    assert cosine_share(10, 10) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +187,8 @@ def test_cosine_ends() -> None:
         ({"run": Path("nowhere")}, "there is no nowhere"),
     ],
 )
-def test_bad_settings_are_told(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
-    run = prepare(tmp_path)
+def test_bad_settings_are_refused(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    run = make_labelled_run(tmp_path)
     with pytest.raises(ValueError, match=sentence):
-        linear(settings(tmp_path, **change))
+        train_probe(settings(tmp_path, **change))
     assert not list(run.glob("linear*"))

@@ -11,33 +11,34 @@ from torchvision.transforms import CenterCrop, PILToTensor, Resize
 
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
+from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.encoders.load import read_weights
-from mocov3_ds.evaluation.samples import (
+from mocov3_ds.evaluation.labelled_images import (
+    CentreCrop,
+    RandomCrop,
+    SeededTransform,
     UnreadableSample,
-    centre_crop,
-    epoch_order,
-    labelled_splits,
-    plan,
-    random_crop,
-    reader,
-    split_urls,
-    through,
+    choose_split_urls,
+    draw_epoch_order,
+    open_splits,
+    read_batches,
+    split_into_passes,
 )
 from tests.data.sets import make_set
 from tests.evaluation.runs import coloured, make_run, make_splits
 
 
 def test_each_sample_once_whatever_the_epoch() -> None:
-    orders = [epoch_order(61, 0, epoch) for epoch in range(3)]
+    orders = [draw_epoch_order(61, 0, epoch) for epoch in range(3)]
     for order in orders:
         assert sorted(order.tolist()) == list(range(61))
     assert not np.array_equal(orders[0], orders[1])
-    assert np.array_equal(orders[1], epoch_order(61, 0, 1))
-    assert not np.array_equal(orders[1], epoch_order(61, 1, 1))
+    assert np.array_equal(orders[1], draw_epoch_order(61, 0, 1))
+    assert not np.array_equal(orders[1], draw_epoch_order(61, 1, 1))
 
 
 def test_repeated_augmentation_keeps_the_length() -> None:
-    order = epoch_order(61, 0, 0, repeats=3)
+    order = draw_epoch_order(61, 0, 0, repeats=3)
     assert len(order) == 61
     counts = np.unique(order, return_counts=True)[1]
     assert sorted(counts.tolist()) == [1] + [3] * 20
@@ -46,42 +47,46 @@ def test_repeated_augmentation_keeps_the_length() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_ranks_share_each_step_once(world: int) -> None:
-    order = epoch_order(61, 0, 0)
+    order = draw_epoch_order(61, 0, 0)
     plans = [
-        plan(order, batch=16, micro_batch=3, rank=r, world_size=world, drop_last=False)
+        split_into_passes(order, batch=16, micro_batch=3, rank=r, world_size=world, drop_last=False)
         for r in range(world)
     ]
     for step in range(4):
-        places = [p for mine in plans for passes in mine[step] for p in passes]
+        places = [p for steps in plans for passes in steps[step] for p in passes]
         assert sorted(places) == list(range(16 * step, min(16 * step + 16, 61)))
-    assert all(len(mine) == 4 for mine in plans)
-    assert max(len(p) for mine in plans for step in mine for p in step) <= 3
-    dropped = plan(order, batch=16, micro_batch=9, rank=0, world_size=world, drop_last=True)
+    assert all(len(steps) == 4 for steps in plans)
+    assert max(len(p) for steps in plans for step in steps for p in step) <= 3
+    dropped = split_into_passes(
+        order, batch=16, micro_batch=9, rank=0, world_size=world, drop_last=True
+    )
     assert len(dropped) == 3
 
 
 def test_pixels_do_not_depend_on_workers_or_passes(tmp_path: Path) -> None:
     train, _ = make_splits(tmp_path)
-    manifest, order = manifests.load(train), epoch_order(61, 3, 0)
+    manifest, order = manifests.load(train), draw_epoch_order(61, 3, 0)
 
     def draws(image: Image.Image) -> torch.Tensor:
         return torch.tensor([*torch.rand(2), np.random.rand()]) + np.asarray(image).mean()
 
-    for pixels in (random_crop(16, 0.2, 1), through(draws, 1)):
-        by_one = list(reader(manifest, pixels, order, [[p] for p in range(12)], epoch=2))
-        at_once = next(iter(reader(manifest, pixels, order, [range(12)], epoch=2, workers=2)))
+    for pixels in (RandomCrop(16, ViewSpec(crop_min=0.2), 1), SeededTransform(draws, 1)):
+        by_one = list(read_batches(manifest, pixels, order, [[p] for p in range(12)], epoch=2))
+        at_once = next(iter(read_batches(manifest, pixels, order, [range(12)], epoch=2, workers=2)))
         for part in range(3):
             assert torch.equal(torch.cat([row[part] for row in by_one]), at_once[part])
         assert at_once[2].tolist() == order[:12].tolist()
         assert at_once[1].tolist() == (order[:12] % 3).tolist()
-        later = next(iter(reader(manifest, pixels, order, [range(12)], epoch=3)))
+        later = next(iter(read_batches(manifest, pixels, order, [range(12)], epoch=3)))
         assert not torch.equal(later[0], at_once[0])
 
 
 def test_centre_crops_are_torchvisions(tmp_path: Path) -> None:
     train, _ = make_splits(tmp_path)
     order = np.arange(61)
-    (crops, _, ids) = next(iter(reader(manifests.load(train), centre_crop(16), order, [[5, 9]])))
+    (crops, _, ids) = next(
+        iter(read_batches(manifests.load(train), CentreCrop(16), order, [[5, 9]]))
+    )
     for crop, number in zip(crops, ids.tolist(), strict=True):
         image = Image.open(io.BytesIO(coloured(number)))
         theirs = PILToTensor()(CenterCrop(16)(Resize(18)(image)))
@@ -96,7 +101,7 @@ def test_an_unreadable_sample_is_named(tmp_path: Path) -> None:
     tar[int(row["offset"]) + 60] ^= 255
     storage.write(url, bytes(tar))
     for workers in (0, 1):
-        batches = reader(manifest, centre_crop(16), np.arange(61), [[3], [4]], workers=workers)
+        batches = read_batches(manifest, CentreCrop(16), np.arange(61), [[3], [4]], workers=workers)
         with pytest.raises(UnreadableSample) as caught:
             list(batches)
         assert str(caught.value).startswith("sample img4.jpg in t-000.tar of ")
@@ -106,39 +111,39 @@ def test_an_unreadable_sample_is_named(tmp_path: Path) -> None:
 
 def test_splits_that_do_not_fit_are_told(tmp_path: Path) -> None:
     train, val = make_splits(tmp_path)
-    assert labelled_splits(train, val).classes == 3
+    assert open_splits(train, val).classes == 3
     bare = make_set(str(tmp_path / "bare"), [4])
     index = bare.index_N.copy()
     index["label"][1:3] = -1
     manifests.write(bare.url, bare.shards, index)
     with pytest.raises(ValueError, match=r"2 of 4 samples in .*bare have no label"):
-        labelled_splits(train, bare.url)
+        open_splits(train, bare.url)
 
     def named(url: str, *names: str) -> str:
         old = manifests.load(url)
         copy = str(tmp_path / "-".join(names))
         for shard in old.shards:
-            storage.write(storage.join(copy, shard.name), b"\0" * shard.bytes)
+            storage.write(storage.join_url(copy, shard.name), b"\0" * shard.bytes)
         manifests.write(copy, old.shards, old.index_N, classes=names)
         return copy
 
     with pytest.raises(ValueError, match=r"has 3 classes and .* has 4; both must come"):
-        labelled_splits(named(train, "a", "b", "c"), named(val, "a", "b", "c", "d"))
+        open_splits(named(train, "a", "b", "c"), named(val, "a", "b", "c", "d"))
     with pytest.raises(ValueError, match=r"class 1 is 'b' in .* and 'x' in "):
-        labelled_splits(named(train, "a", "b", "c"), named(val, "a", "x", "c"))
+        open_splits(named(train, "a", "b", "c"), named(val, "a", "x", "c"))
     more = make_set(str(tmp_path / "more"), [9], coloured, 5)
     with pytest.raises(ValueError, match="label 4 is beyond the 3 classes"):
-        labelled_splits(train, more.url)
+        open_splits(train, more.url)
     with pytest.raises(ValueError, match=r"holds no manifest\.json; make shards with"):
-        labelled_splits(train, str(tmp_path))
+        open_splits(train, str(tmp_path))
 
 
 def test_where_the_shards_are_named(tmp_path: Path) -> None:
     weights = read_weights(make_run(tmp_path / "run", train="a", val="b"))
-    assert split_urls(weights, "", "") == ("a", "b")
-    assert split_urls(weights, "", "c") == ("a", "c")
+    assert choose_split_urls(weights, "", "") == ("a", "b")
+    assert choose_split_urls(weights, "", "c") == ("a", "c")
     without = read_weights(make_run(tmp_path / "sample", train=""))
-    assert split_urls(without, "", "")[1] == str(tmp_path / "sample-images/test")
+    assert choose_split_urls(without, "", "")[1] == str(tmp_path / "sample-images/test")
     half = read_weights(make_run(tmp_path / "half", train="a"))
     with pytest.raises(ValueError, match=r"names no held-out shards; give --train .* data_prep"):
-        split_urls(half, "", "")
+        choose_split_urls(half, "", "")

@@ -8,16 +8,16 @@ import torch
 from PIL import Image
 
 from mocov3_ds.encoders.load import load_encoder
-from mocov3_ds.evaluation.look import (
-    _RIGHT,
-    _WRONG,
+from mocov3_ds.evaluation.pictures import (
+    RIGHT,
     TILE,
-    _corner,
-    _heat,
+    WRONG,
     class_attention,
-    look,
+    colour_map,
+    draw_pictures,
     neighbours_picture,
     similarity_picture,
+    tile_corner,
 )
 from tests.evaluation.runs import HEADS, make_run, make_splits
 
@@ -39,7 +39,7 @@ def test_attention_is_what_the_block_uses(tmp_path: Path) -> None:
 def test_three_pictures(tmp_path: Path) -> None:
     train, val = make_splits(tmp_path)
     run = make_run(tmp_path / "run", train=train, val=val)
-    files = look(run, tmp_path / "out", images=5, neighbours=4, bank=40)
+    files = draw_pictures(run, tmp_path / "out", images=5, neighbours=4, bank=40)
     assert [f.name for f in files] == ["attention.png", "neighbours.png", "similarity.png"]
     sizes = []
     for file in files:
@@ -48,11 +48,11 @@ def test_three_pictures(tmp_path: Path) -> None:
     assert sizes[0] == (6 * (TILE + 6) + 6, 5 * (TILE + 6) + 6 + 18)  # image, mean, 4 heads
     assert sizes[1] == (5 * (TILE + 6) + 6, 5 * (TILE + 6) + 6 + 18)
     before = [f.read_bytes() for f in files]
-    assert [f.read_bytes() for f in look(run, tmp_path / "out", images=5, neighbours=4, bank=40)] \
-        == before  # fmt: skip
-    assert look(run, tmp_path / "few", images=99, neighbours=99, bank=3)
+    files = draw_pictures(run, tmp_path / "out", images=5, neighbours=4, bank=40)
+    assert [f.read_bytes() for f in files] == before
+    assert draw_pictures(run, tmp_path / "few", images=99, neighbours=99, bank=3)
     with pytest.raises(ValueError, match="images 0, neighbours 8"):
-        look(run, tmp_path / "none", images=0)
+        draw_pictures(run, tmp_path / "none", images=0)
 
 
 def test_frames_tell_right_from_wrong() -> None:
@@ -61,18 +61,18 @@ def test_frames_tell_right_from_wrong() -> None:
     same = torch.tensor([[True, False], [False, True]])
     picture = neighbours_picture(images, found, torch.tensor([[0.9, 0.5], [0.8, 0.1]]), same)
     for row in range(2):
-        assert picture.getpixel(tuple(x + 50 for x in _corner(row, 0))) == (0, 0, 0)
+        assert picture.getpixel(tuple(x + 50 for x in tile_corner(row, 0))) == (0, 0, 0)
         for column in range(2):
-            expected = _RIGHT if same[row, column] else _WRONG
-            assert picture.getpixel(_corner(row, column + 1)) == expected
+            expected = RIGHT if same[row, column] else WRONG
+            assert picture.getpixel(tile_corner(row, column + 1)) == expected
 
 
 def test_a_map_is_dark_where_low_and_bright_where_high() -> None:
-    heat = np.asarray(_heat(torch.tensor([[0.0, 0.1], [0.2, 0.3]]))).astype(int).sum(2)
+    heat = np.asarray(colour_map(torch.tensor([[0.0, 0.1], [0.2, 0.3]]))).astype(int).sum(2)
     corners = heat[5, 5], heat[5, -5], heat[-5, 5], heat[-5, -5]
     assert list(corners) == sorted(corners)
     assert corners[0] < 100 < 500 < corners[-1]
-    flat = np.asarray(_heat(torch.ones(2, 2)))
+    flat = np.asarray(colour_map(torch.ones(2, 2)))
     assert (flat == flat[0, 0]).all()
 
 

@@ -1,0 +1,92 @@
+"""What does an exported folder say about itself? Its README.md, in Markdown."""
+
+import json
+from pathlib import Path
+
+from mocov3_ds.data.views.spec import ViewSpec
+from mocov3_ds.encoders.foreign_names import Format, architecture_names, has_qk_norm, timm_sizes
+from mocov3_ds.encoders.load import Weights
+
+
+def write_card(weights: Weights, to: Format, difference: float, results_table: str) -> str:
+    """Text of the README.md: how to load the weights, what they are and how good they are.
+
+    Args:
+        weights: the encoder that was exported, with the image size it was exported for.
+        to: program that the weights were written for.
+        difference: largest difference of a feature between the encoder and the exported one.
+        results_table: Markdown table of its accuracies; empty = it was not evaluated.
+    """
+    shape = weights.shape
+    return "\n\n".join(
+        [
+            f"# {weights.title}: MoCo v3 features",
+            "Class-token features of a Vision Transformer pretrained without labels "
+            "([MoCo v3](https://arxiv.org/abs/2104.02057)), exported with mocov3-ds.",
+            "## Load it",
+            _explain_loading(weights, to),
+            f"Input: RGB in [0, 1], normalised by mean {ViewSpec.mean} and std {ViewSpec.std}, "
+            f"{shape.image_size} x {shape.image_size} pixels. Evaluation resizes the shorter side "
+            f"to {round(shape.image_size * 256 / 224)} (bilinear) and crops the centre. Output: "
+            f"{shape.dim} features.",
+            f"Loaded this way its features differ from the encoder's by {difference:.1e} at most "
+            "(fp32, checked when it was exported).",
+            "## What it is",
+            _describe_encoder(weights),
+            "## How good it is",
+            results_table
+            or "Not evaluated (`mocov3 knn`, `python -m mocov3_ds.evaluation.linear`).",
+            "",
+        ]
+    )
+
+
+def _explain_loading(weights: Weights, to: Format) -> str:
+    name = architecture_names(weights.shape)[0]
+    sizes = timm_sizes(weights.shape, qk_norm=has_qk_norm(weights.tensors))
+    arguments = ", ".join(f"{key}={value}" for key, value in sizes.items())
+    code = {
+        "timm": f'import timm\n\nmodel = timm.create_model(\n    "{name}", '
+        f'checkpoint_path="model.safetensors",\n    {arguments},\n).eval()\n'
+        "features = model(images)",
+        "deit": "import timm, torch\n\n"
+        f'model = timm.create_model("{name}", {arguments})\n'
+        'model.load_state_dict(torch.load("model.pth", weights_only=True)["model"])\n'
+        "# or, in DeiT's and MAE's code: --finetune model.pth",
+        "hf": "from transformers import ViTModel\n\n"
+        'model = ViTModel.from_pretrained(".", add_pooling_layer=False).eval()\n'
+        "features = model(pixel_values=images).last_hidden_state[:, 0]",
+        "moco-v3": 'import torch\n\nstate = torch.load("model.pth.tar", weights_only=True)'
+        '["state_dict"]\n# module.base_encoder.*, as in the published files; in the published code:'
+        "\n# main_lincls.py --pretrained model.pth.tar",
+    }[to]
+    return f"```python\n{code}\n```"
+
+
+def _describe_encoder(weights: Weights) -> str:
+    shape = weights.shape
+    rows = [
+        ("weights from", f"{weights.kind} `{weights.path.name}`, {weights.role} encoder"),
+        ("width, blocks, heads", f"{shape.dim}, {shape.depth}, {shape.heads}"),
+        ("patch, image", f"{shape.patch_size}, {shape.image_size} pixels"),
+        ("positions", "2-D, written out" if weights.positions == "sincos" else "none (zeros)"),
+    ]
+    if weights.config is not None and weights.saved is not None:
+        config = weights.config
+        rows += [
+            ("steps", f"{weights.saved.step}"),
+            ("recipe", f"{config.recipe}: global batch {config.batch}, {config.epochs:g} epochs, "
+             f"{config.warmup_epochs:g} of warm-up"),
+            ("loss", f"temperature {config.moco.temperature}, momentum {config.moco.momentum} "
+             f"({config.moco.momentum_schedule})"),
+            ("patch projection", "trained" if config.model.patch_lr else "frozen at random"),
+            ("optimizer", _describe_optimizer(weights.path)),
+        ]  # fmt: skip
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _describe_optimizer(run: Path) -> str:
+    tree = json.loads((run / "config.json").read_text())
+    block = tree.get("deepspeed", {}).get("optimizer", {})
+    values = ", ".join(f"{key} {value}" for key, value in block.get("params", {}).items())
+    return f"{block.get('type', 'unknown')}: {values}"

@@ -1,0 +1,331 @@
+"""What do the linear probe and fine-tuning share? Training a classifier on an encoder, and judging.
+
+Both run on one process or many (`accelerate launch`), read the same labelled images, save their
+state after an epoch, go on from it when the same command is given again, and write their accuracy
+to results.json. `SupervisedRun` does that; a protocol adds its network, its step and its schedule.
+
+Shape suffixes: B = images of a batch, C H W = image, M = classifiers that are judged at once.
+"""
+
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+import tyro
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mocov3_ds.data.storage.atomic import replace_when_whole
+from mocov3_ds.distributed import ranks
+from mocov3_ds.encoders.foreign_names import EncoderRole
+from mocov3_ds.encoders.load import read_weights
+from mocov3_ds.evaluation import results
+from mocov3_ds.evaluation.labelled_images import (
+    ImageMaker,
+    UnreadableSample,
+    choose_split_urls,
+    draw_epoch_order,
+    open_splits,
+    read_batches,
+    split_into_passes,
+)
+from mocov3_ds.settings.comparison import differences
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Batch = tuple[Tensor, Tensor, Tensor]
+"""images (B, C, H, W), labels (B,) and sample ids (B,)"""
+
+CHANGEABLE_ON_RESUME = frozenset(
+    {
+        *("run", "out", "train", "val", "micro_batch", "workers"),
+        *("stop_after_epochs", "judge_every_epochs", "save_every_epochs"),
+    }
+)
+"""Settings that decide no number of the result, so that a resumed run may change them. The shards
+may move, too: their digests, which are compared as well, say whether they hold the same images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig:
+    """Settings that the linear probe and fine-tuning have in common."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder)"""
+    which: EncoderRole = "base"
+    """base or momentum encoder"""
+    train: str = ""
+    """labelled training shards; empty = those of the run"""
+    val: str = ""
+    """labelled held-out shards; empty = the run's probe shards"""
+    epochs: int
+    batch: int
+    micro_batch: int
+    image_size: int = 0
+    """side of a crop, pixels; 0 = as pretrained"""
+    heads: int = 0
+    """attention heads where the weights cannot tell; 0 = the paper's for their width"""
+    seed: int = 0
+    """seed of the initialisation, of the order and of all random draws"""
+    workers: int = 4
+    """reading processes of each rank; 0 = the rank reads by itself"""
+    precision: Precision = "auto"
+    """arithmetic of the encoder; auto = bf16 on a GPU that has it, else fp32"""
+    stop_after_epochs: int = 0
+    """end early, as a kill would; 0 = run to the end"""
+    out: Path | None = None
+    """folder of results.json and of the state; empty = RUN, or FILE-evaluation"""
+
+
+ConfigT = TypeVar("ConfigT", bound=SupervisedConfig)
+
+
+class SupervisedRun(ABC, Generic[ConfigT]):
+    """A classifier in training: each rank makes one and calls `run`.
+
+    Args:
+        config: settings as the user gave them.
+
+    Raises:
+        ValueError: settings that cannot be, no encoder, no labelled images.
+    """
+
+    name: ClassVar[results.Evaluation]
+    """name in results.json and of the state file"""
+    title: ClassVar[str]
+    """what messages call the run"""
+    required: ClassVar[tuple[str, ...]]
+    """names of values and tensors that a state file must hold"""
+    save_every_epochs = 1
+    """epochs between saved states"""
+
+    def __init__(self, config: ConfigT) -> None:
+        self.accelerator = start_accelerator(config.precision)
+        self.device: torch.device = self.accelerator.device
+        self.weights = read_weights(config.run, config.which, heads=config.heads)
+        self.config = config = self.resolve(config)
+        if min(config.batch, config.micro_batch, config.epochs) < 1:
+            raise ValueError(
+                f"batch {config.batch}, micro_batch {config.micro_batch} and epochs "
+                f"{config.epochs} must be 1 at least."
+            )
+        self.image_size = config.image_size or self.weights.shape.image_size
+        self.splits = open_splits(*choose_split_urls(self.weights, config.train, config.val))
+        self.folder = config.out or results.results_folder(self.weights.path)
+        self.state_file = self.folder / f"{self.name}-{config.which}.safetensors"
+        self.epochs_done = 0
+
+    @abstractmethod
+    def resolve(self, config: ConfigT) -> ConfigT:
+        """Check the settings and fill in those that depend on the encoder or on the ranks."""
+
+    @abstractmethod
+    def train_epoch(self, *, final: bool) -> str:
+        """Train one epoch; a line that says how it went.
+
+        Args:
+            final: whether this is the last epoch before the run is judged.
+        """
+
+    @abstractmethod
+    def judge(self) -> tuple[dict[str, Any], str]:
+        """Accuracy on the held-out images: JSON values, `top1` among them, and lines to print."""
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON values from which `load_state` continues."""
+
+    @abstractmethod
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Continue from what `state` returned; the tensors are on the CPU."""
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, or to `stop_after_epochs`, and judge; the entry of results.json."""
+        config, settings = self.config, self.describe_settings()
+        self._resume(settings)
+        last = config.stop_after_epochs or config.epochs
+        while self.epochs_done < last:
+            summary = self.train_epoch(final=self.epochs_done + 1 == last)
+            self.epochs_done += 1
+            if ranks.is_first():
+                if self.epochs_done == last or self.epochs_done % self.save_every_epochs == 0:
+                    self._save(settings)
+                tqdm.write(f"epoch {self.epochs_done}/{config.epochs}: {summary}")
+            ranks.barrier()
+        accuracy, text = self.judge()
+        entry = {
+            **accuracy,
+            "encoder": self.weights.title,
+            "epochs_done": self.epochs_done,
+            "val_images": self.splits.val.samples,
+            **settings,
+        }
+        if ranks.is_first():
+            print(text)  # noqa: T201
+            if self.epochs_done >= config.epochs:
+                results.record_result(self.folder, self.name, config.which, entry)
+                print(results.format_table(self.folder, config.which))  # noqa: T201
+            else:
+                print(f"stopped after epoch {self.epochs_done} of {config.epochs}")  # noqa: T201
+        ranks.barrier()
+        return entry
+
+    def describe_settings(self) -> dict[str, Any]:
+        """Settings that decide the result, as JSON values."""
+        config = {k: v for k, v in asdict(self.config).items() if k not in CHANGEABLE_ON_RESUME}
+        return {
+            **json.loads(json.dumps(config)),
+            "image_size": self.image_size,
+            "step": self.weights.saved.step if self.weights.saved is not None else None,
+            "train": self.splits.train.digest,
+            "val": self.splits.val.digest,
+        }
+
+    def _save(self, settings: dict[str, Any]) -> None:
+        """Write the state file: tensors by name, JSON values as the file's metadata."""
+        tensors, values = self.state()
+        values |= {"epochs_done": self.epochs_done, "settings": settings}
+        metadata = {name: json.dumps(value) for name, value in values.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replace_when_whole(self.state_file) as temporary:
+            save_file(tensors, str(temporary), metadata=metadata)
+
+    def _resume(self, settings: dict[str, Any]) -> None:
+        """Continue from the state file, if there is one.
+
+        Raises:
+            ValueError: the file is damaged or foreign, or it was written with other settings.
+        """
+        path = self.state_file
+        if not path.exists():
+            return
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                values = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+            missing = {"epochs_done", "settings", *self.required} - {*tensors} - {*values}
+            if missing:
+                raise KeyError(*sorted(missing))
+        except Exception as error:  # a damaged file can raise almost anything
+            raise ValueError(
+                f"{path} is no {self.title} of ours ({error}); move it away."
+            ) from None
+        if changes := ", ".join(differences(values["settings"], settings)):
+            raise ValueError(
+                f"{path} holds a {self.title} with other settings: {changes}. Give --out another "
+                "folder, or remove it."
+            )
+        self.load_state(tensors, values)
+        self.epochs_done = values["epochs_done"]
+
+    def open_epoch(
+        self, make_image: ImageMaker, *, images_per_pass: int, drop_last: bool, repeats: int = 1
+    ) -> tuple[list[int], Iterator[Batch]]:
+        """The training images of the epoch that comes next.
+
+        Args:
+            make_image: turns the bytes of a sample into a training image.
+            images_per_pass: most images in one forward pass of this rank.
+            drop_last: whether a last step with fewer than `batch` images is left out.
+            repeats: crops of one image in an epoch of constant length; 1 = none.
+
+        Returns:
+            Number of passes in each step of this rank, and the batches of all passes.
+        """
+        config, train = self.config, self.splits.train
+        order_N = draw_epoch_order(train.samples, config.seed, self.epochs_done, repeats)
+        steps = split_into_passes(
+            order_N,
+            batch=config.batch,
+            micro_batch=images_per_pass,
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
+            drop_last=drop_last,
+        )
+        passes = [positions for step in steps for positions in step]
+        batches = read_batches(
+            train,
+            make_image,
+            order_N,
+            passes,
+            epoch=self.epochs_done,
+            workers=config.workers,
+            pin=self.device.type == "cuda",
+        )
+        title = f"{self.title}, epoch {self.epochs_done + 1}"
+        return [len(step) for step in steps], show_progress(batches, len(passes), title)
+
+    @torch.no_grad()
+    def measure_top1(
+        self, make_image: ImageMaker, classify: Callable[[Tensor], Tensor], classifiers: int = 1
+    ) -> Tensor:
+        """Top-1 (M,) float64 in percent; each held-out image counts once over all ranks.
+
+        Args:
+            make_image: turns the bytes of a sample into an image.
+            classify: images (B, C, H, W) -> classes (M, B).
+            classifiers: number M of classifiers.
+        """
+        val, config = self.splits.val, self.config
+        order_N = draw_epoch_order(val.samples, config.seed, 0)
+        (passes,) = split_into_passes(
+            order_N,
+            batch=val.samples,
+            micro_batch=config.micro_batch,
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
+            drop_last=False,
+        )
+        batches = read_batches(val, make_image, order_N, passes, workers=config.workers)
+        correct_M = torch.zeros(classifiers, dtype=torch.float64, device=self.device)
+        for images_BCHW, labels_B, _ in show_progress(batches, len(passes), "held-out images"):
+            classes_MB = classify(images_BCHW.to(self.device, non_blocking=True))
+            correct_M += (classes_MB == labels_B.to(self.device)).sum(1)
+        return 100.0 * ranks.all_reduce_sum(correct_M).cpu() / val.samples
+
+
+def start_accelerator(precision: Precision) -> Accelerator:
+    """Join the ranks of this launch, on their GPUs or on their CPUs.
+
+    Raises:
+        ValueError: fp16 without a GPU.
+    """
+    gpu = torch.cuda.is_available()
+    if precision == "fp16" and not gpu:
+        raise ValueError("fp16 needs a GPU; use --precision fp32 or bf16.")
+    ranks.start()
+    if precision == "auto":
+        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    return Accelerator(cpu=not gpu, mixed_precision="no" if precision == "fp32" else precision)
+
+
+def show_progress(batches: Iterable[Batch], total: int, title: str) -> Iterator[Batch]:
+    """The same batches, `total` of them, with a progress bar on the first rank."""
+    hidden = not ranks.is_first()
+    return iter(tqdm(batches, title, total, unit="batch", disable=hidden, leave=False))
+
+
+def run_command(program: str, evaluate: Callable[[], object]) -> int:
+    """Exit status of a command: 0, 2 for bad input or 3 for a diverged run, each with a sentence.
+
+    Args:
+        program: name of the command, as error messages begin.
+        evaluate: trains and judges, on each rank.
+    """
+    try:
+        evaluate()
+    except (ValueError, FloatingPointError) as error:
+        if ranks.is_first() or isinstance(error, UnreadableSample):
+            print(f"{program}: error: {error}", file=sys.stderr)  # noqa: T201
+        return 2 if isinstance(error, ValueError) else 3
+    finally:
+        ranks.stop()
+    return 0

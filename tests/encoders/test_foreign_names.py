@@ -1,0 +1,60 @@
+"""The names and sizes that other programs know."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mocov3_ds.encoders.foreign_names import (
+    architecture_names,
+    has_qk_norm,
+    infer_shape,
+    timm_sizes,
+    to_moco_v3,
+    to_timm,
+    to_transformers,
+)
+from mocov3_ds.model.vit import PAPER_SHAPES
+from tests.encoders.test_load import BASE, MOMENTUM, SHAPE
+
+
+def test_transformers_names_come_back() -> None:
+    backbone = to_timm(to_transformers(BASE.state_dict()))
+    assert {*backbone} == {*BASE.state_dict()}
+    assert all(torch.equal(backbone[n], t) for n, t in BASE.state_dict().items())
+
+
+def test_both_encoders_come_back_from_the_published_names() -> None:
+    modules = {"base.backbone": BASE.state_dict(), "momentum.backbone": MOMENTUM.state_dict()}
+    modules["base.projector"] = {"0.weight": torch.ones(8, 32)}
+    published = to_moco_v3(modules)
+    assert "module.base_encoder.head.0.weight" in published
+    for role, encoder in (("base", BASE), ("momentum", MOMENTUM)):
+        backbone = to_timm(published, role)  # type: ignore[arg-type]
+        assert all(torch.equal(backbone[n], t) for n, t in encoder.state_dict().items())
+
+
+def test_sizes_are_seen_from_the_weights() -> None:
+    tensors = BASE.state_dict()
+    assert infer_shape(tensors, SHAPE.heads) == SHAPE
+    with pytest.raises(ValueError, match="width 32 do not tell the number of attention heads"):
+        infer_shape(tensors)
+    with pytest.raises(ValueError, match="its 15 positions are no square grid"):
+        infer_shape(tensors | {"pos_embed": torch.zeros(1, 16, 32)}, SHAPE.heads)
+
+
+def test_a_foreign_tensor_has_no_name_in_transformers() -> None:
+    with pytest.raises(AssertionError, match="fc is no weight of a Vision Transformer"):
+        to_transformers({"fc": torch.zeros(1)})
+
+
+def test_architectures_have_their_names_at_any_image_size() -> None:
+    small = PAPER_SHAPES["vit_s16"]
+    assert architecture_names(small) == ("vit_small_patch16_224", "vit_small")
+    assert architecture_names(replace(small, image_size=384))[1] == "vit_small"
+    assert architecture_names(SHAPE) == ("vit_base_patch16_224", "vit_32_2_4")
+    assert timm_sizes(SHAPE)["embed_dim"] == 32
+    assert "qk_norm" not in timm_sizes(SHAPE)
+    assert timm_sizes(SHAPE, qk_norm=True)["qk_norm"]
+    assert has_qk_norm(["blocks.0.attn.q_norm.weight"])
+    assert not has_qk_norm(BASE.state_dict())
