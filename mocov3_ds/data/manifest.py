@@ -1,4 +1,4 @@
-"""What a sharded data set is: `manifest.json` and `index.bin` beside plain WebDataset tars.
+"""What is a sharded data set? `manifest.json` and `index.bin` beside plain WebDataset tars.
 
     train/manifest.json      format, how it was made, class names, and per shard: name, bytes,
                              samples, sha256; the size and sha256 of the index
@@ -7,9 +7,9 @@
                              before use, and labelled without opening its `.cls`
     train/train-000000.tar   KEY.jpg, KEY.cls, ... as any WebDataset reader opens them
 
-`manifest.json` is written last: where it lies, the set is complete. A sample's id is its row.
+`manifest.json` is written last: where it exists, the set is complete. A sample's id is its row.
 
-Shape suffixes: N = samples.
+Shape suffixes: N = samples, S = shards.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ ROW = np.dtype(
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a set."""
+    """One tar of a set; the fields are the keys of `manifest.json`."""
 
     name: str
     """file name beside the manifest"""
@@ -71,12 +71,12 @@ class Manifest:
     """rows of dtype `ROW`, shard after shard"""
     classes: tuple[str, ...] = ()
     """names by label; empty = not known"""
-    made: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     """how the set was made: program version, options, seed, source"""
 
     @property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return len(self.index_N)
 
     @property
@@ -85,7 +85,7 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     @cached_property
-    def labelled(self) -> bool:
+    def has_labels(self) -> bool:
         """Whether every sample has a label."""
         return bool((self.index_N["label"] >= 0).all())
 
@@ -97,31 +97,31 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """What identifies the samples and their order, whatever the folder is called."""
-        whole = hashlib.sha256(self.index_N.tobytes())
+        """SHA-256 that identifies the samples and their order, whatever the folder is called."""
+        digest = hashlib.sha256(self.index_N.tobytes())
         for shard in self.shards:
-            whole.update(f"{shard.name} {shard.bytes} {shard.sha256}\n".encode())
-        return whole.hexdigest()
+            digest.update(f"{shard.name} {shard.bytes} {shard.sha256}\n".encode())
+        return digest.hexdigest()
 
-    def first(self, count: int) -> "Manifest":
-        """The set cut down to its first samples.
+    def first_samples(self, count: int) -> "Manifest":
+        """Return the set cut down to its first `count` samples.
 
         Raises:
-            ValueError: it has fewer.
+            ValueError: The set has fewer.
         """
         if not 0 < count <= self.samples:
             raise ValueError(f"{self.url} holds {self.samples} samples; {count} cannot be taken.")
-        left = np.clip(count - self.first_S[:-1], 0, None)
+        room_S = np.clip(count - self.first_S[:-1], 0, None)
         shards = tuple(
             replace(shard, samples=min(shard.samples, int(room)))
-            for shard, room in zip(self.shards, left, strict=True)
+            for shard, room in zip(self.shards, room_S, strict=True)
             if room
         )
         return replace(self, shards=shards, index_N=self.index_N[:count])
 
     def shard_url(self, shard: int) -> str:
-        """URL of a shard by its number."""
-        return storage.join(self.url, self.shards[shard].name)
+        """Return the URL of a shard by its number."""
+        return storage.join_url(self.url, self.shards[shard].name)
 
 
 def write(
@@ -130,27 +130,27 @@ def write(
     index_N: NDArray[np.void],
     *,
     classes: Sequence[str] = (),
-    made: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Put `index.bin` and then, as the mark of completeness, `manifest.json` into a folder.
 
     Args:
-        url: folder of the shards, which are there already.
-        shards: in name order.
-        index_N: rows of dtype `ROW`, shard after shard.
-        classes: names by label.
-        made: how the set was made, JSON values.
+        url: Folder of the shards, which must exist already.
+        shards: The shards in the order of their names.
+        index_N: Rows of dtype `ROW`, shard after shard.
+        classes: Names of the classes by label.
+        provenance: How the set was made, as JSON values.
     """
-    manifest = Manifest(url, tuple(shards), index_N, tuple(classes), dict(made or {}))
+    manifest = Manifest(url, tuple(shards), index_N, tuple(classes), dict(provenance or {}))
     rows = index_N.tobytes()
-    storage.write(storage.join(url, INDEX_NAME), rows)
+    storage.write(storage.join_url(url, INDEX_NAME), rows)
     tree = {
         "format": FORMAT,
         "version": VERSION,
         "samples": manifest.samples,
         "bytes": manifest.bytes,
         "classes": list(classes),
-        "made": manifest.made,
+        "made": manifest.provenance,
         "index": {
             "name": INDEX_NAME,
             "bytes": len(rows),
@@ -158,49 +158,34 @@ def write(
         },
         "shards": [vars(shard) for shard in shards],
     }
-    storage.write(storage.join(url, NAME), json.dumps(tree, indent=1).encode())
+    storage.write(storage.join_url(url, NAME), json.dumps(tree, indent=1).encode())
     return manifest
 
 
-def load(url: str) -> Manifest:
+def load(
+    url: str, *, manifest_limit: int = MANIFEST_LIMIT, index_limit: int = INDEX_LIMIT
+) -> Manifest:
     """Read and check a manifest; nothing in it is trusted.
 
     Args:
-        url: folder that holds `manifest.json`, or that file.
+        url: Folder that holds `manifest.json`, or that file.
+        manifest_limit: Bytes of the largest `manifest.json` that is read.
+        index_limit: Bytes of the largest `index.bin` that is read.
 
     Raises:
-        ValueError: no manifest there, not one of ours, of a later version, or at odds with itself.
+        ValueError: There is no manifest, or it is not one of this program, of a later version, or
+            at odds with itself.
     """
     url = url.removesuffix("/" + NAME).rstrip("/") or "/"
     try:
-        text = _read_at_most(storage.join(url, NAME), MANIFEST_LIMIT)
+        text = _read_at_most(storage.join_url(url, NAME), manifest_limit)
     except FileNotFoundError:
         raise ValueError(
             f"{url} holds no {NAME}; make shards with python -m data_prep shard SOURCE {url}, or "
             f"describe tars that are there with python -m data_prep index {url}."
         ) from None
     try:
-        tree = json.loads(text)
-        if tree["format"] != FORMAT:
-            raise ValueError(f"format is {tree['format']!r}")
-        if tree["version"] > VERSION:
-            raise ValueError(
-                f"version {tree['version']} is later than this program's {VERSION}; update it"
-            )
-        shards = tuple(_shard(entry) for entry in tree["shards"])
-        count = sum(shard.samples for shard in shards)
-        if int(tree["index"]["bytes"]) != count * ROW.itemsize:
-            raise ValueError(
-                f"{INDEX_NAME} is said to have {tree['index']['bytes']} bytes where {count} "
-                f"samples need {count * ROW.itemsize}"
-            )
-        rows = _read_at_most(storage.join(url, INDEX_NAME), INDEX_LIMIT)
-        if hashlib.sha256(rows).hexdigest() != tree["index"]["sha256"]:
-            raise ValueError(f"{INDEX_NAME} is not the one that was written with it")
-        index_N = np.frombuffer(rows, dtype=ROW)
-        classes = tuple(str(name) for name in tree["classes"])
-        manifest = Manifest(url, shards, index_N, classes, dict(tree["made"]))
-        _check(manifest)
+        return _parse(text, url, index_limit)
     except FileNotFoundError as error:
         raise ValueError(f"{url}/{NAME} names files that are not there: {error}.") from None
     except storage.StorageError:
@@ -209,25 +194,50 @@ def load(url: str) -> Manifest:
         raise ValueError(f"{url}/{NAME} cannot be used: it has no entry {error}.") from None
     except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{url}/{NAME} cannot be used: {str(error).rstrip('.')}.") from None
-    return manifest
 
 
 def _read_at_most(url: str, limit: int) -> bytes:
-    """A whole file, unless it is larger than it can honestly be."""
-    found = storage.size(url)
-    if found > limit:
-        raise ValueError(f"{url} has {found} bytes, {limit} at most are read.")
+    """Read a whole file, unless it is larger than it can honestly be."""
+    size = storage.file_size(url)
+    if size > limit:
+        raise ValueError(f"{url} has {size} bytes, {limit} at most are read.")
     return storage.read(url)
 
 
-def _shard(entry: Mapping[str, Any]) -> Shard:
+def _parse(text: bytes, url: str, index_limit: int) -> Manifest:
+    """Build the manifest that a `manifest.json` describes, with the rows of its `index.bin`."""
+    tree = json.loads(text)
+    if tree["format"] != FORMAT:
+        raise ValueError(f"format is {tree['format']!r}")
+    if tree["version"] > VERSION:
+        raise ValueError(
+            f"version {tree['version']} is later than this program's {VERSION}; update it"
+        )
+    shards = tuple(_parse_shard(entry) for entry in tree["shards"])
+    count = sum(shard.samples for shard in shards)
+    if int(tree["index"]["bytes"]) != count * ROW.itemsize:
+        raise ValueError(
+            f"{INDEX_NAME} is said to have {tree['index']['bytes']} bytes where {count} "
+            f"samples need {count * ROW.itemsize}"
+        )
+    rows = _read_at_most(storage.join_url(url, INDEX_NAME), index_limit)
+    if hashlib.sha256(rows).hexdigest() != tree["index"]["sha256"]:
+        raise ValueError(f"{INDEX_NAME} is not the one that was written with it")
+    index_N = np.frombuffer(rows, dtype=ROW)
+    classes = tuple(str(name) for name in tree["classes"])
+    manifest = Manifest(url, shards, index_N, classes, dict(tree["made"]))
+    _check_manifest(manifest)
+    return manifest
+
+
+def _parse_shard(entry: Mapping[str, Any]) -> Shard:
     shard = Shard(
         str(entry["name"]), int(entry["bytes"]), int(entry["samples"]), str(entry["sha256"])
     )
     if (
         shard.name in ("", ".", "..")
         or any(c in shard.name for c in "/\\\0")
-        or "://" in shard.name
+        or not storage.is_local(shard.name)
     ):
         raise ValueError(f"shard name {shard.name!r} is not a plain file name")
     # the smallest sample is a header and a block; the largest shard any store holds is 50 TiB
@@ -238,7 +248,7 @@ def _shard(entry: Mapping[str, Any]) -> Shard:
     return shard
 
 
-def _check(manifest: Manifest) -> None:
+def _check_manifest(manifest: Manifest) -> None:
     if int(manifest.first_S[-1]) != manifest.samples:
         raise ValueError(
             f"its shards count {int(manifest.first_S[-1])} samples, its index {manifest.samples}"
@@ -247,7 +257,7 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("it holds no samples")
     if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
         raise ValueError("it names a shard twice")
-    room_N = np.repeat(
+    bytes_N = np.repeat(  # of each sample's shard
         np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64),
         [shard.samples for shard in manifest.shards],
     )
@@ -257,5 +267,5 @@ def _check(manifest: Manifest) -> None:
             f"it has a sample of {size_N.max()} bytes, {SAMPLE_LIMIT} at most are read"
         )
     # in this order nothing wraps around
-    if bool(((offset_N < 512) | (offset_N > room_N) | (size_N > room_N - offset_N)).any()):
+    if bool(((offset_N < 512) | (offset_N > bytes_N) | (size_N > bytes_N - offset_N)).any()):
         raise ValueError("its index points outside the shards")

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,13 +14,13 @@ from PIL import Image
 from data_prep import verify as prepare
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
-from mocov3_ds.data.loader import evaluation_batches
+from mocov3_ds.data.evaluation_batches import evaluation_batches
 from mocov3_ds.data.sample_order import Order
 from mocov3_ds.data.storage import counters
 from mocov3_ds.data.storage.cache import Cache
 from tests import object_store
+from tests.data.loading import SIZES, copied, open_loader, run, same
 from tests.data.sets import make_set, picture
-from tests.data.test_loader import SIZES, copied, open_stream, run, same
 from tests.fault_proxy import FaultProxy
 
 FAULTS = {
@@ -79,7 +78,7 @@ def test_faults_lose_nothing_and_repeat_nothing(s3_server, stored):
     injected = stream_under_faults(s3_server, stored, 100, seed=1)
     assert {"503", "reset", "truncate", "refuse"} <= set(injected)
     # nearly each fault costs an attempt; some answers end in time
-    assert counters.since_last_asked()["store_retries"] >= 50
+    assert counters.take_counts()["store_retries"] >= 50
 
 
 @pytest.mark.slow
@@ -98,11 +97,11 @@ def test_bytes_that_stay_wrong_are_bad_samples(s3_server, stored):
     with (
         FaultProxy(s3_server.url, {"wrong": 1.0}, only=only) as proxy,
         object_store.environment(proxy.url, **LIMITS),
-        open_stream(manifest, bad_sample_budget=5) as stream,
+        open_loader(manifest, bad_sample_budget=5) as loader,
     ):
         for _ in range(8):
-            next(stream)
-        assert set(stream.skipped) == {"crc32 mismatch"}
+            next(loader)
+        assert set(loader.bad_samples.counts) == {"crc32 mismatch"}
 
 
 def test_the_server_is_killed_and_started_again(tmp_path):
@@ -116,13 +115,13 @@ def test_the_server_is_killed_and_started_again(tmp_path):
             make_set("s3://bucket/set", SIZES)
             back = None
             found = []
-            with open_stream(manifests.load("s3://bucket/set"), pool=24) as stream:
+            with open_loader(manifests.load("s3://bucket/set"), pool=24) as loader:
                 for position in range(24):
                     if position in (5, 15):
                         server.stop()
                         back = threading.Timer(1.0, server.start)
                         back.start()
-                    found.append(copied(next(stream)))
+                    found.append(copied(next(loader)))
                     if back is not None and position in (10, 20):
                         back.join()
             assert same(found, expected)
@@ -137,16 +136,16 @@ def test_the_cache_saves_the_second_epoch_and_heals(s3_server, stored, tmp_path)
     with object_store.environment(s3_server.url):
         manifest = manifests.load(url)
     with FaultProxy(s3_server.url, {}) as proxy, object_store.environment(proxy.url):
-        counters.since_last_asked()
+        counters.take_counts()
         assert same(run(manifest, 2, 8, cache=cache), expected[:8])
         filled = proxy.requests
         assert filled <= len(SIZES)
-        counted = counters.since_last_asked()
+        counted = counters.take_counts()
         assert counted["store_bytes"] >= sum(block.stat().st_size for block in blocks())
         assert counted["cache_misses"] >= len(list(blocks()))
         assert same(run(manifest, 4, 8, cache=cache), expected[:8])
         assert proxy.requests == filled
-        assert set(counters.since_last_asked()) == {"cache_hits"}
+        assert set(counters.take_counts()) == {"cache_hits"}
         for block in blocks():  # the disk goes bad
             data = bytearray(block.read_bytes())
             data[600:700] = bytes(100)
@@ -156,37 +155,6 @@ def test_the_cache_saves_the_second_epoch_and_heals(s3_server, stored, tmp_path)
         healed = proxy.requests
         assert same(run(manifest, 1, 8, cache=cache), expected[:8])
         assert proxy.requests - healed < healed - filled
-
-
-def test_the_cache_stays_within_its_bound(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr("mocov3_ds.data.storage.cache.BLOCK", 1000)
-    cache = Cache(tmp_path / "cache", 64_000)
-    storage.write(f"{s3}/long", data := np.random.default_rng(0).bytes(150_500))
-    for _ in range(2):
-        with cache.open_read(f"{s3}/long", 0, "ab" * 32, len(data)) as file:
-            assert file.read() == data
-        held = sum(f.stat().st_size for f in (tmp_path / "cache").rglob("*") if f.is_file())
-        assert 40_000 < held <= 64_000
-    cache.forget("ab" * 32, 150_400, 150_500)
-    assert not (tmp_path / "cache" / "ab" / f"{'ab' * 32}-150").exists()
-
-
-def test_the_cache_refuses_what_cannot_work(tmp_path):
-    with pytest.raises(ValueError, match=r"too small to be of use; give 0\.27 GB at least"):
-        Cache(tmp_path, 1000)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be made"):
-        Cache(tmp_path / "file", 1 << 30)
-
-
-def test_a_full_disk_costs_speed_not_the_run(s3, tmp_path, caplog, monkeypatch):
-    cache = Cache(tmp_path / "cache", 1 << 30)
-    storage.write(f"{s3}/x", b"12345")
-    (tmp_path / "cache").rmdir()
-    (tmp_path / "cache").write_text("a file where the folder was")
-    with cache.open_read(f"{s3}/x", 0, "0" * 64, 5) as file:
-        assert file.read() == b"12345"
-    assert "going on without" in caplog.text
 
 
 # ------------------------------------------------------------------------------- five hundred JPEGs
@@ -263,14 +231,14 @@ def test_tars_that_others_wrote_stream_from_s3(s3_server, tmp_path):
     with object_store.environment(s3_server.url):
         url = "s3://bucket/foreign"
         for tar in sorted(tmp_path.glob("*.tar")):
-            storage.write(storage.join(url, tar.name), tar.read_bytes())
-        made = prepare.index(url, workers=1)
+            storage.write(storage.join_url(url, tar.name), tar.read_bytes())
+        made = prepare.index_tars(url, workers=1)
         assert [shard.samples for shard in made.shards] == [9, 9, 5]
         manifest = manifests.load(url)
         found = run(manifest, 2, 2, global_batch=10)
         ids = [i for batch in found for i in batch[0]]
         assert len(ids) == len(set(ids)) == 20
         assert manifest.index_N["label"].tolist() == [i % 7 for i in range(23)]
-        with open_stream(manifest, global_batch=23) as stream:
-            assert sorted(next(stream).ids_B.tolist()) == list(range(23))
-            assert not stream.skipped
+        with open_loader(manifest, global_batch=23) as loader:
+            assert sorted(next(loader).sample_ids_B.tolist()) == list(range(23))
+            assert not loader.bad_samples.counts

@@ -40,13 +40,13 @@ def test_what_is_written_is_loaded(tmp_path):
     shards = (Shard("a.tar", 9000, 2, "0" * 64), Shard("b.tar", 5000, 1, "1" * 64))
     index_N = np.zeros(3, ROW)
     index_N["offset"], index_N["size"], index_N["label"] = 512, [10, 20, 30], [0, 1, -1]
-    manifests.write(str(tmp_path), shards, index_N, classes=["cat", "dog"], made={"seed": 1})
+    manifests.write(str(tmp_path), shards, index_N, classes=["cat", "dog"], provenance={"seed": 1})
     for url in (str(tmp_path), f"{tmp_path}/", f"{tmp_path}/manifest.json", f"file://{tmp_path}"):
         loaded = manifests.load(url)
         assert loaded.shards == shards and loaded.classes == ("cat", "dog")
-        assert loaded.made == {"seed": 1} and loaded.samples == 3 and loaded.bytes == 14000
+        assert loaded.provenance == {"seed": 1} and loaded.samples == 3 and loaded.bytes == 14000
         np.testing.assert_array_equal(loaded.index_N, index_N)
-        assert not loaded.labelled and loaded.first_S.tolist() == [0, 2, 3]
+        assert not loaded.has_labels and loaded.first_S.tolist() == [0, 2, 3]
         assert loaded.shard_url(1).endswith(f"{tmp_path}/b.tar")
 
 
@@ -137,14 +137,12 @@ def test_gigantic_files_are_not_read(folder, monkeypatch):
     def no_read(*_):
         raise AssertionError("read")
 
-    for name in (manifests.NAME, manifests.INDEX_NAME):
-        with monkeypatch.context() as patch:
-            limit = "MANIFEST_LIMIT" if name == manifests.NAME else "INDEX_LIMIT"
-            patch.setattr(manifests, limit, 100)
-            if name == manifests.NAME:
-                patch.setattr(manifests.storage, "read", no_read)
-            with pytest.raises(ValueError, match=rf"{name} has \d+ bytes, 100 at most are read"):
-                manifests.load(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests.storage, "read", no_read)
+        with pytest.raises(ValueError, match=r"manifest.json has \d+ bytes, 100 at most are read"):
+            manifests.load(str(folder), manifest_limit=100)
+    with pytest.raises(ValueError, match=r"index.bin has \d+ bytes, 100 at most are read"):
+        manifests.load(str(folder), index_limit=100)
     os.truncate(folder / manifests.NAME, 1 << 40)  # sparse
     with pytest.raises(ValueError, match=r"manifest\.json has 1099511627776 bytes"):
         manifests.load(str(folder))
@@ -195,13 +193,13 @@ def test_any_altered_manifest_loads_or_is_refused_in_one_sentence(tmp_path_facto
 
 def test_the_first_samples_of_a_set(folder):
     manifest = manifests.load(str(folder))
-    assert [s.samples for s in manifest.first(2).shards] == [2]
-    four = manifest.first(4)
+    assert [s.samples for s in manifest.first_samples(2).shards] == [2]
+    four = manifest.first_samples(4)
     assert (four.samples, four.first_S.tolist()[-1]) == (4, 4)
     assert [s.samples for s in four.shards] == [3, 0, 1]
     np.testing.assert_array_equal(four.index_N, manifest.index_N[:4])
-    assert len({m.digest for m in (manifest, four, manifest.first(2))}) == 3
-    assert manifest.first(7).digest == manifest.digest
+    assert len({m.digest for m in (manifest, four, manifest.first_samples(2))}) == 3
+    assert manifest.first_samples(7).digest == manifest.digest
     for count in (-1, 0, 8):
         with pytest.raises(ValueError, match=f"7 samples; {count} cannot be taken"):
-            manifest.first(count)
+            manifest.first_samples(count)

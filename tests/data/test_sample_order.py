@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mocov3_ds.data.sample_order import Order, spread, travel
+from mocov3_ds.data.sample_order import Order, mean_travel, spread_ids
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda x: sum(x) > 0)
 
@@ -37,11 +37,13 @@ def delivered(order, world_size, position, batches):
     found = np.full((batches, order.global_batch), -1)
     for rank in range(world_size):
         firsts = []
-        for piece in order.pieces(position, rank, world_size):
-            firsts.append(piece.first)
-            if piece.first >= position + batches:
+        for piece in order.pieces_for_rank(position, rank, world_size):
+            firsts.append(piece.first_position)
+            if piece.first_position >= position + batches:
                 break
-            for batch, row, sample_id in zip(piece.batch_M, piece.row_M, piece.id_M, strict=True):
+            for batch, row, sample_id in zip(
+                piece.positions_M, piece.rows_M, piece.sample_ids_M, strict=True
+            ):
                 if batch < position + batches:
                     assert found[batch - position, rank * rows + row] == -1, "delivered twice"
                     found[batch - position, rank * rows + row] = sample_id
@@ -174,7 +176,7 @@ def test_the_order_stays():
 @pytest.mark.parametrize("sizes", [(1000,) * 50, (50_000,)])
 def test_samples_travel_as_under_a_full_permutation(sizes):
     order = Order(sizes, 256, seed=0, lanes=64, pool=8192)
-    assert travel(order) == pytest.approx(1, abs=0.08)
+    assert mean_travel(order) == pytest.approx(1, abs=0.08)
 
 
 def test_batches_hold_many_shards_and_neighbours_part():
@@ -196,15 +198,15 @@ def test_batches_hold_many_shards_and_neighbours_part():
 
 def test_substitutes_depend_on_the_plan_alone():
     order = Order((30, 40), 8, seed=5)
-    drawn = {order.substitute(epoch, 3, attempt) for epoch in range(20) for attempt in range(3)}
+    drawn = {order.substitute_id(epoch, 3, attempt) for epoch in range(20) for attempt in range(3)}
     assert len(drawn) > 20 and all(0 <= i < 70 for i in drawn)
-    assert order.substitute(2, 3, 1) == Order((30, 40), 8, 5).substitute(2, 3, 1)
+    assert order.substitute_id(2, 3, 1) == Order((30, 40), 8, 5).substitute_id(2, 3, 1)
 
 
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40), st.none() | st.integers(1, 400))
 @settings(max_examples=100, deadline=None)
 def test_spread_covers_each_id_once_with_equal_shares(samples, world_size, batch, limit):
-    parts = [spread(samples, limit, rank, world_size, batch) for rank in range(world_size)]
+    parts = [spread_ids(samples, limit, rank, world_size, batch) for rank in range(world_size)]
     ids = np.concatenate([ids for part in parts for ids in part])
     assert len(ids) == len(set(ids)) == min(samples, limit or samples)
     counts = [sum(map(len, part)) for part in parts]
@@ -231,4 +233,4 @@ def test_impossible_orders_are_refused(change, words):
 
 def test_a_world_that_does_not_divide_the_batch_is_refused():
     with pytest.raises(ValueError, match="8 cannot be shared equally by 3 ranks"):
-        next(Order((30,), 8, 0).pieces(0, 0, 3))
+        next(Order((30,), 8, 0).pieces_for_rank(0, 0, 3))

@@ -1,0 +1,207 @@
+"""What a run reads and looks at: its shards, its loader, network inputs, the k-NN monitor.
+
+Shape suffixes: V = the two views, B = rank batch, C H W = image.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mocov3_ds.config import Config
+from mocov3_ds.data import manifest as manifests
+from mocov3_ds.data.evaluation_batches import evaluation_batches
+from mocov3_ds.data.loader import Batch, Loader, LoaderSettings
+from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.storage.cache import Cache
+from mocov3_ds.data.views.photometric import make_views, normalise_crops
+from mocov3_ds.data.views.spec import ViewSpec
+from mocov3_ds.distributed import ranks
+from mocov3_ds.monitoring.knn_monitor import KnnMonitor
+
+
+def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
+    """Manifests of the training shards and of the probe shards (None where there are none).
+
+    Without `--data.shards` the tiny recipe draws its sample images and shards them on first use;
+    all ranks must call.
+
+    Args:
+        config: settings of the run.
+
+    Raises:
+        ValueError: no shards, too few samples for a batch, or probes without labels.
+    """
+    train_url, probe_url = config.data.shards, config.data.probe_shards
+    if not train_url:
+        if config.recipe != "tiny":
+            raise ValueError(
+                f"recipe {config.recipe} needs images: --data.shards FOLDER (make the folder with "
+                "python -m data_prep shard SOURCE FOLDER)."
+            )
+        from data_prep.drawn_samples import ensure_samples
+
+        folder = config.runs / "sample-images"
+        train_url, probe_url = ranks.run_on_first(partial(ensure_samples, folder))
+    train, probes = manifests.load(train_url), manifests.load(probe_url) if probe_url else None
+    if config.data.limit:
+        train = train.first_samples(config.data.limit)
+    if probes is not None and config.knn.probes:
+        _check_labels(train)
+        _check_labels(probes)
+    if train.samples < config.batch:
+        raise ValueError(
+            f"{train.url} holds {train.samples} samples, fewer than one global "
+            f"batch of {config.batch}; lower --batch."
+        )
+    return train, probes
+
+
+def _check_labels(manifest: Manifest) -> None:
+    if not manifest.has_labels:
+        raise ValueError(
+            f"{manifest.url} holds samples without labels, which the k-NN monitor needs; "
+            "use --knn.probes 0 to run without it."
+        )
+
+
+def view_spec(config: Config) -> ViewSpec:
+    """Distribution of the two views that the settings describe.
+
+    Raises:
+        ValueError: a share or probability that cannot be.
+    """
+    views = config.views
+    return ViewSpec(
+        crop_min=views.crop_min,
+        crop_max=views.crop_max,
+        blur_p=views.blur_p,
+        solarise_p=views.solarise_p,
+    )
+
+
+def open_loader(
+    config: Config,
+    manifest: Manifest,
+    spec: ViewSpec,
+    device: torch.device,
+    position: int,
+    bad_samples: Mapping[int, str],
+) -> Loader:
+    """This rank's batches from a global batch on.
+
+    Args:
+        config: settings of the run.
+        manifest: manifest of the training shards.
+        spec: distribution of the two views.
+        device: where the batches go; a CUDA device gets them from page-locked memory.
+        position: global batches gone through.
+        bad_samples: unreadable samples that all ranks met so far, id -> reason.
+
+    Raises:
+        ValueError: an order of samples that cannot be.
+    """
+    settings = LoaderSettings(
+        views=spec,
+        image_size=config.views.image_size,
+        global_batch=config.batch,
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+        seed=config.seed,
+        lanes=config.data.lanes,
+        pool=config.data.pool,
+        threads=config.data.threads,
+        augment=config.views.colour == "threads",
+        fixed_views=config.views.fixed,
+        bad_sample_budget=config.data.max_bad_samples,
+        bad_sample_listing=config.folder / "bad_samples.jsonl",
+        cache=_open_cache(config),
+        pin=device.type == "cuda",
+    )
+    return Loader(manifest, settings, position=position, earlier_bad=bad_samples)
+
+
+def _open_cache(config: Config) -> Cache | None:
+    """The local disk's part in reading from object storage."""
+    if not config.data.cache:
+        return None
+    return Cache(Path(config.data.cache).expanduser(), int(config.data.cache_gb * 1e9))
+
+
+def network_views(
+    batch: Batch, spec: ViewSpec, device: torch.device, dtype: torch.dtype, *, coloured: bool
+) -> tuple[Tensor, Tensor]:
+    """Both views (B, C, H, W) of a batch as the network takes them.
+
+    Args:
+        batch: uint8 crops and the drawn numbers of this rank.
+        spec: distribution of the views, of which mean and standard deviation count here.
+        device: where the views are made and stay.
+        dtype: dtype of the views, the network's.
+        coloured: whether the decode threads have done jitter, grey, blur and solarisation already.
+    """
+    mean, std = spec.mean, spec.std
+    crops_VBCHW = batch.crops_VBCHW.to(device, non_blocking=True)
+    views: Iterator[Tensor]
+    if coloured:
+        views = (normalise_crops(crops_BCHW, mean, std, dtype) for crops_BCHW in crops_VBCHW)
+    else:
+        views = (
+            make_views(crops_BCHW, params_BP, mean, std, dtype)
+            for crops_BCHW, params_BP in zip(crops_VBCHW, batch.params_VBP, strict=True)
+        )
+    x1_BCHW, x2_BCHW = views
+    return x1_BCHW, x2_BCHW
+
+
+def build_knn_monitor(
+    config: Config,
+    spec: ViewSpec,
+    train: Manifest,
+    probes: Manifest | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> KnnMonitor | None:
+    """The k-NN monitor of a run; None without labelled probe images.
+
+    Args:
+        config: settings of the run, of which `--knn.*` count.
+        spec: distribution of the views, of which mean and standard deviation count here.
+        train: manifest of the training shards, a part of which is the bank of full evaluations.
+        probes: manifest of the held-out images.
+        device: where the features of the queues live.
+        dtype: dtype of the network's input.
+    """
+    if probes is None or not config.knn.probes:
+        return None
+    size, world_size = config.views.image_size, ranks.world_size()
+    bank = config.knn.bank or max(train.samples // 10, 4096)
+    bank = min(bank, train.samples) // world_size * world_size
+    open_batches = partial(
+        evaluation_batches,
+        image_size=size,
+        resize=round(size * 256 / 224),
+        batch=256,
+        rank=ranks.rank(),
+        world_size=world_size,
+        threads=config.data.threads,
+        bad_sample_budget=config.data.max_bad_samples,
+        cache=_open_cache(config),
+    )
+
+    def prepare_input(crops_BCHW: Tensor) -> Tensor:
+        return normalise_crops(crops_BCHW.to(device), spec.mean, spec.std, dtype)
+
+    return KnnMonitor(
+        probes=open_batches(probes, limit=config.knn.probes),
+        bank=partial(open_batches, train, limit=bank),
+        capacity=bank // world_size,
+        dim=config.model.dim,
+        k=config.knn.k,
+        temperature=config.knn.temperature,
+        prepare=prepare_input,
+        device=device,
+        momentum_encoder=config.knn.momentum_encoder,
+    )

@@ -1,0 +1,47 @@
+"""What a run says of itself at its start and at its end."""
+
+from mocov3_ds.data.views import decode
+from mocov3_ds.distributed import ranks
+from mocov3_ds.model.chunking import Chunks
+from mocov3_ds.training.run import Run
+
+
+def describe_start(run: Run) -> str:
+    """One paragraph on what is about to run."""
+    config, order, world_size = run.config, run.loader.order, ranks.world_size()
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in run.base.parameters())
+    return (
+        f"run {config.folder}: ViT {config.model.dim} x {config.model.depth} blocks "
+        f"({weights / 1e6:.1f} M weights with heads), {order.samples} samples, "
+        f"global batch {config.batch} on {world_size} rank{'s' * (world_size > 1)}, "
+        f"{order.batches_per_epoch} steps an epoch "
+        f"({order.remainder} samples left over each time), "
+        f"{type(run.optimizer).__name__} at peak lr {run.peak_rate:.3g}, "
+        f"ZeRO-{run.engine.zero_optimization_stage()}, "
+        f"{str(run.dtype).removeprefix('torch.')} on {run.device}, "
+        f"{describe_chunks(run.model.chunks)}, views by {decode.describe_decoder()}, "
+        f"steps {run.step} to {run.total_steps}"
+    )
+
+
+def describe_chunks(chunks: Chunks) -> str:
+    """How a rank's batch goes through the backbone, in words."""
+    if not chunks.size:
+        return "each view in one pass"
+    return f"chunks of {chunks.size} images ({chunks.keep} kept)"
+
+
+def describe_end(run: Run) -> str:
+    """How far the run came, where things lie and what can be done with them."""
+    folder, finished = run.config.folder, run.step >= run.total_steps
+    state = "finished" if finished else f"stopped at step {run.step} of {run.total_steps}"
+    return "\n".join(
+        [
+            f"{state}; checkpoint in {folder / 'checkpoints'}",
+            "resume:   the same command again" + (" (with more --epochs: a new --name)" * finished),
+            f"k-NN:     mocov3 knn {folder}",
+            f"export:   mocov3 export {folder}",
+            f"curves:   tensorboard --logdir {folder / 'tensorboard'}"
+            f"   (or read {folder / 'metrics.jsonl'})",
+        ]
+    )
