@@ -1,8 +1,8 @@
-"""The main job: shards -> views -> queries and keys -> loss -> step -> checkpoint -> k-NN.
+"""Train a Vision Transformer: shards -> views -> queries, keys -> loss -> step -> checkpoint, k-NN.
 
     deepspeed mocov3_ds/train.py                                     two minutes, any machine
     deepspeed mocov3_ds/train.py --recipe vit_b16 --data.shards DIR  the paper's run
-    torchrun, accelerate launch, srun and plain python start it as well; --help teaches the rest.
+    torchrun, accelerate launch, srun and plain python start it as well; --help lists all flags.
 
 The same command again continues where the run folder ends.
 """
@@ -11,150 +11,174 @@ import contextlib
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # run as a file by a launcher: the repository root, not this folder, on the path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mocov3_ds.config import Settings, parse
+from mocov3_ds.config import Settings
 from mocov3_ds.data.storage import counters
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.faults import bad_step_policy, exit_status
 from mocov3_ds.faults.preemption import Preemption
+from mocov3_ds.model.loss import PairLoss
 from mocov3_ds.monitoring.profiler import Profile
-from mocov3_ds.monitoring.run_log import Report, memory_gib
+from mocov3_ds.monitoring.run_log import RunLog, peak_memory_gib
 from mocov3_ds.planning.drift import Drift
-from mocov3_ds.training.advance import Advance, advance
-from mocov3_ds.training.run import Run, build_job
+from mocov3_ds.recipes import parse
+from mocov3_ds.training.advance import AdvancedStep, advance_run
+from mocov3_ds.training.build import build_run
+from mocov3_ds.training.planned import drift_line
+from mocov3_ds.training.run import Run
+from mocov3_ds.training.run_text import describe_end, describe_start
 
 _COLLECTIVES_S = 7200.0
-"""Ranks may wait for one that reads from a store, or fetches a checkpoint; `heartbeat` sees those
-that are dead or hang long before."""
+"""seconds that ranks may wait for one that reads from a store or fetches a checkpoint; `heartbeat`
+sees those that are dead or hang long before"""
 
 
-def train(settings: Settings) -> None:
-    """Run (or continue, or merely confirm as finished) one pretraining run."""
-    device = ranks.start(timeout_s=_COLLECTIVES_S)
-    heartbeat.start(settings.config.hang_timeout)
+def train(settings: Settings, loss: PairLoss | None = None) -> None:
+    """Start a pretraining run, continue it, or confirm that it is finished.
+
+    Args:
+        settings: resolved command line of the run.
+        loss: loss to train with; None = the paper's at `--moco.temperature`.
+    """
+    config, device = settings.config, ranks.start(timeout_s=_COLLECTIVES_S)
+    heartbeat.start(config.hang_timeout)
     drift = Drift(device)
-    job = build_job(settings, device)
-    report = Report(
-        settings.config.folder,
-        steps_done=job.step,
-        total_steps=job.total_steps,
-        speaks=ranks.is_first(),
+    run = build_run(settings, device, loss)
+    log = RunLog(
+        config.folder, steps_done=run.step, total_steps=run.total_steps, speaks=ranks.is_first()
     )
-    report.say(job.summary())
-    if job.step == 0:
-        first_look(job, report)
-        if settings.config.trouble.policy == "rewind":
-            job.save()  # there is always something to return to
-    last = job.total_steps
-    if settings.config.stop_after_steps:
-        last = min(last, settings.config.stop_after_steps)
+    log.print_line(describe_start(run))
+    if run.step == 0:
+        evaluate_start(run, log)
+        if config.trouble.policy == "rewind":
+            run.save_checkpoint()  # there is always something to return to
+    last = min(run.total_steps, config.stop_after_steps or run.total_steps)
     try:
-        steps(job, report, drift, last)
+        train_until(last, run, log, drift)
     except BaseException:
-        job.abandon()
+        run.abandon()
         raise
-    heartbeat.at(job.step, "close")
-    job.close()
+    heartbeat.enter_stage(run.step, "close")
+    run.close()
     heartbeat.stop()
     if ranks.is_first():
-        print(job.what_next())  # noqa: T201
-    if job.step < last and settings.config.stopped_status:
-        sys.exit(settings.config.stopped_status)
+        print(describe_end(run))  # noqa: T201
+    if run.step < last and config.stopped_status:
+        sys.exit(config.stopped_status)
 
 
-def steps(job: Run, report: Report, drift: Drift, last: int) -> None:
+def train_until(last: int, run: Run, log: RunLog, drift: Drift) -> None:
     """All steps up to `last`, with their checkpoints; ends early where a signal asks for it."""
-    config, device = job.config, job.device
+    config = run.config
     with contextlib.ExitStack() as closing:
-        closing.callback(report.close)
-        profile = Profile(config.folder, config.profile, device, report.say)
+        closing.callback(log.close)
+        profile = Profile(config.folder, config.profile, run.device, log.print_line)
         closing.callback(profile.close)
         preemption = Preemption()
         closing.callback(preemption.close)
-        while job.step < last:
+        while run.step < last:
             with profile.step():
-                one_step(job, report, last)
-            asked = preemption.on_any_rank()
-            ends = asked or job.step == last
-            if drift.due(ends):
-                report.say(drift.line(job.plan(), memory_gib(device), job.pace()))
-            if ends or job.step % config.save.every_steps == 0:
-                heartbeat.at(job.step, "save")
-                job.save(last=ends)
-            if asked:
-                report.say("asked to stop by a signal: the state is saved")
+                train_one_step(last, run, log)
+            drift.record_step()
+            stops = preemption.on_any_rank()
+            ends = stops or run.step == last
+            if drift.is_due(ends):
+                log.print_line(drift_line(drift, run))
+            if ends or run.step % config.save.every_steps == 0:
+                heartbeat.enter_stage(run.step, "save")
+                run.save_checkpoint(last=ends)
+            if stops:
+                log.print_line("asked to stop by a signal: the state is saved")
                 break
 
 
-def one_step(job: Run, report: Report, last: int) -> None:
-    """The exact step, what is seen of it, and its line in the log."""
+def train_one_step(last: int, run: Run, log: RunLog) -> None:
+    """The exact step, what is measured of it, and its line in the log."""
     started = time.perf_counter()
-    taken = advance(job)
-    if taken.result.trouble and not bad_step_policy.answer(job, report, taken):
+    step = advance_run(run)
+    bad = bool(step.result.bad_reason)
+    if bad and not bad_step_policy.handle_bad_step(run, log, step):
         return  # rewound: the steps since the checkpoint come again, with other batches
     seconds = time.perf_counter() - started
-    heartbeat.at(job.step, "look")
-    row = {
-        "step": job.step,
-        "epoch": job.step / job.stream.batches_per_epoch,
-        "samples": job.step * job.config.batch,
-        **taken.measured(),
-        "chance_loss": job.chance_loss,
-        "images_per_s": job.config.batch / seconds,
-        "save_s": job.stall_s(),
-        "memory_gib": memory_gib(job.device),
-        "stand_ins": taken.batch.stand_ins,
-        **counters.since_last_asked(),
-        **watch(job, taken, job.step == last),
+    heartbeat.enter_stage(run.step, "look")
+    row: dict[str, Any] = {
+        "step": run.step,
+        "epoch": run.step / run.loader.order.batches_per_epoch,
+        "samples": run.step * run.config.batch,
+        **step.measured_values(),
+        "chance_loss": run.chance_loss,
+        "images_per_s": run.config.batch / seconds,
+        "save_s": run.take_save_seconds(),
+        "memory_gib": peak_memory_gib(run.device),
+        "stand_ins": step.batch.stand_ins,
+        **counters.take_counts(),
     }
-    if taken.result.applied:  # else they are those of the step before
-        row["grad_norm"] = job.optimizer.grad_norm()
-    if not taken.result.trouble:
-        row |= job.watch.record(job, taken.batch, taken.x1_BCHW, row)
-    heartbeat.at(job.step, "log")
-    report.step(row)
+    if not bad:
+        update_knn_monitor(run, step)
+    row |= measure_knn(run, last=run.step == last)
+    if step.result.applied:  # else it would be that of the step before
+        row["grad_norm"] = run.optimizer.grad_norm()
+    if not bad:
+        row |= run.recorder.record(
+            run.step,
+            row,
+            sample_ids_B=step.batch.sample_ids_B,
+            x1_BCHW=step.x1_BCHW,
+            pair=step.result.pair,
+            backbone=run.base.backbone,
+        )
+    heartbeat.enter_stage(run.step, "log")
+    log.log_step(row)
     if "knn_full" in row:
-        report.say(f"k-NN after step {job.step}: {row['knn_full']:.2f} %")
+        log.print_line(f"k-NN after step {run.step}: {row['knn_full']:.2f} %")
 
 
-def first_look(job: Run, report: Report) -> None:
-    """k-NN accuracy of the random initialisation, and of guessing."""
-    if job.monitor is None:
-        report.say("no labelled probe images (--data.probe_shards), so no k-NN monitor")
+def evaluate_start(run: Run, log: RunLog) -> None:
+    """Log the k-NN accuracy of the random initialisation, and of guessing."""
+    monitor = run.knn_monitor
+    if monitor is None:
+        log.print_line("no labelled probe images (--data.probe_shards), so no k-NN monitor")
         return
-    accuracy, chance = job.monitor.full(job.backbone), job.monitor.chance()
-    report.values(0, knn_full=accuracy, knn_chance=chance, knn_probes=job.monitor.probes())
-    report.say(f"k-NN of the random initialisation: {accuracy:.2f} % (chance {chance:.2f} %)")
+    accuracy, chance = monitor.full_accuracy(run.base.backbone), monitor.chance_accuracy()
+    log.log_values(0, knn_full=accuracy, knn_chance=chance, knn_probes=monitor.count_probes())
+    log.print_line(f"k-NN of the random initialisation: {accuracy:.2f} % (chance {chance:.2f} %)")
 
 
-def watch(job: Run, taken: Advance, last: bool) -> dict[str, float]:
-    """Feed the k-NN monitor; every few tens of steps, and at the end, ask it."""
-    if job.monitor is None:
+def update_knn_monitor(run: Run, step: AdvancedStep) -> None:
+    """Give the k-NN monitor the step's features of view 1, by both encoders."""
+    if run.knn_monitor is not None:
+        result = step.result
+        run.knn_monitor.push_features(
+            result.features_BD, step.batch.labels_B, result.momentum_features_BD
+        )
+
+
+def measure_knn(run: Run, *, last: bool) -> dict[str, float]:
+    """k-NN accuracies that are due after this step, every few tens of steps and at the end."""
+    monitor, every = run.knn_monitor, run.config.knn.every_steps
+    if monitor is None:
         return {}
-    if not taken.result.trouble:
-        features_BD, momentum_BD = taken.result.features_BD, job.momentum_encoder.features_BD
-        job.monitor.push(features_BD, taken.batch.labels_B, momentum_BD)
-    every = job.config.knn.every_steps
     values = {}
-    if every and job.step % every == 0:
-        values["knn"] = job.monitor.dense(job.backbone)
-        if job.config.knn.momentum_encoder:
-            values["knn_momentum"] = job.monitor.dense_momentum(job.momentum_encoder.backbone)
+    if every and run.step % every == 0:
+        values["knn"] = monitor.dense_accuracy(run.base.backbone)
+        if run.config.knn.momentum_encoder:
+            values["knn_momentum"] = monitor.dense_momentum_accuracy(run.momentum_encoder.backbone)
     if last:
-        values["knn_full"] = job.monitor.full(job.backbone)
+        values["knn_full"] = monitor.full_accuracy(run.base.backbone)
     return values
 
 
 def main() -> int:
-    """Command line; what goes wrong ends with one sentence and a status, see `exit_status.end`."""
+    """Command line; a failure ends with one sentence and a status, see `faults.exit_status`."""
     try:
         train(parse())
     except BaseException as error:
-        return exit_status.end(error)
+        return exit_status.report_failure(error)
     return 0
 
 

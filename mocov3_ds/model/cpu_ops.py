@@ -20,7 +20,7 @@ from timm.layers import attention as timm_attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SMALLEST = 2**14
+SMALLEST_WEIGHT = 2**14
 """numbers of a weight from which on the faster product outweighs a longer call"""
 _SCORES = 2**21
 """attention scores written out at once: a few images, so that they stay in the cache"""
@@ -33,35 +33,39 @@ def onednn_leads() -> bool:
         bool(torch._C.has_mkl and torch._C._has_mkldnn)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and "AVX512" in torch.backends.cpu.get_cpu_capability()
-        and not _is_of_intel()
+        and not _is_intel_cpu()
     )
 
 
-def _is_of_intel() -> bool:
-    """Also where nothing tells."""
+def _is_intel_cpu() -> bool:
+    """Whether the processor is Intel's; also true where the system does not say."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return True
 
 
-def suit_cpu(network: nn.Module) -> None:
+def suit_cpu(network: nn.Module, smallest_weight: int = SMALLEST_WEIGHT) -> None:
     """Make the large linear layers and the attention of `network` take the faster way on a CPU.
 
     Names, weights and results (to rounding) stay. On a GPU, under autocast and in compiled code
     they do what torch and timm do.
+
+    Args:
+        network: module whose layers are changed in place.
+        smallest_weight: numbers of a linear layer's weight from which on it is changed.
     """
     if not onednn_leads():
         return
     for module in network.modules():
-        if type(module) is nn.Linear and module.weight.numel() >= SMALLEST:
+        if type(module) is nn.Linear and module.weight.numel() >= smallest_weight:
             module.__class__ = Linear
         elif type(module) is timm_attention.Attention:
             module.__class__ = Attention
 
 
-def _is_apart(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `x` is a tensor for which this module has a way of its own."""
+def _has_own_way(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `x` is a tensor of `dtype` that this file computes with in its own way."""
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
@@ -83,19 +87,17 @@ class Linear(nn.Linear):
 
 
 def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Rows times weights, (..., I) -> (..., O), as `F.linear`."""
-    if not (_is_apart(x_RI, torch.float32) and weight_OI.dtype == torch.float32):
+    """Rows times weights, (..., I) -> (..., O), as `F.linear` computes it."""
+    if not (_has_own_way(x_RI, torch.float32) and weight_OI.dtype == torch.float32):
         return F.linear(x_RI, weight_OI, bias_O)
     if torch.is_grad_enabled():
-        out_RO: Tensor = _Product.apply(x_RI, weight_OI, bias_O)
-        return out_RO
-    return _product(x_RI, weight_OI, bias_O)
+        return _Product.apply(x_RI, weight_OI, bias_O)
+    return _onednn_product(x_RI, weight_OI, bias_O)
 
 
-def _product(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def _onednn_product(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Through oneDNN, whatever the strides."""
-    out_RO: Tensor = torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
-    return out_RO
+    return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
@@ -104,18 +106,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_RI, weight_OI)
-        return _product(x_RI, weight_OI, bias_O)
+        return _onednn_product(x_RI, weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI = ctx.saved_tensors
         gradient_RO, x_RI = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _product(gradient_RO, weight_OI.t()).view(x.shape) if of_x else None,
-            _product(gradient_RO.t(), x_RI.t()) if of_weight else None,
-            gradient_RO.sum(0) if of_bias else None,
+            _onednn_product(gradient_RO, weight_OI.t()).view(x.shape) if needs_x else None,
+            _onednn_product(gradient_RO.t(), x_RI.t()) if needs_weight else None,
+            gradient_RO.sum(0) if needs_bias else None,
         )
 
 
@@ -129,22 +131,20 @@ class Attention(timm_attention.Attention):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        if attn_mask is not None or is_causal or not _is_apart(x, torch.bfloat16):
+        if attn_mask is not None or is_causal or not _has_own_way(x, torch.bfloat16):
             return super().forward(x, attn_mask, is_causal)
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        seen = attend(self.q_norm(q), self.k_norm(k), v)
-        out: Tensor = self.proj(seen.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
-        return out
+        values_BHND = attend(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(values_BHND.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
 
 
 def attend(q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
     """Softmax attention, scaled by 1 / sqrt(D), (B, H, M, D), as torch's, which keeps no scores."""
-    if not _is_apart(q_BHMD, torch.bfloat16):
+    if not _has_own_way(q_BHMD, torch.bfloat16):
         return F.scaled_dot_product_attention(q_BHMD, k_BHND, v_BHND)
-    out_BHMD: Tensor = _Attend.apply(q_BHMD, k_BHND, v_BHND)
-    return out_BHMD
+    return _Attend.apply(q_BHMD, k_BHND, v_BHND)
 
 
 class _Attend(torch.autograd.Function):
@@ -156,39 +156,39 @@ class _Attend(torch.autograd.Function):
         batch, heads, rows, width = q_BHMD.shape
         # as it will be read: the heads of a token side by side
         out_BMHD = q_BHMD.new_empty(batch, rows, heads, width)
-        for part in _parts(q_BHMD, k_BHND):
-            q, k, v = (x[part].flatten(0, 1) for x in (q_BHMD, k_BHND, v_BHND))
-            seen = torch.bmm(_weights(q, k), v)
-            out_BMHD[part] = seen.view(-1, heads, rows, width).transpose(1, 2)
+        for images in _image_slices(q_BHMD, k_BHND):
+            q, k, v = (x[images].flatten(0, 1) for x in (q_BHMD, k_BHND, v_BHND))
+            values = torch.bmm(_softmax_scores(q, k), v)
+            out_BMHD[images] = values.view(-1, heads, rows, width).transpose(1, 2)
         return out_BMHD.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BHMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        given = ctx.saved_tensors
-        scale = given[0].shape[-1] ** -0.5
-        of_q, of_k, of_v = (torch.empty_like(x) for x in given)
-        for part in _parts(*given[:2]):
-            q, k, v, gradient = (x[part].flatten(0, 1) for x in (*given, gradient_BHMD))
-            weights = _weights(q, k)
-            of_weights = torch.bmm(gradient, v.transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_scores *= scale
-            of_q[part] = torch.bmm(of_scores, k).view_as(of_q[part])
-            of_k[part] = torch.bmm(of_scores.transpose(1, 2), q).view_as(of_k[part])
-            of_v[part] = torch.bmm(weights.transpose(1, 2), gradient).view_as(of_v[part])
-        return of_q, of_k, of_v
+        inputs = ctx.saved_tensors
+        scale = inputs[0].shape[-1] ** -0.5
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in inputs)
+        for images in _image_slices(*inputs[:2]):
+            q, k, v, gradient = (x[images].flatten(0, 1) for x in (*inputs, gradient_BHMD))
+            weights = _softmax_scores(q, k)
+            grad_weights = torch.bmm(gradient, v.transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_scores *= scale
+            grad_q[images] = torch.bmm(grad_scores, k).view_as(grad_q[images])
+            grad_k[images] = torch.bmm(grad_scores.transpose(1, 2), q).view_as(grad_k[images])
+            grad_v[images] = torch.bmm(weights.transpose(1, 2), gradient).view_as(grad_v[images])
+        return grad_q, grad_k, grad_v
 
 
-def _parts(q_BHMD: Tensor, k_BHND: Tensor) -> list[slice]:
-    """Images whose scores are written out together."""
+def _image_slices(q_BHMD: Tensor, k_BHND: Tensor) -> list[slice]:
+    """Slices of the batch whose scores are written out together."""
     batch, heads, rows, _ = q_BHMD.shape
     images = max(1, _SCORES // (heads * rows * k_BHND.shape[2]))
     return [slice(first, first + images) for first in range(0, batch, images)]
 
 
-def _weights(q_HMD: Tensor, k_HND: Tensor) -> Tensor:
+def _softmax_scores(q_HMD: Tensor, k_HND: Tensor) -> Tensor:
     """Softmax of the scaled scores, (heads of all images, M, N)."""
-    none = q_HMD.new_zeros(()).expand(len(q_HMD), q_HMD.shape[1], k_HND.shape[1])
+    no_bias = q_HMD.new_zeros(()).expand(len(q_HMD), q_HMD.shape[1], k_HND.shape[1])
     scale = q_HMD.shape[-1] ** -0.5
-    return torch.baddbmm(none, q_HMD, k_HND.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
+    return torch.baddbmm(no_bias, q_HMD, k_HND.transpose(1, 2), beta=0, alpha=scale).softmax(-1)

@@ -24,6 +24,12 @@ class BatchNormOverRanks(nn.Module):
     output has the input's dtype. Running statistics follow `nn.BatchNorm1d` (momentum 0.1,
     unbiased variance) and skip a batch that is not finite, so that one bad batch cannot poison
     them.
+
+    Args:
+        features: width D of the rows.
+        affine: whether a learnable weight and bias follow the normalisation.
+        eps: number that is added to the variance under the root.
+        momentum: share of the new batch in the running statistics.
     """
 
     running_mean: Tensor
@@ -47,16 +53,15 @@ class BatchNormOverRanks(nn.Module):
         with torch.autocast(x_BD.device.type, enabled=False):
             if self.training:
                 y_BD, mean_D, var_D, rows = _NormaliseOverRanks.apply(x_BD.to(wide), self.eps)
-                self._follow(mean_D, var_D, rows)
+                self._update_running(mean_D, var_D, rows)
             else:
                 y_BD = (x_BD.to(wide) - self.running_mean) * (self.running_var + self.eps).rsqrt()
             if self.weight is not None:
                 y_BD = y_BD * self.weight.to(wide) + self.bias.to(wide)
-        out_BD: Tensor = y_BD.to(x_BD.dtype)
-        return out_BD
+        return y_BD.to(x_BD.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean_D: Tensor, var_D: Tensor, rows: Tensor) -> None:
+    def _update_running(self, mean_D: Tensor, var_D: Tensor, rows: Tensor) -> None:
         unbiased_D = var_D * (rows / (rows - 1).clamp(min=1))
         finite = mean_D.isfinite().all() & var_D.isfinite().all()
         for running, batch in ((self.running_mean, mean_D), (self.running_var, unbiased_D)):
@@ -96,16 +101,27 @@ class _NormaliseOverRanks(torch.autograd.Function):
 
 
 def build_projector(dim: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
-    """Three linear layers, batch norm after each, the last one without affine."""
-    return _mlp([dim, hidden, hidden, out])
+    """Three linear layers, batch norm after each, the last one without affine.
+
+    Args:
+        dim: width of the backbone's features.
+        hidden: width of both hidden layers.
+        out: width of keys and of what the predictor is given.
+    """
+    return _build_mlp([dim, hidden, hidden, out])
 
 
 def build_predictor(out: int = 256, hidden: int = 4096) -> nn.Sequential:
-    """Two linear layers, batch norm after each, the last one without affine."""
-    return _mlp([out, hidden, out])
+    """Two linear layers, batch norm after each, the last one without affine.
+
+    Args:
+        out: width of what it is given and of the queries.
+        hidden: width of the hidden layer.
+    """
+    return _build_mlp([out, hidden, out])
 
 
-def _mlp(sizes: list[int]) -> nn.Sequential:
+def _build_mlp(sizes: list[int]) -> nn.Sequential:
     """Linear (no bias), batch norm, ReLU; the last layer is linear and batch norm alone.
 
     Sequential indices equal those of the published MoCo v3 weights (0, 1, 3, 4, 6, 7).

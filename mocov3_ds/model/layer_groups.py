@@ -1,4 +1,7 @@
-"""Layer groups of a base encoder, from input to output: what is watched and studied together."""
+"""Layer groups of a base encoder, from input to output: what is measured and studied together."""
+
+LOSS_GROUP = "loss"
+"""group of what the loss itself trains, which is no layer and has no signals"""
 
 
 def group_names(depth: int) -> tuple[str, ...]:
@@ -7,16 +10,18 @@ def group_names(depth: int) -> tuple[str, ...]:
     return ("patch_embed", "cls", *blocks, "norm", "projector", "predictor")
 
 
-def group_of(name: str) -> str:
-    """Group of a parameter of the base encoder, whatever module holds the encoder.
+def layer_group(name: str) -> str:
+    """Group of a trained tensor, whatever module holds the encoder.
 
     Args:
-        name: such as "base.backbone.blocks.3.attn.qkv.weight".
+        name: dotted name of the tensor, such as "base.backbone.blocks.3.attn.qkv.weight".
 
     Raises:
         ValueError: the name belongs to no group.
     """
     parts = name.split(".")
+    if parts[0] == LOSS_GROUP:
+        return LOSS_GROUP
     if "backbone" in parts:
         parts = parts[parts.index("backbone") + 1 :]
         if parts[0] == "patch_embed":
@@ -27,7 +32,7 @@ def group_of(name: str) -> str:
             return f"block_{int(parts[1])}"
         if parts[0] == "norm":
             return "norm"
-    for part in ("projector", "predictor"):
-        if part in parts:
-            return part
+    for head in ("projector", "predictor"):
+        if head in parts:
+            return head
     raise ValueError(f"the tensor {name!r} belongs to no layer group.")

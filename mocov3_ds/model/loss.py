@@ -1,16 +1,70 @@
-"""The contrastive loss of MoCo v3 (arXiv 2104.02057, Sec. 3), pure functions of tensors.
+"""The contrastive loss of MoCo v3 (arXiv 2104.02057, Sec. 3), and what another loss must offer.
+
+A loss is a small module: forward on the queries of this rank and the keys of all ranks, the value
+of pure chance, and parameters if it has any. Whatever it holds is trained, saved and resumed with
+the base encoder (`training.trained_state`).
 
 Shape suffixes: B = queries of this rank, G = keys of all ranks, K = keys of one block,
 P = output of the predictor.
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+class PairLoss(nn.Module, ABC):
+    """Loss of one view's queries against the other view's keys; a step adds up both directions.
+
+    A learnable number is a parameter of shape (1,): DeepSpeed takes no tensor without a dimension.
+    """
+
+    key_block: int = 0
+    """keys whose logits exist at once; 0 = those of all ranks"""
+
+    @abstractmethod
+    def forward(self, q_BP: Tensor, k_GP: Tensor, first_key: int) -> Tensor:
+        """Mean loss of this rank's queries, a scalar.
+
+        Args:
+            q_BP: queries of this rank, in any float dtype.
+            k_GP: keys of all ranks in rank order, without gradient.
+            first_key: row of `k_GP` that holds the key of `q_BP[0]`.
+        """
+
+    @abstractmethod
+    def chance_level(self, global_batch: int) -> float:
+        """Loss of a step, both directions together, whose network cannot tell keys apart.
+
+        Args:
+            global_batch: images of all ranks.
+        """
+
+
+class ContrastiveLoss(PairLoss):
+    """The paper's loss, see `contrastive_loss`; it has no parameters.
+
+    Args:
+        temperature: softmax temperature T, 0.2 in the paper.
+        key_block: keys whose logits exist at once; 0 = those of all ranks.
+    """
+
+    def __init__(self, temperature: float, key_block: int = 0) -> None:
+        super().__init__()
+        self.temperature, self.key_block = temperature, key_block
+
+    def forward(self, q_BP: Tensor, k_GP: Tensor, first_key: int) -> Tensor:
+        """InfoNCE times 2T, fp32."""
+        return contrastive_loss(q_BP, k_GP, first_key, self.temperature, self.key_block)
+
+    def chance_level(self, global_batch: int) -> float:
+        """Two views times 2T ln G."""
+        return 4 * self.temperature * math.log(global_batch)
 
 
 def contrastive_loss(
@@ -43,11 +97,6 @@ def contrastive_loss(
         log_sum_B: Tensor = _LogSumExpOverKeys.apply(q_BP, k_GP, temperature, key_block)
         positive_B = (q_BP * k_GP[first_key : first_key + len(q_BP)]).sum(1) / temperature
         return 2 * temperature * (log_sum_B - positive_B).mean()
-
-
-def chance_loss(global_batch: int, temperature: float) -> float:
-    """Loss of a network that cannot tell keys apart: two views times 2T ln G."""
-    return 4 * temperature * math.log(global_batch)
 
 
 def _unit_rows(x: Tensor) -> Tensor:

@@ -10,19 +10,28 @@ after 300 to 3000 steps of Adam-sized drift; stored in fp32 but fed bf16 base we
 So the master is fp32 always, and where the network runs in low precision a copy is cast once per
 step for the forward pass.
 
-Shape suffixes: B = images, C H W = image, P = projector output.
+Shape suffixes: B = images, C H W = image, D = backbone features, P = projector output.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape, chunked_features
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.chunking import chunked_features
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_projector
 from mocov3_ds.model.vit import build_vit
+
+
+class ViewKeys(NamedTuple):
+    """What the momentum encoder makes of one view."""
+
+    keys_BP: Tensor
+    features_BD: Tensor
+    """class-token features of its backbone, from which the keys are made"""
 
 
 class MomentumEncoder(nn.Module):
@@ -31,6 +40,11 @@ class MomentumEncoder(nn.Module):
     Build it before the engine exists, call `follow` after (the engine may have cast, broadcast or
     partitioned the base encoder), and never make it a child of the trained module: ZeRO-3 would
     partition it and the low precision would be its only copy.
+
+    Args:
+        shape: architecture of the base encoder; there is no predictor and no stochastic depth here.
+        device: where the encoder lives and computes.
+        dtype: dtype of the forward pass; below fp32 a copy is cast from the fp32 master.
     """
 
     def __init__(
@@ -60,8 +74,6 @@ class MomentumEncoder(nn.Module):
         self._partitioned = False
         self._pending: set[str] = set()
         self._weight_of_base = 0.0
-        self.features_BD: Tensor | None = None
-        """backbone features of the view whose keys were made last"""
 
     @torch.no_grad()
     def start_from(self, base_tensors: dict[str, Tensor]) -> None:
@@ -74,7 +86,7 @@ class MomentumEncoder(nn.Module):
             buffer.copy_(base_tensors[name])
         for name, master in self._master.items():
             master.copy_(base_tensors[name])
-        self._refresh()
+        self._refresh_copies()
 
     def follow(self, base: BaseEncoder) -> None:
         """Move with `base` from now on; call once, after the engine took `base` over.
@@ -99,62 +111,69 @@ class MomentumEncoder(nn.Module):
                 if name in trained
             ]
             if names:
-                module.register_forward_pre_hook(self._hook(names))
+                module.register_forward_pre_hook(self._averaging_hook(names))
 
-    def _hook(self, names: list[str]) -> Any:
-        def average(_module: nn.Module, _inputs: Any) -> None:
+    def _averaging_hook(self, names: list[str]) -> Any:
+        def average_pending(_module: nn.Module, _inputs: Any) -> None:
             if self._pending and names[0] in self._pending:
-                self._average(names)
+                self._average_tensors(names)
                 self._pending.difference_update(names)
 
-        return average
+        return average_pending
 
     @torch.no_grad()
-    def _average(self, names: list[str]) -> None:
+    def _average_tensors(self, names: list[str]) -> None:
         """Move the masters, and the low-precision copies after them while they are in the cache."""
         low = dict(self.named_parameters()) if self._low_precision else {}
         triples: list[Triple] = [
             (self._master[name], self._trained[name].detach(), low.get(name)) for name in names
         ]
-        for masters, bases, copies in _pieces(triples):
+        for masters, bases, copies in _bounded_groups(triples):
             bases = [base.to(torch.float32) for base in bases]
             torch._foreach_lerp_(masters, bases, self._weight_of_base)
             if copies:
                 torch._foreach_copy_(copies, masters)
 
-    def begin(self, momentum: float) -> None:
+    def begin_move(self, momentum: float) -> None:
         """Start this step's move `k <- momentum * k + (1 - momentum) * q`.
 
         Call it before the queries are computed. Frozen tensors are equal in both encoders and stay
         bit-identical: they are not touched.
+
+        Args:
+            momentum: share of its own weights that the momentum encoder keeps, 0 to 1.
         """
         assert not self._pending, f"the last move never finished: {sorted(self._pending)[:3]}"
         self._weight_of_base = 1.0 - momentum
         if self._partitioned:
             self._pending = set(self._trained)
         else:
-            self._average(list(self._trained))
+            self._average_tensors(list(self._trained))
 
-    def finish(self) -> None:
+    def finish_move(self) -> None:
         """Check that each tensor moved; before the keys."""
         assert not self._pending, f"no forward pass reached {sorted(self._pending)[:3]}"
 
     @torch.no_grad()
-    def _refresh(self) -> None:
+    def _refresh_copies(self) -> None:
         if not self._low_precision:
             return
         parameters = dict(self.named_parameters())
         torch._foreach_copy_(list(parameters.values()), [self._master[n] for n in parameters])
 
     @torch.no_grad()
-    def keys(self, x_BCHW: Tensor, chunk: int = 0) -> Tensor:
-        """Keys (B, P) of one view: backbone by chunks, projector on the whole rank batch."""
-        self.features_BD = chunked_features(self.backbone, x_BCHW, chunk)
-        k_BP: Tensor = self.projector(self.features_BD)
-        return k_BP
+    def make_keys(self, x_BCHW: Tensor, chunk: int = 0) -> ViewKeys:
+        """Keys of one view: backbone by chunks, projector on the whole rank batch.
+
+        Args:
+            x_BCHW: this rank's images of the view, in the dtype of the forward pass.
+            chunk: images per pass of the backbone; 0 = all at once.
+        """
+        features_BD = chunked_features(self.backbone, x_BCHW, chunk)
+        return ViewKeys(self.projector(features_BD), features_BD)
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and fp32 master (or buffer) of each tensor."""
+        """Name and fp32 master of each parameter, then name and value of each buffer."""
         yield from self._master.items()
         yield from self.named_buffers()
 
@@ -162,8 +181,11 @@ class MomentumEncoder(nn.Module):
     def load_full_state(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `full_state` gave.
 
+        Args:
+            tensors: whole tensors of the momentum encoder by name.
+
         Raises:
-            ValueError: names differ.
+            ValueError: the names are those of another model.
         """
         expected = {name for name, _ in self.full_state()}
         if expected != set(tensors):
@@ -177,7 +199,9 @@ class MomentumEncoder(nn.Module):
 Triple = tuple[Tensor, Tensor, Tensor | None]
 
 
-def _pieces(triples: list[Triple]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+def _bounded_groups(
+    triples: list[Triple],
+) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
     """Flat pieces of (master, base, copy) tensors, in groups of a bounded count of numbers.
 
     The bound keeps what a group makes in passing (an fp32 copy of low-precision weights) inside the

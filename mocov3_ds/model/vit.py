@@ -4,7 +4,8 @@ What the paper changes: fixed 2-D sin-cos positions, a patch projection that sta
 initialisation (Sec. 4.3), its own initialisation, and 12 heads in ViT-S. Weights keep timm's names,
 so `timm.create_model(...).load_state_dict(...)` takes them.
 
-Shape suffixes: B = images, C H W = image, N = tokens (class token first), D = embedding.
+Shape suffixes: B = images, C H W = image, N = tokens (class token first), D = embedding,
+H = heads, d = width of a head.
 """
 
 import math
@@ -70,7 +71,7 @@ def build_vit(
     Raises:
         ValueError: sizes that do not divide.
     """
-    _check(shape)
+    _check_shape(shape)
     vit = VisionTransformer(
         img_size=shape.image_size,
         patch_size=shape.patch_size,
@@ -84,9 +85,9 @@ def build_vit(
         qk_norm=qk_norm,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         weight_init="skip",
-        block_fn=partial(_block, shape.depth - 1) if class_token_only else Block,  # type: ignore[arg-type]
+        block_fn=partial(_build_block, shape.depth - 1) if class_token_only else Block,  # type: ignore[arg-type]
     )
-    _initialise(vit)
+    _initialise_weights(vit)
     if positions == "sincos":
         grid = shape.image_size // shape.patch_size
         assert vit.pos_embed is not None
@@ -96,7 +97,7 @@ def build_vit(
     return vit
 
 
-def _block(last: int, *, depth: int, **arguments: Any) -> Block:
+def _build_block(last: int, *, depth: int, **arguments: Any) -> Block:
     """Block number `depth`, as timm's constructor asks for it."""
     if depth == last:
         return ClassTokenBlock(depth=depth, **{**arguments, "attn_layer": ClassTokenAttention})
@@ -115,9 +116,8 @@ class ClassTokenBlock(Block):
     ) -> Tensor:
         """See the class; timm's masks have no use here."""
         assert attn_mask is None and not is_causal
-        token_B1D: Tensor = x[:, :1] + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        token_B1D = token_B1D + self.drop_path2(self.ls2(self.mlp(self.norm2(token_B1D))))
-        return token_B1D  # noqa: RET504 (the type)
+        token_B1D = x[:, :1] + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return token_B1D + self.drop_path2(self.ls2(self.mlp(self.norm2(token_B1D))))
 
 
 class ClassTokenAttention(Attention):
@@ -135,9 +135,8 @@ class ClassTokenAttention(Attention):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        seen = attend(q[:, :, :1], k, v)
-        out_B1D: Tensor = self.proj(seen.transpose(1, 2).reshape(batch, 1, self.attn_dim))
-        return out_B1D
+        values_BH1d = attend(q[:, :, :1], k, v)
+        return self.proj(values_BH1d.transpose(1, 2).reshape(batch, 1, self.attn_dim))
 
 
 def compile_blocks(vit: VisionTransformer) -> None:
@@ -153,10 +152,9 @@ def compile_blocks(vit: VisionTransformer) -> None:
 
 
 def as_written(vit: VisionTransformer) -> AbstractContextManager[Any]:
-    """Context in which compiled blocks run line by line, as hooks inside of them need it."""
+    """Context in which compiled blocks run line by line, which hooks inside of them need."""
     if any(block._compiled_call_impl is not None for block in vit.blocks):
-        eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return eager
+        return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 
@@ -166,6 +164,10 @@ def sincos_positions(grid: int, dim: int) -> Tensor:
     Token (h, w) holds [sin w, cos w, sin h, cos h] over dim / 4 frequencies 10000^(-i / (dim / 4)).
     The axis that the reference names w runs slowest over the tokens (old `ij` meshgrid): kept, so
     that published weights mean the same here.
+
+    Args:
+        grid: patches along a side of the image.
+        dim: width of the embedding, a multiple of 4.
     """
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
@@ -176,7 +178,7 @@ def sincos_positions(grid: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, 1, dim), tokens.float()], dim=1)
 
 
-def _check(shape: VitShape) -> None:
+def _check_shape(shape: VitShape) -> None:
     if shape.image_size % shape.patch_size:
         raise ValueError(
             f"image size {shape.image_size} is not a multiple of the patch size "
@@ -191,7 +193,7 @@ def _check(shape: VitShape) -> None:
         )
 
 
-def _initialise(vit: VisionTransformer) -> None:
+def _initialise_weights(vit: VisionTransformer) -> None:
     """Xavier-uniform linears, q, k and v each on their own; zero biases; class token N(0, 1e-6)."""
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):

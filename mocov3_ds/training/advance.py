@@ -1,4 +1,4 @@
-"""One step of a run, from the next batch to the moved weights; `train` logs it, `replay` looks on.
+"""One step of a run, from the next batch to the moved weights; `train` logs it.
 
 Shape suffixes: B = rank batch, C H W = image.
 """
@@ -13,108 +13,119 @@ from torch import Tensor
 from mocov3_ds.data.loader import Batch
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.distributed.guarded_step import DROP
-from mocov3_ds.monitoring.profiler import phase
+from mocov3_ds.monitoring.profiler import StepPhase, phase
 from mocov3_ds.training.run import Run
+from mocov3_ds.training.run_data import network_views
 from mocov3_ds.training.schedule import encoder_momentum, learning_rate
 from mocov3_ds.training.step import StepResult, train_step
 
 
 @dataclass(frozen=True)
-class Advance:
+class AdvancedStep:
     """What a step was made of, and what came of it."""
 
     batch: Batch
     x1_BCHW: Tensor
+    """first views of this rank, as the network got them"""
     x2_BCHW: Tensor
+    """second views of the same images"""
     lr: float
     momentum: float
+    """momentum of the momentum encoder in this step"""
     result: StepResult
 
-    def measured(self) -> dict[str, Any]:
+    def measured_values(self) -> dict[str, Any]:
         """What the log says of the step; numbers that are not finite are left out."""
         result = self.result
-        measured: dict[str, Any] = {
+        values: dict[str, Any] = {
             "loss": result.loss,
             "lr": self.lr,
             "momentum": self.momentum,
             "applied": result.applied,
             "data_wait_s": self.batch.wait_s,
         }
-        if result.trouble:
-            measured["trouble"] = result.trouble
+        if result.bad_reason:
+            values["trouble"] = result.bad_reason
         return {
             name: value
-            for name, value in measured.items()
+            for name, value in values.items()
             if not isinstance(value, float) or math.isfinite(value)
         }
 
 
-def advance(job: Run, *, dropped: bool = False) -> Advance:
-    """Data, schedules and the exact step; counts the step, unless it met trouble.
+def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
+    """Data, schedules and the exact step; counts the step, unless it was bad.
 
     Args:
-        job: the run.
-        dropped: do everything but the update, as if the step had met trouble.
+        run: the run, which is one step further afterwards; all ranks must call.
+        dropped: whether to do everything but the update, as if the step had been bad.
 
     Raises:
         SystemExit: too many unreadable samples, or a store that cannot be read.
     """
-    heartbeat.at(job.step + 1, "data")
-    batch = next_batch(job)
-    heartbeat.at(job.step + 1, "step")
-    with phase("views"):
-        x1_BCHW, x2_BCHW = job.views(batch)
-    lr, momentum = rates(job)
-    job.optimizer.set_lr(lr)
-    seed_step(job)
+    heartbeat.enter_stage(run.step + 1, "data")
+    batch = next_batch(run)
+    heartbeat.enter_stage(run.step + 1, "step")
+    with phase(StepPhase.VIEWS):
+        x1_BCHW, x2_BCHW = batch_views(run, batch)
+    run.recorder.prepare_step(run.step)
+    lr, momentum = scheduled_rates(run)
+    run.optimizer.set_lr(lr)
+    seed_drawing(run)
     result = train_step(
-        job.engine,
-        job.momentum_encoder,
+        run.engine,
+        run.momentum_encoder,
         x1_BCHW,
         x2_BCHW,
         momentum=momentum,
-        loss_limit=job.guard.loss_limit(),
-        norm_limit=DROP if dropped else job.guard.norm_limit(),
+        loss_limit=run.limits.loss_limit(),
+        norm_limit=DROP if dropped else run.limits.norm_limit(),
     )
-    if not result.trouble:
-        job.count_step()
+    if not result.bad_reason:
+        run.count_step()
         if result.applied:
-            job.guard.passed(result.loss, result.gradient_norm)
-    return Advance(batch, x1_BCHW, x2_BCHW, lr, momentum, result)
+            run.limits.note_applied_step(result.loss, result.gradient_norm)
+    return AdvancedStep(batch, x1_BCHW, x2_BCHW, lr, momentum, result)
 
 
-def rates(job: Run) -> tuple[float, float]:
-    """Learning rate and encoder momentum of the coming step."""
-    config = job.config
-    lr = learning_rate(
-        job.step,
-        peak=job.peak_rate,
-        warmup_steps=job.warmup_steps,
-        total_steps=job.total_steps,
-        cosine=config.lr_schedule == "cosine",
-    )
-    momentum = encoder_momentum(
-        job.step,
-        start=config.moco.momentum,
-        total_steps=job.total_steps,
-        cosine=config.moco.momentum_schedule == "cosine",
-    )
-    return job.watch.begin(job.step, lr), momentum
-
-
-def seed_step(job: Run) -> None:
-    """Stochastic depth draws from the step's own seed: a resumed run repeats an unbroken one."""
-    torch.manual_seed(hash((job.config.seed, job.step, ranks.rank())) % 2**63)
-
-
-def next_batch(job: Run) -> Batch:
-    """This rank's part of the next global batch; trouble with the data is this rank's own to say.
+def next_batch(run: Run) -> Batch:
+    """This rank's part of the next global batch; a rank reports the trouble with its own data.
 
     Raises:
         SystemExit: too many unreadable samples, or a store that cannot be read.
     """
     try:
-        with phase("data"):
-            return next(job.stream)
+        with phase(StepPhase.DATA):
+            return next(run.loader)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"rank {ranks.rank()}, step {job.step + 1}: {error}") from None
+        raise SystemExit(f"rank {ranks.rank()}, step {run.step + 1}: {error}") from None
+
+
+def batch_views(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Both views (B, C, H, W) of a batch on the run's device, in the network's dtype."""
+    coloured = run.config.views.colour == "threads"
+    return network_views(batch, run.view_spec, run.device, run.dtype, coloured=coloured)
+
+
+def scheduled_rates(run: Run) -> tuple[float, float]:
+    """Learning rate and encoder momentum of the coming step."""
+    config = run.config
+    lr = learning_rate(
+        run.step,
+        peak=run.peak_rate,
+        warmup_steps=run.warmup_steps,
+        total_steps=run.total_steps,
+        cosine=config.lr_schedule == "cosine",
+    )
+    momentum = encoder_momentum(
+        run.step,
+        start=config.moco.momentum,
+        total_steps=run.total_steps,
+        cosine=config.moco.momentum_schedule == "cosine",
+    )
+    return run.recorder.adjust_rate(run.step, lr), momentum
+
+
+def seed_drawing(run: Run) -> None:
+    """Stochastic depth draws from the step's own seed: a resumed run repeats an unbroken one."""
+    torch.manual_seed(hash((run.config.seed, run.step, ranks.rank())) % 2**63)

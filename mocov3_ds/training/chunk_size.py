@@ -4,35 +4,34 @@ The step is exact at any chunk size, so the size is a question of memory alone:
 
     images that fit = (free memory - what the rest of the step needs) / activations of an image
 
-Activations come from running the network on few and on more images and taking the difference. A
-batch that fits runs in one pass. Otherwise half of the room goes to the chunk at work and the rest
-buys back recomputation: chunks at the end of the batch keep their activations.
+Activations come from running the network on few and on more images and taking the difference; how
+chunks follow from the images that fit is `model.chunking`. An attempt that goes on under the same
+conditions takes the chunks of the attempt before it, so that its bits stay the same.
 
-Shape suffixes: B = rows, G = global batch, C H W = image, D = features.
+Shape suffixes: B = rows, G = global batch, C H W = image, D = features, N = tokens.
 """
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from mocov3_ds.config import Config
 from mocov3_ds.distributed import host_memory, ranks
-from mocov3_ds.model.base_encoder import Chunks
+from mocov3_ds.model.chunking import (
+    MEMORY_MARGIN,
+    Chunks,
+    choose_chunks,
+    reserved_logits_bytes,
+)
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 
 _log = logging.getLogger("mocov3_ds")
-
-_LARGEST_CHUNK = 64
-"""images that keep a device busy; beyond this, room is better spent on kept chunks"""
-_MARGIN = 0.9
-"""share of the free memory that is used: allocators fragment"""
-_LOGITS_BYTES = 512 * 2**20
-"""the logits of a view are streamed over blocks of keys where they would need more than this"""
-_LOGITS_COPIES = 6
-"""fp32 tensors of the logits' size that are alive at once"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Room:
 
     free: int
     """memory that nothing uses yet"""
-    rest: int
+    reserved: int
     """of it, what a step needs beside the activations of the backbone"""
     per_image: int
     """activations of the backbone for one image of one view"""
@@ -49,7 +48,7 @@ class Room:
     @property
     def images(self) -> int:
         """Images of one view whose activations fit at once."""
-        return max(int((self.free * _MARGIN - self.rest) // max(self.per_image, 1)), 0)
+        return max(int((self.free * MEMORY_MARGIN - self.reserved) // max(self.per_image, 1)), 0)
 
 
 def measure_room(
@@ -67,10 +66,10 @@ def measure_room(
         encoder: the momentum encoder, whose backbone and projector have the base encoder's shapes
             and are whole on each rank at any ZeRO stage.
         example_1CHW: an image as a step gets it, (1, C, H, W) on the device.
-        batch: images of a rank.
+        batch: images of a rank's batch.
         global_batch: images of all ranks.
         gradient_bytes: what backward and optimizer will allocate beside activations.
-        recompute_blocks: the base encoder recomputes each of its blocks.
+        recompute_blocks: whether the base encoder recomputes each of its blocks in the backward.
     """
     backbone = encoder.backbone
     backbone.set_grad_checkpointing(recompute_blocks)
@@ -85,27 +84,31 @@ def measure_room(
     # the predictor is smaller than the projector
     heads = 2 * activation_bytes(encoder.projector, features_1D)
     image = example_1CHW.numel() * (example_1CHW.element_size() + 1)  # and its uint8 crop
-    logits = min(_LOGITS_COPIES * 4 * batch * global_batch, 2 * _LOGITS_BYTES)
+    logits = reserved_logits_bytes(batch, global_batch)
     return Room(
         free=free_bytes(example_1CHW.device),
-        rest=gradient_bytes + 2 * batch * (image + heads) + logits,
+        reserved=gradient_bytes + 2 * batch * (image + heads) + logits,
         per_image=per_image,
     )
 
 
-def fitting_chunks(room: Room, batch: int) -> Chunks:
+def agree_on_chunks(room: Room, batch: int) -> Chunks:
     """Chunks for the tightest rank, the same on all; all ranks must call.
+
+    Args:
+        room: what was measured on this rank.
+        batch: images of a rank's batch.
 
     Raises:
         ValueError: on some rank the activations of not even one image fit.
     """
-    rooms = ranks.gather_objects(room)
-    number, tightest = min(enumerate(rooms), key=lambda of_rank: of_rank[1].images)
+    rooms: list[Room] = ranks.gather_objects(room)
+    number, tightest = min(enumerate(rooms), key=lambda numbered: numbered[1].images)
     if tightest.images < 1:
         gib = 2**30
         raise ValueError(
             f"not one image fits: {tightest.free / gib:.2f} GiB are free on rank {number}, a step "
-            f"needs {tightest.rest / gib:.2f} GiB beside the backbone's activations and "
+            f"needs {tightest.reserved / gib:.2f} GiB beside the backbone's activations and "
             f"{tightest.per_image / gib:.2f} GiB for an image; use more ranks, a smaller --batch, "
             "--recompute_blocks, or name a --chunk to try all the same."
         )
@@ -114,18 +117,50 @@ def fitting_chunks(room: Room, batch: int) -> Chunks:
     return chunks
 
 
-def choose_chunks(images: int, batch: int) -> Chunks:
-    """Chunks of a rank's batch when the activations of `images` (>= 1) images fit at once."""
-    if images >= 2 * batch:
-        return Chunks()
-    size = min(max(images // 2, 1), _LARGEST_CHUNK, batch)
-    return Chunks(size=size, kept=max(images // size - 1, 0))
+def resolve_chunks(
+    config: Config,
+    rank_batch: int,
+    conditions: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    measure: Callable[[], Chunks],
+) -> Chunks:
+    """Chunks as given, as an earlier attempt chose them on ranks like these, or measured.
+
+    Args:
+        config: settings of the run.
+        rank_batch: images of a rank's batch.
+        conditions: what `chunk_conditions` says of this attempt.
+        saved: size and kept chunks of the earlier attempt with its conditions; empty for none.
+        measure: called where the chunks have to be measured, on all ranks or on none.
+    """
+    if config.chunk:
+        size = config.chunk if config.chunk < rank_batch else 0
+        return Chunks(size=size, keep=config.keep_chunks)
+    if saved and all(saved.get(key) == value for key, value in conditions.items()):
+        return Chunks(size=saved["size"], keep=saved["kept"])
+    return measure()
 
 
-def fitting_key_block(batch: int, global_batch: int) -> int:
-    """Keys per block of the loss: 0 (all at once) where the logits are small enough."""
-    row = _LOGITS_COPIES * 4 * batch
-    return 0 if row * global_batch <= _LOGITS_BYTES else max(_LOGITS_BYTES // row, 1)
+def chunk_conditions(
+    config: Config, engine_json: Mapping[str, Any], world_size: int, memory_bytes: int
+) -> dict[str, Any]:
+    """What an attempt may change that decides the chunks, as JSON values, the same on each rank.
+
+    Args:
+        config: settings of the run.
+        engine_json: DeepSpeed JSON that the engine was built from.
+        world_size: number of ranks of this attempt.
+        memory_bytes: memory of the rank that has least, see `smallest_memory_bytes`.
+    """
+    keys = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
+    return {
+        "world_size": world_size,
+        "given": bool(config.chunk),
+        "recompute_blocks": config.recompute_blocks,
+        "engine": {key: engine_json.get(key) for key in keys},
+        # drivers and kernels differ by some MiB in what they keep of the same memory
+        "memory_gib": round(memory_bytes / 2**30),
+    }
 
 
 def activation_bytes(module: nn.Module, example: Tensor) -> int:
@@ -140,52 +175,55 @@ def activation_bytes(module: nn.Module, example: Tensor) -> int:
         module: needs no gradient of its own, is left as it was.
         example: one row of its input.
     """
-    few, more = (example.expand(rows, *example.shape[1:]).contiguous() for rows in (2, 4))
-    of_two = _kept_bytes(module, more) - _kept_bytes(module, few)
+    two_rows, four_rows = (example.expand(n, *example.shape[1:]).contiguous() for n in (2, 4))
+    difference = kept_bytes(module, four_rows) - kept_bytes(module, two_rows)
     if example.device.type == "cuda":
-        of_two = max(of_two, _peak_bytes(module, more) - _peak_bytes(module, few))
-    return max(of_two // 2, 1)
+        peaks = peak_bytes(module, four_rows) - peak_bytes(module, two_rows)
+        difference = max(difference, peaks)
+    return max(difference // 2, 1)
 
 
-def _with_gradients(module: nn.Module) -> dict[str, Tensor]:
+def kept_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that the forward pass of `module` on `x` keeps for the backward, beside weights."""
+    tensors = _trainable_copies(module)
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in (x, *tensors.values())}
+    sizes: dict[int, int] = {}
+
+    def count_tensor(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(count_tensor, lambda tensor: tensor):
+        output = torch.func.functional_call(module, tensors, (x,))
+    assert output.requires_grad
+    return sum(sizes.values())
+
+
+def peak_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that the allocator gives at most at once in both passes of `module` on `x`, on CUDA."""
+    both_passes = _BothPasses(module)
+    tensors = _trainable_copies(both_passes)
+    for tensor in tensors.values():
+        if tensor.requires_grad:
+            # all of them together would be the peak, at the end, whatever the number of rows
+            tensor.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    allocated = torch.cuda.memory_allocated(x.device)
+    with torch.enable_grad():
+        torch.func.functional_call(both_passes, tensors, (x,))
+    return torch.cuda.max_memory_allocated(x.device) - allocated
+
+
+def _trainable_copies(module: nn.Module) -> dict[str, Tensor]:
     """Its weights as tensors that ask for a gradient, its buffers as copies."""
     tensors = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
     return tensors | {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
-def _kept_bytes(module: nn.Module, x: Tensor) -> int:
-    tensors = _with_gradients(module)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *tensors.values())}
-    kept: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), saved_tensors_hooks(count, lambda tensor: tensor):
-        output = torch.func.functional_call(module, tensors, (x,))
-    assert output.requires_grad
-    return sum(kept.values())
-
-
-def _peak_bytes(module: nn.Module, x: Tensor) -> int:
-    both_passes = _BothPasses(module)
-    tensors = _with_gradients(both_passes)
-    for tensor in tensors.values():
-        if tensor.requires_grad:
-            # all of them together would be the peak, at the end, whatever the number of rows
-            tensor.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize(x.device)
-    torch.cuda.reset_peak_memory_stats(x.device)
-    before = torch.cuda.memory_allocated(x.device)
-    with torch.enable_grad():
-        torch.func.functional_call(both_passes, tensors, (x,))
-    return torch.cuda.max_memory_allocated(x.device) - before
-
-
-def _let_go(tensor: Tensor) -> None:
+def _drop_gradient(tensor: Tensor) -> None:
     tensor.grad = None
 
 
@@ -202,6 +240,11 @@ def total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return int(psutil.virtual_memory().total)
+
+
+def smallest_memory_bytes(device: torch.device) -> int:
+    """Memory of the rank that has least, see `total_bytes`; all ranks must call."""
+    return min(ranks.gather_objects(total_bytes(device)))
 
 
 class _BothPasses(nn.Module):

@@ -14,83 +14,89 @@ output.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.engine import Engine
 from mocov3_ds.distributed.guarded_step import DROP, step_within
-from mocov3_ds.model.base_encoder import BaseEncoder, Chunks, chunked_features
-from mocov3_ds.model.loss import contrastive_loss
-from mocov3_ds.model.momentum_encoder import MomentumEncoder
-from mocov3_ds.monitoring.profiler import phase, turns_into
+from mocov3_ds.model.base_encoder import BaseEncoder
+from mocov3_ds.model.chunking import Chunks, chunked_features, count_kept_chunks
+from mocov3_ds.model.loss import PairLoss
+from mocov3_ds.model.momentum_encoder import MomentumEncoder, ViewKeys
+from mocov3_ds.monitoring.profiler import StepPhase, phase, replace_phase_in_backward
 
-Keys = Callable[[], tuple[Tensor, Tensor]]
+KeyMaker = Callable[[], tuple[ViewKeys, ViewKeys]]
+"""makes the keys of view 1 and of view 2"""
+
+
+class ForwardResult(NamedTuple):
+    """What the forward pass of a step computed on this rank; all but the loss is detached."""
+
+    loss: Tensor
+    """of this rank's queries, a scalar"""
+    features_BD: Tensor
+    """backbone features of view 1"""
+    momentum_features_BD: Tensor
+    """features of view 1 by the momentum encoder's backbone"""
+    queries_BP: Tensor
+    """queries of view 1"""
+    keys_BP: Tensor
+    """keys of view 2, the positives of these queries"""
 
 
 class QueriesToLoss(nn.Module):
-    """What the engine owns: the base encoder, and the loss of its queries against given keys.
+    """What the engine owns and trains: the base encoder, and the loss of its queries.
 
     The keys come from a callable, not from a child module, so that the momentum encoder stays out
     of the engine's hands; it is called after the queries, as the paper's order demands.
+
+    Args:
+        base: the base encoder.
+        loss: loss of the queries of one view against the keys of the other.
+        chunks: how the rank's batch goes through the backbone; one pass by default.
     """
 
-    def __init__(
-        self,
-        base: BaseEncoder,
-        *,
-        temperature: float,
-        chunks: Chunks | None = None,
-        key_block: int = 0,
-    ) -> None:
+    def __init__(self, base: BaseEncoder, loss: PairLoss, *, chunks: Chunks | None = None) -> None:
         super().__init__()
         self.base = base
+        self.loss = loss
         self.chunks = chunks or Chunks()
-        self.temperature, self.key_block = temperature, key_block
-        self.pair: tuple[Tensor, Tensor] | None = None
-        """queries of view 1 and keys of view 2 (B, P) of the last forward, detached"""
 
-    def forward(self, x1_BCHW: Tensor, x2_BCHW: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
-        """Loss of this rank's queries (scalar) and the features (B, D) of view 1, detached."""
+    def forward(self, x1_BCHW: Tensor, x2_BCHW: Tensor, make_keys: KeyMaker) -> ForwardResult:
+        """Loss of this rank's queries, and what was computed on the way to it."""
         base = self.base
         features1_BD, features2_BD = self.features(x1_BCHW, x2_BCHW)
         if features2_BD.requires_grad:  # the first of the two that the backward reaches
-            features2_BD.register_hook(turns_into("backbones"))  # type: ignore[no-untyped-call]
-        with phase("heads"):
+            replace_phase_in_backward(features2_BD, StepPhase.BACKWARD_OF_BACKBONES)
+        with phase(StepPhase.HEADS):
             q1_BP = base.predictor(base.projector(features1_BD))
             q2_BP = base.predictor(base.projector(features2_BD))
-        k1_BP, k2_BP = keys()
-        with phase("loss"):
-            loss = self._contrast(q1_BP, k2_BP) + self._contrast(q2_BP, k1_BP)
-        self.pair = q1_BP.detach(), k2_BP
-        return loss, features1_BD.detach()
+        view1, view2 = make_keys()
+        with phase(StepPhase.LOSS):
+            loss = self._pair_loss(q1_BP, view2.keys_BP) + self._pair_loss(q2_BP, view1.keys_BP)
+        return ForwardResult(
+            loss, features1_BD.detach(), view1.features_BD, q1_BP.detach(), view2.keys_BP
+        )
 
     def features(self, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Backbone features (B, D) of both views, one after the other, chunk by chunk."""
         size = self.chunks.size
-        kept1, kept2 = kept_of_each_view(self.chunks, len(x1_BCHW))
+        kept1, kept2 = count_kept_chunks(self.chunks, len(x1_BCHW))
         return (
-            chunked_features(self._backbone, x1_BCHW, size, kept1),
-            chunked_features(self._backbone, x2_BCHW, size, kept2),
+            chunked_features(self._run_backbone, x1_BCHW, size, kept1),
+            chunked_features(self._run_backbone, x2_BCHW, size, kept2),
         )
 
-    def _backbone(self, x_BCHW: Tensor) -> Tensor:
-        """Also what a chunk runs again in the backward."""
-        with phase("backbone"):
-            features_BD: Tensor = self.base.backbone(x_BCHW)
-        return features_BD
+    def _run_backbone(self, x_BCHW: Tensor) -> Tensor:
+        """Features (b, D) of a chunk; also what a chunk runs again in the backward."""
+        with phase(StepPhase.BACKBONE):
+            return self.base.backbone(x_BCHW)
 
-    def _contrast(self, q_BP: Tensor, k_BP: Tensor) -> Tensor:
+    def _pair_loss(self, q_BP: Tensor, k_BP: Tensor) -> Tensor:
         k_GP = ranks.all_gather_cat(k_BP)
-        first_key = ranks.rank() * len(q_BP)
-        return contrastive_loss(q_BP, k_GP, first_key, self.temperature, self.key_block)
-
-
-def kept_of_each_view(chunks: Chunks, batch: int) -> tuple[int, int]:
-    """Chunks of view 1 and view 2 that keep their activations, counted from the end of each."""
-    of_a_view = math.ceil(batch / chunks.size) if chunks.size else 1
-    kept = min(chunks.kept + 1, 2 * of_a_view)
-    return max(kept - of_a_view, 0), min(kept, of_a_view)
+        return self.loss(q_BP, k_GP, ranks.rank() * len(q_BP))
 
 
 @dataclass(frozen=True)
@@ -101,16 +107,21 @@ class StepResult:
     """mean over all ranks"""
     features_BD: Tensor
     """backbone features of view 1 on this rank, detached"""
+    momentum_features_BD: Tensor
+    """the momentum encoder's features of the same view"""
+    pair: tuple[Tensor, Tensor]
+    """queries of view 1 and keys of view 2 (B, P) on this rank, detached"""
     applied: bool
-    """False where the weights stayed: fp16 overflowed (the loss scale was lowered), or `trouble`"""
+    """False where the weights stayed: fp16 overflowed (the loss scale was lowered), or the step was
+    bad"""
     gradient_norm: float
-    """of the whole gradient, before clipping; not finite where it is not"""
-    trouble: str = ""
+    """norm of the whole gradient before clipping; not finite where the gradient is not"""
+    bad_reason: str = ""
     """why the step was dropped, in words; empty where it was not, and for an fp16 overflow"""
 
 
 def train_step(
-    engine: Any,
+    engine: Engine[QueriesToLoss],
     momentum_encoder: MomentumEncoder,
     x1_BCHW: Tensor,
     x2_BCHW: Tensor,
@@ -127,40 +138,45 @@ def train_step(
 
     Args:
         engine: DeepSpeed engine over `QueriesToLoss`.
-        momentum_encoder: follows the engine's base encoder.
+        momentum_encoder: momentum encoder that follows the engine's base encoder.
         x1_BCHW: first views of this rank's part, in the engine's dtype.
-        x2_BCHW: second views.
-        momentum: of the momentum encoder, this step.
+        x2_BCHW: second views of the same images, in the engine's dtype.
+        momentum: momentum of the momentum encoder in this step.
         loss_limit: largest loss that is trained on.
         norm_limit: largest norm of the whole gradient that is trained on.
     """
     chunk = engine.module.chunks.size
 
-    def keys() -> tuple[Tensor, Tensor]:
-        with phase("momentum"):
-            momentum_encoder.finish()
-        with phase("keys"):
-            return momentum_encoder.keys(x1_BCHW, chunk), momentum_encoder.keys(x2_BCHW, chunk)
+    def make_keys() -> tuple[ViewKeys, ViewKeys]:
+        with phase(StepPhase.MOMENTUM):
+            momentum_encoder.finish_move()
+        with phase(StepPhase.KEYS):
+            view1 = momentum_encoder.make_keys(x1_BCHW, chunk)
+            return view1, momentum_encoder.make_keys(x2_BCHW, chunk)
 
-    with phase("momentum"):
-        momentum_encoder.begin(momentum)
-    loss, features_BD = engine(x1_BCHW, x2_BCHW, keys)
-    mean_loss = float(ranks.all_reduce_sum(loss.detach().float().clone())) / ranks.world_size()
-    with phase("backward"), phase("heads and loss"):
-        engine.backward(loss)
-    with phase("optimizer"):
-        bad_loss = not mean_loss <= loss_limit or not math.isfinite(mean_loss)
+    with phase(StepPhase.MOMENTUM):
+        momentum_encoder.begin_move(momentum)
+    forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys)
+    rank_loss = forward.loss.detach().float().clone()
+    loss = float(ranks.all_reduce_sum(rank_loss)) / ranks.world_size()
+    with phase(StepPhase.BACKWARD), phase(StepPhase.BACKWARD_OF_HEADS):
+        engine.backward(forward.loss)
+    with phase(StepPhase.OPTIMIZER):
+        bad_loss = not loss <= loss_limit or not math.isfinite(loss)
         norm = step_within(engine, DROP if bad_loss else norm_limit)
-    applied = bool(engine.was_step_applied())
-    trouble = "" if applied else _trouble(engine, mean_loss, loss_limit, norm, norm_limit)
-    return StepResult(mean_loss, features_BD, applied, norm, trouble)
+    applied, reason = engine.was_step_applied(), ""
+    if not applied:
+        reason = _bad_reason(loss, loss_limit, norm, norm_limit, engine.fp16_enabled())
+    features, pair = forward.features_BD, (forward.queries_BP, forward.keys_BP)
+    return StepResult(loss, features, forward.momentum_features_BD, pair, applied, norm, reason)
 
 
-def _trouble(engine: Any, loss: float, loss_limit: float, norm: float, norm_limit: float) -> str:
+def _bad_reason(loss: float, loss_limit: float, norm: float, norm_limit: float, fp16: bool) -> str:
+    """Why a step was dropped, in words; empty for an overflow of fp16."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if loss > loss_limit:
         return f"the loss {loss:.4g} is above {loss_limit:.4g}"
     if not math.isfinite(norm):
-        return "" if engine.fp16_enabled() else "the gradient is not finite"
+        return "" if fp16 else "the gradient is not finite"
     return f"the gradient's norm {norm:.4g} is above {norm_limit:.4g}"

@@ -1,9 +1,9 @@
-"""What a run does about steps that are not to be trusted: stop, skip, or rewind.
+"""When is a step bad, and how many bad steps has a run had?
 
-`step.train_step` drops a step whose loss or gradient is not finite, or a spike by the limits that
-come from here, on all ranks alike. This file keeps count, remembers what a spike is measured
-against, and says how the run goes on. All of it is part of each checkpoint, so that a resumed run
-answers what an unbroken one does.
+`step.train_step` drops a step whose loss or gradient is not finite, or above the limits that come
+from here, on all ranks alike; `faults.bad_step_policy` says how the run goes on. This file counts
+the bad steps and remembers what a spike is measured against. All of it is part of each checkpoint,
+so that a resumed run judges its steps as an unbroken one does.
 """
 
 import math
@@ -14,16 +14,16 @@ from typing import Any
 
 from mocov3_ds.config import TroubleConfig
 
-_ENOUGH = 20
-"""Steps whose median a spike can be measured against."""
+_STEPS_FOR_A_MEDIAN = 20
+"""applied steps whose median a spike can be measured against"""
 
 
-class Guard:
+class StepLimits:
     """Counts the bad steps of a run, and sets the limits of the coming one.
 
     Args:
-        config: what the user wants.
-        state: of an earlier sitting, see `state`; empty for none.
+        config: settings `--trouble.*` of the run.
+        state: what `state` gave in an earlier attempt; empty for none.
     """
 
     def __init__(self, config: TroubleConfig, state: Mapping[str, Any]) -> None:
@@ -39,23 +39,33 @@ class Guard:
 
     def loss_limit(self) -> float:
         """Largest loss that the coming step may have."""
-        return _limit(self._losses, self.config.loss_spike)
+        return _spike_limit(self._losses, self.config.loss_spike)
 
     def norm_limit(self) -> float:
         """Largest norm of the whole gradient that the coming step may have."""
-        return _limit(self._norms, self.config.gradient_spike)
+        return _spike_limit(self._norms, self.config.gradient_spike)
 
-    def passed(self, loss: float, norm: float) -> None:
-        """Take note of a step that was applied."""
+    def note_applied_step(self, loss: float, norm: float) -> None:
+        """Remember a step that moved the weights.
+
+        Args:
+            loss: its loss, the mean over all ranks.
+            norm: norm of its whole gradient, before clipping.
+        """
         if self.config.loss_spike:
             self._losses.append(loss)
         if self.config.gradient_spike:
             self._norms.append(norm)
 
-    def failed(self, first: int, last: int) -> None:
-        """Take note of a bad step, and of the global batches that are lost with it."""
+    def note_bad_step(self, first: int, last: int) -> None:
+        """Count a bad step, and note the global batches that are lost with it.
+
+        Args:
+            first: first of these global batches, counted from 0.
+            last: last of them, the batch of the bad step itself.
+        """
         self.count += 1
-        while self.left_out and self.left_out[-1][0] >= first:  # rewound before those, this time
+        while self.left_out and self.left_out[-1][0] >= first:  # rewound to before them, this time
             self.left_out.pop()
         self.left_out.append([first, last])
 
@@ -65,7 +75,7 @@ class Guard:
         return self.count > self.config.limit
 
     def state(self) -> dict[str, Any]:
-        """What the next sitting has to know, as JSON values."""
+        """What the next attempt has to know, as JSON values."""
         return {
             "count": self.count,
             "left_out": self.left_out,
@@ -75,7 +85,22 @@ class Guard:
         }
 
 
-def _limit(recent: deque[float], factor: float) -> float:
-    if not factor or len(recent) < min(_ENOUGH, recent.maxlen or 0):
+def rewound_limits(
+    config: TroubleConfig, present: StepLimits, saved_state: Mapping[str, Any]
+) -> StepLimits:
+    """Limits of a run that returns to a checkpoint: its medians, but the bad steps of all times.
+
+    Args:
+        config: settings `--trouble.*` of the run.
+        present: limits at the bad step.
+        saved_state: what the checkpoint holds of its own limits; empty in old ones.
+    """
+    state = present.state()
+    history = {name: state[name] for name in ("count", "left_out", "returned_to")}
+    return StepLimits(config, {**saved_state, **history})
+
+
+def _spike_limit(recent: deque[float], factor: float) -> float:
+    if not factor or len(recent) < min(_STEPS_FOR_A_MEDIAN, recent.maxlen or 0):
         return math.inf
     return factor * statistics.median(recent)

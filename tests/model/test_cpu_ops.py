@@ -22,7 +22,6 @@ SHAPE = EncoderShape(
 @pytest.fixture(autouse=True)
 def _as_on_a_machine_where_onednn_leads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_ops, "onednn_leads", lambda: True)
-    monkeypatch.setattr(cpu_ops, "SMALLEST", 1)
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -104,6 +103,7 @@ def plain_twin(ours: BaseEncoder) -> BaseEncoder:
 def test_a_network_gives_what_its_plain_twin_gives(dtype: torch.dtype, within: float) -> None:
     torch.manual_seed(0)
     ours = BaseEncoder(SHAPE)
+    cpu_ops.suit_cpu(ours, smallest_weight=1)
     kinds = [type(module) for module in ours.modules()]
     # qkv, proj, fc1 and fc2 of two blocks, three and two layers of the heads
     assert kinds.count(cpu_ops.Linear) == 2 * 4 + 3 + 2
@@ -129,7 +129,7 @@ def test_autocast_is_torchs() -> None:
     layer = nn.Linear(30, 50)
     plain = nn.Linear(30, 50)
     plain.load_state_dict(layer.state_dict())
-    cpu_ops.suit_cpu(layer)
+    cpu_ops.suit_cpu(layer, smallest_weight=1)
     assert type(layer) is cpu_ops.Linear
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(rows(7, 30))
@@ -138,11 +138,10 @@ def test_autocast_is_torchs() -> None:
 
 
 def test_small_layers_and_other_machines_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_ops, "SMALLEST", 30 * 50)
     network = nn.Sequential(nn.Linear(30, 50), nn.Linear(30, 49))
-    cpu_ops.suit_cpu(network)
+    cpu_ops.suit_cpu(network, smallest_weight=30 * 50)
     assert [type(layer) for layer in network] == [cpu_ops.Linear, nn.Linear]
     monkeypatch.setattr(cpu_ops, "onednn_leads", lambda: False)
     other = nn.Linear(30, 50)
-    cpu_ops.suit_cpu(other)
+    cpu_ops.suit_cpu(other, smallest_weight=1)
     assert type(other) is nn.Linear

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mocov3_ds.model.loss import chance_loss, contrastive_loss
+from mocov3_ds.model.loss import ContrastiveLoss, contrastive_loss
 from tests import reference
 
 
@@ -58,8 +58,15 @@ def test_autocast_does_not_reach_the_logits(key_block: int, backward_inside: boo
 
 
 def test_chance_is_the_loss_of_equal_keys() -> None:
-    q = rows(0)
+    q, loss = rows(0), ContrastiveLoss(0.2)
     k = rows(1, n=1).expand(12, -1)
-    both_views = 2 * contrastive_loss(q, k, 0, 0.2)
-    assert math.isclose(float(both_views), chance_loss(12, 0.2), rel_tol=1e-12)
-    assert math.isclose(chance_loss(4096, 0.2), 6.654, abs_tol=1e-3)
+    both_views = 2 * loss(q, k, 0)
+    assert math.isclose(float(both_views), loss.chance_level(12), rel_tol=1e-12)
+    assert math.isclose(loss.chance_level(4096), 6.654, abs_tol=1e-3)
+
+
+@pytest.mark.parametrize("key_block", [0, 5])
+def test_the_module_is_the_function_and_has_nothing_to_save(key_block: int) -> None:
+    q, k, loss = rows(0, n=4), rows(1), ContrastiveLoss(0.3, key_block)
+    assert torch.equal(loss(q, k, 4), contrastive_loss(q, k, 4, 0.3, key_block))
+    assert not loss.state_dict() and not list(loss.parameters())

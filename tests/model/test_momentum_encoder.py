@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape, chunked_features
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape
 
@@ -34,8 +34,8 @@ def test_moves_by_the_formula(dtype: torch.dtype) -> None:
     expected = {n: p.detach().double() for n, p in base.named_parameters()}
     for m in (0.9, 0.99, 0.5):
         jolt(base)
-        momentum.begin(m)
-        momentum.finish()
+        momentum.begin_move(m)
+        momentum.finish_move()
         for n, p in base.named_parameters():
             expected[n] = m * expected[n] + (1 - m) * p.detach().double()
     state = dict(momentum.full_state())
@@ -51,8 +51,8 @@ def test_frozen_tensors_stay_bit_identical_and_the_predictor_has_no_average() ->
     frozen = {n: p.detach().clone() for n, p in base.named_parameters() if not p.requires_grad}
     for _ in range(20):
         jolt(base)
-        momentum.begin(0.99)
-        momentum.finish()
+        momentum.begin_move(0.99)
+        momentum.finish_move()
     for name, before in frozen.items():
         assert torch.equal(momentum.get_parameter(name), before)
     assert not any(name.startswith("predictor") for name, _ in momentum.named_parameters())
@@ -61,8 +61,8 @@ def test_frozen_tensors_stay_bit_identical_and_the_predictor_has_no_average() ->
 def test_buffers_are_not_averaged() -> None:
     base, momentum = pair()
     base.projector(torch.randn(8, 16) + 3)
-    momentum.begin(0.5)
-    momentum.finish()
+    momentum.begin_move(0.5)
+    momentum.finish_move()
     assert not momentum.projector[1].running_mean.any()
 
 
@@ -71,19 +71,19 @@ def test_keys_use_the_moved_weights_and_batch_statistics() -> None:
     momentum.train()
     images = torch.randn(6, 3, 16, 16)
     jolt(base)
-    momentum.begin(0.0)  # become the base encoder
-    momentum.finish()
+    momentum.begin_move(0.0)  # become the base encoder
+    momentum.finish_move()
     expected = base.projector(base.backbone(images)).detach()
-    torch.testing.assert_close(momentum.keys(images), expected)
-    torch.testing.assert_close(momentum.keys(images, chunk=4), expected)
-    assert not momentum.keys(images).requires_grad
+    torch.testing.assert_close(momentum.make_keys(images).keys_BP, expected)
+    torch.testing.assert_close(momentum.make_keys(images, chunk=4).keys_BP, expected)
+    assert not momentum.make_keys(images).keys_BP.requires_grad
 
 
 def test_state_round_trip_and_foreign_state() -> None:
     base, momentum = pair()
     jolt(base)
-    momentum.begin(0.3)
-    momentum.finish()
+    momentum.begin_move(0.3)
+    momentum.finish_move()
     state = {n: t.clone() for n, t in momentum.full_state()}
     _, fresh = pair()
     fresh.load_full_state(state)
@@ -95,46 +95,10 @@ def test_state_round_trip_and_foreign_state() -> None:
         fresh.load_full_state(state)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7])
-@pytest.mark.parametrize("kept", [0, 1, 2])
-@pytest.mark.parametrize("drop_path", [0.0, 0.3])
-def test_chunked_gradients_equal_the_plain_pass(chunk: int, drop_path: float, kept: int) -> None:
-    torch.manual_seed(0)
-    shape = EncoderShape(vit=SHAPE.vit, hidden=24, out=8, drop_path=drop_path)
-    base = BaseEncoder(shape).double().train()
-    images = torch.randn(7, 3, 16, 16, dtype=torch.float64)
-
-    def gradients(checkpointed: bool) -> list[torch.Tensor]:
-        torch.manual_seed(1)
-        if checkpointed:
-            features = chunked_features(base.backbone, images, chunk, kept=kept)
-        else:  # the same pieces, so the same draws, with all activations kept
-            pieces = torch.split(images, chunk)
-            features = torch.cat([base.backbone(piece) for piece in pieces])
-        loss = base.predictor(base.projector(features)).square().mul(torch.arange(8)).sum()
-        trained = [p for p in base.parameters() if p.requires_grad]
-        return list(torch.autograd.grad(loss, trained))
-
-    for ours, plain in zip(gradients(True), gradients(False), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)  # fp64
-
-
-@pytest.mark.parametrize("gradients", [True, False])
-def test_a_chunk_leaves_class_tokens_behind_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, gradients: bool
-) -> None:
-    backbone = BaseEncoder(SHAPE).backbone
-    kept: list[torch.Tensor] = []
-    join = torch.cat
-
-    def spy(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
-        kept.extend(tensors)
-        return join(tensors, dim)
-
-    monkeypatch.setattr("mocov3_ds.model.base_encoder.torch.cat", spy)
-    with torch.set_grad_enabled(gradients):
-        chunked_features(backbone, torch.randn(6, 3, 16, 16), chunk=2)
-    features = [tensor for tensor in kept if tensor.shape == (2, SHAPE.vit.dim)]
-    assert len(features) == 3
-    for tensor in features:  # a view would hold the tokens of all patches as well
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+def test_each_view_has_features_of_its_own() -> None:
+    _, momentum = pair()
+    images = torch.randn(6, 3, 16, 16)
+    first, second = momentum.make_keys(images), momentum.make_keys(images.flip(3))
+    torch.testing.assert_close(first.features_BD, momentum.backbone(images))
+    torch.testing.assert_close(second.features_BD, momentum.backbone(images.flip(3)))
+    assert not torch.equal(first.features_BD, second.features_BD)

@@ -1,27 +1,23 @@
 """Chunks from measured memory: the measuring, the choice, and what is said when nothing fits."""
 
 import json
-import weakref
-from collections.abc import Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from mocov3_ds.config import Config
 from mocov3_ds.distributed import host_memory, ranks
-from mocov3_ds.model.base_encoder import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import EncoderShape
+from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.heads import build_projector
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape, build_vit
-from mocov3_ds.training import chunk_size, run
+from mocov3_ds.training import chunk_size
 from mocov3_ds.training.chunk_size import Room
-from mocov3_ds.training.step import kept_of_each_view
+from tests.allocator import Allocator
 from tests.ranks_pool import run_ranks
 
 SHAPE = EncoderShape(
@@ -36,38 +32,6 @@ def test_activations_of_a_small_network_by_hand() -> None:
     assert chunk_size.activation_bytes(network.bfloat16(), torch.zeros(1, 10).bfloat16()) == 2 * (
         30 + 30
     )
-
-
-class Allocator(TorchDispatchMode):
-    """What a GPU's allocator would say: bytes of the storages that are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self.see(tensor.untyped_storage())
-        return result
-
-    def see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.alive:
-            self.alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, key)
-
-    def forget(self, key: int) -> None:
-        self.now -= self.alive.pop(key)
-
-    def begin(self, _device: torch.device) -> None:
-        self.peak = self.now
 
 
 @pytest.fixture
@@ -96,7 +60,7 @@ def test_peaks_are_of_activations_and_not_of_gradients(
     backbone.set_grad_checkpointing(recompute)
     with allocator:
         peak = {
-            n: chunk_size._peak_bytes(backbone, torch.zeros(n, 3, 16, 16)) for n in (2, 4, 64, 128)
+            n: chunk_size.peak_bytes(backbone, torch.zeros(n, 3, 16, 16)) for n in (2, 4, 64, 128)
         }
     weights = sum(parameter.nbytes for parameter in backbone.parameters())
     slope = (peak[128] - peak[64]) / 64
@@ -109,9 +73,9 @@ def test_peaks_are_of_activations_and_not_of_gradients(
 def test_a_large_weight_does_not_hide_the_activations_of_a_head(allocator: Allocator) -> None:
     projector = build_projector(64, 512, 32).requires_grad_(False)
     with allocator:
-        few, more = (chunk_size._peak_bytes(projector, torch.zeros(n, 64)) for n in (1024, 2048))
+        few, more = (chunk_size.peak_bytes(projector, torch.zeros(n, 64)) for n in (1024, 2048))
         measured = chunk_size.activation_bytes(projector, torch.zeros(1, 64).as_subclass(OnGpu))
-        of_few = (chunk_size._peak_bytes(projector, torch.zeros(n, 64)) for n in (2, 4))
+        of_few = (chunk_size.peak_bytes(projector, torch.zeros(n, 64)) for n in (2, 4))
     slope = (more - few) / 1024
     assert -next(of_few) + next(of_few) < 0.1 * slope  # the peak of few rows says nothing
     assert 0.5 * slope < measured < slope  # what is kept, without what a layer needs at work
@@ -130,7 +94,7 @@ def test_measuring_leaves_the_encoder_as_it_was() -> None:
     # a block keeps about 32 x tokens x width numbers in low precision (flash attention): within a
     # factor of two, and the other parts of the room are what was asked for
     assert 0.5 < room.per_image / (4 * 16 * 3 * tokens * 48) < 2.5
-    assert room.rest > 1000 + 2 * 8 * 3 * 32 * 32 * 5
+    assert room.reserved > 1000 + 2 * 8 * 3 * 32 * 32 * 5
     small = chunk_size.measure_room(
         encoder,
         torch.zeros(1, 3, 32, 32),
@@ -142,34 +106,17 @@ def test_measuring_leaves_the_encoder_as_it_was() -> None:
     assert small.per_image < room.per_image / 1.5
 
 
-@pytest.mark.parametrize(
-    ("images", "batch", "chunks"),
-    [
-        (16, 8, Chunks()),
-        (15, 8, Chunks(size=7, kept=1)),
-        (2, 8, Chunks(size=1, kept=1)),
-        (1, 8, Chunks(size=1, kept=0)),
-        (200, 512, Chunks(size=64, kept=2)),
-        (1000, 512, Chunks(size=64, kept=14)),
-    ],
-)
-def test_the_choice(images: int, batch: int, chunks: Chunks) -> None:
-    assert chunk_size.choose_chunks(images, batch) == chunks
-    if chunks.size:  # never more at once than fits: the chunk at work and the kept ones
-        assert chunks.size * (chunks.kept + 1) <= images
-
-
 def test_too_little_memory_says_so_with_numbers() -> None:
-    room = Room(free=2**30, rest=2**29, per_image=2**29)
+    room = Room(free=2**30, reserved=2**29, per_image=2**29)
     words = r"not one image fits: 1\.00 GiB are free on rank 0.*0\.50 GiB"
     with pytest.raises(ValueError, match=words):
-        chunk_size.fitting_chunks(room, batch=4)
+        chunk_size.agree_on_chunks(room, batch=4)
 
 
 def refusal() -> str:
     free = 2**29 if ranks.rank() == 1 else 20 * 2**30
     with pytest.raises(ValueError, match="not one image fits") as found:
-        chunk_size.fitting_chunks(Room(free=free, rest=2**28, per_image=2**29), batch=4)
+        chunk_size.agree_on_chunks(Room(free=free, reserved=2**28, per_image=2**29), batch=4)
     return str(found.value)
 
 
@@ -180,6 +127,7 @@ def test_the_tightest_rank_is_named_on_all() -> None:
 
 
 CONFIG = Config(batch=32)
+MEASURED = Chunks(size=5, keep=1)
 STAGE_1 = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
 
 
@@ -202,24 +150,31 @@ def test_a_resumed_run_takes_the_chunks_that_were_chosen_under_the_same_conditio
     engine: dict[str, Any],
     total: float,
     reused: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "gradient_bytes", lambda _engine: 0)
-    monkeypatch.setattr(
-        chunk_size, "measure_room", lambda *_, **__: Room(free=100, rest=0, per_image=9)
-    )
-    monkeypatch.setattr(chunk_size, "total_bytes", lambda _device: round(80 * GIB))
-    first, second = (SimpleNamespace(config=config) for config in (STAGE_1, engine))
-    encoder = MomentumEncoder(SHAPE)
-    there = run._chunks_depend_on(replace(CONFIG, **before), first)
-    state = json.loads(json.dumps({"size": 3, "kept": 2, **there}))
-    monkeypatch.setattr(chunk_size, "total_bytes", lambda _device: round(total * GIB))
-    saved: Any = SimpleNamespace(value=lambda _key: state)
-    found = run._chunks(replace(CONFIG, **after), second, encoder, saved)
-    assert found == (Chunks(size=3, kept=2) if reused else Chunks(size=5, kept=1))
-    # a checkpoint of before these were noted
-    state = {"size": 3, "kept": 2, "world_size": 1}
-    assert run._chunks(CONFIG, first, encoder, saved) == Chunks(size=5, kept=1)
+    def conditions(flags: dict[str, Any], engine: dict[str, Any], total: float) -> dict[str, Any]:
+        config = replace(CONFIG, **flags)
+        return chunk_size.chunk_conditions(config, engine, 1, round(total * GIB))
+
+    def resolve(flags: dict[str, Any], engine: dict[str, Any], saved: dict[str, Any]) -> Chunks:
+        present = conditions(flags, engine, total)
+        return chunk_size.resolve_chunks(
+            replace(CONFIG, **flags), CONFIG.batch, present, saved, lambda: MEASURED
+        )
+
+    earlier = conditions(before, STAGE_1, 80.0)
+    saved = json.loads(json.dumps({"size": 3, "kept": 2, **earlier}))
+    assert resolve(after, engine, saved) == (Chunks(size=3, keep=2) if reused else MEASURED)
+    # a checkpoint of before these were noted, and none
+    for saved in ({"size": 3, "kept": 2, "world_size": 1}, {}):
+        assert resolve({}, STAGE_1, saved) == MEASURED
+
+
+def test_given_chunks_are_taken_and_one_of_the_whole_batch_is_one_pass() -> None:
+    def resolve(**flags: int) -> Chunks:
+        return chunk_size.resolve_chunks(replace(CONFIG, **flags), 32, {}, {}, lambda: MEASURED)
+
+    assert resolve(chunk=8, keep_chunks=2) == Chunks(size=8, keep=2)
+    assert resolve(chunk=32) == resolve(chunk=99) == Chunks()
 
 
 GIB = 2**30
@@ -229,26 +184,3 @@ def test_the_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(host_memory, "free_bytes", lambda: 9)
     monkeypatch.setattr(ranks, "local_world_size", lambda: 2)
     assert chunk_size.free_bytes(torch.device("cpu")) == 4
-
-
-def test_key_blocks_bound_the_logits() -> None:
-    assert chunk_size.fitting_key_block(512, 4096) == 0
-    block = chunk_size.fitting_key_block(4096, 32768)
-    assert 0 < 24 * 4096 * block <= 512 * 2**20
-    assert chunk_size.fitting_key_block(10**9, 10**9) == 1
-
-
-@pytest.mark.parametrize(
-    ("chunks", "batch", "kept"),
-    [
-        (Chunks(), 8, (0, 1)),
-        (Chunks(size=3), 8, (0, 1)),
-        (Chunks(size=3, kept=1), 8, (0, 2)),
-        (Chunks(size=3, kept=3), 8, (1, 3)),
-        (Chunks(size=3, kept=99), 8, (3, 3)),
-    ],
-)
-def test_kept_chunks_are_counted_from_the_end(
-    chunks: Chunks, batch: int, kept: tuple[int, int]
-) -> None:
-    assert kept_of_each_view(chunks, batch) == kept

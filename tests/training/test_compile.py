@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from mocov3_ds.config import parse
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import engine_config, full_tensors, start_engine
-from mocov3_ds.model import cpu_ops
-from mocov3_ds.model.base_encoder import BaseEncoder, Chunks, EncoderShape
+from mocov3_ds.distributed.engine import full_tensors, start_engine
+from mocov3_ds.distributed.engine_config import engine_config
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.chunking import Chunks
+from mocov3_ds.model.cpu_ops import suit_cpu
+from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape, compile_blocks
 from mocov3_ds.monitoring.attention import attention_extremes
 from mocov3_ds.optim import AdamW
-from mocov3_ds.training.run import build_job
+from mocov3_ds.recipes import parse
+from mocov3_ds.training.build import build_run
 from mocov3_ds.training.step import QueriesToLoss, train_step
 from tests.ranks_pool import run_ranks
 
@@ -28,7 +31,7 @@ SHAPE = EncoderShape(
 def after_two_steps(stage: int, compiled: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses, and the weights of base and momentum encoder, of 5 images a rank in chunks of 2."""
     torch.manual_seed(0)
-    model = QueriesToLoss(BaseEncoder(SHAPE), temperature=0.2, chunks=Chunks(size=2))
+    model = QueriesToLoss(BaseEncoder(SHAPE), ContrastiveLoss(0.2), chunks=Chunks(size=2))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     config = engine_config(
         {"zero_optimization": {"stage": stage}},
@@ -37,6 +40,8 @@ def after_two_steps(stage: int, compiled: bool) -> tuple[list[float], dict[str, 
     )
     engine = start_engine(model, AdamW(named, lr=1e-3), config)
     encoder = MomentumEncoder(SHAPE)
+    for network in (model, encoder):
+        suit_cpu(network, smallest_weight=1)  # small layers, too, are computed otherwise on a CPU
     encoder.start_from(dict(full_tensors(model.base)))
     encoder.follow(model.base)
     if compiled:
@@ -55,7 +60,6 @@ def after_two_steps(stage: int, compiled: bool) -> tuple[list[float], dict[str, 
 
 
 def all_stages() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
-    cpu_ops.SMALLEST = 1  # of this rank's process: also layers that are computed otherwise on a CPU
     compiled = [after_two_steps(stage, compiled=True) for stage in (0, 1, 2)]
     return [after_two_steps(1, compiled=False), *compiled]
 
@@ -85,7 +89,7 @@ def refused(runs: Path) -> str:
         ["--compile_blocks", "--ds", "zero_optimization.stage=3", "--runs", str(runs)],
     )
     with pytest.raises(ValueError) as error:
-        build_job(run, torch.device("cpu"))
+        build_run(run, torch.device("cpu"))
     return str(error.value)
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from mocov3_ds import train
 from mocov3_ds.checkpoints import run_folder
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
-from mocov3_ds.config import parse
 from mocov3_ds.data.loader import Batch
 from mocov3_ds.distributed import ranks
+from mocov3_ds.recipes import parse
 from mocov3_ds.training import advance
 from mocov3_ds.training.run import Run
 from tests.checkpoints.test_run_folder import end, hold
@@ -80,13 +80,13 @@ def sit(folder: str, flags: list[str], sittings: list[Sitting]) -> list[Ids]:
 
     def recorded(job: Run) -> Batch:
         batch = whole(job)
-        of_all = ranks.gather_objects(batch.ids_B.tolist())
+        of_all = ranks.gather_objects(batch.sample_ids_B.tolist())
         found[-1][job.step + 1] = sorted(i for ids in of_all for i in ids)
         return batch
 
     advance.next_batch = recorded
     for sitting in sittings:
-        ranks.first_does(partial(branch, sitting))
+        ranks.run_on_first(partial(branch, sitting))
         found.append({})
         end = ["--name", sitting.name, "--stop_after_steps", str(sitting.last)]
         train.train(parse([*flags, *sitting.layout, *end]))
@@ -125,14 +125,14 @@ def errors(folder: Path, name: str, step: int, since: int) -> dict[str, float]:
         Checkpoint(folder / "runs" / run / f"checkpoints/step-{at:08d}")
         for run, at in ((name, step), ("home", step), ("home", since))
     )
-    assert got.value("optimizer_steps") == want.value("optimizer_steps") == step
-    moments = want.names("optimizer")
-    assert got.names("optimizer") == moments
+    assert got.state_value("optimizer_steps") == want.state_value("optimizer_steps") == step
+    moments = want.tensor_names("optimizer")
+    assert got.tensor_names("optimizer") == moments
     trained = {key.partition("/")[2].removeprefix("base.") for key in moments}
     found = {"rest": 0.0}
     for group in ("base", "momentum"):
-        names = want.names(group)
-        assert got.names(group) == names
+        names = want.tensor_names(group)
+        assert got.tensor_names(group) == names
         mine, theirs, first = (partial(c.tensor, group) for c in (got, want, origin))
         moved = [n for n in names if n in trained]
         found[group] = distance(mine, theirs, moved) / distance(theirs, first, moved)
@@ -320,7 +320,7 @@ def end_family(process: subprocess.Popen[bytes]) -> None:
 
 def started(folder: str, command_lines: list[list[str]]) -> list[tuple[int, str]]:
     """Exit status and words of the main job for each command line, in one process."""
-    run_folder.PATIENCE_S = 0.2
+    run_folder.enter_folder = partial(run_folder.enter_folder, wait_s=0.2)
     return outcomes(folder, command_lines)
 
 

@@ -11,14 +11,12 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import (
-    compute_dtype,
-    engine_config,
-    full_tensors,
-    start_engine,
-)
-from mocov3_ds.model import cpu_ops
-from mocov3_ds.model.base_encoder import BaseEncoder, Chunks, EncoderShape
+from mocov3_ds.distributed.engine import full_tensors, start_engine
+from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.chunking import Chunks
+from mocov3_ds.model.cpu_ops import SMALLEST_WEIGHT, suit_cpu
+from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape
 from mocov3_ds.training.step import QueriesToLoss, train_step
@@ -80,22 +78,28 @@ def plain_run() -> dict[str, Any]:
 
 
 def engine_runs(
-    cases: list[tuple[Any, ...]], smallest: int = cpu_ops.SMALLEST
+    cases: list[tuple[Any, ...]], smallest: int = SMALLEST_WEIGHT
 ) -> list[dict[str, Any]]:
     """For each (ZeRO stage, chunks, key block, recomputed blocks): the run through the engine.
 
     `smallest` = 1 makes layers of this size take the way that large ones take on a CPU.
     """
-    cpu_ops.SMALLEST = smallest  # of a rank's process
-    return [engine_run(*case) for case in cases]
+    return [engine_run(*case, smallest=smallest) for case in cases]
 
 
 def engine_run(
-    stage: int, chunks: Chunks, key_block: int, recompute: bool, bf16: bool = False
+    stage: int,
+    chunks: Chunks,
+    key_block: int,
+    recompute: bool,
+    bf16: bool = False,
+    smallest: int = SMALLEST_WEIGHT,
 ) -> dict[str, Any]:
     base, momentum = start()
+    suit_cpu(base, smallest)
+    suit_cpu(momentum, smallest)
     base.backbone.set_grad_checkpointing(recompute)
-    model = QueriesToLoss(base, temperature=0.2, chunks=chunks, key_block=key_block)
+    model = QueriesToLoss(base, ContrastiveLoss(0.2, key_block), chunks=chunks)
     optimizer = Sgd([p for p in model.parameters() if p.requires_grad], lr=LR, momentum=0.9)
     given = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
     config = engine_config(given, global_batch=BATCH, world_size=ranks.world_size())
@@ -155,7 +159,7 @@ def movement_error(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
 WHOLE, UNEVEN, SINGLE = Chunks(), Chunks(size=5), Chunks(size=1)
 CASES = [(stage, *how, False) for stage in (0, 1, 2, 3) for how in ((WHOLE, 0), (UNEVEN, 7))]
 CASES += [(1, SINGLE, 1, False), (3, SINGLE, 0, False)]
-CASES += [(1, Chunks(size=2, kept=2), 0, True), (3, Chunks(size=2, kept=2), 0, True)]
+CASES += [(1, Chunks(size=2, keep=2), 0, True), (3, Chunks(size=2, keep=2), 0, True)]
 CASES += [(2, WHOLE, 0, True), (1, Chunks(size=99), 0, False)]  # larger than the batch: one pass
 
 
@@ -201,7 +205,7 @@ def start_run(
 ) -> tuple[Any, MomentumEncoder, list[Tensor]]:
     """Engine, momentum encoder and this rank's views of step 0 in the engine's dtype."""
     base, momentum = start()
-    model = QueriesToLoss(base, temperature=0.2, chunks=chunks)
+    model = QueriesToLoss(base, ContrastiveLoss(0.2), chunks=chunks)
     optimizer = Sgd([p for p in model.parameters() if p.requires_grad], lr=LR)
     given = {"zero_optimization": {"stage": stage, **(zero or {})}, **config}
     json_config = engine_config(given, global_batch=BATCH, world_size=ranks.world_size())
@@ -271,7 +275,7 @@ def bad_then_good(cases: list[tuple[int, bool]]) -> list[dict[str, Any]]:
                 result = train_step(engine, momentum, bad1, x2, momentum=MOMENTUM, **limits)
                 if hook is not None:
                     hook.remove()
-                steps.append((result.trouble, result.applied, result.gradient_norm))
+                steps.append((result.bad_reason, result.applied, result.gradient_norm))
             weights_after.append(masters(engine))
             finite = all(t.isfinite().all() for _, t in full_tensors(engine.module.base))
             engine.destroy()
@@ -325,8 +329,8 @@ def traffic_of_a_step(cases: list[dict[str, Any]]) -> list[dict[str, Traffic]]:
         for moves in (True, False):
             engine, momentum, (x1, x2) = start_run(zero["stage"], Chunks(size=2), zero)
             if not moves:
-                momentum.begin = lambda momentum: None  # type: ignore[method-assign]
-                momentum.finish = lambda: None  # type: ignore[method-assign]
+                momentum.begin_move = lambda momentum: None  # type: ignore[method-assign]
+                momentum.finish_move = lambda: None  # type: ignore[method-assign]
             train_step(engine, momentum, x1, x2, momentum=MOMENTUM)  # persistence settles
             take()
             train_step(engine, momentum, x1, x2, momentum=MOMENTUM)

@@ -1,0 +1,162 @@
+"""A run is put together, from its settings and its newest checkpoint.
+
+    settings -> shards, views -> trained module -> optimizer -> run folder claimed
+             -> weights of the checkpoint -> engine -> momentum encoder -> chunks -> the rest
+
+What a user can have wrong is found before the folder is touched, as far as possible.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from mocov3_ds.checkpoints.checkpoint import Checkpoint
+from mocov3_ds.config import Config, Settings
+from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.engine import Engine, gradient_bytes, start_engine
+from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
+from mocov3_ds.model.chunking import Chunks
+from mocov3_ds.model.layer_groups import layer_group
+from mocov3_ds.model.loss import PairLoss
+from mocov3_ds.model.momentum_encoder import MomentumEncoder
+from mocov3_ds.model.vit import compile_blocks
+from mocov3_ds.monitoring.alarm_response import check_response
+from mocov3_ds.monitoring.signal_recorder import SignalRecorder
+from mocov3_ds.optim.build import base_rate, build_optimizer
+from mocov3_ds.training import chunk_size, trained_state
+from mocov3_ds.training.resume import build_saver, claim_run, merge_bad_samples
+from mocov3_ds.training.run import Run
+from mocov3_ds.training.run_data import build_knn_monitor, open_loader, open_shards, view_spec
+from mocov3_ds.training.run_model import build_model, start_momentum_encoder, trained_parameters
+from mocov3_ds.training.schedule import scaled_rate
+from mocov3_ds.training.step import QueriesToLoss
+from mocov3_ds.training.step_limits import StepLimits
+from mocov3_ds.training.tensor_rules import tensor_rules
+
+
+def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = None) -> Run:
+    """Open the data, claim the run folder, and put every part in place; all ranks must call.
+
+    Args:
+        settings: resolved command line of the run.
+        device: device of this rank.
+        loss: loss to train with; None = the paper's at `--moco.temperature`.
+
+    Raises:
+        ValueError: anything a user can have wrong, before the run folder is touched where possible.
+    """
+    config, block = settings.config, settings.engine.get("optimizer")
+    engine_json = _check_engine(settings)
+    peak_rate = scaled_rate(base_rate(block), config.batch)
+    train, probes = open_shards(config)
+    spec = view_spec(config)
+    model = build_model(config, ranks.world_size(), loss)
+    trained = trained_parameters(model)
+    optimizer = build_optimizer(block, trained, tensor_rules(config))
+    check_response(config.alarm, optimizer)
+
+    # the last thing that can be refused is the folder itself
+    saved = claim_run(settings, train.digest)
+    if saved is not None:
+        trained_state.load_weights(model, saved)
+    engine = start_engine(model.to(device), optimizer, engine_json)
+    dtype = compute_dtype(engine_json)
+    momentum_encoder = start_momentum_encoder(config, engine, device, dtype)
+    conditions = _set_chunks(config, engine, momentum_encoder, saved)
+    _compile_networks(config, model, momentum_encoder)
+
+    groups = [layer_group(name) for name, _ in trained]
+    recorder_from = partial(SignalRecorder, config, optimizer, groups, train)
+    loader_from = partial(open_loader, config, train, spec, device)
+    state, position = (saved.state, saved.position) if saved else ({}, 0)
+    total_steps, warmup_steps = count_steps(config, train)
+    run = Run(
+        config=config, device=device, dtype=dtype,
+        engine=engine, optimizer=optimizer, momentum_encoder=momentum_encoder,
+        loader=loader_from(position, merge_bad_samples([state.get("bad_samples", {})])),
+        knn_monitor=build_knn_monitor(config, spec, train, probes, device, dtype),
+        view_spec=spec, manifest=train, chunk_conditions=conditions,
+        peak_rate=peak_rate, total_steps=total_steps, warmup_steps=warmup_steps,
+        step=saved.step if saved else 0, position=position,
+        saver=build_saver(config), recorder=recorder_from(saved),
+        limits=StepLimits(config.trouble, state.get("trouble", {})),
+        open_loader=loader_from, open_recorder=recorder_from,
+    )  # fmt: skip
+    if saved is not None:
+        run.restore(saved)
+    return run
+
+
+def _compile_networks(config: Config, model: QueriesToLoss, encoder: MomentumEncoder) -> None:
+    """Compile the blocks of both encoders where the settings ask for it."""
+    if config.compile_blocks:
+        compile_blocks(model.base.backbone)
+        compile_blocks(encoder.backbone)
+
+
+def _check_engine(settings: Settings) -> dict[str, Any]:
+    """The DeepSpeed JSON of the run, after what is asked of torch itself.
+
+    Raises:
+        ValueError: keys or values that cannot be, or that do not go together.
+    """
+    config = settings.config
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    engine_json = engine_config(
+        settings.engine, global_batch=config.batch, world_size=ranks.world_size()
+    )
+    if config.compile_blocks and engine_json["zero_optimization"]["stage"] == 3:
+        raise ValueError(
+            "--compile_blocks does not go with ZeRO stage 3, which gathers weights inside of a "
+            "block; use --ds zero_optimization.stage=2."
+        )
+    return engine_json
+
+
+def count_steps(config: Config, train: Manifest) -> tuple[int, float]:
+    """Steps of the whole run, and of its warm-up, which need not be whole.
+
+    Args:
+        config: settings of the run.
+        train: manifest of the training shards; what is left over of an epoch is no step.
+    """
+    steps_per_epoch = train.samples // config.batch
+    total_steps = max(1, round(config.epochs * steps_per_epoch))
+    return total_steps, config.warmup_epochs * steps_per_epoch
+
+
+def _set_chunks(
+    config: Config,
+    engine: Engine[QueriesToLoss],
+    encoder: MomentumEncoder,
+    saved: Checkpoint | None,
+) -> dict[str, Any]:
+    """Give the trained module its chunks; returns what decided them."""
+    batch = config.batch // ranks.world_size()
+
+    def measure_chunks() -> Chunks:
+        size, parameter = config.views.image_size, next(encoder.parameters())
+        room = chunk_size.measure_room(
+            encoder,
+            torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device),
+            batch=batch,
+            global_batch=config.batch,
+            gradient_bytes=gradient_bytes(engine),
+            recompute_blocks=config.recompute_blocks,
+        )
+        return chunk_size.agree_on_chunks(room, batch)
+
+    conditions = chunk_size.chunk_conditions(
+        config,
+        engine.config,
+        ranks.world_size(),
+        chunk_size.smallest_memory_bytes(ranks.this_device()),
+    )
+    saved_chunks = saved.state_value("chunks") if saved is not None else {}
+    engine.module.chunks = chunk_size.resolve_chunks(
+        config, batch, conditions, saved_chunks, measure_chunks
+    )
+    return conditions

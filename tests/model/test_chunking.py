@@ -1,0 +1,114 @@
+"""Chunks: the same gradients as in one pass, the choice of their size, what the loss holds."""
+
+import pytest
+import torch
+
+from mocov3_ds.model import chunking
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.chunking import Chunks, chunked_features, count_kept_chunks
+from mocov3_ds.model.loss import ContrastiveLoss
+from mocov3_ds.model.vit import VitShape
+from tests.allocator import Allocator
+
+SHAPE = EncoderShape(
+    vit=VitShape(image_size=16, patch_size=8, dim=16, depth=2, heads=2), hidden=24, out=8
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("keep", [0, 1, 2])
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_chunked_gradients_equal_the_plain_pass(chunk: int, drop_path: float, keep: int) -> None:
+    torch.manual_seed(0)
+    shape = EncoderShape(vit=SHAPE.vit, hidden=24, out=8, drop_path=drop_path)
+    base = BaseEncoder(shape).double().train()
+    images = torch.randn(7, 3, 16, 16, dtype=torch.float64)
+
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        if checkpointed:
+            features = chunked_features(base.backbone, images, chunk, keep=keep)
+        else:  # the same pieces, so the same draws, with all activations kept
+            pieces = torch.split(images, chunk)
+            features = torch.cat([base.backbone(piece) for piece in pieces])
+        loss = base.predictor(base.projector(features)).square().mul(torch.arange(8)).sum()
+        trained = [p for p in base.parameters() if p.requires_grad]
+        return list(torch.autograd.grad(loss, trained))
+
+    for ours, plain in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)  # fp64
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_chunk_leaves_class_tokens_behind_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, gradients: bool
+) -> None:
+    backbone = BaseEncoder(SHAPE).backbone
+    joined: list[torch.Tensor] = []
+    join = torch.cat
+
+    def spy(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        joined.extend(tensors)
+        return join(tensors, dim)
+
+    monkeypatch.setattr("mocov3_ds.model.chunking.torch.cat", spy)
+    with torch.set_grad_enabled(gradients):
+        chunked_features(backbone, torch.randn(6, 3, 16, 16), chunk=2)
+    features = [tensor for tensor in joined if tensor.shape == (2, SHAPE.vit.dim)]
+    assert len(features) == 3
+    for tensor in features:  # a view would hold the tokens of all patches as well
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "chunks"),
+    [
+        (16, 8, Chunks()),
+        (15, 8, Chunks(size=7, keep=1)),
+        (2, 8, Chunks(size=1, keep=1)),
+        (1, 8, Chunks(size=1, keep=0)),
+        (200, 512, Chunks(size=64, keep=2)),
+        (1000, 512, Chunks(size=64, keep=14)),
+    ],
+)
+def test_the_choice(images: int, batch: int, chunks: Chunks) -> None:
+    assert chunking.choose_chunks(images, batch) == chunks
+    if chunks.size:  # never more at once than fits: the chunk at work and the kept ones
+        assert chunks.size * (chunks.keep + 1) <= images
+
+
+def test_key_blocks_bound_the_logits() -> None:
+    assert chunking.choose_key_block(512, 4096) == 0
+    block = chunking.choose_key_block(4096, 32768)
+    assert 0 < 24 * 4096 * block <= 512 * 2**20
+    assert chunking.choose_key_block(10**9, 10**9) == 1
+
+
+@pytest.mark.parametrize(
+    ("chunks", "batch", "kept"),
+    [
+        (Chunks(), 8, (0, 1)),
+        (Chunks(size=3), 8, (0, 1)),
+        (Chunks(size=3, keep=1), 8, (0, 2)),
+        (Chunks(size=3, keep=3), 8, (1, 3)),
+        (Chunks(size=3, keep=99), 8, (3, 3)),
+    ],
+)
+def test_kept_chunks_are_counted_from_the_end(
+    chunks: Chunks, batch: int, kept: tuple[int, int]
+) -> None:
+    assert count_kept_chunks(chunks, batch) == kept
+
+
+@pytest.mark.parametrize(("key_block", "alive"), [(0, chunking.LOGITS_ALIVE), (128, 3)])
+def test_logits_that_are_alive_at_once(key_block: int, alive: int) -> None:
+    """Of both views, from the first product to the last gradient."""
+    loss = ContrastiveLoss(0.2, key_block)
+    keys, allocator = torch.randn(1024, 2), Allocator()
+    queries = [torch.randn(512, 2, requires_grad=True) for _ in range(2)]
+    with allocator:
+        total = loss(queries[0], keys, 0) + loss(queries[1], keys, 0)
+        total.backward()
+    logits = 4 * 512 * (key_block or 1024)
+    assert alive <= allocator.peak / logits < alive + 0.25
+    assert allocator.peak / logits < chunking.LOGITS_RESERVED
