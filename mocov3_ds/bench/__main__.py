@@ -1,43 +1,54 @@
 """`python -m mocov3_ds.bench NAME [options]`: run the benchmark in `mocov3_ds/bench/NAME.py`.
 
-A benchmark is a module of this folder with a function `command()` that reads its own options from
-the command line; it needs no registration.
+A benchmark is a module of this folder with a function `run_bench(options)`. The type of `options`
+is a dataclass whose fields are the flags; no registration is needed.
 """
 
 import ast
-import difflib
 import importlib
 import sys
 from pathlib import Path
+from typing import get_type_hints
+
+import tyro
+
+from mocov3_ds.settings.spelling import did_you_mean
 
 
-def benchmarks() -> dict[str, str]:
-    """Name of each benchmark -> first line of its docstring, without importing any."""
-    found = {}
+def list_benchmarks() -> dict[str, str]:
+    """Name of each benchmark and the first line of its docstring; none of them is imported."""
+    benchmarks = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         tree = ast.parse(path.read_text())
-        if any(isinstance(node, ast.FunctionDef) and node.name == "command" for node in tree.body):
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return found
+        if any(
+            isinstance(node, ast.FunctionDef) and node.name == "run_bench" for node in tree.body
+        ):
+            benchmarks[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return benchmarks
 
 
 def main(arguments: list[str]) -> int:
-    """List the benchmarks or run one; 2 for a name that there is not, or bad options."""
-    names = benchmarks()
+    """List the benchmarks or run one; returns the exit status, 2 for a bad name or bad options."""
+    names = list_benchmarks()
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: python -m mocov3_ds.bench NAME [options]   (NAME --help: its options)\n")
         width = max(map(len, names))
-        print("\n".join(f"  {name:<{width}}  {about}" for name, about in names.items()))
+        print("\n".join(f"  {name:<{width}}  {text}" for name, text in names.items()))
         return 0
-    name = arguments[0]
+    name, *flags = arguments
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        hint = did_you_mean(name, names)
         print(f"bench: error: no benchmark {name!r}{hint}; there are {', '.join(names)}.")
         return 2
-    sys.argv = [f"{sys.argv[0]} {name}", *arguments[1:]]
+    module = importlib.import_module(f"mocov3_ds.bench.{name}")
+    options = tyro.cli(
+        get_type_hints(module.run_bench)["options"],
+        args=flags,
+        prog=f"python -m mocov3_ds.bench {name}",
+        description=module.__doc__,
+    )
     try:
-        importlib.import_module(f"mocov3_ds.bench.{name}").command()
+        module.run_bench(options)
     except ValueError as error:
         print(f"bench {name}: error: {error}")
         return 2

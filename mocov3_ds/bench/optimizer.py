@@ -5,11 +5,11 @@
     python -m mocov3_ds.bench optimizer --device cuda                    a GPU, with its bandwidth
 
 Each optimizer updates all trained tensors of the ViT's backbone, unsharded, from the same weights
-and gradients. They take turns for several rounds; each turn builds the state anew, so that only one
-optimizer's memory is in use, takes one step to warm up and then the timed steps; the median counts.
-Time is CPU seconds on the CPU and seconds between synchronisations on a GPU. GB/s are the bytes
-that the algorithm must move (LAMB 40 per parameter, LARS and AdamW 28; see optim/kernels.py) over
-the time, and "of copy" compares them with a plain copy's in the same run.
+and gradients. They take turns for several rounds. Each turn builds the state from scratch, so that
+only one optimizer's memory is in use, takes one step to warm up, and then the timed steps; the
+median counts. Time is CPU seconds on the CPU and seconds between synchronisations on a GPU. GB/s
+are the bytes that the algorithm must move (see `optim/kernels.py`) over the time, and "of
+copy" compares them with those of a plain copy in the same run.
 """
 
 import gc
@@ -17,26 +17,26 @@ import importlib
 import math
 import os
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
 import torch
-import tyro
 from timm.optim.lamb import Lamb as TimmLamb
 from timm.optim.lars import Lars as TimmLars
 from torch import Tensor, nn
 
+from mocov3_ds.bench.resource_use import time_call
 from mocov3_ds.distributed import host_memory
-from mocov3_ds.distributed.segments import Flat, cut, run_on
+from mocov3_ds.distributed.segments import Flat, cut_segments, packed_offsets
 from mocov3_ds.model.vit import PAPER_SHAPES, build_vit
 from mocov3_ds.optim import AdamW, Lamb, Lars
-from mocov3_ds.optim.kernels import AdamTerms, kernels_for
+from mocov3_ds.optim.kernel_types import NORMS, UPDATE, WEIGHT, AdamTerms
+from mocov3_ds.optim.kernels import choose_kernels
 from mocov3_ds.optim.lamb import trust_ratio
 from mocov3_ds.optim.rules import vit_rule
-from mocov3_ds.optim.step_tables import NORMS, UPDATE, WEIGHT, plan_of
+from mocov3_ds.optim.step_tables import build_tables
 
 YARDSTICK = "timm Lamb"
 DECAY = 0.1
@@ -44,13 +44,13 @@ RATE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class OptimizerOptions:
     """Time of one optimizer step, side by side."""
 
     shapes: tuple[Literal["vit_s16", "vit_b16", "vit_l16", "vit_h14"], ...] = ("vit_b16",)
     """backbones of the paper whose tensors are updated"""
     device: Literal["cpu", "cuda"] = "cpu"
-    """where"""
+    """device that holds the weights"""
     threads: int = 1
     """CPU threads"""
     rounds: int = 5
@@ -64,126 +64,135 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer of the table.
-
-    Attributes:
-        name: as the table shows it.
-        build: tensors by name, each with its gradient -> a function that takes one step.
-        bytes_each: what its algorithm must move per parameter.
-    """
+    """An optimizer of the table."""
 
     name: str
+    """name in the table"""
     build: Callable[[dict[str, nn.Parameter]], Step]
+    """makes a function that takes one step, from the tensors by name; each has its gradient"""
     bytes_each: int
+    """bytes that its algorithm must move for each parameter"""
 
 
-def main(options: Options) -> None:
+def run_bench(options: OptimizerOptions) -> None:
     """Print the tables."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    for name in options.shapes:
+        compare_optimizers(name, backbone_shapes(name), options)
+
+
+def compare_optimizers(
+    title: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    options: OptimizerOptions,
+    free: int | None = None,
+) -> None:
+    """Print the table of one set of tensors.
+
+    Args:
+        title: name of the set.
+        shapes: shape of each tensor by name.
+        options: what the user gave on the command line.
+        free: free memory in bytes; None = ask the system.
+    """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no CUDA device that torch can use.")
     if min(options.rounds, options.steps, options.threads) < 1:
         raise ValueError("--rounds, --steps and --threads must be at least 1.")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    count = sum(math.prod(shape) for shape in shapes.values())
     copy = copy_bandwidth(device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{options.threads} thread"
-    print(f"{where}{'s' * (device.type == 'cpu' and options.threads > 1)}, ", end="")
-    print(f"torch {torch.__version__}, timm {timm.__version__}; a copy moves {copy:.1f} GB/s;")
-    print(f"median of {options.rounds} rounds of {options.steps} steps\n")
-    for shape in options.shapes:
-        table(shape, options, device, copy)
-
-
-def table(shape: str, options: Options, device: torch.device, copy: float) -> None:
-    """Print one size's table."""
-    shapes = shapes_of(shape)
-    count = sum(math.prod(s) for s in shapes.values())
-    print(f"{shape}: {len(shapes)} tensors, {count / 1e6:.1f} M parameters\n")
-    need, room = count * 4 * 5, free_bytes(device)
-    if need > room:
-        print(f"left out: needs {need / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free\n")
+    print_heading(f"{title}: {len(shapes)} tensors, {count / 1e6:.1f} M parameters", options, copy)
+    needed, free = count * 4 * 5, free_bytes(device) if free is None else free
+    if needed > free:
+        print(f"left out: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free\n")
         return
-    runs, absent = here(device)
-    times: dict[str, list[float]] = {one.name: [] for one in runs}
+    contenders, absent = try_contenders(device)
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(options.rounds):
-        for one in runs:
-            times[one.name] += turn(one, shapes, options.steps, device)
+        for contender in contenders:
+            times[contender.name] += time_turn(contender, shapes, options.steps, device)
     unit = "CPU ms" if device.type == "cpu" else "ms"
     print(f"| optimizer | {unit} a step | speed against {YARDSTICK} | GB/s | of copy |")
     print("|---|---|---|---|---|")
     yardstick = statistics.median(times[YARDSTICK])
-    for one in runs:
-        seconds = statistics.median(times[one.name])
-        speed = count * one.bytes_each / seconds / 1e9
-        ratio = yardstick / seconds
+    for contender in contenders:
+        seconds = statistics.median(times[contender.name])
+        speed = count * contender.bytes_each / seconds / 1e9
         print(
-            f"| {one.name} | {1e3 * seconds:.1f} | {ratio:.2f} | {speed:.1f} | {speed / copy:.2f} |"
+            f"| {contender.name} | {1e3 * seconds:.1f} | {yardstick / seconds:.2f} | {speed:.1f} "
+            f"| {speed / copy:.2f} |"
         )
     for name, reason in absent.items():
         print(f"| {name} | {reason} | | | |")
     print(flush=True)
 
 
-def shapes_of(shape: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each trained tensor of a backbone."""
+def print_heading(title: str, options: OptimizerOptions, copy: float) -> None:
+    """Print the lines above the table.
+
+    Args:
+        title: name and size of the set of tensors.
+        options: what the user gave on the command line.
+        copy: GB/s of a plain copy.
+    """
+    on_cpu = options.device == "cpu"
+    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+    print(f"{threads if on_cpu else torch.cuda.get_device_name()}, ", end="")
+    print(f"torch {torch.__version__}, timm {timm.__version__}; a copy moves {copy:.1f} GB/s;")
+    print(f"median of {options.rounds} rounds of {options.steps} steps\n\n{title}\n")
+
+
+def backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each trained tensor of one of the paper's backbones."""
     with torch.device("meta"):
-        backbone = build_vit(PAPER_SHAPES[shape])
+        backbone = build_vit(PAPER_SHAPES[name])
     return {n: tuple(p.shape) for n, p in backbone.named_parameters() if p.requires_grad}
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be used."""
+    """Bytes of memory that a process can still use on this device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return host_memory.free_bytes()
 
 
-def turn(
-    one: Contender, shapes: dict[str, tuple[int, ...]], steps: int, device: torch.device
+def time_turn(
+    contender: Contender, shapes: Mapping[str, tuple[int, ...]], steps: int, device: torch.device
 ) -> list[float]:
-    """Seconds of each timed step."""
+    """Seconds of each timed step of an optimizer that starts from scratch."""
     noise = torch.randn(2**20, device=device)
-    tensors = {name: nn.Parameter(0.02 * filled(noise, shape)) for name, shape in shapes.items()}
+    tensors = {
+        name: nn.Parameter(0.02 * fill_with_noise(noise, shape)) for name, shape in shapes.items()
+    }
     for tensor in tensors.values():
-        tensor.grad = filled(noise, tuple(tensor.shape))
-    step = one.build(tensors)
+        tensor.grad = fill_with_noise(noise, tuple(tensor.shape))
+    step = contender.build(tensors)
     step()
-    times = [timed(step, device) for _ in range(steps)]
+    times = [time_call(step, device) for _ in range(steps)]
     del step, tensors
     gc.collect()
     return times
 
 
-def filled(noise: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of repeated noise: drawing fresh numbers would take longer than the steps."""
+def fill_with_noise(noise: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of repeated noise: drawing new numbers would take longer than the steps."""
     count = math.prod(shape)
     return noise.repeat(-(-count // len(noise)))[:count].clone().view(shape)
-
-
-def timed(step: Step, device: torch.device) -> float:
-    """Seconds of one call."""
-    if device.type == "cpu":
-        begin = time.process_time()
-        step()
-        return time.process_time() - begin
-    torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    step()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s, read and written, of copying 256 MiB."""
     source = torch.ones(2**26, device=device)
     target = torch.zeros_like(source)
-    timed(lambda: target.copy_(source), device)
-    seconds = statistics.median(timed(lambda: target.copy_(source), device) for _ in range(9))
+    time_call(lambda: target.copy_(source), device)
+    seconds = statistics.median(time_call(lambda: target.copy_(source), device) for _ in range(9))
     return 2 * source.numel() * 4 / seconds / 1e9
 
 
-def groups(tensors: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """Matrices decay (and so adapt, in timm), the rest does not."""
+def decay_groups(tensors: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups for torch: matrices decay (and so adapt, in timm), the rest does not."""
     rules = {name: vit_rule(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
     return [
         {
@@ -194,104 +203,98 @@ def groups(tensors: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     ]
 
 
-def our(kind: Any, **options: Any) -> Callable[[dict[str, nn.Parameter]], Step]:
-    """One of ours on whole tensors, as at ZeRO stage 0."""
+def build_ours(kind: Any, **options: Any) -> Callable[[dict[str, nn.Parameter]], Step]:
+    """Builder of one of our optimizers on whole tensors, as at ZeRO stage 0."""
 
     def build(tensors: dict[str, nn.Parameter]) -> Step:
         optimizer = kind(tensors.items(), lr=RATE, weight_decay=DECAY, **options)
         optimizer.attach()
-        step: Step = optimizer.step
-        return step
+        return optimizer.step
 
     return build
 
 
-def our_flat_lamb(tensors: dict[str, nn.Parameter]) -> Step:
+def build_flat_lamb(tensors: dict[str, nn.Parameter]) -> Step:
     """Our LAMB's two passes over one flat tensor, as at ZeRO stages 1 to 3 on one rank."""
     names, shapes = tuple(tensors), tuple(tuple(t.shape) for t in tensors.values())
-    offsets, count = run_on(shapes), sum(t.numel() for t in tensors.values())
+    offsets, count = packed_offsets(shapes), sum(t.numel() for t in tensors.values())
     w = torch.cat([t.detach().view(-1) for t in tensors.values()])
     g = torch.cat([t.grad.view(-1) for t in tensors.values() if t.grad is not None])
     for tensor in tensors.values():  # the memory of one copy is enough
         tensor.data, tensor.grad = w[:0], None
     m, v = torch.zeros_like(w), torch.zeros_like(w)
-    flat = Flat(w, names, shapes, cut(names, shapes, offsets, 0, count))
+    flat = Flat(w, names, shapes, cut_segments(names, shapes, offsets, 0, count))
     rules = {name: vit_rule(name, shape) for name, shape in zip(names, shapes, strict=True)}
-    plan = plan_of([flat], rules)
-    (share,) = plan.shares
-    kernels = kernels_for("auto", w.device)
-    done = 0
+    tables = build_tables([flat], rules)
+    (share,) = tables.shares
+    kernels = choose_kernels("auto", w.device)
+    steps = 0
 
     def step() -> None:
-        nonlocal done
-        done += 1
-        terms = AdamTerms(0.9, 0.999, True, 1e-6, DECAY, done, True)
+        nonlocal steps
+        steps += 1
+        terms = AdamTerms(0.9, 0.999, True, 1e-6, DECAY, steps, True)
         sums_3S = torch.zeros(NORMS, len(names), device=w.device)
-        kernels.adam(share, w, g, m, v, terms, sums_3S, None)
+        kernels.update_adam(share, w, g, m, v, terms, sums_3S, None)
         norms_3S = sums_3S.sqrt()
-        ratio_S = trust_ratio(norms_3S[WEIGHT], norms_3S[UPDATE], plan.adapt_S, None)
-        kernels.move(share, w, g, RATE * plan.multiplier_S * ratio_S)
+        ratio_S = trust_ratio(norms_3S[WEIGHT], norms_3S[UPDATE], tables.adapt_S, None)
+        kernels.move_weights(share, w, g, RATE * tables.multiplier_S * ratio_S)
 
     return step
 
 
-def their(kind: Any, **options: Any) -> Callable[[dict[str, nn.Parameter]], Step]:
-    """An optimizer with torch's interface."""
+def build_theirs(kind: Any, **options: Any) -> Callable[[dict[str, nn.Parameter]], Step]:
+    """Builder of an optimizer with torch's interface."""
 
     def build(tensors: dict[str, nn.Parameter]) -> Step:
-        step: Step = kind(groups(tensors), lr=RATE, **options).step
-        return step
+        return kind(decay_groups(tensors), lr=RATE, **options).step
 
     return build
 
 
-def imported(module: str, name: str) -> Any:
-    """An optional optimizer's class."""
+def import_class(module: str, name: str) -> Any:
+    """Class of an optimizer whose package may be missing."""
     return getattr(importlib.import_module(module), name)
 
 
-def fused_lamb(tensors: dict[str, nn.Parameter]) -> Step:
+def build_fused_lamb(tensors: dict[str, nn.Parameter]) -> Step:
     """DeepSpeed's own kernel (another algorithm: bias correction after a clamped trust ratio)."""
-    return their(imported("deepspeed.ops.lamb", "FusedLamb"))(tensors)
+    return build_theirs(import_class("deepspeed.ops.lamb", "FusedLamb"))(tensors)
 
 
-def apex_lamb(tensors: dict[str, nn.Parameter]) -> Step:
-    """NVIDIA apex's."""
-    return their(imported("apex.optimizers", "FusedLAMB"), max_grad_norm=0.0)(tensors)
+def build_apex_lamb(tensors: dict[str, nn.Parameter]) -> Step:
+    """NVIDIA apex's LAMB."""
+    return build_theirs(import_class("apex.optimizers", "FusedLAMB"), max_grad_norm=0.0)(tensors)
 
 
 CONTENDERS = (
-    Contender("our Lamb", our(Lamb), 40),
-    Contender("our Lamb, one flat as under ZeRO", our_flat_lamb, 40),
-    Contender("our Lamb, plain path", our(Lamb, backend="plain"), 40),
-    Contender(YARDSTICK, their(TimmLamb, max_grad_norm=None, foreach=False), 40),
-    Contender(f"{YARDSTICK}, foreach", their(TimmLamb, max_grad_norm=None, foreach=True), 40),
-    Contender("DeepSpeed FusedLamb", fused_lamb, 40),
-    Contender("apex FusedLAMB", apex_lamb, 40),
-    Contender("our Lars", our(Lars), 28),
-    Contender("timm Lars", their(TimmLars), 28),
-    Contender("our AdamW", our(AdamW), 28),
-    Contender("torch AdamW, foreach", their(torch.optim.AdamW, foreach=True), 28),
-    Contender("torch AdamW, fused", their(torch.optim.AdamW, fused=True), 28),
+    Contender("our Lamb", build_ours(Lamb), Lamb.bytes_moved()),
+    Contender("our Lamb, one flat as under ZeRO", build_flat_lamb, Lamb.bytes_moved()),
+    Contender("our Lamb, plain path", build_ours(Lamb, backend="plain"), Lamb.bytes_moved()),
+    Contender(YARDSTICK, build_theirs(TimmLamb, max_grad_norm=None, foreach=False), 40),
+    Contender(
+        f"{YARDSTICK}, foreach", build_theirs(TimmLamb, max_grad_norm=None, foreach=True), 40
+    ),
+    Contender("DeepSpeed FusedLamb", build_fused_lamb, 40),
+    Contender("apex FusedLAMB", build_apex_lamb, 40),
+    Contender("our Lars", build_ours(Lars), Lars.bytes_moved()),
+    Contender("timm Lars", build_theirs(TimmLars), 28),
+    Contender("our AdamW", build_ours(AdamW), AdamW.bytes_moved()),
+    Contender("torch AdamW, foreach", build_theirs(torch.optim.AdamW, foreach=True), 28),
+    Contender("torch AdamW, fused", build_theirs(torch.optim.AdamW, fused=True), 28),
 )
 
 
-def here(device: torch.device) -> tuple[list[Contender], dict[str, str]]:
-    """The optimizers that take a step on this machine; why each of the others does not."""
-    runs, absent = [], {}
-    for one in CONTENDERS:
+def try_contenders(device: torch.device) -> tuple[list[Contender], dict[str, str]]:
+    """The optimizers that can take a step on this machine, and why each of the others cannot."""
+    able, absent = [], {}
+    for contender in CONTENDERS:
         try:
-            turn(one, {"w.weight": (4, 8), "w.bias": (4,)}, 1, device)
-            runs.append(one)
+            time_turn(contender, {"w.weight": (4, 8), "w.bias": (4,)}, 1, device)
+            able.append(contender)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
-            if one.name.startswith("our "):
+            if contender.name.startswith("our "):
                 raise
             reason = str(error).strip().splitlines()[0][:60]
-            absent[one.name] = f"does not run here: {reason}"
-    return runs, absent
-
-
-def command() -> None:
-    """Entry of `python -m mocov3_ds.bench optimizer`."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    main(tyro.cli(Options, prog="python -m mocov3_ds.bench optimizer"))
+            absent[contender.name] = f"does not run here: {reason}"
+    return able, absent

@@ -35,17 +35,22 @@ import torch
 import tyro
 from torch.profiler import ProfilerActivity, profile
 
-from mocov3_ds.config import RECIPES
+from mocov3_ds.config import encoder_shape
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import engine_config, full_tensors, start_engine
-from mocov3_ds.model.base_encoder import BaseEncoder, Chunks, EncoderShape
+from mocov3_ds.distributed.engine import full_tensors, start_engine
+from mocov3_ds.distributed.engine_config import engine_config
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.chunking import Chunks
+from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape
 from mocov3_ds.optim import AdamW
-from mocov3_ds.planning import memory, pace
 from mocov3_ds.planning.calibrate import calibrate
-from mocov3_ds.planning.hardware import read_cluster, with_rates
-from mocov3_ds.training.run import encoder_shape
+from mocov3_ds.planning.hardware import read_cluster, read_rates
+from mocov3_ds.planning.memory import plan_memory
+from mocov3_ds.planning.pace import plan_pace
+from mocov3_ds.planning.step_setup import StepSetup
+from mocov3_ds.recipes import RECIPES
 from mocov3_ds.training.step import QueriesToLoss, train_step
 
 _GIB = 2**30
@@ -95,7 +100,7 @@ def read_cell(text: str) -> Cell:
         raise ValueError(
             f"{text!r} is not RECIPE:BATCH:RANKS:CHUNK:KEPT, e.g. vit_b16:512:64:4:0."
         ) from None
-    return Cell(recipe, batch, count, Chunks(size=chunk, kept=kept))
+    return Cell(recipe, batch, count, Chunks(size=chunk, keep=kept))
 
 
 def main(options: Options) -> None:
@@ -105,26 +110,17 @@ def main(options: Options) -> None:
         path = options.rates or Path(folder) / "rates.json"
         if options.rates is None:
             calibrate(path)
-        cluster = read_cluster("1xcpu", presets=with_rates(path))
+        cluster = read_cluster("1xcpu", presets=read_rates(path))
         print(json.dumps(json.loads(path.read_text())))
     print("\n| a rank of | images | passes | GiB of tensors planned | measured | ", end="")
     print("| GiB resident planned | measured | | s planned | measured | |")
     print("|---" * 12 + "|")
     for cell in map(read_cell, options.cells):
-        shape = encoder_shape(RECIPES[cell.recipe].config)
-        speed = pace.of_a_step(
-            shape,
-            cluster,
-            stage=1,
-            batch=cell.images,
-            precision="fp32",
-            optimizer="adamw",
-            chunks=cell.chunks,
-        )
+        speed = plan_pace(step_setup(cell), cluster)
         found = (
             (planned_bytes(cell, on_demand=False) / _GIB, in_own_process(_tensors, cell) / _GIB),
             (planned_bytes(cell, on_demand=True) / _GIB, in_own_process(_resident, cell) / _GIB),
-            (speed.step, in_own_process(_seconds, cell)),
+            (speed.step_s, in_own_process(_seconds, cell)),
         )
         passes = f"chunks of {cell.chunks.size}" if cell.chunks.size else "one pass"
         print(f"| {cell.recipe}, {cell.batch} on {cell.ranks} | {cell.images} | {passes} ", end="")
@@ -135,17 +131,21 @@ def main(options: Options) -> None:
 
 def planned_bytes(cell: Cell, *, on_demand: bool) -> float:
     """Of a cell, without the bytes that views are made of, which are not in these processes."""
-    shape = encoder_shape(RECIPES[cell.recipe].config)
-    plan = memory.of_a_rank(
-        shape,
+    setup = step_setup(cell)
+    plan = plan_memory(setup, on_demand=on_demand)
+    return plan.peak_bytes - 2 * cell.images * 3 * setup.shape.vit.image_size**2
+
+
+def step_setup(cell: Cell) -> StepSetup:
+    """A step of a cell as the planner sees it: a rank alone, in fp32."""
+    return StepSetup(
+        shape=encoder_shape(RECIPES[cell.recipe].config),
         stage=1,
         world_size=1,
         batch=cell.images,
-        size=4,
+        precision="fp32",
         chunks=cell.chunks,
-        on_demand=on_demand,
     )
-    return plan.total - 2 * cell.images * 3 * shape.vit.image_size**2
 
 
 def in_own_process(measure: Callable[[Cell], float], cell: Cell) -> float:
@@ -163,7 +163,7 @@ def _step_of(shape: EncoderShape, images: int, chunks: Chunks) -> Callable[[], A
     torch.set_num_threads(1)
     ranks.start()
     config = engine_config({}, global_batch=images, world_size=1)
-    model = QueriesToLoss(BaseEncoder(shape), temperature=0.2, chunks=chunks)
+    model = QueriesToLoss(BaseEncoder(shape), ContrastiveLoss(0.2), chunks=chunks)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     engine = start_engine(model, AdamW(named, lr=1e-4), config)
     encoder = MomentumEncoder(shape)

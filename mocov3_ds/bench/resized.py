@@ -22,9 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep import images
-from data_prep.sources import open_source
+from data_prep.sources import list_images
 from mocov3_ds.bench.shard import image_at
-from mocov3_ds.data.views.photometric import ViewSpec, draw
+from mocov3_ds.data.views.draw import draw_views
+from mocov3_ds.data.views.spec import ViewSpec
 
 _AREAS = (0.08, 0.15, 0.3, 0.6, 1.0)
 _SEED = 0
@@ -89,7 +90,7 @@ def compare(original: bytes, smaller: bytes, size: int, sample: int, seen: list[
         seen: one for each range of areas of `_AREAS`.
     """
     before, after = (Image.open(io.BytesIO(data)).convert("RGB") for data in (original, smaller))
-    boxes, _, _ = draw(ViewSpec(), _SEED, 0, sample, before.height, before.width)
+    boxes, _, _ = draw_views(ViewSpec(), _SEED, 0, sample, before.height, before.width)
     for top, left, height, width in boxes:
         share = height * width / (before.height * before.width)
         place = int(np.searchsorted(_AREAS[1:-1], share))
@@ -117,7 +118,7 @@ def command() -> None:
     """Entry point of the benchmark."""
     options = tyro.cli(Options, prog="python -m mocov3_ds.bench resized", description=__doc__)
     with tempfile.TemporaryDirectory() as folder:
-        listing = open_source(options.source, under=options.under, scratch_folder=Path(folder))
+        listing = list_images(options.source, under=options.under, scratch_folder=Path(folder))
         places = np.unique(np.linspace(0, len(listing) - 1, options.images).astype(int))
         seen = {side: [Seen() for _ in _AREAS[1:]] for side in options.sides}
         sizes = dict.fromkeys(options.sides, 0)

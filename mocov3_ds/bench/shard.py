@@ -28,9 +28,9 @@ import tyro
 from PIL import Image
 
 from data_prep import tar
-from data_prep.shard import Options as ShardOptions
-from data_prep.shard import shard
-from data_prep.sources import Listing, Window, open_source
+from data_prep.shard import ShardOptions as ShardOptions
+from data_prep.shard import make_shards
+from data_prep.sources import Listing, Window, list_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def command() -> None:
     options = tyro.cli(Options, prog="python -m mocov3_ds.bench shard", description=__doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        listing = open_source(options.source, under=options.under, scratch_folder=folder)
+        listing = list_images(options.source, under=options.under, scratch_folder=folder)
         tree = _copied(listing, folder / "tree", options.images)
         few = _copied(listing, folder / "few", min(options.resized, options.images))
         size = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file())
@@ -180,7 +180,7 @@ def _example_encoded(tree: Path, out: Path) -> None:
 
 def _ours(tree: Path, out: Path, **options: object) -> None:
     made = ShardOptions(**options)  # type: ignore[arg-type]
-    shard(open_source(str(tree)), str(out), made, workers=1, quiet=True)
+    make_shards(list_images(str(tree)), str(out), made, workers=1, quiet=True)
 
 
 def _nested(path: Path, images: int) -> Path:
@@ -190,10 +190,10 @@ def _nested(path: Path, images: int) -> Path:
         for label in range(images // each):
             inner = io.BytesIO()
             for number in range(each):
-                inner.write(tar.header(f"n{label:08d}_{number}.JPEG", 600))
+                inner.write(tar.make_header(f"n{label:08d}_{number}.JPEG", 600))
                 inner.write(bytes(1024))
             inner.write(tar.END)
-            out.write(tar.header(f"n{label:08d}.tar", inner.tell()))
+            out.write(tar.make_header(f"n{label:08d}.tar", inner.tell()))
             inner.seek(0)
             shutil.copyfileobj(inner, out)
         out.write(tar.END)
@@ -201,15 +201,15 @@ def _nested(path: Path, images: int) -> Path:
 
 
 def _our_list(archive: Path, out: Path) -> None:
-    open_source(str(archive))
+    list_images(str(archive))
 
 
 def _our_headers(archive: Path, out: Path) -> None:
     with archive.open("rb", buffering=0) as file:
         whole = Window(file.fileno(), 0, archive.stat().st_size)
-        for outer in list(tar.members(whole, "outer")):
+        for outer in list(tar.read_members(whole, "outer")):
             window = Window(file.fileno(), outer.offset, outer.offset + outer.size)
-            _ = [(m.name, m.offset, m.size) for m in tar.members(window, "inner", outer.size)]
+            _ = [(m.name, m.offset, m.size) for m in tar.read_members(window, "inner", outer.size)]
 
 
 def _tarfile_list(archive: Path, out: Path) -> None:

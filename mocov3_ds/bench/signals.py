@@ -1,35 +1,39 @@
-"""What measuring every layer group at every step costs, beside steps without it.
+"""What does measuring every layer group at every step cost, beside steps without it?
 
     python -m mocov3_ds.bench signals                      optimizers at ViT-S, and the tiny recipe
     python -m mocov3_ds.bench signals --shapes vit_b16     the optimizers at another size
 
-The optimizer alone: one step on the tensors of a backbone, with and without `watch`, taking turns.
-The whole step of the main job on drawn images: data, views, forward, backward, optimizer, and with
-the signals also their row, the spread of the features every 10 steps and the attention every 50;
-blocks of steps with and without take turns in one run. CPU seconds of the process; medians. On a
-busy machine the noise of whole steps is larger than what is looked for, so the parts that are due
-at each step are timed alone as well.
+The optimizer alone: one step on the tensors of a backbone, with the norms alone and with all
+signals, taking turns. The whole step of a run on drawn images: data, views, forward, backward and
+optimizer; with the signals also their row, the spread of the features every 10 steps and the
+attention every 50. Blocks of steps with and without signals take turns in one run. Times are CPU
+seconds of the process; medians count. On a busy machine the noise of whole steps is larger than the
+difference, so the parts that each step needs are also timed alone.
 """
 
 import os
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from torch import nn
 
-from mocov3_ds.bench.optimizer import filled, shapes_of, timed
-from mocov3_ds.config import RECIPES
+from mocov3_ds.bench.optimizer import backbone_shapes, fill_with_noise
+from mocov3_ds.bench.resource_use import time_call
+from mocov3_ds.distributed import ranks
 from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
-from mocov3_ds.model.layer_groups import group_names, group_of
+from mocov3_ds.model.layer_groups import group_names, layer_group
 from mocov3_ds.monitoring.alarms import Alarms
-from mocov3_ds.monitoring.signal_file import ByGroup, SignalFile
+from mocov3_ds.monitoring.signal_file import GroupExtremes, SignalFile
 from mocov3_ds.optim import AdamW, Lamb, Lars
+from mocov3_ds.recipes import RECIPES, parse
+from mocov3_ds.training.advance import advance_run
+from mocov3_ds.training.build import build_run
+
+_CPU = torch.device("cpu")
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (AdamW, {}),
@@ -40,7 +44,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class SignalOptions:
     """Cost of the signals, side by side."""
 
     shapes: tuple[Literal["vit_s16", "vit_b16", "vit_l16", "vit_h14"], ...] = ("vit_s16",)
@@ -53,8 +57,16 @@ class Options:
     """steps of a block"""
 
 
-def main(options: Options) -> None:
-    """Print the tables."""
+class Times(NamedTuple):
+    """Seconds of steps without and with the signals, taken in turns."""
+
+    without: list[float]
+    with_signals: list[float]
+
+
+def run_bench(options: SignalOptions) -> None:
+    """Print the table."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if min(options.rounds, options.steps) < 1 or options.blocks < 0:
         raise ValueError("--rounds and --steps must be at least 1, --blocks at least 0.")
     torch.set_num_threads(1)
@@ -63,100 +75,105 @@ def main(options: Options) -> None:
     print("|---|---|---|---|---|")
     for shape in options.shapes:
         for kind in KINDS:
-            without, with_ = optimizer_turns(shape, kind, options.rounds)
-            say(f"{kind}, {shape}", statistics.median(without), statistics.median(with_))
-    without, with_ = parts_of_a_step(5 * options.rounds)
-    say("tiny recipe: optimizer, row, alarms", statistics.median(without), statistics.median(with_))
+            times = time_optimizer(backbone_shapes(shape), kind, options.rounds)
+            print_row(f"{kind}, {shape}", times)
+    print_row("tiny recipe: optimizer, row, alarms", time_parts(5 * options.rounds))
     if options.blocks:
-        without, with_ = whole_steps(options.blocks, options.steps)
-        name = f"whole step, tiny recipe, {len(with_)} steps"
-        say(name, statistics.median(without), statistics.median(with_))
+        times = time_whole_steps(["--recipe", "tiny"], options.blocks, options.steps)
+        print_row(f"whole step, tiny recipe, {len(times.with_signals)} steps", times)
 
 
-def say(name: str, without: float, with_: float) -> None:
-    """One row of the table."""
-    added = 1e3 * (with_ - without)
-    ratio = with_ / without
-    print(f"| {name} | {1e3 * without:.1f} | {1e3 * with_:.1f} | {ratio:.3f} | {added:+.1f} |")
+def print_row(name: str, times: Times) -> None:
+    """Print the medians, their ratio and their difference in milliseconds."""
+    without, with_signals = map(statistics.median, times)
+    added = 1e3 * (with_signals - without)
+    print(
+        f"| {name} | {1e3 * without:.1f} | {1e3 * with_signals:.1f} "
+        f"| {with_signals / without:.3f} | {added:+.1f} |"
+    )
 
 
-def optimizer_turns(shape: str, kind: str, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of a step without and with watching, in turns on the same state."""
+def time_optimizer(shapes: dict[str, tuple[int, ...]], kind: str, rounds: int) -> Times:
+    """Time the steps of an optimizer of `KINDS` on tensors of these shapes."""
     noise = torch.randn(2**20)
     make, arguments = KINDS[kind]
-    tensors = {n: nn.Parameter(0.02 * filled(noise, s)) for n, s in shapes_of(shape).items()}
+    tensors = {n: nn.Parameter(0.02 * fill_with_noise(noise, s)) for n, s in shapes.items()}
     optimizer = make(tensors.items(), lr=1e-4, weight_decay=0.1, **arguments)
     optimizer.attach()
-    times: dict[bool, list[float]] = {False: [], True: []}
+    times = Times([], [])
     for turn in range(rounds + 1):
-        for watch in (False, True):
+        for measures, seconds in zip((False, True), times, strict=True):
             for tensor in tensors.values():  # a step uses the gradients as scratch space
-                tensor.grad = filled(noise, tuple(tensor.shape))
-            optimizer.watch = watch
-            seconds = timed(optimizer.step, torch.device("cpu"))
+                tensor.grad = fill_with_noise(noise, tuple(tensor.shape))
+            optimizer.measure_all(measures)
+            elapsed = time_call(optimizer.step, _CPU)
             if turn:  # the first allocates
-                times[watch].append(seconds)
-    return times[False], times[True]
+                seconds.append(elapsed)
+    return times
 
 
-def parts_of_a_step(rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of the tiny recipe's optimizer step, and of one with its row and its alarms."""
+def time_parts(rounds: int) -> Times:
+    """Time the tiny recipe's optimizer step, and one with its row of signals and its alarms."""
     config = RECIPES["tiny"].config
     base = BaseEncoder(EncoderShape(vit=config.vit, hidden=config.model.hidden))
     trained = [(name, p) for name, p in base.named_parameters() if p.requires_grad]
     optimizer, groups = AdamW(trained), group_names(config.model.depth)
     optimizer.attach()
-    by_group, alarms = ByGroup(groups, [group_of(name) for name, _ in trained]), Alarms()
-    times: dict[bool, list[float]] = {False: [], True: []}
+    extremes = GroupExtremes(groups, [layer_group(name) for name, _ in trained])
+    alarms, times = Alarms(), Times([], [])
     with tempfile.TemporaryDirectory() as folder:
         file = SignalFile(Path(folder), groups, steps_done=0)
 
         def step() -> None:
             optimizer.step()
-            if optimizer.watch and (signals := optimizer.signals()) is not None:
-                values = by_group(signals.table())
-                file.write({"step": 1, **values})
+            signals = optimizer.signals()
+            if signals is not None and signals.complete:
+                values = extremes.reduce_tensors(signals.table())
+                file.write_row({"step": 1, **values})
                 alarms.push(values["block_0/rms"], values["block_0/grad_linf"])
 
         for _ in range(rounds):
-            for watch in (False, True):
+            for measures, seconds in zip((False, True), times, strict=True):
                 for _, parameter in trained:
                     parameter.grad = torch.randn_like(parameter)
-                optimizer.watch = watch
-                times[watch].append(timed(step, torch.device("cpu")))
+                optimizer.measure_all(measures)
+                seconds.append(time_call(step, _CPU))
         file.close()
-    return times[False], times[True]
+    return times
 
 
-def whole_steps(blocks: int, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of the main job's steps, blocks without and with signals in turns."""
-    # imported here: the optimizers above need no engine
-    from mocov3_ds.config import parse
-    from mocov3_ds.distributed import ranks
-    from mocov3_ds.training.advance import advance
-    from mocov3_ds.training.run import build_job
+def time_whole_steps(flags: list[str], blocks: int, steps: int) -> Times:
+    """Time the steps of a run, in blocks without and with signals that take turns.
 
-    times: dict[bool, list[float]] = {False: [], True: []}
+    Args:
+        flags: flags of train.py that say which run.
+        blocks: number of blocks that count, half of them with signals.
+        steps: number of steps in a block.
+    """
+    times = Times([], [])
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--runs", folder, "--knn.probes", "0", "--data.threads", "0"]
-        job = build_job(parse(flags), ranks.start())
-        watching = job.config
-        silent = replace(watching, signals=replace(watching.signals, every=0))
+        run_flags = [*flags, "--runs", folder, "--knn.probes", "0", "--data.threads", "0"]
+        run = build_run(parse(run_flags), ranks.start())
+        with_signals = run.config
+        without = replace(with_signals, signals=replace(with_signals.signals, every=0))
+
+        def step() -> None:
+            advanced = advance_run(run)
+            run.recorder.record(
+                run.step,
+                {"step": run.step, **advanced.measured_values()},
+                sample_ids_B=advanced.batch.sample_ids_B,
+                x1_BCHW=advanced.x1_BCHW,
+                pair=advanced.result.pair,
+                backbone=run.base.backbone,
+            )
+
         for block in range(-1, blocks):  # one more, to warm up
-            on = block % 2 == 1
-            job.watch.config = watching if on else silent
+            measures = block % 2 == 1
+            run.recorder.config = with_signals if measures else without
             for _ in range(steps):
-                begin = time.process_time()
-                taken = advance(job)
-                row = {"step": job.step, **taken.measured()}
-                job.watch.record(job, taken.batch, taken.x1_BCHW, row)
+                elapsed = time_call(step, _CPU)
                 if block >= 0:
-                    times[on].append(time.process_time() - begin)
-        job.close()
-    return times[False], times[True]
-
-
-def command() -> None:
-    """Entry of `python -m mocov3_ds.bench signals`."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    main(tyro.cli(Options, prog="python -m mocov3_ds.bench signals"))
+                    times[measures].append(elapsed)
+        run.close()
+    return times

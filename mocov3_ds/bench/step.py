@@ -42,10 +42,13 @@ from timm.layers.config import use_fused_attn
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import compute_dtype, engine_config, full_tensors, start_engine
-from mocov3_ds.model.base_encoder import BaseEncoder, Chunks, EncoderShape
+from mocov3_ds.distributed.engine import full_tensors, start_engine
+from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.cpu_ops import linear
 from mocov3_ds.model.heads import BatchNormOverRanks
+from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, as_written, build_vit, compile_blocks
 from mocov3_ds.optim import AdamW
@@ -99,7 +102,7 @@ class Variant:
                 "blocks": "blocks recomputed",
                 "plain": "plain",
             }[self.kind]
-        kept = f", {self.chunks.kept} more kept" if self.chunks.kept else ""
+        kept = f", {self.chunks.keep} more kept" if self.chunks.keep else ""
         return f"chunks of {self.chunks.size}{kept}"
 
 
@@ -212,7 +215,7 @@ def wanted(options: Options) -> list[Variant]:
             of_both_views = 2 * -(-batch // size)
             variants.append(Variant(kind, Chunks(size=size)))
             if options.kept and size == sizes[-1] and of_both_views >= 4:
-                variants.append(Variant(kind, Chunks(size=size, kept=of_both_views // 2 - 1)))
+                variants.append(Variant(kind, Chunks(size=size, keep=of_both_views // 2 - 1)))
     return variants
 
 
@@ -235,7 +238,7 @@ def prepare(
     )
     if any(variant.kind != "plain" for variant in variants):
         torch.manual_seed(0)
-        model = QueriesToLoss(BaseEncoder(shape), temperature=0.2)
+        model = QueriesOfEitherWay(BaseEncoder(shape), ContrastiveLoss(0.2))
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         engine = start_engine(model.to(device), AdamW(named, lr=0.0), config)
         encoder = MomentumEncoder(shape, device=device, dtype=dtype)
@@ -245,7 +248,6 @@ def prepare(
             compile_blocks(engine.module.base.backbone)
             compile_blocks(encoder.backbone)
 
-        one_by_one = engine.module.features
         views: dict[Kind, list[Tensor]] = {}
         if Variant("channels_last") in variants:  # a copy of all images
             last = torch.channels_last
@@ -254,8 +256,7 @@ def prepare(
         def run(variant: Variant) -> float:
             engine.module.chunks = variant.chunks
             engine.module.base.backbone.set_grad_checkpointing(variant.kind == "blocks")
-            at_once = partial(both_at_once, engine.module.base.backbone)
-            engine.module.features = at_once if variant.kind == "joint" else one_by_one
+            engine.module.joint = variant.kind == "joint"
             as_it_is = variant.kind == "compiled"
             with nullcontext() if as_it_is else as_written(engine.module.base.backbone):
                 x1, x2 = views.get(variant.kind, [x1_BCHW, x2_BCHW])
@@ -269,12 +270,17 @@ def prepare(
     return {variant: steps[variant] for variant in variants}
 
 
-def both_at_once(
-    backbone: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Features (B, D) of both views in one pass."""
-    features1, features2 = backbone(torch.cat([x1, x2])).chunk(2)
-    return features1, features2
+class QueriesOfEitherWay(QueriesToLoss):
+    """The trained module, whose backbone may see both views in one pass."""
+
+    joint = False
+
+    def features(self, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Backbone features (B, D) of both views."""
+        if not self.joint:
+            return super().features(x1_BCHW, x2_BCHW)
+        features1_BD, features2_BD = self.base.backbone(torch.cat([x1_BCHW, x2_BCHW])).chunk(2)
+        return features1_BD, features2_BD
 
 
 def plain_step(

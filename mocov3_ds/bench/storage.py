@@ -36,9 +36,9 @@ from PIL import Image
 
 from mocov3_ds.data import fetch, sample_order, storage
 from mocov3_ds.data import manifest as manifests
-from mocov3_ds.data.loader import Stream
+from mocov3_ds.data.loader import Loader, LoaderSettings
 from mocov3_ds.data.manifest import ROW, Manifest, Shard
-from mocov3_ds.data.views.photometric import ViewSpec
+from mocov3_ds.data.views.spec import ViewSpec
 
 _BUCKET = "s3://bench-stream"
 _TAR_SAMPLES, _SAMPLE_BYTES = 900, 110_000
@@ -122,7 +122,7 @@ def _make_set(url: str, images: list[bytes], per_shard: int) -> Manifest:
                 rows.append((buffer.tell() + 512, len(data), zlib.crc32(data), 0, 0, 0, 0))
                 tar.addfile(info, io.BytesIO(data))
         name = f"bench-{number:04d}.tar"
-        storage.write(storage.join(url, name), buffer.getvalue())
+        storage.write(storage.join_url(url, name), buffer.getvalue())
         count = len(images[start : start + per_shard])
         shards.append(Shard(name, buffer.tell(), count, f"{number:064x}"))
     return manifests.write(url, shards, np.array(rows, dtype=ROW))
@@ -150,11 +150,11 @@ def _client(name: str, url: str, aws: str) -> None:
     before, total = _cpu_s(), 0
     if name == "samples":
         for ids in np.array_split(np.arange(found.samples), max(1, found.samples // 500)):
-            for _, data in fetch.fetch(found, np.random.default_rng(0).permutation(ids)):
+            for _, data in fetch.read_samples(found, np.random.default_rng(0).permutation(ids)):
                 assert isinstance(data, bytes)
                 total += len(data)
     elif name == "bytes":
-        total = sum(len(block) for tar in tars for block in storage.chunks(tar))
+        total = sum(len(block) for tar in tars for block in storage.read_blocks(tar))
     else:
         import webdataset
 
@@ -221,14 +221,14 @@ def _memory(options: Options) -> None:
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(buffer, "JPEG")
         images.append(buffer.getvalue())
     found = _make_set(f"{_BUCKET}/small", images, 1000)
-    stream = Stream(
-        found, views=ViewSpec(), image_size=32, global_batch=200, rank=0, world_size=1, seed=0,
+    settings = LoaderSettings(
+        views=ViewSpec(), image_size=32, global_batch=200, rank=0, world_size=1, seed=0,
         lanes=8, pool=2000, threads=2,
     )  # fmt: skip
     at, resident = [], []
-    with stream:
+    with Loader(found, settings) as loader:
         for batch in range(options.samples // 200):
-            next(stream)
+            next(loader)
             if batch % 10 == 0:
                 at.append(batch * 200)
                 resident.append(_resident_bytes())
@@ -263,8 +263,8 @@ def _mixing() -> None:
     for count, pool in ((64, 32768), (1024, 8192), (1024, 32768), (1024, 131072), (0, 0)):
         if count:
             order = sample_order.Order((1000,) * shards, batch, 0, count, pool)
-            ids_TB, row = order.epoch_ids(0), f"{count} | {pool:,} | {order.window}"
-            travel = sample_order.travel(order)
+            ids_TB, row = order.epoch_ids(0), f"{count} | {pool:,} | {order.window_length}"
+            travel = sample_order.mean_travel(order)
         else:  # what no shuffle within bounded memory reaches
             ids_TB = np.random.default_rng(0).permutation(samples)
             ids_TB = ids_TB[: samples // batch * batch].reshape(-1, batch)

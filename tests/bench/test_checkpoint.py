@@ -6,27 +6,24 @@ from pathlib import Path
 
 from mocov3_ds.bench import checkpoint
 from mocov3_ds.model.base_encoder import EncoderShape
-from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
+from mocov3_ds.model.vit import VitShape
 from tests.ranks_pool import run_ranks
 
-
-def small(vit: VitShape) -> EncoderShape:
-    return EncoderShape(vit=vit, hidden=32, out=16)
+SMALL = EncoderShape(
+    vit=VitShape(image_size=16, patch_size=8, dim=24, depth=1, heads=3), hidden=32, out=16
+)
 
 
 def table(folder: str) -> str:
-    PAPER_SHAPES["vit_s16"] = VitShape(image_size=16, patch_size=8, dim=24, depth=1, heads=3)
-    checkpoint.EncoderShape = small
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        checkpoint.main(
-            checkpoint.Options(shape="vit_s16", batch=4, repeats=1, folder=Path(folder))
-        )
-    return said.getvalue()
+    options = checkpoint.CheckpointOptions(batch=4, repeats=1, folder=Path(folder))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        checkpoint.measure_saves(SMALL, options)
+    return printed.getvalue()
 
 
 def test_each_way_of_saving_has_its_row(tmp_path: Path) -> None:
-    [said] = run_ranks(1, table, str(tmp_path))
-    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    [printed] = run_ranks(1, table, str(tmp_path))
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert [row[0].partition(" ")[0].strip(",") for row in rows] == [
         "save",
         "foreground",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mocov3_ds.bench import chunk_size
-from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
+from mocov3_ds.model.vit import VitShape
 from mocov3_ds.training import chunk_size as measuring
 
 
@@ -18,17 +18,20 @@ def test_states_by_hand() -> None:
 
 
 def test_words_for_a_choice() -> None:
-    room = measuring.Room(free=0, rest=0, per_image=10)
-    assert chunk_size.choice(room, 8) == "does not fit"
-    assert chunk_size.choice(replace(room, free=1000), 8) == "one pass"
-    assert chunk_size.choice(replace(room, free=100), 8) == "4 (+1)"
+    room = measuring.Room(free=0, reserved=0, per_image=10)
+    assert chunk_size.describe_choice(room, 8) == "does not fit"
+    assert chunk_size.describe_choice(replace(room, free=1000), 8) == "one pass"
+    assert chunk_size.describe_choice(replace(room, free=100), 8) == "4 (+1)"
 
 
-def test_a_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = VitShape(image_size=16, patch_size=8, dim=24, depth=1, heads=3)
-    monkeypatch.setitem(PAPER_SHAPES, "vit_s16", tiny)
-    chunk_size.main(chunk_size.Options(shapes=("vit_s16",), batch=64, ranks=(1, 2), chunk=8))
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| vit_s16")]
+    options = chunk_size.ChunkSizeOptions(batch=64, ranks=(1, 2), chunk=8)
+    chunk_size.print_rows("tiny", tiny, options)
+    rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[2:4] for row in rows] == [["1", "64"], ["2", "32"]]
+
+
+def test_a_batch_that_cannot_be_shared() -> None:
     with pytest.raises(ValueError, match="64 cannot be shared by 3 ranks"):
-        chunk_size.main(chunk_size.Options(shapes=("vit_s16",), batch=64, ranks=(3,)))
+        chunk_size.run_bench(chunk_size.ChunkSizeOptions(batch=64, ranks=(3,)))

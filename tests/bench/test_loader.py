@@ -6,22 +6,25 @@ import pytest
 import torch
 
 from mocov3_ds.bench import loader
+from mocov3_ds.data import manifest
 from mocov3_ds.data.views import reference
-from mocov3_ds.data.views.photometric import ViewSpec
-from tests.data.pictures import picture, stored
+from mocov3_ds.data.views.spec import ViewSpec
+from tests.data.pictures import encode_image, picture
 from tests.data.sets import make_set
 
 
 @pytest.fixture
 def shards(tmp_path):
-    make_set(str(tmp_path), [5, 4], lambda n: stored(picture(50 + n, 60, n)))
+    make_set(str(tmp_path), [5, 4], lambda n: encode_image(picture(50 + n, 60, n)))
     return str(tmp_path)
 
 
 @pytest.mark.slow
 def test_all_tables_are_printed(shards, capsys):
-    options = loader.Options(shards=(shards,), size=32, batch=4, images=8, rounds=1, threads=(1,))
-    loader.main(options)
+    options = loader.LoaderOptions(
+        shards=(shards,), size=32, batch=4, images=8, rounds=1, threads=(1,)
+    )
+    loader.run_bench(options)
     printed = capsys.readouterr().out
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| ")]
     figures = {
@@ -35,7 +38,7 @@ def test_all_tables_are_printed(shards, capsys):
 
 
 def test_stages_cover_the_yardstick(shards):
-    stages = loader._stages_ms(shards, loader.Options(shards=(shards,), size=32))
+    stages = loader.measure_stages(shards, loader.LoaderOptions(shards=(shards,), size=32))
     steps = len(reference.view_transform(ViewSpec(), 0, 32).transforms)
     assert sum(name.startswith("Pillow: ") for name in stages) == steps + 1  # and the decoding
 
@@ -45,8 +48,8 @@ def test_stages_cover_the_yardstick(shards):
 def test_the_yardstick_makes_two_normalised_views(shards, second_set):
     random.seed(0)
     torch.manual_seed(0)
-    found = loader.manifest.load(shards)
-    batches = list(reference.loader(found, ViewSpec(), 32, 4, 0, second_set))
+    found = manifest.load(shards)
+    batches = list(reference.make_loader(found, ViewSpec(), 32, 4, 0, second_set))
     assert len(batches) == 2
     for views in batches:
         for view_BCHW in views:

@@ -6,7 +6,7 @@ from PIL import Image, ImageFilter
 
 from mocov3_ds.bench import resized
 from mocov3_ds.bench.resized import Seen
-from tests.data.pictures import detailed_picture, stored
+from tests.data.pictures import detailed_picture, encode_image
 
 
 def test_psnr_is_that_of_the_formula() -> None:
@@ -25,10 +25,10 @@ def test_the_same_crops_are_found_in_a_smaller_image() -> None:
     smaller = [Seen() for _ in range(4)]
     shifted = [Seen() for _ in range(4)]
     for sample in range(12):
-        resized.compare(stored(image, "PNG"), stored(image, "PNG"), 64, sample, whole)
-        resized.compare(stored(image, "PNG"), stored(half, "PNG"), 64, sample, smaller)
+        resized.compare(encode_image(image, "PNG"), encode_image(image, "PNG"), 64, sample, whole)
+        resized.compare(encode_image(image, "PNG"), encode_image(half, "PNG"), 64, sample, smaller)
         moved = half.transform((240, 200), Image.Transform.AFFINE, (1, 0, 2, 0, 1, 0))
-        resized.compare(stored(image, "PNG"), stored(moved, "PNG"), 64, sample, shifted)
+        resized.compare(encode_image(image, "PNG"), encode_image(moved, "PNG"), 64, sample, shifted)
     assert {str(seen) for seen in whole} == {"the same"}
     assert sum(seen.squares for seen in shifted) > 4 * sum(seen.squares for seen in smaller)
     large = smaller[-1]
@@ -38,8 +38,8 @@ def test_the_same_crops_are_found_in_a_smaller_image() -> None:
 def test_a_blur_is_less_sharp() -> None:
     image = detailed_picture(300, 300, seed=2)
     seen = [Seen() for _ in range(4)]
-    blurred = stored(image.filter(ImageFilter.GaussianBlur(2)), "PNG")
-    resized.compare(stored(image, "PNG"), blurred, 64, 0, seen)
+    blurred = encode_image(image.filter(ImageFilter.GaussianBlur(2)), "PNG")
+    resized.compare(encode_image(image, "PNG"), blurred, 64, 0, seen)
     met = [s for s in seen if s.values]
     assert met
     assert all(s.edges < 0.8 * s.edges_before for s in met)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mocov3_ds.bench import step
-from mocov3_ds.model.base_encoder import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import EncoderShape
+from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 from tests.ranks_pool import run_ranks
 
@@ -39,7 +40,7 @@ def kept_of_two_ranks() -> list[Chunks]:
 def test_chunks_are_of_a_ranks_batch() -> None:
     # 8 images of two views: 8 chunks of 2, half of them kept; those of 8 and 16 are one pass
     for found in run_ranks(2, kept_of_two_ranks):
-        assert found == [Chunks(size=2), Chunks(size=2, kept=3)]
+        assert found == [Chunks(size=2), Chunks(size=2, keep=3)]
     with pytest.raises(ValueError, match="smaller than the 8 images of a rank"):
         step.main(replace(OPTIONS, variants=("chunks",), chunks=(8,)))
 
