@@ -7,6 +7,7 @@ a full disk or a power cut can strike, without a word of it in the program.
 
 import contextlib
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,39 +16,50 @@ from typing import Any
 import pytest
 
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
-Watch = Callable[[str, tuple[str, ...]], None]
+Observer = Callable[[str, tuple[str, ...]], None]
 
-_watch: list[Watch] = []  # one at most; a hook can never be taken out again
+_observers: list[Observer] = []  # one at most; a hook can never be taken out again
 _hooked: list[bool] = []
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watch and event in _EVENTS:
-        watch = _watch.pop()  # what it does itself is not watched
+    if _observers and event in _EVENTS:
+        observer = _observers.pop()  # what it does itself is not observed
         try:
             paths = (str(a) for a in arguments[:2] if isinstance(a, str | bytes | Path))
-            watch(event.removeprefix("os."), tuple(paths))
+            observer(event.removeprefix("os."), tuple(paths))
         finally:
-            _watch.append(watch)
+            _observers.append(observer)
 
 
 @contextlib.contextmanager
-def watched(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Call `watch(operation, paths)` before each operation of this process inside the block."""
+def watched(observer: Observer, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Call `observer(operation, paths)` before each operation of this process inside the block."""
     if not _hooked:
         sys.addaudithook(_hook)
         _hooked.append(True)
     fsync = os.fsync
 
     def watched_fsync(descriptor: int) -> None:
-        if _watch:
-            watch("fsync", (str(Path(f"/proc/self/fd/{descriptor}").readlink()),))
+        if _observers:
+            observer("fsync", (str(Path(f"/proc/self/fd/{descriptor}").readlink()),))
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", watched_fsync)
-        _watch.append(watch)
+        _observers.append(observer)
         try:
             yield
         finally:
-            _watch.clear()
+            _observers.clear()
+
+
+@contextlib.contextmanager
+def largest_file(length: int) -> Iterator[None]:
+    """Files of this process may be no longer, those that pytest writes among them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (length, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

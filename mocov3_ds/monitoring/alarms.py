@@ -1,15 +1,16 @@
-"""Early alarms on one layer group's signals: 3 to 5 steps before the loss shows anything.
+"""Early alarms on the signals of one layer group: they come 3 to 5 steps before the loss rises.
 
     rms_rise        RMS of g / sqrt(v) above 4 times its minimum of the last 15 steps, and above 0.3
-    gradient_jump   gradient L-inf above 3 times its median of the last 30 steps
+    gradient_jump   largest |gradient| above 3 times its median of the last 30 steps
     rms_high        RMS above 2.3, the fixed threshold of arXiv 2304.13013: few, late, precise
 
-On 28 low-noise AdamW runs (119 loss events) the first rule foretold every event at a precision of
-0.44, the second 115 of them at 0.58, the third 13 at 1.0; lead to a loss excess of 1 %: median 4, 3
-and -2 steps.
+On 28 low-noise AdamW runs (119 loss events) the first rule predicted every event at a precision of
+0.44, the second 115 of them at 0.58, the third 13 at 1.0. The median lead before the loss exceeds
+its trend by 1 % was 4, 3 and -2 steps.
 
-One writing serves a live run and a finished one: each rule maps a history to a flag per step. NaN
-means not measured (`--signals.every`): it breaks no rule, and the last steps are measured ones.
+The same rules judge a live run and a finished one: each maps a history to one flag per step. NaN
+means that the step was not measured (`--signals.every`); such a step raises no alarm, and "the last
+steps" are the last measured ones.
 
 Shape suffix: T = steps.
 """
@@ -28,78 +29,91 @@ RMS_AT_LEAST = 0.3
 GRADIENT_WINDOW = 30
 GRADIENT_RISE = 3.0
 RMS_HIGH = 2.3
+"""RMS of g / sqrt(v) above which StableAdamW's authors saw loss spikes follow (arXiv 2304.13013)"""
 HISTORY = max(RMS_WINDOW, GRADIENT_WINDOW) + 1
-"""measured values that decide on the newest one's alarms"""
+"""number of measured values that decide on the newest one's alarms"""
 
 
 def rms_rise(rms_T: Array, grad_T: Array) -> Flags:
-    """Whether the RMS has just risen from where it was, (T,)."""
-    lowest_T = _trailing(rms_T, RMS_WINDOW, np.min)
+    """Tell at which steps the RMS has just risen far above its recent minimum, (T,)."""
+    lowest_T = _reduce_window(rms_T, RMS_WINDOW, np.min)
     return (rms_T > RMS_RISE * lowest_T) & (rms_T > RMS_AT_LEAST)
 
 
 def gradient_jump(rms_T: Array, grad_T: Array) -> Flags:
-    """Whether the largest gradient has just jumped, (T,)."""
-    flags: Flags = grad_T > GRADIENT_RISE * _trailing(grad_T, GRADIENT_WINDOW, np.median)
-    return flags
+    """Tell at which steps the largest gradient has just jumped above its recent median, (T,)."""
+    return np.greater(grad_T, GRADIENT_RISE * _reduce_window(grad_T, GRADIENT_WINDOW, np.median))
 
 
 def rms_high(rms_T: Array, grad_T: Array) -> Flags:
-    """Whether the RMS is above the fixed threshold, (T,)."""
-    flags: Flags = rms_T > RMS_HIGH
-    return flags
+    """Tell at which steps the RMS is above the fixed threshold, (T,)."""
+    return np.greater(rms_T, RMS_HIGH)
 
 
-Rule = Callable[[Array, Array], Flags]
-RULES: Mapping[str, Rule] = {
+AlarmRule = Callable[[Array, Array], Flags]
+"""maps RMS of g / sqrt(v) and largest |gradient| of one layer group, (T,) each, to flags (T,)"""
+
+RULES: Mapping[str, AlarmRule] = {
     "rms_rise": rms_rise,
     "gradient_jump": gradient_jump,
     "rms_high": rms_high,
 }
-"""name -> rule of (RMS of g / sqrt(v), gradient L-inf) of one group"""
 
 
-def _trailing(values_T: Array, window: int, of: Callable[..., Array]) -> Array:
-    """`of` the `window` measured values before each one, (T,); NaN where there are fewer."""
+def _reduce_window(values_T: Array, window: int, reduce: Callable[..., Array]) -> Array:
+    """Reduce the `window` measured values before each one, (T,); NaN where there are fewer."""
     result_T = np.full(len(values_T), np.nan)
     measured = np.flatnonzero(~np.isnan(values_T))
     if len(measured) > window:
-        past = values_T[measured[:-1]]
-        before = np.lib.stride_tricks.sliding_window_view(past, window)
-        result_T[measured[window:]] = of(before, axis=1)
+        earlier = values_T[measured[:-1]]
+        windows = np.lib.stride_tricks.sliding_window_view(earlier, window)
+        result_T[measured[window:]] = reduce(windows, axis=1)
     return result_T
 
 
 class Alarms:
-    """The rules on a run that is going on; pure arithmetic on the last `HISTORY` measured values.
+    """The rules applied to a live run, step by step, on the last `HISTORY` measured values.
 
-    The history is part of a checkpoint, so a resumed run raises the alarms of an unbroken one.
+    The history is part of each checkpoint, so a resumed run raises the alarms of an unbroken one.
+
+    Args:
+        rules: The rules to apply, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rules: Mapping[str, AlarmRule] = RULES) -> None:
+        self._rules = rules
         self._rms: list[float] = []
         self._grad: list[float] = []
 
     def push(self, rms: float, grad_linf: float) -> tuple[str, ...]:
-        """Add one step's signals; the names of the rules that it breaks."""
+        """Add the signals of one step and return the names of the rules that raise an alarm.
+
+        Args:
+            rms: Largest RMS of g / sqrt(v) of the layer group's tensors; NaN = not measured.
+            grad_linf: Largest |gradient| of the layer group; NaN = not measured.
+        """
         rms_T, grad_T = np.array([*self._rms, rms]), np.array([*self._grad, grad_linf])
-        self._rms, self._grad = _kept(rms_T), _kept(grad_T)
-        # a rule reads one of the two, whose lengths may differ
-        return tuple(name for name, rule in RULES.items() if rule(rms_T, grad_T)[-1])
+        self._rms, self._grad = _last_measured(rms_T), _last_measured(grad_T)
+        # the two arrays may differ in length; each rule reads only one of them
+        return tuple(name for name, rule in self._rules.items() if rule(rms_T, grad_T)[-1])
 
     def state(self) -> dict[str, list[float | None]]:
-        """The history as JSON values, exact; None where nothing was measured."""
+        """Return the exact history as JSON values; None stands for a value that is not finite."""
         return {"rms": _as_json(self._rms), "grad": _as_json(self._grad)}
 
     def load(self, state: Mapping[str, list[float | None]]) -> None:
-        """Continue from what `state` gave."""
+        """Continue from an earlier history.
+
+        Args:
+            state: What `state` returned.
+        """
         self._rms, self._grad = _from_json(state["rms"]), _from_json(state["grad"])
 
 
-def _kept(values_T: Array) -> list[float]:
-    """The last measured values, as many as a rule looks at."""
-    kept: list[float] = values_T[~np.isnan(values_T)][-HISTORY:].tolist()
-    return kept
+def _last_measured(values_T: Array) -> list[float]:
+    """Return the last measured values, as many as the rules look at."""
+    values: list[float] = values_T[~np.isnan(values_T)][-HISTORY:].tolist()
+    return values
 
 
 def _as_json(values: list[float]) -> list[float | None]:

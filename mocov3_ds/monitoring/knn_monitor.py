@@ -1,9 +1,14 @@
-"""The k-NN monitor of a training run: dense on the way, full at both ends.
+"""The k-NN monitor of a training run: held-out images classified by their nearest neighbours.
 
-Both encoders can be watched, each against a queue of its own features: the momentum encoder's
-average smooths a dip away, and the gap between the two accuracies is itself a signal.
+Every few tens of steps ("dense") the neighbours are sought in a queue of the training's own recent
+features, which costs almost nothing. Before the first step and after the last ("full") they are
+sought among centre crops of a fixed training subset.
 
-Shape suffixes: B = rank batch, C H W = image, D = features, P = probes, N = bank of this rank.
+Both encoders can be monitored, each with a queue of its own features of the same view. The momentum
+encoder's average smooths a dip away, so the gap between the two accuracies is itself a signal.
+
+Shape suffixes: B = rank batch, C H W = image, D = features, P = probes of this rank, N = rows of
+this rank's queue or bank, C = classes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,26 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.evaluation.features import Prepare, extract, join
+from mocov3_ds.evaluation.features import InputTransform, extract_features, join_ranks
 from mocov3_ds.evaluation.knn import FeatureQueue, knn_accuracy
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
-"""(crops_BCHW uint8, labels_B, ids_B) of this rank"""
+"""(crops_BCHW uint8, labels_B, sample_ids_B) of this rank"""
 
 
 class KnnMonitor:
-    """Watches the features of the base encoder against held-out labelled images.
+    """Classifies held-out labelled images by the features of a training run.
 
     Args:
-        probes: this rank's part of the held-out images; kept as uint8.
-        bank: opens this rank's part of the fixed training subset that the full evaluation uses.
-        capacity: rows of this rank's queue of recent training features.
-        dim: feature width.
-        k: neighbours that vote.
-        temperature: of the vote.
-        prepare: uint8 crops to what the network takes.
-        device: where features live.
-        momentum_encoder: whether `push` is given its features, too.
+        probes: Batches of this rank's share of the held-out images; they are kept as uint8.
+        bank: Opens this rank's share of the training subset that the full evaluation uses.
+        capacity: Number of rows in this rank's queue of recent training features.
+        dim: Width D of the features.
+        k: Number of neighbours that vote.
+        temperature: Temperature of the neighbours' weights in the vote.
+        prepare: Turns uint8 crops into what the network takes.
+        device: Device that holds the queues.
+        momentum_encoder: Whether the momentum encoder is monitored, too.
     """
 
     def __init__(
@@ -43,7 +48,7 @@ class KnnMonitor:
         dim: int,
         k: int,
         temperature: float,
-        prepare: Prepare,
+        prepare: InputTransform,
         device: torch.device,
         momentum_encoder: bool = False,
     ) -> None:
@@ -54,10 +59,17 @@ class KnnMonitor:
         self._k, self._temperature = k, temperature
         self._prepare = prepare
 
-    def push(
+    def push_features(
         self, features_BD: Tensor, labels_B: Tensor, momentum_BD: Tensor | None = None
     ) -> None:
-        """Remember the features of a training step, and those of the momentum encoder."""
+        """Add the features of a training step to the queues.
+
+        Args:
+            features_BD: Features of the base encoder.
+            labels_B: Classes of the samples, int64.
+            momentum_BD: Features of the momentum encoder, of the same view; needed where it is
+                monitored.
+        """
         labels_B = labels_B.to(features_BD.device)
         self.queue.push(features_BD, labels_B)
         if self.momentum_queue is not None:
@@ -65,36 +77,54 @@ class KnnMonitor:
             self.momentum_queue.push(momentum_BD, labels_B)
 
     def _probe_features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
-        features_PD, targets_P, _ = join(*extract(backbone, self._probes, self._prepare))
+        features_PD, targets_P, _ = join_ranks(
+            *extract_features(backbone, self._probes, self._prepare)
+        )
         return features_PD, targets_P
 
-    def dense(self, backbone: nn.Module) -> float:
-        """Accuracy in percent with the queue as the bank."""
-        probes_PD, targets_P = self._probe_features(backbone)
-        return self._accuracy(*self.queue.filled(), probes_PD, targets_P)
+    def dense_accuracy(self, backbone: nn.Module) -> float:
+        """Return the accuracy in percent with the queue as the bank; all ranks must call.
 
-    def dense_momentum(self, backbone: nn.Module) -> float:
-        """The same for the momentum encoder, with its own queue as the bank."""
+        Args:
+            backbone: Vision Transformer of the base encoder.
+        """
+        probes_PD, targets_P = self._probe_features(backbone)
+        return self._knn_accuracy(*self.queue.filled(), probes_PD, targets_P)
+
+    def dense_momentum_accuracy(self, backbone: nn.Module) -> float:
+        """Return the accuracy in percent of the momentum encoder, with its queue as the bank.
+
+        Args:
+            backbone: Vision Transformer of the momentum encoder.
+        """
         assert self.momentum_queue is not None
         probes_PD, targets_P = self._probe_features(backbone)
-        return self._accuracy(*self.momentum_queue.filled(), probes_PD, targets_P)
+        return self._knn_accuracy(*self.momentum_queue.filled(), probes_PD, targets_P)
 
-    def full(self, backbone: nn.Module) -> float:
-        """Accuracy in percent with centre crops of the fixed training subset as the bank."""
+    def full_accuracy(self, backbone: nn.Module) -> float:
+        """Return the accuracy in percent with the fixed training subset as the bank.
+
+        Args:
+            backbone: Vision Transformer of the base encoder.
+        """
         probes_PD, targets_P = self._probe_features(backbone)
-        features_ND, labels_N, _ = extract(backbone, self._bank(), self._prepare)
-        return self._accuracy(features_ND, labels_N, probes_PD, targets_P)
+        features_ND, labels_N, _ = extract_features(backbone, self._bank(), self._prepare)
+        return self._knn_accuracy(features_ND, labels_N, probes_PD, targets_P)
 
-    def _accuracy(self, bank: Tensor, labels: Tensor, probes: Tensor, targets: Tensor) -> float:
-        return knn_accuracy(bank, labels, probes, targets, k=self._k, temperature=self._temperature)
+    def _knn_accuracy(
+        self, bank_ND: Tensor, labels_N: Tensor, probes_PD: Tensor, targets_P: Tensor
+    ) -> float:
+        return knn_accuracy(
+            bank_ND, labels_N, probes_PD, targets_P, k=self._k, temperature=self._temperature
+        )
 
-    def probes(self) -> int:
-        """Held-out images that each evaluation classifies, over all ranks."""
-        own = torch.tensor(sum(len(labels) for _, labels, _ in self._probes))
-        return int(ranks.all_reduce_sum(own.to(self.queue.labels_N.device)))
+    def count_probes(self) -> int:
+        """Return the number of held-out images of all ranks; all ranks must call."""
+        count = torch.tensor(sum(len(labels) for _, labels, _ in self._probes))
+        return int(ranks.all_reduce_sum(count.to(self.queue.labels_N.device)))
 
-    def chance(self) -> float:
-        """Accuracy in percent of always naming the most frequent class of all probes."""
+    def chance_accuracy(self) -> float:
+        """Return the accuracy in percent of always naming the most frequent class of the probes."""
         targets_P = torch.cat([labels for _, labels, _ in self._probes])
         classes = 1 + int(ranks.all_reduce_max(targets_P.max().to(self.queue.labels_N.device)))
         counts_C = targets_P.bincount(minlength=classes).to(self.queue.labels_N.device)
@@ -102,7 +132,7 @@ class KnnMonitor:
         return 100.0 * float(counts_C.max()) / float(counts_C.sum())
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """The queues of all ranks joined, oldest rows first: any world size can re-cut them."""
+        """Yield the queues of all ranks joined, oldest rows first; any world size can load them."""
         features_ND, labels_N = self.queue.oldest_first()
         yield "queue.features", ranks.all_gather_stack(features_ND).transpose(0, 1).flatten(0, 1)
         yield "queue.labels", ranks.all_gather_stack(labels_N).transpose(0, 1).flatten()
@@ -113,10 +143,16 @@ class KnnMonitor:
             yield "momentum_queue.features", joined
 
     def load_full_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take this rank's part of what `full_state` gave."""
-        mine = slice(ranks.rank(), None, ranks.world_size())
-        labels_N = tensors["queue.labels"][mine]
+        """Fill this rank's queues.
+
+        Args:
+            tensors: Everything that `full_state` yielded, by name.
+        """
+        local_rows = slice(ranks.rank(), None, ranks.world_size())
+        labels_N = tensors["queue.labels"][local_rows]
         pushed = int(tensors["queue.pushed"]) // ranks.world_size()
-        self.queue.refill(tensors["queue.features"][mine], labels_N, pushed)
+        self.queue.refill(tensors["queue.features"][local_rows], labels_N, pushed)
         if self.momentum_queue is not None and "momentum_queue.features" in tensors:
-            self.momentum_queue.refill(tensors["momentum_queue.features"][mine], labels_N, pushed)
+            self.momentum_queue.refill(
+                tensors["momentum_queue.features"][local_rows], labels_N, pushed
+            )

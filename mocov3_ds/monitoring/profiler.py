@@ -1,228 +1,331 @@
 """Where the time of a step goes: labelled phases, a table of them, and a trace to look at.
 
-    with phase("views"):            anywhere; costs a microsecond while no profile is taken
+    with phase(StepPhase.VIEWS):     anywhere; costs a microsecond while no profile is taken
         ...
 
-Phases nest: time inside an inner phase is not counted for the outer one, so the rows of the table
-add up to the step. A phase inside "backward" is told from the same one outside of it, which is how
-the recomputation of a chunk is told from its first pass.
+Phases nest. Time inside an inner phase is not counted for the outer one, so the rows of the table
+add up to the step. The same phase inside and outside the backward gives two rows, which is how the
+recomputation of a chunk is told from its first pass.
 
 On the CPU a phase lasts from the first to the last of its lines. On a GPU, where lines only launch
-work, two events on the stream bound it: nothing waits, and time in which the stream idles for the
-host counts for the phase that comes late.
+work, two events on the stream bound it: nothing waits, and time in which the stream idles because
+the host is late counts for the phase that comes next.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mocov3_ds.data.storage.atomic import write_text
 from mocov3_ds.distributed import ranks
 
 WARM_UP = 2
 """steps before the profile: allocators, caches and compiled code settle"""
 
-# where a path ends -> row of the table, in its order; the first that fits counts
-_ROWS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("data",), "wait for data"),
-    (("views",), "views: copy to the device, colours, blur"),
-    (("backward", "collective"), "reduction of the gradients, backward of batch norm over ranks"),
-    (("backward", "backbone"), "backward: chunks recomputed"),
-    (("heads and loss",), "backward: loss and heads"),
-    (("backbones",), "backward: backbones"),
-    (("backward",), "backward: backbones"),
-    (("backbone",), "queries: backbones"),
-    (("heads",), "queries: heads"),
-    (("momentum",), "momentum encoder: its move"),
-    (("keys",), "keys: backbones and heads"),
-    (("loss",), "loss"),
-    (("optimizer", "collective"), "optimizer: norms and weights of the other ranks"),
-    (("optimizer",), "optimizer"),
-    (("collective",), "batch norm, keys and loss of the other ranks"),
-    (("step",), "everything else: metrics, log, k-NN monitor"),
+
+class StepPhase(Enum):
+    """Phases of a training step; the values are their names in the trace."""
+
+    STEP = "step"
+    DATA = "data"
+    VIEWS = "views"
+    BACKBONE = "backbone"
+    """one chunk of one view; within `BACKWARD` a chunk that is computed again"""
+    HEADS = "heads"
+    MOMENTUM = "momentum"
+    KEYS = "keys"
+    LOSS = "loss"
+    BACKWARD = "backward"
+    BACKWARD_OF_HEADS = "heads and loss"
+    BACKWARD_OF_BACKBONES = "backbones"
+    OPTIMIZER = "optimizer"
+    COLLECTIVE = "collective"
+    """communication between ranks, within whatever phase it happens"""
+
+
+PhasePath = tuple[StepPhase, ...]
+"""open phases at a moment, outermost first"""
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the table: which phases it counts."""
+
+    title: str
+    phase: StepPhase
+    """the innermost phase"""
+    within: StepPhase | None = None
+    """a phase around it; None = whatever is around it"""
+
+    def counts(self, path: PhasePath) -> bool:
+        """Tell whether time in the innermost phase of a path belongs to this row.
+
+        Args:
+            path: Open phases, outermost first.
+        """
+        return path[-1] is self.phase and (self.within is None or self.within in path)
+
+
+TABLE_ROWS = (
+    TableRow("wait for data", StepPhase.DATA),
+    TableRow("views: copy to the device, colours, blur", StepPhase.VIEWS),
+    TableRow(
+        "reduction of the gradients, backward of batch norm over ranks",
+        StepPhase.COLLECTIVE,
+        within=StepPhase.BACKWARD,
+    ),
+    TableRow("backward: chunks recomputed", StepPhase.BACKBONE, within=StepPhase.BACKWARD),
+    TableRow("backward: loss and heads", StepPhase.BACKWARD_OF_HEADS),
+    TableRow("backward: backbones", StepPhase.BACKWARD_OF_BACKBONES),
+    TableRow("backward: backbones", StepPhase.BACKWARD),
+    TableRow("queries: backbones", StepPhase.BACKBONE),
+    TableRow("queries: heads", StepPhase.HEADS),
+    TableRow("momentum encoder: its move", StepPhase.MOMENTUM),
+    TableRow("keys: backbones and heads", StepPhase.KEYS),
+    TableRow("loss", StepPhase.LOSS),
+    TableRow(
+        "optimizer: norms and weights of the other ranks",
+        StepPhase.COLLECTIVE,
+        within=StepPhase.OPTIMIZER,
+    ),
+    TableRow("optimizer", StepPhase.OPTIMIZER),
+    TableRow("batch norm, keys and loss of the other ranks", StepPhase.COLLECTIVE),
+    TableRow("everything else: metrics, log, k-NN monitor", StepPhase.STEP),
 )
+"""rows of the table in its order; a phase counts for the first row that fits"""
 
 
-class _Clock:
-    """Adds up the own time of nested phases; marks are nanoseconds, or events of a GPU's stream."""
+class PhaseClock:
+    """Adds up the time of nested phases, each without the phases inside of it.
+
+    Marks in time are nanoseconds on the CPU, and events of the stream on a GPU.
+
+    Args:
+        device: The device of this rank.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._open: list[str] = []
-        self._spans: list[tuple[tuple[str, ...], object, object]] = []
+        self._open: list[StepPhase] = []
+        self._spans: list[tuple[PhasePath, object, object]] = []
         self._last: object = None
 
-    def _mark(self) -> object:
+    def _mark_time(self) -> object:
         if not self._cuda:
             return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        make_event: Any = torch.cuda.Event  # torch has no types for it
+        event = make_event(enable_timing=True)
         event.record()
         return event
 
-    def _turn(self) -> None:
-        """The time since the last turn belongs to the innermost open phase."""
-        now = self._mark()
+    def _end_span(self) -> None:
+        """Count the time since the last call for the innermost open phase."""
+        mark = self._mark_time()
         if self._open:
-            self._spans.append((tuple(self._open), self._last, now))
-        self._last = now
+            self._spans.append((tuple(self._open), self._last, mark))
+        self._last = mark
 
-    def enter(self, name: str) -> None:
-        self._turn()
-        self._open.append(name)
+    def enter(self, inner: StepPhase) -> None:
+        """Open a phase inside the present one."""
+        self._end_span()
+        self._open.append(inner)
 
     def leave(self) -> None:
-        self._turn()
+        """Close the innermost phase."""
+        self._end_span()
         self._open.pop()
 
-    def rename(self, name: str) -> None:
-        self._turn()
-        self._open[-1] = name
+    def replace(self, following: StepPhase) -> None:
+        """Close the innermost phase, and open another one in its place."""
+        self._end_span()
+        self._open[-1] = following
 
-    def seconds(self) -> dict[tuple[str, ...], float]:
-        """Path of phases -> own seconds."""
+    def seconds(self) -> dict[PhasePath, float]:
+        """Return for each path of open phases the seconds that its innermost phase took."""
         if self._cuda:
             torch.cuda.synchronize()
-        total: dict[tuple[str, ...], float] = defaultdict(float)
+        total: dict[PhasePath, float] = defaultdict(float)
         for path, begin, end in self._spans:
-            total[path] += _seconds(begin, end)
+            total[path] += _seconds_between(begin, end)
         return dict(total)
 
 
-def _seconds(begin: object, end: object) -> float:
+def _seconds_between(begin: object, end: object) -> float:
     if isinstance(begin, int) and isinstance(end, int):
         return (end - begin) / 1e9
     assert isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
     return float(begin.elapsed_time(end)) / 1e3
 
 
-_clock: _Clock | None = None  # of the profile that is being taken in this process
+_clock: PhaseClock | None = None  # of the profile that is being taken in this process
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Count the time inside for `name`, and show it in the trace, while a profile is taken."""
+def running_clock(clock: PhaseClock) -> Iterator[None]:
+    """Count all phases of this process on a clock while the block runs.
+
+    Args:
+        clock: The clock, which may have counted phases before.
+    """
+    global _clock
+    _clock = clock
+    try:
+        yield
+    finally:
+        _clock = None
+
+
+@contextmanager
+def phase(inner: StepPhase) -> Iterator[None]:
+    """Count the time inside for a phase, and show it in the trace, while a profile is taken.
+
+    Args:
+        inner: The phase that the block is.
+    """
     clock = _clock
     if clock is None:
         yield
         return
-    clock.enter(name)
+    clock.enter(inner)
     try:
-        with record_function(name):
+        with record_function(inner.value):
             yield
     finally:
         clock.leave()
 
 
-def turns_into(name: str) -> Callable[[torch.Tensor], None]:
-    """A tensor hook: when the backward reaches the tensor, the phase around goes by this name."""
+def replace_phase_in_backward(tensor: Tensor, following: StepPhase) -> None:
+    """End the present phase, and begin another one, when the backward reaches a tensor.
 
-    def hook(_gradient: torch.Tensor) -> None:
+    Args:
+        tensor: A tensor that requires a gradient.
+        following: The phase that begins there.
+    """
+
+    def replace_phase(_gradient: Tensor) -> None:
         if _clock is not None:
-            _clock.rename(name)
+            _clock.replace(following)
 
-    return hook
+    untyped_tensor: Any = tensor  # torch has no types for hooks
+    untyped_tensor.register_hook(replace_phase)
 
 
 class Profile:
-    """Profiles `steps` steps of a run after `WARM_UP` ones; with 0 steps each call does nothing.
+    """Profiles some steps of a run after `WARM_UP` ones; with 0 steps each call does nothing.
 
     Args:
-        folder: run folder; `profile/table.md` and a Chrome trace of each rank go there.
-        steps: how many steps.
-        device: of this rank.
-        say: prints the table and, at the end, where it lies.
+        folder: The run folder; `profile/table.md` and a Chrome trace of each rank go there.
+        steps: Number of steps to profile.
+        device: The device of this rank.
+        say: Prints the table and, at the end, where it lies.
     """
 
     def __init__(
         self, folder: Path, steps: int, device: torch.device, say: Callable[[str], None]
     ) -> None:
         self._folder, self._steps, self._device, self._say = folder / "profile", steps, device, say
-        self._seen = 0
+        self._steps_done = 0
+        self._clock = PhaseClock(device)
         self._trace: profile | None = None
-        self._while_on = ExitStack()
+        self._running = ExitStack()
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step of the run; all ranks must come here alike."""
-        if self._steps and self._seen == WARM_UP:
-            self._start()
-        with phase("step"):
+        """Enclose one step of the run; all ranks must call."""
+        if self._steps and self._steps_done == WARM_UP:
+            self._start_profile()
+        with phase(StepPhase.STEP):
             yield
-        self._seen += 1
-        if self._trace is not None and self._seen == WARM_UP + self._steps:
-            self._finish()
+        self._steps_done += 1
+        if self._trace is not None and self._steps_done == WARM_UP + self._steps:
+            self._finish_profile()
 
     def close(self) -> None:
         """Stop without a result where the run ended too early for one."""
-        global _clock
-        if self._steps and self._seen < WARM_UP + self._steps:
-            _clock = None
-            self._while_on.close()
+        if self._steps and self._steps_done < WARM_UP + self._steps:
+            self._running.close()
             if self._trace is not None:
                 self._trace.stop()
             self._say(
                 f"no profile: --profile {self._steps} takes {WARM_UP + self._steps} steps and the "
-                f"run had {self._seen} to do"
+                f"run had {self._steps_done} to do"
             )
 
-    def _start(self) -> None:
-        global _clock
+    def _start_profile(self) -> None:
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._trace = profile(activities=activities)
         self._trace.start()
-        _clock = _Clock(self._device)
-        self._while_on.enter_context(ranks.timed_collectives(phase))
+        self._running.enter_context(running_clock(self._clock))
+        self._running.enter_context(ranks.timed_collectives(partial(phase, StepPhase.COLLECTIVE)))
 
-    def _finish(self) -> None:
-        global _clock
-        assert _clock is not None and self._trace is not None
-        clock, _clock = _clock, None
-        self._while_on.close()
+    def _finish_profile(self) -> None:
+        assert self._trace is not None
+        self._running.close()
         self._trace.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._trace.export_chrome_trace(str(self._folder / f"trace-rank{ranks.rank()}.json"))
-        own = {row: seconds / self._steps for row, seconds in rows(clock.seconds()).items()}
-        text = table(ranks.gather_objects(own), self._steps)
+        seconds = sum_rows(self._clock.seconds())
+        local_rows = {title: total / self._steps for title, total in seconds.items()}
+        text = format_table(ranks.gather_objects(local_rows), self._steps)
         if ranks.is_first():
-            (self._folder / "table.md").write_text(text + "\n")
+            write_text(self._folder / "table.md", text + "\n")
         self._say(f"{text}\n\n{self._folder}: the table and a trace of each rank (ui.perfetto.dev)")
 
 
-def rows(seconds: dict[tuple[str, ...], float]) -> dict[str, float]:
-    """Row of the table -> seconds, from the paths of phases."""
-    result: dict[str, float] = defaultdict(float)
-    for path, own in seconds.items():
-        result[_row(path)] += own
-    return dict(result)
+def sum_rows(seconds: Mapping[PhasePath, float]) -> dict[str, float]:
+    """Add up the seconds of each row of the table.
+
+    Args:
+        seconds: Path of open phases -> seconds of its innermost phase.
+
+    Returns:
+        Title of a row -> seconds.
+    """
+    total: dict[str, float] = defaultdict(float)
+    for path, seconds_of_path in seconds.items():
+        total[_row_title(path)] += seconds_of_path
+    return dict(total)
 
 
-def _row(path: tuple[str, ...]) -> str:
-    for suffix, row in _ROWS:
-        if path[-1] == suffix[-1] and set(suffix) <= set(path):
-            return row
-    raise AssertionError(f"no row for the phase {path}")
+def _row_title(path: PhasePath) -> str:
+    return next(row.title for row in TABLE_ROWS if row.counts(path))
 
 
-def table(of_ranks: list[dict[str, float]], steps: int) -> str:
-    """Markdown: mean seconds of a row over the ranks, its share, and the slowest rank's seconds."""
-    wanted = dict.fromkeys(row for _, row in _ROWS)
-    names = [row for row in wanted if any(row in own for own in of_ranks)]
-    mean = {name: sum(own.get(name, 0.0) for own in of_ranks) / len(of_ranks) for name in names}
+def format_table(rows_of_ranks: Sequence[Mapping[str, float]], steps: int) -> str:
+    """Write the table in Markdown: mean over the ranks, share of the step, slowest rank.
+
+    Args:
+        rows_of_ranks: Title of a row -> seconds per step, for each rank.
+        steps: Number of profiled steps.
+    """
+    titles = [
+        title
+        for title in dict.fromkeys(row.title for row in TABLE_ROWS)
+        if any(title in rows for rows in rows_of_ranks)
+    ]
+    count = len(rows_of_ranks)
+    mean = {title: sum(rows.get(title, 0.0) for rows in rows_of_ranks) / count for title in titles}
     total = sum(mean.values())
     lines = [
         f"Where the time goes: {total:.3f} s a step, mean of {steps} steps "
-        f"after {WARM_UP}, {len(of_ranks)} rank{'s' * (len(of_ranks) > 1)}, tracing included.\n",
+        f"after {WARM_UP}, {count} rank{'s' * (count > 1)}, tracing included.\n",
         "| part | s a step | share | slowest rank, s |",
         "|---|---|---|---|",
     ]
-    for name in names:
-        slowest = max(own.get(name, 0.0) for own in of_ranks)
-        share = 100 * mean[name] / total
-        lines.append(f"| {name} | {mean[name]:.4f} | {share:.1f} % | {slowest:.4f} |")
+    for title in titles:
+        slowest = max(rows.get(title, 0.0) for rows in rows_of_ranks)
+        share = 100 * mean[title] / total
+        lines.append(f"| {title} | {mean[title]:.4f} | {share:.1f} % | {slowest:.4f} |")
     return "\n".join(lines)

@@ -7,10 +7,11 @@ A row holds the scalars, then each layer group's signals, groups from input to o
 
     step, lr, loss, ...; patch_embed/grad_linf, patch_embed/grad_l2, ..., predictor/cosine
 
-Some columns are filled every few steps only (features, attention, k-NN). The file is cut back at a
-resume, so it reads like that of an unbroken run, and a row that a kill cut short is ignored.
+Some columns are filled only every few steps (features, attention, k-NN). When a run resumes, the
+rows of steps that it will do again are dropped, so the file reads like that of an unbroken run. A
+row that a kill cut short is ignored.
 
-    table = read(run)
+    table = read_signals(run)
     table.steps                                (T,) int64
     table.column("patch_embed", "rms_before")  (T,) float32, NaN where not measured
     table.scalar("knn")                        (T,) float32
@@ -47,7 +48,7 @@ SCALARS: dict[str, str] = {
     "knn": "every --knn.every_steps: accuracy in percent of the base encoder",
     "knn_momentum": "at the same steps: of the momentum encoder",
 }
-"""Columns that belong to the whole run, and what each means."""
+"""Columns that belong to the whole run, with their meanings."""
 
 SIGNALS: dict[str, str] = {
     "grad_linf": "largest |gradient| of all elements; of the gradient that the optimizer was given",
@@ -65,24 +66,28 @@ SIGNALS: dict[str, str] = {
     "max_logit": "every 50 steps, three blocks: largest attention logit on 8 images of rank 0",
     "entropy": "every 50 steps, three blocks: mean entropy of the attention, nats",
 }
-"""Columns of each layer group: extremes over its tensors, since a spike sits in one of them."""
+"""Columns of each layer group: extremes over its tensors, because a spike sits in one of them."""
 
 
 def column_names(groups: tuple[str, ...]) -> tuple[str, ...]:
-    """C names: the scalars, then "group/signal"."""
+    """Return the C names of the columns: the scalars, then "GROUP/SIGNAL".
+
+    Args:
+        groups: Layer groups from input to output.
+    """
     return (*SCALARS, *(f"{group}/{signal}" for group in groups for signal in SIGNALS))
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """What a run's signal file holds.
+class SignalTable:
+    """The content of a run's signal file.
 
     Attributes:
-        groups: layer groups from input to output; the frozen ones have NaN columns.
-        signals: names of the signals of each group.
-        scalars: names of the columns of the whole run.
-        values_TC: float32 rows, ascending by step.
-        columns: C names.
+        groups: Layer groups from input to output; the columns of frozen ones are NaN.
+        signals: Names of the signals of each group.
+        scalars: Names of the columns that belong to the whole run.
+        values_TC: Rows in float32, ascending by step.
+        columns: Names of all C columns.
     """
 
     groups: tuple[str, ...]
@@ -93,22 +98,29 @@ class Table:
 
     @property
     def steps(self) -> Steps:
-        """Optimizer steps done at each row, (T,), ascending, not always without gaps."""
+        """Number of optimizer steps done at each row, (T,); ascending, possibly with gaps."""
         return self.scalar("step").astype(np.int64)
 
     def column(self, group: str, signal: str) -> Floats:
-        """One signal of one group, (T,), NaN where not measured.
+        """Return one signal of one group, (T,); NaN where it was not measured.
+
+        Args:
+            group: A layer group, such as `block_0`.
+            signal: One of the keys of `SIGNALS`.
 
         Raises:
-            ValueError: there is no such group or signal.
+            ValueError: There is no such group or signal.
         """
         return self.scalar(f"{group}/{signal}")
 
     def scalar(self, name: str) -> Floats:
-        """One column of the whole run, (T,), NaN where not measured.
+        """Return one column, (T,); NaN where it was not measured.
+
+        Args:
+            name: One of the keys of `SCALARS`, or "GROUP/SIGNAL".
 
         Raises:
-            ValueError: there is no such column.
+            ValueError: There is no such column.
         """
         if name not in self.columns:
             raise ValueError(
@@ -116,30 +128,43 @@ class Table:
                 f"GROUP/SIGNAL of the groups {', '.join(self.groups)} and the signals "
                 f"{', '.join(self.signals)}."
             )
-        column_T: Floats = self.values_TC[:, self.columns.index(name)]
-        return column_T
+        return self.values_TC[:, self.columns.index(name)]
 
     def measured(self, name: str) -> tuple[Steps, Floats]:
-        """Steps (K,) and values (K,) of a column where it was measured."""
+        """Return steps (K,) and values (K,) of a column where it was measured.
+
+        Args:
+            name: One of the keys of `SCALARS`, or "GROUP/SIGNAL".
+
+        Raises:
+            ValueError: There is no such column.
+        """
         values_T = self.scalar(name)
-        there_T = ~np.isnan(values_T)
-        return self.steps[there_T], values_T[there_T]
+        is_measured_T = ~np.isnan(values_T)
+        return self.steps[is_measured_T], values_T[is_measured_T]
 
     def grid(self, signal: str) -> Floats:
-        """One signal of all groups, (groups, T): the heat map's rows from input to output."""
+        """Return one signal of all groups, (groups, T), groups from input to output.
+
+        Args:
+            signal: One of the keys of `SIGNALS`.
+        """
         return np.stack([self.column(group, signal) for group in self.groups])
 
 
-def read(run: Path) -> Table:
-    """The signals of a run folder, also of one that is still going on.
+def read_signals(run: Path) -> SignalTable:
+    """Read the signals of a run, which may still be training.
+
+    Args:
+        run: The run folder.
 
     Raises:
-        ValueError: the run has no signal file (`--signals.every 0`), or it is damaged.
+        ValueError: The run has no signal file (`--signals.every 0`), or it is damaged.
     """
-    header = _header(run)
+    header = _read_header(run)
     columns = tuple(header["columns"])
-    rows_TC = _rows(run / "signals.f32", len(columns))
-    return Table(
+    rows_TC = _read_rows(run / "signals.f32", len(columns))
+    return SignalTable(
         groups=tuple(header["groups"]),
         signals=tuple(header["signals"]),
         scalars=tuple(header["scalars"]),
@@ -148,7 +173,7 @@ def read(run: Path) -> Table:
     )
 
 
-def _header(run: Path) -> dict[str, Any]:
+def _read_header(run: Path) -> dict[str, Any]:
     path = run / "signals.json"
     try:
         header: dict[str, Any] = json.loads(path.read_text())
@@ -165,67 +190,69 @@ def _header(run: Path) -> dict[str, Any]:
     return header
 
 
-def _rows(path: Path, columns: int) -> Floats:
-    """Whole rows (T, C) of a file; T = 0 where there is none."""
+def _read_rows(path: Path, columns: int) -> Floats:
+    """Read the complete rows (T, C) of a file; T = 0 where the file does not exist."""
     if not path.exists():
         return np.empty((0, columns), np.float32)
     values = np.fromfile(path, "<f4")
-    rows: Floats = values[: len(values) // columns * columns].reshape(-1, columns)
-    return rows
+    return values[: len(values) // columns * columns].reshape(-1, columns)
 
 
 class SignalFile:
-    """Writes the rows of one run; opened on the first rank only.
+    """Writes the rows of one run; only the first rank opens it.
 
     Args:
-        run: run folder.
-        groups: layer groups from input to output.
-        steps_done: optimizer steps of earlier sittings; later rows are dropped.
+        run: The run folder.
+        groups: Layer groups from input to output.
+        steps_done: Number of optimizer steps done; the rows of later steps are dropped.
     """
 
     def __init__(self, run: Path, groups: tuple[str, ...], *, steps_done: int) -> None:
         self.columns = column_names(groups)
-        self._place = {name: place for place, name in enumerate(self.columns)}
-        path, header = run / "signals.f32", run / "signals.json"
-        kept_TC = _kept(run, self.columns, steps_done)
-        aside = path.with_suffix(".tmp")
-        kept_TC.astype("<f4").tofile(aside)
-        _write(header, groups)
-        aside.replace(path)
+        self._index = {name: index for index, name in enumerate(self.columns)}
+        path = run / "signals.f32"
+        earlier_TC = _read_earlier_rows(run, self.columns, steps_done)
+        with atomic.replace_when_whole(path) as temporary:
+            earlier_TC.astype("<f4").tofile(temporary)
+            _write_header(run / "signals.json", groups)
         self._file = atomic.Appender(path)
 
-    def write(self, values: Mapping[str, float]) -> Floats:
-        """Append one row (C,); columns that are not named hold NaN."""
+    def write_row(self, values: Mapping[str, float]) -> Floats:
+        """Append one row and return it, (C,).
+
+        Args:
+            values: Column -> value; all other columns become NaN.
+        """
         row_C = np.full(len(self.columns), np.nan, "<f4")
         for name, value in values.items():
-            row_C[self._place[name]] = value
+            row_C[self._index[name]] = value
         self._file.append(row_C.tobytes())
         return row_C
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish writing the file."""
         self._file.close()
 
 
-def _kept(run: Path, columns: tuple[str, ...], steps_done: int) -> Floats:
-    """Rows of earlier sittings in today's columns, those of steps that will be done again left out.
+def _read_earlier_rows(run: Path, columns: tuple[str, ...], steps_done: int) -> Floats:
+    """Read the rows that stay when a run continues, in today's columns.
 
-    A file that another version wrote with other columns keeps what both know.
+    Of a file that another version wrote with other columns, the columns that both know stay.
     """
     if steps_done == 0 or not (run / "signals.json").exists():
         return np.empty((0, len(columns)), np.float32)
-    table = read(run)
-    old_TC = table.values_TC[table.steps <= steps_done]
+    table = read_signals(run)
+    rows_TC = table.values_TC[table.steps <= steps_done]
     if table.columns == columns:
-        return old_TC
-    kept_TC = np.full((len(old_TC), len(columns)), np.nan, np.float32)
-    for place, name in enumerate(columns):
+        return rows_TC
+    translated_TC = np.full((len(rows_TC), len(columns)), np.nan, np.float32)
+    for index, name in enumerate(columns):
         if name in table.columns:
-            kept_TC[:, place] = old_TC[:, table.columns.index(name)]
-    return kept_TC
+            translated_TC[:, index] = rows_TC[:, table.columns.index(name)]
+    return translated_TC
 
 
-def _write(path: Path, groups: tuple[str, ...]) -> None:
+def _write_header(path: Path, groups: tuple[str, ...]) -> None:
     header = {
         "version": VERSION,
         "dtype": "<f4",
@@ -237,31 +264,28 @@ def _write(path: Path, groups: tuple[str, ...]) -> None:
     atomic.write_text(path, json.dumps(header, indent=1))
 
 
-# what one step measured -> a row
-
-
 _LARGEST = ("grad_linf", "grad_l2", "weight_l2", "update_l2", "rms", "rms_before")
 
 
-class ByGroup:
-    """Extremes of each layer group over its tensors; which tensor is where is found once.
+class GroupExtremes:
+    """Reduces what the optimizer measured of each tensor to the extremes of each layer group.
 
     Args:
-        groups: layer groups from input to output.
-        of_names: group of each tensor, in the order of the tables.
+        groups: Layer groups from input to output.
+        tensor_groups: Layer group of each tensor, in the order of the optimizer's tables.
     """
 
-    def __init__(self, groups: tuple[str, ...], of_names: Sequence[str]) -> None:
+    def __init__(self, groups: tuple[str, ...], tensor_groups: Sequence[str]) -> None:
         self._rows = {
-            group: np.flatnonzero(np.array([name == group for name in of_names]))
+            group: np.flatnonzero(np.array([name == group for name in tensor_groups]))
             for group in groups
         }
 
-    def __call__(self, table: Mapping[str, Floats]) -> dict[str, float]:
-        """Column -> value of one step.
+    def reduce_tensors(self, table: Mapping[str, Floats]) -> dict[str, float]:
+        """Return column -> value of one step.
 
         Args:
-            table: what the optimizer measured of each tensor: `grad_peak`, `grad_norm`,
+            table: Values of each tensor that the optimizer measured: `grad_peak`, `grad_norm`,
                 `weight_norm`, `update_norm`, `rate`, `trust_ratio`, `adapts`, `rms`, `rms_before`,
                 `cosine`.
         """
@@ -277,13 +301,13 @@ class ByGroup:
         row = {}
         for group, rows in self._rows.items():
             for signal in _LARGEST:
-                row[f"{group}/{signal}"] = _extreme(np.maximum, values[signal][rows])
-            row[f"{group}/trust"] = _extreme(np.fmax, trust[rows])
-            row[f"{group}/trust_min"] = _extreme(np.fmin, trust[rows])
-            row[f"{group}/cosine"] = _extreme(np.fmin, table["cosine"][rows])
+                row[f"{group}/{signal}"] = _reduce_values(np.maximum, values[signal][rows])
+            row[f"{group}/trust"] = _reduce_values(np.fmax, trust[rows])
+            row[f"{group}/trust_min"] = _reduce_values(np.fmin, trust[rows])
+            row[f"{group}/cosine"] = _reduce_values(np.fmin, table["cosine"][rows])
         return row
 
 
-def _extreme(of: np.ufunc, values: Floats) -> float:
-    """Largest or smallest value; NaN where there is none, or where the gradient was NaN."""
-    return float(of.reduce(values)) if len(values) else float("nan")
+def _reduce_values(extreme: np.ufunc, values: Floats) -> float:
+    """Return the extreme value; NaN where there is none, or where a gradient was NaN."""
+    return float(extreme.reduce(values)) if len(values) else float("nan")

@@ -1,10 +1,7 @@
 """Writing checkpoints: complete or absent at each moment, and never lost for a new one."""
 
-import contextlib
 import errno
-import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ import torch
 from mocov3_ds.checkpoints import checkpoint, checkpoint_writer
 from mocov3_ds.checkpoints.saver import Saver
 from tests.checkpoints.saved import WEIGHT, check_newest, file_names, save_step, steps_on_disk
-from tests.disk import watched
+from tests.disk import largest_file, watched
 
 
 def test_round_trip_and_keeping(tmp_path: Path) -> None:
@@ -166,17 +163,6 @@ def test_everything_is_on_disk_before_its_name(
     assert any(named < i < pointed for i in of_parent)
     removed = position["rename", (f"{parent}/step-00000005", f"{parent}/gone-00000005")]
     assert any(pointed < i < removed for i in of_parent)
-
-
-@contextlib.contextmanager
-def largest_file(length: int) -> Iterator[None]:
-    """Files of this process may be no longer, those that pytest writes among them."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (length, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_that_cannot_grow(tmp_path: Path) -> None:

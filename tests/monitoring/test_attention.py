@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
-from mocov3_ds.model.layer_groups import group_names, group_of
 from mocov3_ds.model.vit import VitShape, build_vit
 from mocov3_ds.monitoring.attention import attention_extremes, middle_and_ends
 
@@ -43,11 +41,11 @@ def test_extremes_are_those_of_attention_written_out(qk_norm: bool, class_token_
     for block in vit.blocks:
         block.attn.qkv.weight.data.mul_(3.0)
     x = torch.randn(5, 3, 16, 16)
-    found = attention_extremes(vit, x, middle_and_ends(3))
-    assert set(found) == {0, 1, 2}
-    for index, (logit, entropy) in found.items():
-        want = written_out(vit, x, index)
-        assert (logit, entropy) == pytest.approx(want, rel=1e-5)
+    extremes = attention_extremes(vit, x, middle_and_ends(3))
+    assert set(extremes) == {0, 1, 2}
+    for index, (logit, entropy) in extremes.items():
+        expected = written_out(vit, x, index)
+        assert (logit, entropy) == pytest.approx(expected, rel=1e-5)
         assert 0 < entropy < math.log(17)
     assert not any(module._forward_hooks for module in vit.modules())
 
@@ -61,11 +59,3 @@ def test_query_key_norm_bounds_the_logits() -> None:
         largest[qk_norm] = attention_extremes(vit, x, (1,))[1][0]
     assert largest[True] <= math.sqrt(24 / 4) + 1e-4  # |q| = |k| = sqrt(d) after the norm
     assert largest[False] > 50
-
-
-def test_each_tensor_belongs_to_a_group() -> None:
-    base = BaseEncoder(EncoderShape(vit=SHAPE, hidden=8, out=4, train_patch_projection=True))
-    found = [group_of(f"base.{n}") for n, p in base.named_parameters() if p.requires_grad]
-    assert list(dict.fromkeys(found)) == ["cls", *[g for g in group_names(3) if g != "cls"]]
-    with pytest.raises(ValueError, match=r"'base\.other\.weight' belongs to no layer group"):
-        group_of("base.other.weight")

@@ -25,23 +25,23 @@ def plain(q: Tensor, k: Tensor) -> dict[str, float]:
     share = torch.linalg.svdvals(q).square()
     share = share / share.sum()
     cosine = q @ k.T
-    others = cosine[~torch.eye(len(q), dtype=torch.bool)]
+    negatives = cosine[~torch.eye(len(q), dtype=torch.bool)]
     return {
         "features_std": float(q.std(dim=0, unbiased=False).mean()),
         "features_rank": float((-(share * share.log()).sum()).exp()),
         "positive": float(cosine.diagonal().mean()),
-        "negative": float(others.mean()),
+        "negative": float(negatives.mean()),
     }
 
 
-def of_this_rank() -> dict[str, Any]:
+def signals_of_rank() -> dict[str, Any]:
     q, k = (x.chunk(ranks.world_size())[ranks.rank()] for x in batch())
     return feature_signals(q, k)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_equal_their_definitions_on_any_number_of_ranks(world_size: int) -> None:
-    results = [of_this_rank()] if world_size == 1 else run_ranks(world_size, of_this_rank)
+    results = [signals_of_rank()] if world_size == 1 else run_ranks(world_size, signals_of_rank)
     for result in results:
         assert result == pytest.approx(plain(*batch()), rel=1e-5)
         assert result == results[0]

@@ -8,61 +8,84 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity
 
 from mocov3_ds.bench import step as bench
-from mocov3_ds.model.base_encoder import Chunks, EncoderShape
+from mocov3_ds.model.base_encoder import EncoderShape
+from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.vit import VitShape
 from mocov3_ds.monitoring import profiler
-from mocov3_ds.monitoring.profiler import Profile, phase
+from mocov3_ds.monitoring.profiler import (
+    TABLE_ROWS,
+    PhaseClock,
+    Profile,
+    StepPhase,
+    phase,
+    running_clock,
+)
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL, TRAIN, start
 
 
 def test_an_inner_phase_is_not_counted_for_the_outer_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = profiler._Clock(torch.device("cpu"))
-    now = iter([0, 1, 3, 6, 10, 15, 21, 28, 28])
-    monkeypatch.setattr(time, "perf_counter_ns", lambda: next(now) * 10**9)
-    monkeypatch.setattr(profiler, "_clock", clock)
-    with phase("step"):  # from 0 to the second 28
-        with phase("backward"):  # from 1 to 15
-            with phase("backbone"):  # from 3 to 6
+    clock = PhaseClock(torch.device("cpu"))
+    marks = iter([0, 1, 3, 6, 10, 15, 21, 28, 28])
+    weight = torch.zeros((), requires_grad=True)
+    output = 2 * weight
+    profiler.replace_phase_in_backward(output, StepPhase.BACKWARD_OF_BACKBONES)
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: next(marks) * 10**9)
+    with running_clock(clock), phase(StepPhase.STEP):  # from 0 to the second 28
+        with phase(StepPhase.BACKWARD):  # from 1 to 15
+            with phase(StepPhase.BACKBONE):  # from 3 to 6
                 pass
-            profiler.turns_into("backbones")(torch.zeros(()))  # at 10
-        with pytest.raises(ZeroDivisionError), phase("loss"):  # from 21 to 28
+            output.backward()  # at 10
+        with pytest.raises(ZeroDivisionError), phase(StepPhase.LOSS):  # from 21 to 28
             raise ZeroDivisionError
     seconds = clock.seconds()
     assert seconds == {
-        ("step",): 1 + 6,
-        ("step", "backward"): 2 + 4,
-        ("step", "backward", "backbone"): 3,
-        ("step", "backbones"): 5,
-        ("step", "loss"): 7,
+        (StepPhase.STEP,): 1 + 6,
+        (StepPhase.STEP, StepPhase.BACKWARD): 2 + 4,
+        (StepPhase.STEP, StepPhase.BACKWARD, StepPhase.BACKBONE): 3,
+        (StepPhase.STEP, StepPhase.BACKWARD_OF_BACKBONES): 5,
+        (StepPhase.STEP, StepPhase.LOSS): 7,
     }
     assert sum(seconds.values()) == 28
 
 
 def test_a_path_goes_to_the_first_row_that_fits() -> None:
-    found = profiler.rows(
+    rows = profiler.sum_rows(
         {
-            ("step", "backbone"): 1.0,
-            ("step", "backward", "backbones", "backbone"): 2.0,
-            ("step", "backward", "backbones", "collective"): 4.0,
-            ("step", "heads", "collective"): 8.0,
-            ("step", "optimizer", "collective"): 16.0,
+            (StepPhase.STEP, StepPhase.BACKBONE): 1.0,
+            (
+                StepPhase.STEP,
+                StepPhase.BACKWARD,
+                StepPhase.BACKWARD_OF_BACKBONES,
+                StepPhase.BACKBONE,
+            ): 2.0,
+            (
+                StepPhase.STEP,
+                StepPhase.BACKWARD,
+                StepPhase.BACKWARD_OF_BACKBONES,
+                StepPhase.COLLECTIVE,
+            ): 4.0,
+            (StepPhase.STEP, StepPhase.HEADS, StepPhase.COLLECTIVE): 8.0,
+            (StepPhase.STEP, StepPhase.OPTIMIZER, StepPhase.COLLECTIVE): 16.0,
         }
     )
-    assert list(found.values()) == [1, 2, 4, 8, 16]
-    assert [name.partition(":")[0] for name in found] == [
+    assert list(rows.values()) == [1, 2, 4, 8, 16]
+    assert [name.partition(":")[0] for name in rows] == [
         *("queries", "backward", "reduction of the gradients, backward of batch norm over ranks"),
         *("batch norm, keys and loss of the other ranks", "optimizer"),
     ]
-    with pytest.raises(AssertionError, match="lunch"):
-        profiler.rows({("step", "lunch"): 1.0})
+    for anything in StepPhase:
+        assert sum(profiler.sum_rows({(StepPhase.STEP, anything): 1.0}).values()) == 1.0
 
 
 def test_the_table_adds_up_over_ranks() -> None:
-    text = profiler.table([{"loss": 1.0, "optimizer": 1.0}, {"loss": 3.0, "optimizer": 3.0}], 5)
+    text = profiler.format_table(
+        [{"loss": 1.0, "optimizer": 1.0}, {"loss": 3.0, "optimizer": 3.0}], 5
+    )
     assert "4.000 s a step, mean of 5 steps after 2, 2 ranks" in text
     assert text.splitlines()[-2:] == [
         "| loss | 2.0000 | 50.0 % | 3.0000 |",
@@ -90,7 +113,9 @@ def profiled(folder: Path) -> list[str]:
             with profile.step():
                 step()
         profile.close()
-    assert profiler._clock is None
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as trace, phase(StepPhase.STEP):
+        pass
+    assert "step" not in [event.name for event in trace.events()]  # no profile is being taken
     return said
 
 
@@ -104,8 +129,9 @@ def test_a_profile_of_two_ranks_has_every_phase(tmp_path: Path) -> None:
     written = (tmp_path / "2" / "profile" / "table.md").read_text()
     assert text.startswith(written.rstrip())
     parts = [line.split(" | ")[0].removeprefix("| ") for line in written.splitlines()[4:]]
-    wanted = dict.fromkeys(row for path, row in profiler._ROWS if path[0] not in ("data", "views"))
-    assert parts == [*wanted]
+    absent = (StepPhase.DATA, StepPhase.VIEWS)
+    expected = dict.fromkeys(row.title for row in TABLE_ROWS if row.phase not in absent)
+    assert parts == [*expected]
     seconds = [float(line.split(" | ")[1]) for line in written.splitlines()[4:]]
     assert sum(seconds) == pytest.approx(float(written.split(": ")[1].split()[0]), abs=2e-3)
     for rank in range(2):
@@ -128,5 +154,5 @@ def test_the_flag_writes_the_table_of_a_run(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "| wait for data | 0." in run.stderr + run.stdout
-    found = {path.name for path in (tmp_path / "runs" / "tiny" / "profile").iterdir()}
-    assert found == {"table.md", "trace-rank0.json"}
+    names = {path.name for path in (tmp_path / "runs" / "tiny" / "profile").iterdir()}
+    assert names == {"table.md", "trace-rank0.json"}

@@ -1,62 +1,136 @@
 """The log of a run: one line a step, and a resumed run's file reads like an unbroken one's."""
 
+import errno
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from mocov3_ds.monitoring.run_log import Report, read_rows
+from mocov3_ds.monitoring.run_log import RunLog, read_rows
+from tests.disk import largest_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside tensorboard
 
 
-def log(folder: Path, first: int, last: int) -> None:
-    report = Report(folder, steps_done=first, total_steps=10, speaks=True)
+def log_steps(folder: Path, first: int, last: int) -> None:
+    log = RunLog(folder, steps_done=first, total_steps=10, speaks=True)
     if first == 0:
-        report.values(0, knn_full=1.0)
+        log.log_values(0, knn_full=1.0)
     for step in range(first + 1, last + 1):
-        report.step({"step": step, "loss": float(step), "knn": 5.0 if step % 2 else None})
-    report.close()
+        log.log_step({"step": step, "loss": float(step), "knn": 5.0 if step % 2 else None})
+    log.close()
 
 
 def test_one_line_a_step_and_no_step_twice(tmp_path: Path) -> None:
-    log(tmp_path, 0, 7)
-    log(tmp_path, 4, 6)  # killed after step 7, the checkpoint was at step 4
+    log_steps(tmp_path, 0, 7)
+    log_steps(tmp_path, 4, 6)  # killed after step 7, the checkpoint was at step 4
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
     assert any((tmp_path / "tensorboard").iterdir())
 
 
 def test_a_run_that_starts_afresh_drops_everything(tmp_path: Path) -> None:
-    log(tmp_path, 0, 3)
-    log(tmp_path, 0, 2)
+    log_steps(tmp_path, 0, 3)
+    log_steps(tmp_path, 0, 2)
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_a_line_cut_by_a_kill_is_left_out(tmp_path: Path) -> None:
-    log(tmp_path, 0, 3)
+    log_steps(tmp_path, 0, 3)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
-    log(tmp_path, 3, 4)
+    log_steps(tmp_path, 3, 4)
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_damaged_lines_are_left_out_and_the_others_stay(tmp_path: Path) -> None:
-    log(tmp_path, 0, 5)
+    log_steps(tmp_path, 0, 5)
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines()
     lines[1], lines[2] = b'{"step": 1, \xff\xfe}', b"[1, 2]"
     lines[3] = b'{"step": "three"}'
     path.write_bytes(b"\n".join(lines) + b"\n")
     assert [row["step"] for row in read_rows(path)] == [0, 4, 5]
-    log(tmp_path, 4, 5)
+    log_steps(tmp_path, 4, 5)
     assert [row["step"] for row in read_rows(path)] == [0, 4, 5]
 
 
 def test_other_ranks_are_silent(tmp_path: Path) -> None:
-    report = Report(tmp_path, steps_done=0, total_steps=3, speaks=False)
-    report.values(0, knn=1.0)
-    report.step({"step": 1, "loss": 1.0})
-    report.say("nothing")
-    report.close()
+    log = RunLog(tmp_path, steps_done=0, total_steps=3, speaks=False)
+    log.log_values(0, knn=1.0)
+    log.log_step({"step": 1, "loss": 1.0})
+    log.print_line("nothing")
+    log.close()
     assert not any(tmp_path.iterdir())
+
+
+def test_a_rewound_run_forgets_the_steps_it_will_do_again(tmp_path: Path) -> None:
+    opened: list[int] = []
+
+    def open_sink(_run: Path, steps_done: int) -> RowsInMemory:
+        opened.append(steps_done)
+        return RowsInMemory()
+
+    log = RunLog(tmp_path, steps_done=0, total_steps=9, speaks=True, sinks=[open_sink])
+    for step in (1, 2, 3):
+        log.log_step({"step": step, "loss": 1.0})
+    log.drop_steps_after(1)
+    log.log_step({"step": 2, "loss": 2.0})
+    log.close()
+    rows = [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert rows == [(1, 1.0), (2, 2.0)]
+    assert opened == [0, 1]
+
+
+class RowsInMemory:
+    """A sink that a test can look at, and that fails from a step on."""
+
+    def __init__(self, fails_at: int = 10**9) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.fails_at, self.closed = fails_at, False
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        if step >= self.fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.rows.append((step, dict(values)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_each_sink_gets_the_numbers_and_one_that_fails_warns_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, bad = RowsInMemory(), RowsInMemory(fails_at=2)
+
+    def never_opens(_run: Path, _steps_done: int) -> RowsInMemory:
+        raise RuntimeError("no such server")
+
+    sinks = [lambda *_: bad, never_opens, lambda *_: good]
+    log = RunLog(tmp_path, steps_done=0, total_steps=9, speaks=True, sinks=sinks)
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3):
+            log.log_step({"step": step, "loss": 0.5, "knn": None, "alarms": ["rms_high"]})
+    log.close()
+    assert good.rows == [(step, {"loss": 0.5}) for step in (1, 2, 3)]
+    assert good.closed
+    assert bad.rows == [(1, {"loss": 0.5})]
+    assert caplog.text.count("RowsInMemory failed and gets nothing more") == 1
+    assert caplog.text.count("never_opens failed and gets nothing more") == 1
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["alarms"] for row in rows] == [["rms_high"]] * 3
+
+
+def test_a_full_disk_does_not_end_the_log(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, steps_done=0, total_steps=9, speaks=True, sinks=[])
+    path = tmp_path / "metrics.jsonl"
+    log.log_step({"step": 1, "loss": 1.0})
+    with largest_file(path.stat().st_size + 5):  # no row fits, and the first one in part
+        for step in (2, 3):
+            log.log_step({"step": step, "loss": 1.0})
+        assert [row["step"] for row in read_rows(path)] == [1]
+    log.log_step({"step": 4, "loss": 1.0})
+    log.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]

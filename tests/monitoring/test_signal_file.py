@@ -10,10 +10,10 @@ import pytest
 from mocov3_ds.monitoring.signal_file import (
     SCALARS,
     SIGNALS,
-    ByGroup,
+    GroupExtremes,
     SignalFile,
     column_names,
-    read,
+    read_signals,
 )
 
 GROUPS = ("patch_embed", "block_0", "predictor")
@@ -25,13 +25,13 @@ def write(run: Path, first: int, last: int, done: int) -> None:
         values = {"step": step, "loss": 5.0 - step / 10, "block_0/rms": step * 0.5}
         if step % 3 == 0:
             values["knn"] = 10.0 + step
-        file.write(values)
+        file.write_row(values)
     file.close()
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     write(tmp_path, 1, 7, done=0)
-    table = read(tmp_path)
+    table = read_signals(tmp_path)
     assert table.groups == GROUPS and table.signals == tuple(SIGNALS)
     assert table.steps.tolist() == [1, 2, 3, 4, 5, 6, 7] and table.steps.dtype == np.int64
     assert table.column("block_0", "rms").tolist() == [0.5 * step for step in range(1, 8)]
@@ -50,11 +50,11 @@ def test_a_resumed_file_reads_like_an_unbroken_one(tmp_path: Path) -> None:
     write(broken, 1, 6, done=0)
     with (broken / "signals.f32").open("ab") as file:
         file.write(b"cut short")
-    assert len(read(broken).steps) == 6
+    assert len(read_signals(broken).steps) == 6
     write(broken, 5, 9, done=4)
     assert (whole / "signals.f32").read_bytes() == (broken / "signals.f32").read_bytes()
     write(broken, 1, 2, done=0)  # afresh
-    assert read(broken).steps.tolist() == [1, 2]
+    assert read_signals(broken).steps.tolist() == [1, 2]
 
 
 def test_a_file_with_other_columns_keeps_what_both_know(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_file_with_other_columns_keeps_what_both_know(tmp_path: Path) -> None:
     header["columns"][header["columns"].index("loss")] = "former"
     (tmp_path / "signals.json").write_text(json.dumps(header))
     write(tmp_path, 4, 4, done=3)
-    table = read(tmp_path)
+    table = read_signals(tmp_path)
     assert table.steps.tolist() == [1, 2, 3, 4]
     assert np.isnan(table.scalar("loss")).tolist() == [True, True, True, False]
     assert table.column("block_0", "rms").tolist() == [0.5, 1.0, 1.5, 2.0]
@@ -71,14 +71,14 @@ def test_a_file_with_other_columns_keeps_what_both_know(tmp_path: Path) -> None:
 
 def test_no_file_and_no_column(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no signals.json: it was trained with"):
-        read(tmp_path)
+        read_signals(tmp_path)
     write(tmp_path, 1, 1, done=0)
     with pytest.raises(ValueError, match=r"no column 'block_0/speed'; it has step, lr, "):
-        read(tmp_path).column("block_0", "speed")
+        read_signals(tmp_path).column("block_0", "speed")
     header = json.loads((tmp_path / "signals.json").read_text())
     (tmp_path / "signals.json").write_text(json.dumps(header | {"version": 99}))
     with pytest.raises(ValueError, match="format version 99"):
-        read(tmp_path)
+        read_signals(tmp_path)
 
 
 def test_columns_are_scalars_then_groups_from_input_to_output() -> None:
@@ -88,7 +88,7 @@ def test_columns_are_scalars_then_groups_from_input_to_output() -> None:
 
 
 def test_a_group_shows_the_extremes_of_its_tensors() -> None:
-    of_names = ["block_0", "predictor", "block_0", "block_0"]
+    extremes = GroupExtremes(GROUPS, ["block_0", "predictor", "block_0", "block_0"])
     table = {
         "grad_peak": [1.0, 9.0, 4.0, 2.0],
         "grad_norm": [3.0, 9.0, 1.0, 2.0],
@@ -101,10 +101,12 @@ def test_a_group_shows_the_extremes_of_its_tensors() -> None:
         "rms_before": [np.nan, np.nan, np.nan, np.nan],
         "cosine": [np.nan, 0.5, -0.2, 0.1],
     }
-    row = ByGroup(GROUPS, of_names)({k: np.array(v, np.float32) for k, v in table.items()})
-    own = {key.removeprefix("block_0/"): v for key, v in row.items() if key.startswith("block_0/")}
-    assert own.pop("rms_before") != own.get("rms_before")  # NaN
-    assert own == pytest.approx(
+    row = extremes.reduce_tensors({k: np.array(v, np.float32) for k, v in table.items()})
+    block = {
+        key.removeprefix("block_0/"): v for key, v in row.items() if key.startswith("block_0/")
+    }
+    assert block.pop("rms_before") != block.get("rms_before")  # NaN
+    assert block == pytest.approx(
         {
             "grad_linf": 4.0,
             "grad_l2": 3.0,
@@ -118,5 +120,5 @@ def test_a_group_shows_the_extremes_of_its_tensors() -> None:
     )
     assert math.isnan(row["patch_embed/grad_linf"])  # frozen
     table["grad_peak"][2] = np.nan
-    row = ByGroup(GROUPS, of_names)({k: np.array(v, np.float32) for k, v in table.items()})
+    row = extremes.reduce_tensors({k: np.array(v, np.float32) for k, v in table.items()})
     assert math.isnan(row["block_0/grad_linf"])

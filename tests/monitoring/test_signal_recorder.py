@@ -5,6 +5,7 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,14 +13,15 @@ import torch
 
 from mocov3_ds import train
 from mocov3_ds.checkpoints import checkpoint
-from mocov3_ds.config import RECIPES, parse
-from mocov3_ds.encoders.export import export
+from mocov3_ds.encoders.export import export_encoder
 from mocov3_ds.encoders.load import load_encoder
-from mocov3_ds.monitoring import alarms
-from mocov3_ds.monitoring.signal_file import read
+from mocov3_ds.monitoring.signal_file import read_signals
+from mocov3_ds.monitoring.signal_recorder import SignalRecorder
+from mocov3_ds.recipes import RECIPES, parse
 from mocov3_ds.stability.series import read_series
 from mocov3_ds.stability.verdict import judge
-from mocov3_ds.training.run import _rule
+from mocov3_ds.training import build
+from mocov3_ds.training.tensor_rules import tensor_rules
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL, outcomes, rows_of
@@ -42,13 +44,14 @@ def at_the_fourth_step(rms_T: np.ndarray, grad_T: np.ndarray) -> np.ndarray:
     return np.full(len(rms_T), len(rms_T) == 4)
 
 
-def sit(folder: str, flags: list[str], sittings: dict[str, list[str]]) -> None:
-    """Train each run by the main job, with an alarm at the fourth step."""
+def train_each(folder: str, flags: list[str], attempts: dict[str, list[str]]) -> None:
+    """Train each run by the command's own function, with an alarm at the fourth step."""
     os.chdir(folder)
     warnings.filterwarnings("ignore")
-    alarms.RULES = {"fourth": at_the_fourth_step}  # type: ignore[misc]
-    for name, own in sittings.items():
-        train.train(parse([*flags, *own, "--name", name.rstrip("'")]))
+    rules = {"fourth": at_the_fourth_step}
+    with mock.patch.object(build, "SignalRecorder", partial(SignalRecorder, rules=rules)):
+        for name, further_flags in attempts.items():
+            train.train(parse([*flags, *further_flags, "--name", name.rstrip("'")]))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_set(str(folder / "probes"), [33])
     flags = [*SMALL, "--data.shards", str(folder / "train"), *OFTEN, "--save.keep", "9"]
     flags += ["--data.probe_shards", str(folder / "probes"), "--model.patch_lr", "1"]
-    sittings = {
+    attempts = {
         "plain": [],
         "halved": HALVE,
         "broken": [*HALVE, "--stop_after_steps", "5"],  # in the middle of the response
@@ -69,13 +72,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "off": ["--signals.every", "0"],
         "qk": QK,
     }
-    run_ranks(1, sit, str(folder), flags, sittings, timeout=600)
-    run_ranks(2, sit, str(folder), flags, {"two": HALVE}, timeout=600)
+    run_ranks(1, train_each, str(folder), flags, attempts, timeout=600)
+    run_ranks(2, train_each, str(folder), flags, {"two": HALVE}, timeout=600)
     return folder / "runs"
 
 
 def test_each_column_is_filled_when_it_is_due(runs: Path) -> None:
-    table = read(runs / "plain")
+    table = read_signals(runs / "plain")
     assert table.groups == (
         "patch_embed",
         "cls",
@@ -105,7 +108,7 @@ def test_each_column_is_filled_when_it_is_due(runs: Path) -> None:
 
 
 def test_fewer_rows_and_none(runs: Path) -> None:
-    table = read(runs / "sparse")
+    table = read_signals(runs / "sparse")
     assert table.steps.tolist() == [3, 4, 5, 6, 8, 9, 10, 12]
     assert table.measured("block_1/grad_l2")[0].tolist() == [3, 6, 9, 12]
     assert not (runs / "off/signals.json").exists()
@@ -118,7 +121,7 @@ def test_an_alarm_leaves_the_rows_before_it_and_the_samples(runs: Path) -> None:
     content = json.loads(path.read_text())
     assert (path.name, content["step"], content["alarms"]) == ("step-00000004.json", 4, ["fourth"])
     assert content["group"] == "patch_embed"
-    table = read(runs / "plain")
+    table = read_signals(runs / "plain")
     rows = np.array([[np.nan if v is None else v for v in row] for row in content["rows"]])
     np.testing.assert_array_equal(rows.astype(np.float32), table.values_TC[:4])
     assert tuple(content["columns"]) == table.columns
@@ -150,14 +153,14 @@ def test_a_run_stopped_in_the_middle_of_a_response_goes_on_with_it(runs: Path) -
 
 
 def test_clipped_updates_last_as_long_as_asked(runs: Path) -> None:
-    table = read(runs / "clipped")
+    table = read_signals(runs / "clipped")
     steps, factors = table.measured("predictor/trust")
     assert steps.tolist() == [5, 6, 7]
     assert (factors > 0).all() and (factors <= 1).all()
 
 
 def test_signals_do_not_depend_on_the_ranks(runs: Path) -> None:
-    one, two = read(runs / "halved"), read(runs / "two")
+    one, two = read_signals(runs / "halved"), read_signals(runs / "two")
     for signal in ("grad_l2", "grad_linf", "weight_l2", "rms"):
         a, b = one.grid(signal), two.grid(signal)
         close = np.abs(a - b) <= 2e-2 * np.abs(a) + 1e-6
@@ -168,28 +171,28 @@ def test_signals_do_not_depend_on_the_ranks(runs: Path) -> None:
 
 
 def test_a_group_of_rate_zero_stays_and_is_not_measured(runs: Path) -> None:
-    folders = checkpoint.folders(runs / "qk")
-    first, last = (checkpoint.Checkpoint(f).group("base") for f in (folders[0], folders[-1]))
+    folders = checkpoint.list_checkpoints(runs / "qk")
+    first, last = (checkpoint.Checkpoint(f).read_group("base") for f in (folders[0], folders[-1]))
     for name in first:
         still = ".blocks.0." in name or name.endswith("pos_embed")
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             assert torch.equal(first[name], last[name]) == still, name
-    table = read(runs / "qk")
+    table = read_signals(runs / "qk")
     assert np.isnan(table.column("block_0", "grad_l2")).all()
-    assert np.isfinite(table.column("block_0", "entropy")[[4, 9]]).all()  # watched all the same
+    assert np.isfinite(table.column("block_0", "entropy")[[4, 9]]).all()  # measured all the same
 
 
 def test_query_key_norm_is_trained_and_goes_to_timm_alone(runs: Path, tmp_path: Path) -> None:
     encoder = load_encoder(runs / "qk")
     weight = encoder.blocks[1].attn.q_norm.weight
     assert weight.shape == (12,) and not torch.equal(weight, torch.ones(12))
-    assert export(runs / "qk", tmp_path / "timm", to="timm") < 1e-5
+    assert export_encoder(runs / "qk", tmp_path / "timm", to="timm") < 1e-5
     again = load_encoder(tmp_path / "timm", heads=2)
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(again(x), encoder(x))
     for to in ("hf", "deit", "moco-v3"):
         with pytest.raises(ValueError, match=f"for which --to {to} has no place; use --to timm"):
-            export(runs / "qk", tmp_path / to, to=to)  # type: ignore[arg-type]
+            export_encoder(runs / "qk", tmp_path / to, to=to)  # type: ignore[arg-type]
         assert not (tmp_path / to).exists()
 
 
@@ -197,7 +200,7 @@ def test_a_run_is_read_as_a_series(runs: Path) -> None:
     series = read_series(runs / "plain", twin_knn=50.0)
     assert series.steps_T.tolist() == list(range(1, 13)) and series.total_steps == 12
     assert (series.probes, series.knn_steps_K.tolist()) == (30, [3, 6, 9, 12])
-    np.testing.assert_array_equal(series.rms_GT, read(runs / "plain").grid("rms"))
+    np.testing.assert_array_equal(series.rms_GT, read_signals(runs / "plain").grid("rms"))
     assert not series.stopped_non_finite and judge(series).lost_to_twin is not None
     bare = read_series(runs / "off")
     assert bare.groups == () and judge(bare).lead is None
@@ -207,7 +210,7 @@ def test_a_run_is_read_as_a_series(runs: Path) -> None:
 
 def test_rates_of_groups() -> None:
     flags = ["--model.patch_lr", "0.2", "--model.group_lr", "patch_embed=10"]
-    rule = partial(_rule, parse([*flags, "--model.group_lr", "block_3=0.5"]).config)
+    rule = tensor_rules(parse([*flags, "--model.group_lr", "block_3=0.5"]).config)
     for name, rate in (
         ("base.backbone.patch_embed.proj.weight", 2.0),
         ("base.backbone.blocks.3.mlp.fc1.weight", 0.5),
@@ -231,7 +234,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--signals.every", "-1"], "--signals.every -1 cannot be"),
     (
         ["--alarm.response", "clip", "--ds", "optimizer.type=Lamb"],
-        "needs AdamW: the trust ratio of",
+        "clip does not go with Lamb: the trust ratio sets the length of the step",
     ),
     (
         ["--alarm.response", "clip", "--ds", "optimizer.params.update_clip=true"],

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from mocov3_ds.data.storage.atomic import Appender, write_text
-from mocov3_ds.monitoring.run_log import RunLog, read_rows
 
 
 class Disk:
@@ -48,25 +47,6 @@ def test_what_does_not_fit_is_written_later(
     appender.append(b"fifth\n")
     appender.close()
     assert f"{path} lacks its last 6 bytes" in caplog.text
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside tensorboard
-def test_a_full_disk_does_not_end_the_report(tmp_path: Path) -> None:
-    report = RunLog(tmp_path, steps_done=0, total_steps=9, speaks=True)
-    disk = Disk(report._rows)
-    for step in range(1, 6):
-        disk.room = 0 if step in (2, 3) else 10**9
-        report.log_step({"step": step, "loss": 1.0})
-    assert report._board is not None
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    report._board.add_scalar = refuse  # type: ignore[method-assign]
-    report.log_step({"step": 6, "loss": 1.0})
-    report.log_step({"step": 7, "loss": 1.0})
-    report.close()
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
