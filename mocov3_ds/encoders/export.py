@@ -77,8 +77,7 @@ def export_encoder(
         Largest difference of a feature between the encoder and the exported one.
 
     Raises:
-        ValueError: nothing to export, `out` in use, a package that is missing, or features that
-            differ.
+        ValueError: nothing to export, `out` in use, a missing package, or features that differ.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; give another --out.")
@@ -93,12 +92,7 @@ def export_encoder(
     weights = replace(weights, shape=replace(weights.shape, image_size=size))
     with _replace_folder(out) as temporary:
         exported = (writers or WRITERS)[to](weights, _state_dict(encoder, weights.shape), temporary)
-        difference, largest = _compare_features(encoder, exported, size)
-        if not difference <= TOLERANCE * max(largest, 1.0):
-            raise ValueError(
-                f"the exported encoder's features differ by {difference:.2g} where rounding is "
-                f"below {TOLERANCE:.0e} of {largest:.2g}; nothing was written to {out}."
-            )
+        difference = _compare_features(encoder, exported, size, out)
         table = describe_results(weights) if describe_results is not None else ""
         (temporary / "README.md").write_text(write_card(weights, to, difference, table))
     return difference
@@ -130,12 +124,18 @@ def _state_dict(encoder: nn.Module, shape: VitShape) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _compare_features(encoder: nn.Module, exported: Forward, size: int) -> tuple[float, float]:
-    """Largest difference between the features of two networks, and the largest feature."""
+def _compare_features(encoder: nn.Module, exported: Forward, size: int, out: Path) -> float:
+    """Largest difference between the features of two networks; more than rounding is refused."""
     generator = torch.Generator().manual_seed(0)
     images_BCHW = torch.randn(1, 3, size, size, generator=generator)
     features_BD, exported_BD = encoder(images_BCHW), exported(images_BCHW)
-    return float((features_BD - exported_BD).abs().max()), float(features_BD.abs().max())
+    difference, largest = (float(x.abs().max()) for x in (features_BD - exported_BD, features_BD))
+    if not difference <= TOLERANCE * max(largest, 1.0):
+        raise ValueError(
+            f"the exported encoder's features differ by {difference:.2g} where rounding is "
+            f"below {TOLERANCE:.0e} of {largest:.2g}; nothing was written to {out}."
+        )
+    return difference
 
 
 # ----------------------------------------------------------------------------------------- writers

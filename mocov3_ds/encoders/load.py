@@ -107,7 +107,7 @@ def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0
     """Find out what kind of file or folder `path` is and read the backbone from it.
 
     Args:
-        path: whatever `load_encoder` reads.
+        path: anything that `load_encoder` reads.
         role: base or momentum encoder.
         heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
 

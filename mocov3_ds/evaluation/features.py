@@ -5,7 +5,7 @@ G = samples of all ranks.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,15 @@ from mocov3_ds.data.views.photometric import normalise_crops
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
 
+Batch = tuple[Tensor, Tensor, Tensor]
+"""images or crops (B, C, H, W), labels (B,) and sample ids (B,)"""
 InputTransform = Callable[[Tensor], Tensor]
 """uint8 crops (B, C, H, W) on the CPU -> normalised images on the device in the network's dtype"""
 
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    transform: InputTransform,
+    backbone: nn.Module, batches: Iterable[Batch], transform: InputTransform
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features (N, D) fp32, labels (N,) and sample ids (N,) of this rank's batches.
 
@@ -34,7 +34,7 @@ def extract_features(
 
     Args:
         backbone: runs in eval mode and is left in the mode it was in.
-        batches: (crops_BCHW uint8, labels_B, ids_B) of this rank, at least one.
+        batches: batches of this rank, at least one; crops are uint8.
         transform: turns crops into what the backbone takes, on its device.
     """
     was_training = backbone.training
@@ -127,19 +127,20 @@ def split_features(
         limit=limit,
     )
     device = next(backbone.parameters()).device
-    bar = tqdm(
-        batches,
-        total=math.ceil(math.ceil(samples / world) / batch),
-        desc=f"features of {samples} images",
-        disable=not ranks.is_first(),
-        leave=False,
-    )
+    total = math.ceil(math.ceil(samples / world) / batch)
+    batches = show_progress(batches, total, f"features of {samples} images")
     return join_ranks(
-        *extract_features(backbone, bar, lambda crops_BCHW: make_inputs(crops_BCHW, device))
+        *extract_features(backbone, batches, lambda crops_BCHW: make_inputs(crops_BCHW, device))
     )
 
 
-def make_inputs(crops_BCHW: Tensor, device: torch.device) -> Tensor:
+def show_progress(batches: Iterable[Batch], total: int, title: str) -> Iterator[Batch]:
+    """The same batches, `total` of them, with a progress bar on the first rank."""
+    hidden = not ranks.is_first()
+    return iter(tqdm(batches, title, total, unit="batch", disable=hidden, leave=False))
+
+
+def make_inputs(crops_BCHW: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 crops (B, C, H, W) as fp32 network inputs on a device, by the ImageNet statistics."""
     spec = ViewSpec()
     crops_BCHW = crops_BCHW.to(device, non_blocking=True)

@@ -53,7 +53,7 @@ def class_attention(vit: VisionTransformer, images_BCHW: Tensor) -> Tensor:
 
     Args:
         vit: encoder in eval mode.
-        images_BCHW: normalised images, fp32.
+        images_BCHW: network inputs, normalised, fp32.
     """
     inputs: list[Tensor] = []
     attention: Any = vit.blocks[-1].attn
@@ -108,29 +108,26 @@ def draw_pictures(
     vit, size = build_encoder(weights), weights.shape.image_size
     splits = open_splits(*choose_split_urls(weights, train, val))
     extract = partial(split_features, vit, image_size=size, threads=threads)
-    bank_ND, bank_labels_N, bank_ids_N = extract(splits.train, limit=bank)
+    bank_split = extract(splits.train, limit=bank)
     probes_PD, labels_P, ids_P = extract(splits.val, limit=_PROBES)
     rows = np.linspace(0, len(ids_P) - 1, min(images, len(ids_P))).round().astype(int).tolist()
-    cosine_BK, index_BK = find_nearest(
-        F.normalize(bank_ND, dim=1),
-        torch.arange(len(bank_ND)),  # row numbers in the place of the labels
-        F.normalize(probes_PD[rows], dim=1),
-        min(neighbours, len(bank_ND)),
-    )
     shown_BCHW = read_crops(splits.val, ids_P[rows], size)
-    crops_XCHW = read_crops(splits.train, bank_ids_N[index_BK.flatten()], size)
-    near_BKCHW = crops_XCHW.view(*index_BK.shape, *crops_XCHW.shape[1:])
-    same_class_BK = bank_labels_N[index_BK] == labels_P[rows][:, None]
-    attention_BHGG = class_attention(vit, make_inputs(shown_BCHW, torch.device("cpu")))
     pictures = {
-        "attention.png": attention_picture(shown_BCHW, attention_BHGG),
-        "neighbours.png": neighbours_picture(shown_BCHW, near_BKCHW, cosine_BK, same_class_BK),
+        "attention.png": attention_picture(
+            shown_BCHW, class_attention(vit, make_inputs(shown_BCHW))
+        ),
+        "neighbours.png": _draw_neighbours(
+            splits.train, bank_split, shown_BCHW, probes_PD[rows], labels_P[rows], neighbours
+        ),
         "similarity.png": similarity_picture(probes_PD, labels_P),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        picture.save(out / name)
-    return [out / name for name in pictures]
+    return [_save_picture(picture, out / name) for name, picture in pictures.items()]
+
+
+def _save_picture(picture: Image.Image, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return path
 
 
 def read_crops(manifest: Manifest, ids_B: Tensor, size: int) -> Tensor:
@@ -138,7 +135,7 @@ def read_crops(manifest: Manifest, ids_B: Tensor, size: int) -> Tensor:
 
     Args:
         manifest: index of the shards that hold the samples.
-        ids_B: sample ids, int64.
+        ids_B: ids of the samples, int64.
         size: side of a crop, pixels.
     """
     order_B = ids_B.cpu().numpy().astype(np.int64)
@@ -146,11 +143,32 @@ def read_crops(manifest: Manifest, ids_B: Tensor, size: int) -> Tensor:
     return torch.cat([x for x, _, _ in read_batches(manifest, CentreCrop(size), order_B, passes)])
 
 
+def _draw_neighbours(
+    manifest: Manifest,
+    bank: tuple[Tensor, Tensor, Tensor],
+    shown_BCHW: Tensor,
+    features_BD: Tensor,
+    labels_B: Tensor,
+    neighbours: int,
+) -> Image.Image:
+    bank_ND, bank_labels_N, bank_ids_N = bank
+    cosine_BK, index_BK = find_nearest(
+        F.normalize(bank_ND, dim=1),
+        torch.arange(len(bank_ND)),  # row numbers in the place of the labels
+        F.normalize(features_BD, dim=1),
+        min(neighbours, len(bank_ND)),
+    )
+    crops_XCHW = read_crops(manifest, bank_ids_N[index_BK.flatten()], shown_BCHW.shape[-1])
+    near_BKCHW = crops_XCHW.view(*index_BK.shape, *crops_XCHW.shape[1:])
+    same_class_BK = bank_labels_N[index_BK] == labels_B[:, None]
+    return neighbours_picture(shown_BCHW, near_BKCHW, cosine_BK, same_class_BK)
+
+
 def attention_picture(images_BCHW: Tensor, attention_BHGG: Tensor) -> Image.Image:
     """A row for each image: the image, the mean over the heads, and up to eight heads.
 
     Args:
-        images_BCHW: images, uint8.
+        images_BCHW: crops to show, uint8.
         attention_BHGG: attention of each head to the patches.
     """
     heads = min(attention_BHGG.shape[1], 8)
@@ -170,8 +188,8 @@ def neighbours_picture(
     """A row for each image: the image, then its neighbours, framed green where the class is equal.
 
     Args:
-        images_BCHW: held-out images, uint8.
-        near_BKCHW: training images, uint8, the most alike first.
+        images_BCHW: crops of held-out images, uint8.
+        near_BKCHW: crops of training images, uint8, the most alike first.
         cosine_BK: cosine between the features of a neighbour and of the image.
         same_class_BK: whether a neighbour has the label of the image.
     """

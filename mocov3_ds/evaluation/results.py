@@ -63,7 +63,7 @@ def format_table(folder: Path, role: str) -> str:
     An evaluation that was not run shows as a dash.
 
     Args:
-        folder: folder of results.json.
+        folder: folder that holds results.json, if anything was evaluated.
         role: base or momentum encoder.
     """
     entries = read_results(folder)

@@ -10,7 +10,7 @@ Shape suffixes: B = images of a batch, C H W = image, M = classifiers that are j
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
@@ -28,6 +28,7 @@ from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.foreign_names import EncoderRole
 from mocov3_ds.encoders.load import read_weights
 from mocov3_ds.evaluation import results
+from mocov3_ds.evaluation.features import Batch, show_progress
 from mocov3_ds.evaluation.labelled_images import (
     ImageMaker,
     UnreadableSample,
@@ -40,8 +41,6 @@ from mocov3_ds.evaluation.labelled_images import (
 from mocov3_ds.settings.comparison import differences
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Batch = tuple[Tensor, Tensor, Tensor]
-"""images (B, C, H, W), labels (B,) and sample ids (B,)"""
 
 CHANGEABLE_ON_RESUME = frozenset(
     {
@@ -305,12 +304,6 @@ def start_accelerator(precision: Precision) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
     return Accelerator(cpu=not gpu, mixed_precision="no" if precision == "fp32" else precision)
-
-
-def show_progress(batches: Iterable[Batch], total: int, title: str) -> Iterator[Batch]:
-    """The same batches, `total` of them, with a progress bar on the first rank."""
-    hidden = not ranks.is_first()
-    return iter(tqdm(batches, title, total, unit="batch", disable=hidden, leave=False))
 
 
 def run_command(program: str, evaluate: Callable[[], object]) -> int:

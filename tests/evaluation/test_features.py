@@ -83,7 +83,7 @@ def test_more_ranks_than_samples_are_refused(tmp_path: Path) -> None:
 
 def test_inputs_are_normalised_by_the_imagenet_statistics() -> None:
     crops = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    black, white = make_inputs(crops, torch.device("cpu"))[:, :, 0, 0]
+    black, white = make_inputs(crops)[:, :, 0, 0]
     mean, std = torch.tensor(ViewSpec.mean), torch.tensor(ViewSpec.std)
     torch.testing.assert_close(black, -mean / std)
     torch.testing.assert_close(white, (1 - mean) / std)
