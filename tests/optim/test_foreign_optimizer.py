@@ -83,7 +83,7 @@ def run_stage(kind: str, stage: int) -> dict[str, float]:
     for key in optimizer.moments:
         moments = {name: tensors[key].double() for name, tensors in state.items()}
         worst[key] = largest_error(moments, formula.m, formula.m)
-    worst["steps"] = optimizer.step_count - STEPS
+    worst["steps"] = abs(optimizer.step_count - STEPS)
     engines.stop(engine)
     return worst
 

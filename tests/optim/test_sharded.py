@@ -87,16 +87,6 @@ def test_tensors_that_cannot_be_trained(kind: Any, given: Any, words: str) -> No
         kind(given())
 
 
-def test_sparse_gradients_are_refused() -> None:
-    table = nn.Embedding(5, 2, sparse=True)
-    optimizer = Lamb(table.named_parameters())
-    optimizer.attach()
-    table(torch.tensor([1, 1])).sum().backward()
-    with pytest.raises(ValueError, match=r"gradient of 'weight' is sparse; .* sparse=False"):
-        optimizer.step()
-    assert optimizer.step_count == 0
-
-
 def test_a_step_before_attach_is_refused_once_there_is_something_to_do() -> None:
     layer = nn.Linear(2, 2)
     optimizer = Lamb(layer.named_parameters())
@@ -110,12 +100,6 @@ def test_a_step_before_attach_is_refused_once_there_is_something_to_do() -> None
         optimizer.step()
     with pytest.raises(ValueError, match=r"call optimizer\.attach\(engine\)"):
         next(optimizer.full_state())
-
-
-def test_low_precision_weights_without_an_engine_are_refused() -> None:
-    optimizer = Lamb([("a", one(dtype=torch.bfloat16))])
-    with pytest.raises(ValueError, match=r"'a' is torch\.bfloat16; .* must be fp32"):
-        optimizer.attach()
 
 
 def test_there_is_one_group() -> None:
