@@ -1,1 +1,1 @@
-"""A finished encoder: load it, translate the names of other programs, export it."""
+"""What becomes of a finished encoder? It is loaded, renamed for other programs and exported."""

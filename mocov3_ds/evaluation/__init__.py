@@ -1,1 +1,1 @@
-"""How good the features are."""
+"""How good are the features of an encoder? k-NN, linear probe, fine-tuning, pictures, results."""

@@ -6,6 +6,8 @@ forward pass that knows only the published layout.
 
 import argparse
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,15 @@ def test_our_own_runs(tmp_path: Path) -> None:
     assert mocov3_ds.load_encoder is load_encoder
 
 
+def test_torch_is_imported_when_an_encoder_is_loaded() -> None:
+    code = "import sys, mocov3_ds; print('torch' in sys.modules); mocov3_ds.load_encoder; "
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "True"]
+    with pytest.raises(AttributeError, match="has no attribute 'load_decoder'"):
+        mocov3_ds.load_decoder  # noqa: B018
+
+
 def write_zero_folders(folder: Path) -> list[float]:
     """Train one step at each ZeRO stage and let DeepSpeed save; features of the fp32 weights."""
     import deepspeed
@@ -238,7 +249,7 @@ def test_no_pickled_code_runs(tmp_path: Path) -> None:
     assert not RAN
 
 
-def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     def refuses(path: Path, sentence: str, **options: Any) -> None:
         with pytest.raises(ValueError, match=sentence) as caught:
             load_encoder(path, **options)

@@ -109,7 +109,7 @@ def test_an_unreadable_sample_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_splits_that_do_not_fit_are_told(tmp_path: Path) -> None:
+def test_splits_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     train, val = make_splits(tmp_path)
     assert open_splits(train, val).classes == 3
     bare = make_set(str(tmp_path / "bare"), [4])
