@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mocov3_ds.distributed.ranks import LAUNCHER_VARIABLES
-from tests import object_store, ranks_pool
+from mocov3_ds.distributed import ranks
+from tests import object_store
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _launcher_variables_end_with_their_test() -> Iterator[None]:
     """A test that joins a group of one sets them, and a command of a later test would obey them."""
-    before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+    before = {name: os.environ.get(name) for name in ranks.LAUNCHER_VARIABLES}
     yield
     for name, value in before.items():
         if value is None:
@@ -29,7 +29,7 @@ def _launcher_variables_end_with_their_test() -> Iterator[None]:
 @pytest.fixture
 def free_port() -> int:
     """A TCP port of this machine that nothing listens on."""
-    return ranks_pool.free_port()
+    return ranks.free_port()
 
 
 @pytest.fixture(scope="session")

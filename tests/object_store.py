@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mocov3_ds.data.storage import stores
-from tests.ranks_pool import free_port
+from mocov3_ds.distributed.ranks import free_port
 
 
 class Server:

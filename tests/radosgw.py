@@ -16,7 +16,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.object_store import Server, free_port
+from mocov3_ds.distributed.ranks import free_port
+from tests.object_store import Server
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw")
 

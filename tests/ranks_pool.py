@@ -10,7 +10,6 @@ import functools
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
+
+from mocov3_ds.distributed.ranks import free_port
 
 _SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # read by what is imported
 
@@ -32,26 +33,26 @@ def run_ranks(
     """Run `fn(*args)` on each of `world_size` gloo ranks and return the results in rank order.
 
     Args:
-        world_size: number of ranks.
-        fn: what each runs.
-        args: its arguments.
-        timeout: seconds until the last result.
-        import_again: whether ranks import everything anew, for a setting that an import reads.
+        world_size: Number of ranks to start.
+        fn: Top-level function that each rank calls.
+        args: Arguments of the function, the same on each rank.
+        timeout: Seconds to wait for the last result.
+        import_again: Whether the ranks import everything anew, because an import reads a setting.
     """
     context: Any = multiprocessing.get_context("spawn") if import_again else forks()
     port = free_port()
     processes, pipes = [], []
     for rank in range(world_size):
-        here, there = context.Pipe(duplex=False)
+        receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=_one_rank,
-            args=(there, rank, world_size, port, dict(os.environ), fn, args),
+            target=_run_rank,
+            args=(sender, rank, world_size, port, dict(os.environ), fn, args),
             daemon=True,
         )
         process.start()
-        there.close()
+        sender.close()
         processes.append(process)
-        pipes.append(here)
+        pipes.append(receiver)
     try:
         return _collect(pipes, time.monotonic() + timeout, timeout)
     finally:
@@ -92,7 +93,7 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[A
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _one_rank(
+def _run_rank(
     pipe: Connection,
     rank: int,
     world_size: int,
@@ -126,11 +127,3 @@ def _one_rank(
         pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))
     # DeepSpeed leaves threads and C++ statics behind whose tear-down order is not ours
     os._exit(0)
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -1,7 +1,7 @@
-"""The one room that talks to other ranks; everything else asks here.
+"""Communication between ranks: everything that other modules need of torch.distributed.
 
-Without a process group each function answers for one process (rank 0 of 1, nothing to gather), so
-the rest of the program is written once and runs the same on 1 and on N ranks.
+Without a process group each function answers for a single process (rank 0 of 1, nothing to gather).
+So the rest of the program is written once, and runs the same on 1 and on N ranks.
 
 Shape suffixes: B = rows of this rank, G = rows of all ranks.
 """
@@ -35,8 +35,11 @@ def start(timeout_s: float = 600.0) -> torch.device:
     Slurm step (`srun`); with neither, this is a run of one rank. NCCL where there is a GPU, gloo
     otherwise.
 
+    Args:
+        timeout_s: Seconds that a rank may wait for another one in a collective.
+
     Raises:
-        ValueError: a launcher set only part of the variables.
+        ValueError: A launcher set only some of the variables.
     """
     _fill_launcher_variables()
     device = this_device()
@@ -57,8 +60,8 @@ def start(timeout_s: float = 600.0) -> torch.device:
 
 
 def _fill_launcher_variables() -> None:
-    given = [name for name in LAUNCHER_VARIABLES if os.environ.get(name)]
-    if len(given) == len(LAUNCHER_VARIABLES):
+    present = [name for name in LAUNCHER_VARIABLES if os.environ.get(name)]
+    if len(present) == len(LAUNCHER_VARIABLES):
         return
     if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         if "MASTER_ADDR" not in os.environ:
@@ -72,10 +75,10 @@ def _fill_launcher_variables() -> None:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         return
-    if "RANK" in given or "WORLD_SIZE" in given:
-        missing = [name for name in LAUNCHER_VARIABLES if name not in given]
+    if "RANK" in present or "WORLD_SIZE" in present:
+        missing = [name for name in LAUNCHER_VARIABLES if name not in present]
         raise ValueError(
-            f"the launcher set {', '.join(given)} but not {', '.join(missing)}; start the run with "
+            f"the launcher set {', '.join(present)} but not {', '.join(missing)}; start the run with "
             "deepspeed, torchrun, accelerate launch or plain python."
         )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -83,11 +86,10 @@ def _fill_launcher_variables() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
+    """Return a TCP port of this machine that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+        return probe.getsockname()[1]
 
 
 def stop() -> None:
@@ -97,7 +99,7 @@ def stop() -> None:
 
 
 def this_device() -> torch.device:
-    """The accelerator of this rank, chosen by its place on the machine, or the CPU."""
+    """Return the accelerator with the number of this rank on its machine, or else the CPU."""
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
@@ -106,22 +108,22 @@ def this_device() -> torch.device:
 
 
 def rank() -> int:
-    """Number of this process among all, from 0."""
+    """Return the number of this process among all, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, from 0."""
+    """Return the number of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Return the number of processes on this machine."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -129,75 +131,108 @@ def local_world_size() -> int:
 
 
 def is_first() -> bool:
-    """True on the one rank that writes files and speaks."""
+    """Tell whether this is the one rank that writes files and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until each rank is here."""
+    """Wait until all ranks have called."""
     if world_size() > 1:
         dist.barrier()
 
 
 def all_gather_cat(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, without gradient: (B, ...) -> (G, ...).
+    """Join the rows of all ranks in rank order, without gradient: (B, ...) -> (G, ...).
 
-    Each rank must bring the same shape.
+    Args:
+        x: Rows of this rank; the shape must be the same on all ranks.
     """
     if world_size() == 1:
         return x.detach()
     x = x.detach().contiguous()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+    rows_of_ranks = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(rows_of_ranks, x)
+    return torch.cat(rows_of_ranks)
 
 
 def all_gather_stack(x: Tensor) -> Tensor:
-    """One tensor of each rank, stacked in rank order: (...) -> (world size, ...), no gradient."""
+    """Stack the tensors of all ranks in rank order, without gradient: (...) -> (world size, ...).
+
+    Args:
+        x: Tensor of this rank; the shape must be the same on all ranks.
+    """
     return all_gather_cat(x[None])
 
 
 def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
-    """Sum over the ranks of `group` (all ranks by default), in place; returns `x`."""
+    """Add up a tensor over ranks, in place, and return it.
+
+    Args:
+        x: Tensor of this rank, which becomes the sum.
+        group: Process group of the ranks that take part; None = all ranks.
+    """
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group)
     return x
 
 
 def all_reduce_max(x: Tensor, group: Any = None) -> Tensor:
-    """Maximum over the ranks of `group` (all ranks by default), in place; returns `x`."""
+    """Take the maximum of a tensor over ranks, in place, and return it.
+
+    Args:
+        x: Tensor of this rank, which becomes the maximum.
+        group: Process group of the ranks that take part; None = all ranks.
+    """
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
     return x
 
 
 def reduce_scatter_sum(x: Tensor) -> Tensor:
-    """This rank's part of the sum over all ranks: (world size * n,) -> (n,)."""
+    """Add up a tensor over all ranks and return this rank's share: (world size * n,) -> (n,).
+
+    Args:
+        x: Tensor of this rank, one-dimensional.
+    """
     if world_size() == 1:
         return x
-    part = x.new_empty(len(x) // world_size())
-    dist.reduce_scatter_single(part, x, op=dist.ReduceOp.SUM)
-    return part
+    share = x.new_empty(len(x) // world_size())
+    dist.reduce_scatter_single(share, x, op=dist.ReduceOp.SUM)
+    return share
 
 
 def all_gather_flat(x: Tensor) -> Tensor:
-    """Parts of all ranks side by side in one buffer: (n,) -> (world size * n,)."""
+    """Join the shares of all ranks in one buffer: (n,) -> (world size * n,).
+
+    Args:
+        x: Share of this rank, one-dimensional.
+    """
     if world_size() == 1:
         return x
-    whole = x.new_empty(len(x) * world_size())
-    dist.all_gather_single(whole, x)
-    return whole
+    joined = x.new_empty(len(x) * world_size())
+    dist.all_gather_single(joined, x)
+    return joined
 
 
 def broadcast(x: Tensor, source: int = 0) -> Tensor:
-    """Make `x` on each rank what it is on rank `source`, in place; returns `x`."""
+    """Give a tensor of one rank to all, in place, and return it.
+
+    Args:
+        x: Tensor of this rank, which becomes that of the source.
+        source: Number of the rank whose tensor all get.
+    """
     if world_size() > 1:
         dist.broadcast(x, src=source)
     return x
 
 
 def broadcast_object(obj: Any, source: int = 0) -> Any:
-    """The (small, picklable) object that rank `source` holds."""
+    """Return the object of one rank on all ranks.
+
+    Args:
+        obj: A small object that can be pickled; only that of the source counts.
+        source: Number of the rank whose object all get.
+    """
     if world_size() == 1:
         return obj
     box = [obj if rank() == source else None]
@@ -205,11 +240,15 @@ def broadcast_object(obj: Any, source: int = 0) -> Any:
     return box[0]
 
 
-def first_does(work: Callable[[], Any]) -> Any:
-    """Let rank 0 do `work` while the others wait, and give each rank its (picklable) result.
+def run_on_first(work: Callable[[], Any]) -> Any:
+    """Let rank 0 do something while the others wait, and return its result on all ranks.
+
+    Args:
+        work: What rank 0 calls; its result must be small and can be pickled.
 
     Raises:
-        ValueError: what `work` raised on rank 0, on every rank, so that none waits for ever.
+        ValueError: Rank 0 raised a ValueError or an OSError; all ranks raise it with the same text,
+            so that none waits for ever.
     """
     outcome: tuple[Any, str | None] = (None, None)
     if is_first():
@@ -217,14 +256,18 @@ def first_does(work: Callable[[], Any]) -> Any:
             outcome = (work(), None)
         except (ValueError, OSError) as error:
             outcome = (None, str(error))
-    result, trouble = broadcast_object(outcome)
-    if trouble is not None:
-        raise ValueError(trouble)
+    result, message = broadcast_object(outcome)
+    if message is not None:
+        raise ValueError(message)
     return result
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """The (small, picklable) objects of all ranks, in rank order, on each rank."""
+    """Return the objects of all ranks, in rank order, on each rank.
+
+    Args:
+        obj: A small object that can be pickled.
+    """
     if world_size() == 1:
         return [obj]
     objects: list[Any] = [None] * world_size()
@@ -233,27 +276,30 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 @contextmanager
-def timed_collectives(phase: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
-    """Run every collective of this process, ours and DeepSpeed's, inside `phase("collective")`.
+def timed_collectives(timed: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Run every collective of this process, ours and DeepSpeed's, inside a context manager.
 
-    Their start and the wait for them are what is seen: the whole of a call that blocks, and of one
-    that goes on beside other work only what was not hidden. Methods of torch's classes are
-    exchanged for the while, as DeepSpeed keeps references to the functions above them.
+    What counts is the start of a collective and the wait for it: a call that blocks counts
+    completely, and of one that goes on beside other work only what that work does not hide.
+    Methods of torch's classes are replaced while the block runs, because DeepSpeed keeps references
+    to the functions above them.
+
+    Args:
+        timed: Makes the context manager that each call runs in.
     """
 
-    def inside(method: Any) -> Any:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with phase("collective"):
+    def wrap_method(method: Any) -> Any:
+        def call_timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with timed():
                 return method.__get__(self)(*args, **kwargs)
 
-        return call
+        return call_timed
 
-    places: list[tuple[type, str]] = [(dist.Work, "wait")]
-    places += [(dist.ProcessGroup, name) for name in _COLLECTIVES]
-    places = [(owner, name) for owner, name in places if name in vars(owner)]
-    originals = [(owner, name, vars(owner)[name]) for owner, name in places]
+    methods: list[tuple[type, str]] = [(dist.Work, "wait")]
+    methods += [(dist.ProcessGroup, name) for name in _COLLECTIVES]
+    originals = [(owner, name, vars(owner)[name]) for owner, name in methods if name in vars(owner)]
     for owner, name, method in originals:
-        setattr(owner, name, inside(method))
+        setattr(owner, name, wrap_method(method))
     try:
         yield
     finally:

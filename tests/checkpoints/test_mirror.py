@@ -15,6 +15,7 @@ from mocov3_ds.checkpoints.checkpoint_writer import remove_checkpoint
 from mocov3_ds.checkpoints.mirror import Mirror
 from mocov3_ds.checkpoints.saver import Saver
 from mocov3_ds.data import storage
+from mocov3_ds.distributed import ranks
 from tests import object_store
 from tests.checkpoints.saved import WEIGHT, check_newest, save_step, steps_on_disk
 
@@ -196,7 +197,7 @@ def test_trouble_with_the_store_is_a_warning_and_the_next_save_a_new_try(
 def test_a_store_that_is_gone_stops_no_training(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    nowhere = f"http://127.0.0.1:{object_store.free_port()}"
+    nowhere = f"http://127.0.0.1:{ranks.free_port()}"
     with object_store.environment(nowhere, patience_s=0.2, first_contact_s=0.2, connect_s=1):
         saver = Saver(run, keep=2, mirror=Mirror("s3://bucket/gone", run, keep=2))
         for step in (5, 10):

@@ -40,8 +40,10 @@ def test_free_memory_in_a_container(
             (tmp_path / "fs" / folder / f"memory.{name}").write_text(content + "\n")
         counter = f"{'total_' * old}inactive_file {cached * GIB}"
         (tmp_path / "fs" / folder / "memory.stat").write_text(f"anon 5\n{counter}\n")
-    monkeypatch.setattr(host_memory, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(host_memory, "_GROUPS", tmp_path / "fs")
-    there = SimpleNamespace(available=20 * GIB)
-    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: there)
-    assert host_memory.free_bytes() == free * GIB
+    memory = SimpleNamespace(available=20 * GIB)
+    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: memory)
+    assert host_memory.free_bytes(tmp_path / "own", tmp_path / "fs") == free * GIB
+
+
+def test_kills_for_lack_of_memory_are_counted() -> None:
+    assert host_memory.count_oom_kills() >= 0

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import yaml
 
+from mocov3_ds.distributed.ranks import free_port
 from mocov3_ds.launch.kit import Kind, LaunchSettings, write_kit
 from mocov3_ds.monitoring.run_log import read_rows
 from tests.data.sets import make_set
-from tests.ranks_pool import free_port
 from tests.test_train import SMALL, environment
 
 pytestmark = pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from mocov3_ds.data import storage
 from mocov3_ds.data.storage import Changed, Stopped, StorageError
 from mocov3_ds.data.storage.remote_file import RemoteFile
+from mocov3_ds.distributed import ranks
 from tests import object_store
 from tests.data.storage.faults import DATA, behind_faults, serve_without_ranges
 
@@ -48,7 +49,7 @@ def test_a_fault_for_good_ends_in_bounded_time_with_a_sentence(s3_server, big, k
 
 def test_a_store_that_never_answered_is_given_up_sooner():
     limits = {"patience_s": 600, "first_contact_s": 0.3}
-    nobody = f"http://127.0.0.1:{object_store.free_port()}"
+    nobody = f"http://127.0.0.1:{ranks.free_port()}"
     with (
         object_store.environment(nobody, **limits),
         pytest.raises(StorageError, match="no progress"),

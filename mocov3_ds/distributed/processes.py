@@ -1,0 +1,77 @@
+"""What a rank finds out about processes: its launcher, a stopped peer, its own main thread."""
+
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+
+_LAUNCHERS = {"torchrun", "deepspeed", "accelerate", "accelerate-launch"}
+_LAUNCHER_MODULES = {
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "accelerate.commands.launch",
+}
+
+
+def find_launchers(process: psutil.Process | None = None) -> list[tuple[str, psutil.Process]]:
+    """Return name and process of the launchers above a process, nearest first.
+
+    Args:
+        process: The process to start from; None = this one.
+
+    Returns:
+        An empty list where a shell started the process.
+    """
+    launchers = []
+    with contextlib.suppress(psutil.Error):
+        for parent in (process or psutil.Process()).parents():
+            words = parent.cmdline()[:4]
+            name = next(
+                (w for w in words if Path(w).name in _LAUNCHERS or w in _LAUNCHER_MODULES), None
+            )
+            if name is None:
+                break
+            launchers.append((f"{Path(name).name} (pid {parent.pid})", parent))
+    return launchers
+
+
+def kill_process(host: str, pid: int, born: float) -> None:
+    """Kill another process, if it runs on this machine and the number is still that process.
+
+    Args:
+        host: Name of the machine that it runs on.
+        pid: Number of the process.
+        born: Start of the process in seconds, as psutil gives it.
+    """
+    if host != socket.gethostname() or pid == os.getpid():
+        return
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.create_time() == born:
+            process.kill()
+
+
+def locate_thread(identifier: int | None) -> tuple[str, bool]:
+    """Find out where a thread of this process is.
+
+    Args:
+        identifier: The thread's `ident`.
+
+    Returns:
+        The innermost line of a program that is no installed package, as "FUNCTION (FILE:LINE)", or
+        an empty text; and whether the thread is in a collective.
+    """
+    frame = sys._current_frames().get(identifier or 0)
+    location, waits = "", False
+    while frame is not None:
+        path = frame.f_code.co_filename
+        waits |= path.endswith(("distributed/ranks.py", "distributed_c10d.py"))
+        if not location and "site-packages" not in path and "<frozen" not in path:
+            location = f"{frame.f_code.co_name} ({Path(path).name}:{frame.f_lineno})"
+        frame = frame.f_back
+    return location, waits

@@ -1,0 +1,91 @@
+"""What a rank finds out about processes: no stranger is killed, launchers and lines are named."""
+
+import multiprocessing
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.processes import find_launchers, kill_process, locate_thread
+
+
+@pytest.fixture
+def child() -> Iterator[BaseProcess]:
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    process.start()
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_no_other_process_of_the_same_number_is_killed(child: BaseProcess) -> None:
+    me = psutil.Process()
+    assert child.pid is not None
+    born = psutil.Process(child.pid).create_time()
+    kill_process(socket.gethostname(), child.pid, born + 1.0)
+    kill_process("elsewhere", child.pid, born)
+    kill_process(socket.gethostname(), me.pid, me.create_time())
+    assert child.is_alive()
+    kill_process(socket.gethostname(), child.pid, born)
+    child.join(30)
+    assert child.exitcode == -9
+
+
+def test_a_launcher_above_a_process_is_named(tmp_path: Path) -> None:
+    assert find_launchers() == []
+    launcher = tmp_path / "torchrun"
+    launcher.write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
+        "print(child.pid, flush=True)\n"
+        "input()\n"
+        "child.communicate()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(launcher)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        ((name, parent),) = find_launchers(psutil.Process(pid))
+        assert name == f"torchrun (pid {process.pid})"
+        assert parent.pid == process.pid
+        process.communicate("\n")
+
+
+def wait_for(event: threading.Event) -> None:
+    event.wait(60)
+
+
+def test_a_thread_is_located_by_its_own_line() -> None:
+    event = threading.Event()
+    thread = threading.Thread(target=wait_for, args=(event,))
+    thread.start()
+    try:
+        deadline = time.monotonic() + 30
+        while "threading.py" not in (location := locate_thread(thread.ident)[0]):
+            assert time.monotonic() < deadline, location
+    finally:
+        event.set()
+        thread.join()
+    assert locate_thread(None) == ("", False)
+
+
+def test_a_collective_is_told_from_other_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    me, waits = threading.get_ident(), []
+    assert locate_thread(me)[1] is False
+
+    def is_first() -> bool:
+        waits.append(locate_thread(me)[1])
+        return True
+
+    monkeypatch.setattr(ranks, "is_first", is_first)
+    ranks.run_on_first(lambda: None)
+    assert waits == [True]
