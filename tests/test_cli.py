@@ -25,19 +25,20 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 def plain_knn(run: Path, train: str, val: str, k: int) -> float:
     """One vote at a time, features one image at a time."""
-    from mocov3_ds.data.views.photometric import ViewSpec, normalise
-    from mocov3_ds.evaluation.samples import centre_crop, epoch_order, reader
+    from mocov3_ds.data.views.photometric import normalise_crops
+    from mocov3_ds.data.views.spec import ViewSpec
+    from mocov3_ds.evaluation.labelled_images import CentreCrop, draw_epoch_order, read_batches
 
     encoder, spec = load_encoder(run), ViewSpec()
 
     @torch.no_grad()
     def rows(url: str) -> list[tuple[torch.Tensor, int]]:
         manifest = manifests.load(url)
-        order = epoch_order(manifest.samples, 0, 0)
+        order = draw_epoch_order(manifest.samples, 0, 0)
         found = []
         passes = [[place] for place in range(len(order))]
-        for crop, label, _ in reader(manifest, centre_crop(16), order, passes):
-            feature = encoder(normalise(crop, spec.mean, spec.std, torch.float32))[0]
+        for crop, label, _ in read_batches(manifest, CentreCrop(16), order, passes):
+            feature = encoder(normalise_crops(crop, spec.mean, spec.std, torch.float32))[0]
             found.append((feature / feature.norm(), int(label)))
         return found
 
@@ -169,7 +170,7 @@ def test_accelerate_launches_two_ranks(tmp_path: Path) -> None:
     train, val = make_splits(tmp_path)
     run = make_run(tmp_path / "run", train=train, val=val)
     options = ["--epochs", "2", "--batch", "16", "--workers", "0"]
-    alone = linear.linear(linear.LinearConfig(run=run, epochs=2, batch=16, workers=0))
+    alone = linear.train_probe(linear.LinearConfig(run=run, epochs=2, batch=16, workers=0))
     ranks.stop()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     out = ["--out", str(tmp_path / "two")]
