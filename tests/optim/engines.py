@@ -139,8 +139,8 @@ def batches(case: Case, steps: int, seed: int = 1) -> Iterator[list[Batch]]:
     for _ in range(steps):
         x = torch.randn(BATCH, 11, generator=generator)
         y = torch.randint(0, 5, (BATCH,), generator=generator)
-        mine = torch.arange(BATCH).view(case.accumulate, ranks.world_size(), -1)
-        yield [(x[i].to(dtype), y[i]) for i in mine[:, ranks.rank()]]
+        rank_rows = torch.arange(BATCH).view(case.accumulate, ranks.world_size(), -1)
+        yield [(x[i].to(dtype), y[i]) for i in rank_rows[:, ranks.rank()]]
 
 
 def backward(engine: Any, x: Tensor, y: Tensor) -> float:
@@ -223,18 +223,20 @@ class Witness:
 
 
 def largest_error(
-    ours: dict[str, Tensor], want: dict[str, Tensor], scale: dict[str, Tensor]
+    ours: dict[str, Tensor], expected: dict[str, Tensor], scale: dict[str, Tensor]
 ) -> float:
-    """max over tensors of |ours - want| / |scale|; what is not finite is infinitely wrong."""
-    errors = [float((ours[n] - want[n]).norm() / scale[n].norm().clamp_min(1e-30)) for n in want]
+    """max over tensors of |ours - expected| / |scale|; what is not finite is infinitely wrong."""
+    errors = [
+        float((ours[n] - expected[n]).norm() / scale[n].norm().clamp_min(1e-30)) for n in expected
+    ]
     return max(error if error == error else float("inf") for error in errors)
 
 
 def movement_error(
-    ours: dict[str, Tensor], want: dict[str, Tensor], first: dict[str, Tensor]
+    ours: dict[str, Tensor], expected: dict[str, Tensor], first: dict[str, Tensor]
 ) -> float:
     """Largest error of any tensor relative to how far it moved."""
-    return largest_error(ours, want, {n: want[n] - first[n] for n in want})
+    return largest_error(ours, expected, {n: expected[n] - first[n] for n in expected})
 
 
 def compare(case: Case, rule_for: RuleFor = rule) -> dict[str, Any]:
@@ -301,8 +303,8 @@ def low_precision_error(engine: Any, masters: dict[str, Tensor]) -> float:
                 if gather
                 else contextlib.nullcontext()
             ):
-                want = masters[name].to(parameter.dtype)
-                worst = max(worst, float((parameter.detach() - want).abs().max()))
+                expected = masters[name].to(parameter.dtype)
+                worst = max(worst, float((parameter.detach() - expected).abs().max()))
     return worst
 
 

@@ -21,7 +21,7 @@ from mocov3_ds.monitoring.alarm_response import check_response
 from mocov3_ds.optim.build import build_optimizer, find_optimizer
 from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.recipes import parse
-from mocov3_ds.stability import grid
+from mocov3_ds.stability.grid import load_grid
 from tests.data.sets import make_set
 from tests.optim import engines, plain
 from tests.optim.engines import Case, largest_error, movement_error, rule
@@ -146,21 +146,18 @@ def test_the_planner_counts_its_state_and_its_bytes(
     assert difference == pytest.approx(28 - bytes_moved, rel=1e-6)
 
 
-def test_a_stability_grid_lays_it_out() -> None:
-    text = """
-[base]
-epochs = 3
-[axes]
-lr = [1e-3]
-weight_decay = [0.1, 0.2]
-optimizer = ["Lion"]
-"""
-    layout = grid.lay_out(grid.tomllib.loads(text), "mine", "tiny", 1)
-    for cell in layout.cells:
-        settings = grid.check(cell, "mine")
-        block = settings.engine["optimizer"]
-        assert block["type"] == "Lion" and block["params"]["weight_decay"] in (0.1, 0.2)
-    assert len(layout.cells) == 4  # each with its frozen twin
+def test_a_stability_grid_lays_it_out(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    axes = "lr = [1e-3]\nweight_decay = [0.1, 0.2]\noptimizer = ['Lion']\n"
+    path.write_text(f"[base]\nepochs = 3\n[axes]\n{axes}")
+    cells = load_grid(str(path), "tiny", 1).cells  # which checks each cell as the trainer would
+    assert len(cells) == 4  # each with its frozen twin
+    decays = set()
+    for cell in cells:
+        block = parse([*cell.flags(), "--name", cell.name]).engine["optimizer"]
+        assert block["type"] == "Lion"
+        decays.add(block["params"]["weight_decay"])
+    assert decays == {0.1, 0.2}
 
 
 def train_run(folder: str, kind: str, sessions: dict[str, list[int]]) -> None:

@@ -55,14 +55,14 @@ def plain_signals(witness: Witness, name: str, g: Tensor) -> dict[str, float]:
     }
 
 
-def error_of(ours: float, want: float, key: str) -> float:
+def signal_error(ours: float, expected: float, key: str) -> float:
     """Relative, except for a cosine; NaN is right where the plain writing has it, too."""
-    if math.isnan(want) or math.isnan(ours):
-        return 0.0 if math.isnan(want) and math.isnan(ours) else math.inf
-    return abs(ours - want) / (1.0 if key in ("cosine", "adapts") else abs(want) or 1.0)
+    if math.isnan(expected) or math.isnan(ours):
+        return 0.0 if math.isnan(expected) and math.isnan(ours) else math.inf
+    return abs(ours - expected) / (1.0 if key in ("cosine", "adapts") else abs(expected) or 1.0)
 
 
-def watched(cases: Sequence[Case]) -> list[dict[str, Any]]:
+def measure_errors(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """Largest error of each signal over all tensors and steps, and the step's, of each case."""
     warnings.filterwarnings("ignore")  # DeepSpeed's own
     results = []
@@ -78,16 +78,16 @@ def watched(cases: Sequence[Case]) -> list[dict[str, Any]]:
             engines.backward(engine, x, y)
             gradients = {n: engines._full_gradient(p, witness.w[n].shape) for n, p in named.items()}
             gradients = engines._clipped(gradients, case.clip)
-            want = {n: plain_signals(witness, n, g) for n, g in gradients.items()}
+            expected = {n: plain_signals(witness, n, g) for n, g in gradients.items()}
             engine.step()
             witness.step(gradients)
             rows = optimizer.signals().rows()
-            for name, values in want.items():
+            for name, values in expected.items():
                 if clipping:
                     values |= {"trust_ratio": witness.ratio[name], "adapts": 1.0}
                     ratios.append(witness.ratio[name])
                 for key, value in values.items():
-                    error = error_of(rows[name][key], value, key)
+                    error = signal_error(rows[name][key], value, key)
                     worst[key] = max(worst.get(key, 0.0), error)
         ours = engines.weights(optimizer)
         worst["weights"] = movement_error(ours, witness.w, witness.first)
@@ -127,64 +127,64 @@ class StableWitness(Witness):
         )
 
 
-def traffic_of_a_step(case: Case) -> dict[bool, Any]:
-    """All-reduces of one engine step without and with watching, and the weights after three."""
+def count_traffic(case: Case) -> dict[bool, Any]:
+    """All-reduces of a step without and with everything measured; the weights after three steps."""
     warnings.filterwarnings("ignore")
     take = count_collectives()
     results: dict[bool, Any] = {}
-    for watch in (False, True):
+    for measures_all in (False, True):
         engine, optimizer = engines.start(case)
-        optimizer.measure_all(watch)
+        optimizer.measure_all(measures_all)
         for ((x, y),) in engines.batches(case, 3):
             engines.backward(engine, x, y)
             take()
             engine.step()
         names = len(optimizer.signals().names)
-        results[watch] = (take()["all_reduce"], names, engines.weights(optimizer))
+        results[measures_all] = (take()["all_reduce"], names, engines.weights(optimizer))
         engines.stop(engine)
     return results
 
 
-def everything(cases: Sequence[Case]) -> dict[str, Any]:
-    return {"watched": watched(cases), "traffic": traffic_of_a_step(Case(2, "fp32", "adamw"))}
+def run_all(cases: Sequence[Case]) -> dict[str, Any]:
+    return {"errors": measure_errors(cases), "traffic": count_traffic(Case(2, "fp32", "adamw"))}
 
 
 @cache
-def ranks_of(world_size: int) -> list[dict[str, Any]]:
+def results_of_ranks(world_size: int) -> list[dict[str, Any]]:
     # one rank never cuts a tensor: a case of each kind is enough there
     cases = CASES[:1] + CASES[4:5] + CASES[8:9] if world_size == 1 else CASES
-    return run_ranks(world_size, everything, cases, timeout=600)
+    return run_ranks(world_size, run_all, cases, timeout=600)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_signals_equal_a_plain_writing(world_size: int) -> None:
-    results = ranks_of(world_size)
-    for result in results[0]["watched"]:
+    results = results_of_ranks(world_size)
+    for result in results[0]["errors"]:
         for key, error in result["worst"].items():
             assert error < 5e-6, (result["case"], key, error)
     for other in results[1:]:  # what a rank decides on is the same on each
-        assert [r["rows"] for r in other["watched"]] == [r["rows"] for r in results[0]["watched"]]
+        assert [r["rows"] for r in other["errors"]] == [r["rows"] for r in results[0]["errors"]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_update_clip_engages_in_the_test(world_size: int) -> None:
-    results = [r for r in ranks_of(world_size)[0]["watched"] if r["ratios"]]
+    results = [r for r in results_of_ranks(world_size)[0]["errors"] if r["ratios"]]
     assert len(results) == (1 if world_size == 1 else 4)
     for result in results:
         assert min(result["ratios"]) < 0.8 and max(result["ratios"]) == 1.0
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_watching_costs_one_tiny_all_reduce_and_changes_no_bit(world_size: int) -> None:
-    traffic = ranks_of(world_size)[0]["traffic"]
+def test_measuring_all_costs_one_tiny_all_reduce_and_changes_no_bit(world_size: int) -> None:
+    traffic = results_of_ranks(world_size)[0]["traffic"]
     (calls, elements), names, weights = traffic[False]
-    (more_calls, more_elements), _, watched_weights = traffic[True]
+    (more_calls, more_elements), _, other_weights = traffic[True]
     assert more_calls == calls + 1
     assert more_elements - elements == (EVERYTHING - NORMS) * names
-    assert all(torch.equal(weights[n], watched_weights[n]) for n in weights)
+    assert all(torch.equal(weights[n], other_weights[n]) for n in weights)
 
 
-def test_what_was_not_watched_is_not_in_the_rows() -> None:
+def test_what_was_not_measured_is_not_in_the_rows() -> None:
     weight = torch.nn.Parameter(torch.ones(3, 4))
     optimizer = AdamW([("w", weight)])
     optimizer.attach()
