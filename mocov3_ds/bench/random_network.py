@@ -45,6 +45,7 @@ def start_network(
     device: torch.device,
     lr: float = 0.0,
     chunks: Chunks | None = None,
+    module: type[QueriesToLoss] = QueriesToLoss,
 ) -> RandomNetwork:
     """Start a network whose weights are the same on all ranks and at each call.
 
@@ -55,11 +56,12 @@ def start_network(
         device: the device of this rank.
         lr: learning rate; with 0 all steps have the same loss.
         chunks: how a rank's batch goes through the backbone; None = in one pass a view.
+        module: class of the trained module.
     """
     config = engine_config(settings, global_batch=batch, world_size=ranks.world_size())
     dtype = compute_dtype(config)
     torch.manual_seed(0)
-    model = QueriesToLoss(BaseEncoder(shape), ContrastiveLoss(0.2), chunks=chunks)
+    model = module(BaseEncoder(shape), ContrastiveLoss(0.2), chunks=chunks)
     optimizer = AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], lr=lr)
     engine = start_engine(model.to(device), optimizer, config)
     momentum_encoder = MomentumEncoder(shape, device=device, dtype=dtype)

@@ -1,12 +1,14 @@
-"""What smaller shards cost a view: bytes saved, and how far and how sharp the same crops still are.
+"""What do smaller shards cost a view: bytes saved, and how near and how sharp the same crops are?
 
     python -m mocov3_ds.bench resized SRC
 
-SRC is a folder of class folders or a tar of them. Boxes are drawn as training draws them; each is
+SRC is a folder of class folders or a tar of them. Boxes are drawn as training draws them. Each is
 cut from the original and from the image as `data_prep shard --resize N --reencode` writes it, and
-both are brought to the size of a view by Pillow. PSNR is over all pixels of all
-crops of an area; sharpness is the mean absolute Laplacian of those from the smaller image over that
-of those from the original.
+both are brought to the size of a view by Pillow. PSNR is over all pixels of all crops of a range of
+areas. Sharpness is the mean absolute Laplacian of the crops from the smaller image over that of the
+crops from the original.
+
+Shape suffixes: H W C = image.
 """
 
 import io
@@ -21,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep import images
+from data_prep.images import shrink_image
 from data_prep.sources import list_images
-from mocov3_ds.bench.shard import image_at
+from mocov3_ds.bench.shard import read_image
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.spec import ViewSpec
 
@@ -32,7 +34,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ResizedOptions:
     """Quality of views from resized shards."""
 
     source: tyro.conf.Positional[str]
@@ -40,101 +42,101 @@ class Options:
     under: str = ""
     """take only what lies in this folder of the source"""
     images: int = 500
-    """images looked at, spread over the source"""
+    """images that are compared, spread over the source"""
     sides: tuple[int, ...] = (500, 384, 320, 256)
-    """longest shorter sides to try, pixels"""
+    """lengths of the shorter side to try, pixels"""
     quality: int = 90
-    """of the JPEG"""
+    """quality of the JPEG"""
     size: int = 224
     """side of a view, pixels"""
 
 
 @dataclass
-class Seen:
+class Similarity:
     """Sums over the crops of one range of areas."""
 
     squares: float = 0.0
+    """squared differences of the pixels"""
     values: int = 0
+    """number of pixel values"""
     edges: float = 0.0
-    edges_before: float = 0.0
+    """Laplacians of the crops from the smaller image"""
+    original_edges: float = 0.0
 
-    def add(self, before_HWC: NDArray[np.float32], after_HWC: NDArray[np.float32]) -> None:
-        """Take note of a crop of the original and the same of the smaller image."""
-        self.squares += float(np.square(before_HWC - after_HWC).sum(dtype=np.float64))
-        self.values += before_HWC.size
-        self.edges += laplacian(after_HWC)
-        self.edges_before += laplacian(before_HWC)
+    def add_crop(self, original_HWC: NDArray[np.float32], smaller_HWC: NDArray[np.float32]) -> None:
+        """Add a crop of the original and the same crop of the smaller image."""
+        self.squares += float(np.square(original_HWC - smaller_HWC).sum(dtype=np.float64))
+        self.values += original_HWC.size
+        self.edges += mean_laplacian(smaller_HWC)
+        self.original_edges += mean_laplacian(original_HWC)
 
     def __str__(self) -> str:
         if not self.squares:
             return "the same" if self.values else "none"
         psnr = 10 * np.log10(255**2 * self.values / self.squares)
-        return f"{psnr:.1f} / {self.edges / self.edges_before:.2f}"
+        return f"{psnr:.1f} / {self.edges / self.original_edges:.2f}"
 
 
-def laplacian(image_HWC: NDArray[np.float32]) -> float:
+def mean_laplacian(image_HWC: NDArray[np.float32]) -> float:
     """Mean absolute difference of a pixel from its four neighbours' mean, times four."""
     inner = 4 * image_HWC[1:-1, 1:-1]
     around = image_HWC[:-2, 1:-1] + image_HWC[2:, 1:-1] + image_HWC[1:-1, :-2] + image_HWC[1:-1, 2:]
     return float(np.abs(inner - around).mean())
 
 
-def compare(original: bytes, smaller: bytes, size: int, sample: int, seen: list[Seen]) -> None:
-    """Cut the two crops that training draws for `sample` from both, and add them to `seen`.
+def compare_crops(
+    original: bytes, smaller: bytes, size: int, sample: int, similarities: list[Similarity]
+) -> None:
+    """Cut the two crops that training draws for `sample` from both images, and add them.
 
     Args:
         original: bytes of the source image.
-        smaller: of the same image, resized.
+        smaller: bytes of the same image, resized.
         size: side of a view, pixels.
-        sample: which draws.
-        seen: one for each range of areas of `_AREAS`.
+        sample: number of the sample, which decides the draws.
+        similarities: sums for each range of areas in `_AREAS`.
     """
-    before, after = (Image.open(io.BytesIO(data)).convert("RGB") for data in (original, smaller))
-    boxes, _, _ = draw_views(ViewSpec(), _SEED, 0, sample, before.height, before.width)
-    for top, left, height, width in boxes:
-        share = height * width / (before.height * before.width)
-        place = int(np.searchsorted(_AREAS[1:-1], share))
-        seen[place].add(
-            *(
-                _crop(image, (top, left, height, width), before.size, size)
-                for image in (before, after)
-            )
-        )
+    images = [Image.open(io.BytesIO(content)).convert("RGB") for content in (original, smaller)]
+    width, height = images[0].size
+    boxes, _, _ = draw_views(ViewSpec(), _SEED, 0, sample, height, width)
+    for box in boxes:
+        share = box[2] * box[3] / (height * width)
+        crops = [_cut_crop(image, box, (width, height), size) for image in images]
+        similarities[int(np.searchsorted(_AREAS[1:-1], share))].add_crop(*crops)
 
 
-def _crop(
-    image: Image.Image, box: tuple[int, int, int, int], of: tuple[int, int], size: int
+def _cut_crop(
+    image: Image.Image, box: tuple[int, int, int, int], full_size: tuple[int, int], size: int
 ) -> NDArray[np.float32]:
-    """The part of an image that is `box` in one of `of`'s width and height, resized."""
+    """The part of an image that is `box` in one of `full_size` (width, height), resized."""
     top, left, height, width = box
-    x, y = image.width / of[0], image.height / of[1]
+    x, y = image.width / full_size[0], image.height / full_size[1]
     corners = (left * x, top * y, (left + width) * x, (top + height) * y)
     return np.asarray(
         image.resize((size, size), Image.Resampling.BILINEAR, box=corners), np.float32
     )
 
 
-def command() -> None:
-    """Entry point of the benchmark."""
-    options = tyro.cli(Options, prog="python -m mocov3_ds.bench resized", description=__doc__)
+def run_bench(options: ResizedOptions) -> None:
+    """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         listing = list_images(options.source, under=options.under, scratch_folder=Path(folder))
-        places = np.unique(np.linspace(0, len(listing) - 1, options.images).astype(int))
-        seen = {side: [Seen() for _ in _AREAS[1:]] for side in options.sides}
+        rows = np.unique(np.linspace(0, len(listing) - 1, options.images).astype(int))
+        similarities = {side: [Similarity() for _ in _AREAS[1:]] for side in options.sides}
         sizes = dict.fromkeys(options.sides, 0)
-        whole = 0
-        for place in tqdm(places.tolist(), unit="image"):
-            _, data = image_at(listing, place)
-            whole += len(data)
+        total = 0
+        for row in tqdm(rows.tolist(), unit="image"):
+            _, original = read_image(listing, row)
+            total += len(original)
             for side in options.sides:
-                smaller = images.shrunk(data, side, options.quality, always=True) or data
+                smaller = shrink_image(original, side, options.quality, always=True) or original
                 sizes[side] += len(smaller)
-                compare(data, smaller, options.size, place, seen[side])
-    ranges = [f"{a:.0%} - {b:.0%}" for a, b in itertools.pairwise(_AREAS)]
-    print(f"{len(places)} images of {whole / len(places) / 1e3:.0f} kB; PSNR in dB / sharpness\n")
+                compare_crops(original, smaller, options.size, row, similarities[side])
+    ranges = [f"{low:.0%} - {high:.0%}" for low, high in itertools.pairwise(_AREAS)]
+    print(f"{len(rows)} images of {total / len(rows) / 1e3:.0f} kB; PSNR in dB / sharpness\n")
     print(f"| shorter side | kB an image | of the bytes | {' | '.join(ranges)} |")
     print(f"| --- | --- | --- |{' --- |' * len(ranges)}")
     for side in options.sides:
-        cells = " | ".join(map(str, seen[side]))
-        kilobytes = sizes[side] / len(places) / 1e3
-        print(f"| {side} | {kilobytes:.0f} | {sizes[side] / whole:.0%} | {cells} |")
+        cells = " | ".join(map(str, similarities[side]))
+        kilobytes = sizes[side] / len(rows) / 1e3
+        print(f"| {side} | {kilobytes:.0f} | {sizes[side] / total:.0%} | {cells} |")

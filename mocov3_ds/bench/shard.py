@@ -1,13 +1,13 @@
-"""What sharding costs: ours beside webdataset's example way; lists of nested tars; resizing.
+"""What does sharding cost, beside webdataset's example; and listing nested tars, and resizing?
 
     python -m mocov3_ds.bench shard SRC
 
-SRC is a folder of class folders or a tar of them. Its images are copied to a temporary tree first,
-from which every variant reads, in this process, in turn; CPU time (user and system) counts, the
-median of the rounds. The example way is that of webdataset's documentation: torchvision's
-`ImageFolder` for the list, `ShardWriter` for the tars. Ours makes digests (SHA-256 of the shard,
-crc32 of each image), looks at each image's header and end, writes the index and syncs to disk, on
-top. For the list of a nested tar, an archive like ILSVRC2012_img_train.tar of small files is made.
+SRC is a folder of class folders or a tar of them. Its images are copied to a temporary tree, from
+which every variant reads, in this process, in turn; CPU time (user and system) counts, the median
+of the rounds. The example is the one of webdataset's documentation: torchvision's `ImageFolder` for
+the list, `ShardWriter` for the tars. Ours also makes digests (SHA-256 of the shard, crc32 of each
+image), checks each image's header and end, writes the index and syncs to disk. For the list of a
+nested tar, an archive like ILSVRC2012_img_train.tar is made of small files.
 """
 
 import hashlib
@@ -22,19 +22,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 from PIL import Image
 
 from data_prep import tar
-from data_prep.shard import ShardOptions as ShardOptions
+from data_prep.listing import Listing
 from data_prep.shard import make_shards
-from data_prep.sources import Listing, Window, list_images
+from data_prep.shard_options import ShardOptions
+from data_prep.sources import list_images
+from data_prep.tar_listing import FileWindow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ShardBenchOptions:
     """CPU time of sharding, of listing a nested tar, and of resizing."""
 
     source: tyro.conf.Positional[str]
@@ -42,7 +45,7 @@ class Options:
     under: str = ""
     """take only what lies in this folder of the source"""
     images: int = 2000
-    """images copied to the tree; the source's are taken again and again"""
+    """images copied to the tree; those of the source are repeated"""
     resized: int = 200
     """images that the slow variants work on"""
     nested: int = 100_000
@@ -51,64 +54,72 @@ class Options:
     """times that each variant runs"""
 
 
-def command() -> None:
-    """Entry point of the benchmark."""
-    options = tyro.cli(Options, prog="python -m mocov3_ds.bench shard", description=__doc__)
+def run_bench(options: ShardBenchOptions) -> None:
+    """Print the tables."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         listing = list_images(options.source, under=options.under, scratch_folder=folder)
-        tree = _copied(listing, folder / "tree", options.images)
-        few = _copied(listing, folder / "few", min(options.resized, options.images))
+        tree = copy_images(listing, folder / "tree", options.images)
+        small_tree = copy_images(listing, folder / "small", min(options.resized, options.images))
         size = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file())
         print(f"{options.images} images of {size / options.images / 1e3:.1f} kB on average\n")
-        _print(
+        print_table(
             "copy, ms of CPU an image",
             options.images,
             options.rounds,
             {
-                "webdataset's example (ImageFolder, ShardWriter)": partial(_example, tree),
-                "the same, then SHA-256 of shards, crc32 of images": partial(_digested, tree),
-                "ours (with digests, check, index)": partial(_ours, tree),
+                "webdataset's example (ImageFolder, ShardWriter)": partial(_write_example, tree),
+                "the same, then SHA-256 of shards, crc32 of images": partial(_write_digested, tree),
+                "ours (with digests, check, index)": partial(_write_ours, tree),
             },
         )
-        _print(
+        print_table(
             "check or resize, ms of CPU an image",
-            len([*few.rglob("*.*")]),
+            len([*small_tree.rglob("*.*")]),
             options.rounds,
             {
-                "webdataset's writer given Pillow images": partial(_example_encoded, few),
-                "--check decode": partial(_ours, few, check="decode"),
-                "--resize 384": partial(_ours, few, resize=384),
-                "--resize 384 --reencode": partial(_ours, few, resize=384, reencode=True),
-                "--resize 256": partial(_ours, few, resize=256),
+                "webdataset's writer given Pillow images": partial(_write_encoded, small_tree),
+                "--check decode": partial(_write_ours, small_tree, check="decode"),
+                "--resize 384": partial(_write_ours, small_tree, resize=384),
+                "--resize 384 --reencode": partial(
+                    _write_ours, small_tree, resize=384, reencode=True
+                ),
+                "--resize 256": partial(_write_ours, small_tree, resize=256),
             },
         )
-        archive = _nested(folder / "nested.tar", options.nested)
-        _print(
+        archive = write_nested_tar(folder / "nested.tar", options.nested)
+        print_table(
             f"list of a nested tar of {options.nested} images, ms of CPU an image",
             options.nested,
             min(options.rounds, 3),
             {
                 "tarfile, archive in archive: names, offsets, sizes": partial(
-                    _tarfile_list, archive
+                    _list_by_tarfile, archive
                 ),
-                "ours: the same, headers alone": partial(_our_headers, archive),
-                "ours: the whole list with keys and labels, sorted": partial(_our_list, archive),
+                "ours: the same, headers alone": partial(_read_headers, archive),
+                "ours: the whole list with keys and labels, sorted": partial(_list_sorted, archive),
             },
         )
 
 
-def _print(
+def print_table(
     title: str, images: int, rounds: int, variants: dict[str, Callable[[Path], None]]
 ) -> None:
-    """Run the variants in turn and print their medians, and how many times the first is slower."""
+    """Run the variants in turns; print their medians, and how many times slower the first is.
+
+    Args:
+        title: head of the first column.
+        images: number of images that a variant works on.
+        rounds: number of times that each variant runs.
+        variants: what is timed; each gets an empty folder.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, variant in variants.items():
             with tempfile.TemporaryDirectory() as out:
-                started = time.process_time()
+                start = time.process_time()
                 variant(Path(out))
-                seconds[name].append(time.process_time() - started)
+                seconds[name].append(time.process_time() - start)
     medians = {name: statistics.median(times) / images * 1e3 for name, times in seconds.items()}
     first = next(iter(medians.values()))
     width = max(map(len, variants))
@@ -121,25 +132,28 @@ def _print(
     print()
 
 
-def _copied(listing: Listing, root: Path, count: int) -> Path:
-    """A tree of ten class folders with so many images of the source."""
-    for place in range(count):
-        suffix, data = image_at(listing, place % len(listing))
-        label = f"{place * 10 // count:05d}"
+def copy_images(listing: Listing, root: Path, count: int) -> Path:
+    """Write `count` images of a source as a tree of ten class folders; returns `root`."""
+    for number in range(count):
+        suffix, image_bytes = read_image(listing, number % len(listing))
+        label = f"{number * 10 // count:05d}"
         (root / label).mkdir(parents=True, exist_ok=True)
-        (root / label / f"{label}_{place}.{suffix}").write_bytes(data)
+        (root / label / f"{label}_{number}.{suffix}").write_bytes(image_bytes)
     return root
 
 
-def image_at(listing: Listing, place: int) -> tuple[str, bytes]:
+def read_image(listing: Listing, row: int) -> tuple[str, bytes]:
     """Name ending and bytes of an image of the source."""
-    (item,) = listing.items(np.array([place]))
+    (item,) = listing.select_items(np.array([row]))
     with Path(item.path).open("rb") as file:
         file.seek(item.offset)
         return item.suffix, file.read(item.size)
 
 
-def _example(tree: Path, out: Path) -> None:
+# ---------------------------------------------------------------------------------------- variants
+
+
+def _write_example(tree: Path, out: Path) -> None:
     from torchvision.datasets import ImageFolder
     from webdataset import ShardWriter
 
@@ -149,9 +163,9 @@ def _example(tree: Path, out: Path) -> None:
             writer.write({"__key__": f"{number:07d}", "jpg": data, "cls": label})
 
 
-def _digested(tree: Path, out: Path) -> None:
-    """The example way, and then the digests that ours makes on the way."""
-    _example(tree, out)
+def _write_digested(tree: Path, out: Path) -> None:
+    """The example, and then the digests that ours makes while it writes."""
+    _write_example(tree, out)
     for path in sorted(out.glob("*.tar")):
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -165,8 +179,8 @@ def _digested(tree: Path, out: Path) -> None:
                     zlib.crc32(content.read())
 
 
-def _example_encoded(tree: Path, out: Path) -> None:
-    """What converters do that hand decoded images to the writer, which encodes them again."""
+def _write_encoded(tree: Path, out: Path) -> None:
+    """As converters do that give decoded images to the writer, which encodes them again."""
     from torchvision.datasets import ImageFolder
     from webdataset import ShardWriter
 
@@ -178,18 +192,17 @@ def _example_encoded(tree: Path, out: Path) -> None:
                 )
 
 
-def _ours(tree: Path, out: Path, **options: object) -> None:
-    made = ShardOptions(**options)  # type: ignore[arg-type]
-    make_shards(list_images(str(tree)), str(out), made, workers=1, quiet=True)
+def _write_ours(tree: Path, out: Path, **options: Any) -> None:
+    make_shards(list_images(str(tree)), str(out), ShardOptions(**options), workers=1, quiet=True)
 
 
-def _nested(path: Path, images: int) -> Path:
-    """An archive of 100 archives of small members with names like ImageNet's."""
-    each = max(1, images // 100)
+def write_nested_tar(path: Path, images: int) -> Path:
+    """Write an archive of 100 archives of small members with names like ImageNet's."""
+    per_archive = max(1, images // 100)
     with path.open("wb") as out:
-        for label in range(images // each):
+        for label in range(images // per_archive):
             inner = io.BytesIO()
-            for number in range(each):
+            for number in range(per_archive):
                 inner.write(tar.make_header(f"n{label:08d}_{number}.JPEG", 600))
                 inner.write(bytes(1024))
             inner.write(tar.END)
@@ -200,19 +213,19 @@ def _nested(path: Path, images: int) -> Path:
     return path
 
 
-def _our_list(archive: Path, out: Path) -> None:
+def _list_sorted(archive: Path, out: Path) -> None:
     list_images(str(archive))
 
 
-def _our_headers(archive: Path, out: Path) -> None:
+def _read_headers(archive: Path, out: Path) -> None:
     with archive.open("rb", buffering=0) as file:
-        whole = Window(file.fileno(), 0, archive.stat().st_size)
-        for outer in list(tar.read_members(whole, "outer")):
-            window = Window(file.fileno(), outer.offset, outer.offset + outer.size)
-            _ = [(m.name, m.offset, m.size) for m in tar.read_members(window, "inner", outer.size)]
+        outer = FileWindow(file.fileno(), 0, archive.stat().st_size)
+        for member in list(tar.read_members(outer, "outer")):
+            window = FileWindow(file.fileno(), member.offset, member.offset + member.size)
+            _ = [(m.name, m.offset, m.size) for m in tar.read_members(window, "inner", member.size)]
 
 
-def _tarfile_list(archive: Path, out: Path) -> None:
+def _list_by_tarfile(archive: Path, out: Path) -> None:
     with tarfile.open(archive) as outer:
         for member in outer:
             with tarfile.open(fileobj=outer.extractfile(member)) as inner:

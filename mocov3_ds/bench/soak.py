@@ -1,13 +1,13 @@
-"""Whether a long run keeps its memory, open files and threads: a hundred thousand tiny steps.
+"""Does a long run keep its memory, open files and threads over a hundred thousand tiny steps?
 
     python -m mocov3_ds.bench soak --steps 100000
 
-It is the real command (`train.py` in a process of its own: drawn sample images, stream, views,
-engine, LAMB under ZeRO-1, momentum encoder, report, k-NN, checkpoints), at the smallest shape that
-still has every part. It is watched from outside, so that watching it changes nothing in it: every
-`--every` steps one row of resident set, open files and threads of the process. The slope is that of
-a line through the rows after the first tenth. A run that `--minutes` ends early is asked to stop by
-SIGTERM, as Slurm would, and the table says how far it came.
+It is the real command (`train.py` in a separate process: drawn sample images, loader, views,
+engine, LAMB under ZeRO-1, momentum encoder, log, k-NN, checkpoints), at the smallest shape that
+still has every component. It is observed from outside, so that observing changes nothing in it:
+every `--every` steps one row of resident set, open files and threads of the process. The slope is
+that of a line through the rows after the first tenth. A run that `--minutes` ends early is asked to
+stop by SIGTERM, as Slurm does it, and the table says how far it came.
 """
 
 import os
@@ -19,15 +19,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import psutil
-import tyro
 
 MIB_PER_100K = 32.0
 """Growth of the resident set that still counts as flat: some 300 bytes a step."""
-_BATCH, _IMAGES = 8, 4096  # of a step; of the sample images
+_BATCH, _IMAGES = 8, 4096  # images of a step; sample images that training draws
 _POLL_S = 0.1
 
 _SHAPE = [
@@ -40,22 +38,22 @@ _SHAPE = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Watch memory, open files and threads of a long run of tiny steps."""
+class SoakOptions:
+    """Observe memory, open files and threads of a long run of tiny steps."""
 
     steps: int = 100_000
-    """optimizer steps"""
+    """number of optimizer steps"""
     every: int = 1000
     """steps between rows of the table; checkpoints and k-NN come as often"""
     minutes: float = 0.0
-    """end earlier, after so many minutes; 0 = when the steps are done"""
+    """end earlier, after this many minutes; 0 = when the steps are done"""
     folder: Path | None = None
-    """where the run goes (a folder of its own); empty = a temporary one"""
+    """new folder for the run; empty = a temporary one"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the process held after a step."""
+    """What the process holds after a step."""
 
     step: int
     seconds: float
@@ -66,8 +64,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the rows say together."""
+class Growth:
+    """How much grew over the rows."""
 
     mib_per_100k: float
     """slope of the resident set, MiB in 100,000 steps"""
@@ -77,42 +75,43 @@ class Verdict:
     """the same of threads"""
 
     @property
-    def flat(self) -> bool:
+    def is_flat(self) -> bool:
         """Whether nothing grew."""
         return self.mib_per_100k <= MIB_PER_100K and self.more_files <= 0 and self.more_threads <= 0
 
     def __str__(self) -> str:
+        answer = "flat" if self.is_flat else "NOT flat"
         return (
-            f"{'flat' if self.flat else 'NOT flat'}: resident set {self.mib_per_100k:+.1f} MiB in "
-            f"100,000 steps (up to {MIB_PER_100K:g} is flat), open files {self.more_files:+d}, "
+            f"{answer}: resident set {self.mib_per_100k:+.1f} MiB in 100,000 steps "
+            f"(up to {MIB_PER_100K:g} is flat), open files {self.more_files:+d}, "
             f"threads {self.more_threads:+d}"
         )
 
 
-def verdict(rows: Sequence[Row]) -> Verdict:
-    """Judge the rows after the first tenth, in which caches fill.
+def measure_growth(rows: Sequence[Row]) -> Growth:
+    """Growth over the rows after the first tenth, in which caches fill.
 
-    A checkpoint that is being written has a file and a thread open, so that counts are compared by
-    their smallest value.
+    A checkpoint that is being written has a file and a thread open, so counts are compared by their
+    smallest value.
 
     Raises:
-        ValueError: fewer than four rows are left.
+        ValueError: fewer than four rows remain.
     """
-    later = rows[max(1, len(rows) // 10) :]
-    if len(later) < 4:
+    settled = rows[max(1, len(rows) // 10) :]
+    if len(settled) < 4:
         raise ValueError(f"{len(rows)} rows are too few to judge; take more --steps.")
-    steps, sizes = (np.array([getattr(r, k) for r in later]) for k in ("step", "rss_mib"))
+    steps, sizes = (np.array([getattr(r, k) for r in settled]) for k in ("step", "rss_mib"))
     slope = float(np.polyfit(steps - steps[0], sizes, 1)[0])
-    quarter = max(1, len(later) // 4)
-    first, last = later[:quarter], later[-quarter:]
-    return Verdict(
+    quarter = max(1, len(settled) // 4)
+    first, last = settled[:quarter], settled[-quarter:]
+    return Growth(
         mib_per_100k=slope * 100_000,
         more_files=min(r.files for r in last) - min(r.files for r in first),
         more_threads=min(r.threads for r in last) - min(r.threads for r in first),
     )
 
 
-def soak(options: Options, runs: Path) -> Iterator[Row]:
+def run_training(options: SoakOptions, runs: Path) -> Iterator[Row]:
     """Start the run in `runs` and yield its rows.
 
     Raises:
@@ -133,31 +132,33 @@ def soak(options: Options, runs: Path) -> Iterator[Row]:
     with (runs / "soak.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            yield from _watch(process, metrics, options)
+            yield from _observe_process(process, metrics, options)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
             status = process.wait()
     if status:
-        said = (runs / "soak.log").read_text(errors="replace").strip().splitlines()[-3:]
-        raise ValueError(f"the run ended with status {status}: {' '.join(said)}")
+        ending = (runs / "soak.log").read_text(errors="replace").strip().splitlines()[-3:]
+        raise ValueError(f"the run ended with status {status}: {' '.join(ending)}")
 
 
-def _watch(process: "subprocess.Popen[bytes]", metrics: Path, options: Options) -> Iterator[Row]:
-    began, process_now = time.monotonic(), psutil.Process(process.pid)
-    step, due, at = -1, options.every, 0  # the file's first line is step 0
+def _observe_process(
+    process: "subprocess.Popen[bytes]", metrics: Path, options: SoakOptions
+) -> Iterator[Row]:
+    start, observed = time.monotonic(), psutil.Process(process.pid)
+    step, due, offset = -1, options.every, 0  # the file's first line is step 0
     while process.poll() is None:
         time.sleep(_POLL_S)
         if metrics.exists():
             with metrics.open("rb") as file:
-                file.seek(at)
-                fresh = file.read()
-            at += len(fresh)
-            step += fresh.count(b"\n")
-        seconds = time.monotonic() - began
+                file.seek(offset)
+                lines = file.read()
+            offset += len(lines)
+            step += lines.count(b"\n")
+        seconds = time.monotonic() - start
         if step >= due:
             try:
-                row = _row(process_now, step, seconds)
+                row = _read_row(observed, step, seconds)
             except psutil.Error:  # it has just ended
                 return
             due = step - step % options.every + options.every
@@ -166,14 +167,14 @@ def _watch(process: "subprocess.Popen[bytes]", metrics: Path, options: Options) 
             return
 
 
-def _row(process: Any, step: int, seconds: float) -> Row:
+def _read_row(process: psutil.Process, step: int, seconds: float) -> Row:
     with process.oneshot():
         mib = process.memory_info().rss / 2**20
         return Row(step, seconds, mib, process.num_fds(), process.num_threads())
 
 
-def main(options: Options) -> None:
-    """Print the table and the verdict.
+def run_bench(options: SoakOptions) -> None:
+    """Print the table and whether the run stays flat.
 
     Raises:
         ValueError: the run failed, or something grew.
@@ -183,20 +184,16 @@ def main(options: Options) -> None:
         print(
             "| step | steps/s | resident set, MiB | open files | threads |\n|---|---|---|---|---|"
         )
-        for row in soak(options, options.folder or Path(temporary)):
-            before = rows[-1] if rows else Row(0, 0.0, 0.0, 0, 0)
-            speed = (row.step - before.step) / (row.seconds - before.seconds)
+        for row in run_training(options, options.folder or Path(temporary)):
+            previous = rows[-1] if rows else Row(0, 0.0, 0.0, 0, 0)
+            speed = (row.step - previous.step) / (row.seconds - previous.seconds)
             print(
                 f"| {row.step} | {speed:.1f} | {row.rss_mib:.1f} | {row.files} | {row.threads} |",
                 flush=True,
             )
             rows.append(row)
-    done = verdict(rows)
-    print(f"\n{rows[-1].step} of {options.steps} steps in {rows[-1].seconds / 60:.1f} min. {done}")
-    if not done.flat:
+    growth = measure_growth(rows)
+    minutes = rows[-1].seconds / 60
+    print(f"\n{rows[-1].step} of {options.steps} steps in {minutes:.1f} min. {growth}")
+    if not growth.is_flat:
         raise ValueError("the run does not stay flat; the table shows from which step on.")
-
-
-def command() -> None:
-    """Entry point of `python -m mocov3_ds.bench soak`."""
-    main(tyro.cli(Options, description=__doc__))

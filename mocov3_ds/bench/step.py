@@ -8,57 +8,50 @@
 
 Variants: `direct` (one pass a view), `joint` (the queries of both views in one pass of twice the
 images), `channels_last` (views in that layout, for the patch projection), `compiled` (`direct` with
-compiled blocks), `blocks` (each block recomputed), `chunks` (each size given that is smaller than a
-rank's batch; with the last chunk kept, and for the last size with half of them kept), `plain` (the
-yardstick: the same step without engine or chunks, as a short PyTorch script would write it: torch's
-AdamW, autocast for bf16, DDP on several ranks, torch's own choice of products and attention).
+compiled blocks), `blocks` (each block recomputed), `chunks` (each size of `--chunks` that is
+smaller than a rank's batch; with the last chunk kept, and for the last size also with half of them
+kept), `plain` (the yardstick: the step of `script_step.py`).
 
 The last column is the share of the rate at which this machine multiplies the network's own
 matrices, in the same dtype and run, that the step reaches by the usual count: two operations a
 multiply-add, each image's two views forward, backward (twice a forward) and through the momentum
-encoder; what a variant computes twice or leaves out does not change the count.
+encoder. What a variant computes twice or leaves out does not change the count.
 
 Time is CPU seconds of all threads on the CPU and seconds between synchronisations on a GPU; the
 variants take turns. Memory is what the step adds: growth of the resident set during the first step
-of a process of its own on the CPU, the allocator's peak on a GPU.
+of a separate process on the CPU, the allocator's peak on a GPU.
 """
 
 import gc
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-import tyro
 from timm.layers.config import use_fused_attn
-from torch import Tensor, nn
+from torch import Tensor
 
+from mocov3_ds.bench.random_network import RandomNetwork, draw_views, start_network
+from mocov3_ds.bench.resource_use import peak_resident_bytes, resident_bytes, time_call
+from mocov3_ds.bench.script_step import build_script_step
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import full_tensors, start_engine
-from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
-from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.cpu_ops import linear
-from mocov3_ds.model.heads import BatchNormOverRanks
-from mocov3_ds.model.loss import ContrastiveLoss
-from mocov3_ds.model.momentum_encoder import MomentumEncoder
-from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, as_written, build_vit, compile_blocks
-from mocov3_ds.optim import AdamW
-from mocov3_ds.training.step import QueriesToLoss, train_step
+from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, as_written, compile_blocks
+from mocov3_ds.training.step import QueriesToLoss
 
 Kind = Literal["direct", "joint", "channels_last", "compiled", "blocks", "chunks", "plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class StepOptions:
     """Time and memory of one MoCo v3 step in its variants."""
 
     shape: Literal["vit_s16", "vit_b16", "vit_l16", "vit_h14"] = "vit_s16"
@@ -70,17 +63,17 @@ class Options:
     variants: tuple[Kind, ...] = (
         *("direct", "joint", "channels_last", "compiled", "blocks", "chunks", "plain"),
     )
-    """which variants"""
+    """variants to run, see above"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """of the network"""
+    """precision of the network"""
     repeats: int = 5
     """timed steps of each variant; the median counts"""
     warmup: int = 1
-    """steps of each variant before"""
+    """untimed steps of each variant before those"""
     memory: bool = True
-    """measure memory, too (a process for each variant on the CPU)"""
+    """measure memory as well (a process for each variant on the CPU)"""
     kept: bool = True
-    """also the last chunk size with half of its chunks kept"""
+    """run the last chunk size also with half of its chunks kept"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """As the table shows it."""
+        """Name in the table."""
         if self.kind != "chunks":
             return {
                 "direct": "one pass",
@@ -106,61 +99,105 @@ class Variant:
         return f"chunks of {self.chunks.size}{kept}"
 
 
-def main(options: Options) -> None:
+class StepCost(NamedTuple):
+    """What one step took."""
+
+    seconds: float
+    loss: float
+    peak_bytes: int
+    """on a GPU: largest memory beyond what was allocated before; 0 on a CPU"""
+
+
+@dataclass
+class Measured:
+    """What was measured of one variant."""
+
+    seconds: list[float] = field(default_factory=list)
+    """of each timed step"""
+    loss: float = 0.0
+    memory: int | None = None
+    """bytes that a step adds; None = not measured"""
+
+
+def run_bench(options: StepOptions) -> None:
     """Print the table."""
+    compare_variants(EncoderShape(vit=PAPER_SHAPES[options.shape]), options)
+
+
+def compare_variants(shape: EncoderShape, options: StepOptions) -> None:
+    """Run all variants in turns and print the table; all ranks must call.
+
+    Args:
+        shape: architecture of the encoders.
+        options: what the user gave on the command line.
+
+    Raises:
+        ValueError: the batch cannot be shared by the ranks, or no variant is left.
+    """
     device = ranks.start()
-    if options.batch % ranks.world_size():
+    start = time.perf_counter()
+    rank_batch, remainder = divmod(options.batch, ranks.world_size())
+    if remainder:
         raise ValueError(f"--batch {options.batch} cannot be shared by {ranks.world_size()} ranks.")
-    variants = wanted(options)
+    variants = list_variants(options)
     if not variants:
         raise ValueError(
-            f"no variant is left: a chunk must be smaller than the "
-            f"{options.batch // ranks.world_size()} images of a rank."
+            f"no variant is left: a chunk must be smaller than the {rank_batch} images of a rank."
         )
-    memory = {}
+    results = {variant: Measured() for variant in variants}
     if options.memory and device.type == "cpu":
-        memory = {variant: in_own_process(options, variant) for variant in variants}
-    steps = prepare(options, variants, device)
-    started = time.perf_counter()
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in variants}
-    losses: dict[Variant, float] = {}
+        for variant, measured in results.items():
+            measured.memory = measure_memory(shape, options, variant)
+    steps = build_steps(shape, options, variants, device)
     rates = []
     for repeat in range(options.warmup + options.repeats):
         for variant, step in steps.items():
-            took, loss, peak = timed(step, device)
-            losses[variant] = loss
+            cost = measure_step(step, device)
+            results[variant].loss = cost.loss
             if device.type == "cuda":
-                memory[variant] = peak
+                results[variant].memory = cost.peak_bytes
             if repeat >= options.warmup:
-                seconds[variant].append(took)
-        rates.append(matrix_rate(options, device))
-    wall = time.perf_counter() - started
-    if not ranks.is_first():
-        return
-    median = {variant: statistics.median(times) for variant, times in seconds.items()}
-    yardstick = median.get(Variant("plain"), median[variants[0]])
-    cpu, world = "CPU s" if device.type == "cpu" else "s", ranks.world_size()
-    rate = max(rates)
-    work = 8 * forward_flops(PAPER_SHAPES[options.shape]) * options.batch / world
+                results[variant].seconds.append(cost.seconds)
+        rates.append(matrix_rate(shape.vit, rank_batch, options.precision, device))
+    if ranks.is_first():
+        print_table(shape.vit, options, results, max(rates))
+        peak_gib = peak_resident_bytes() / 2**30
+        print(
+            f"\n{time.perf_counter() - start:.0f} s for all of it; peak resident set of this "
+            f"process {peak_gib:.2f} GiB"
+        )
+
+
+def print_table(
+    vit: VitShape, options: StepOptions, results: dict[Variant, Measured], rate: float
+) -> None:
+    """Print one row for each variant; for the first rank.
+
+    Args:
+        vit: architecture of the backbone.
+        options: what the user gave on the command line.
+        results: what was measured, by variant.
+        rate: operations a second at which this machine multiplies the network's matrices.
+    """
+    device, world = ranks.this_device(), ranks.world_size()
+    median = {variant: statistics.median(result.seconds) for variant, result in results.items()}
+    yardstick = median.get(Variant("plain"), next(iter(median.values())))
+    work = 8 * forward_flops(vit) * options.batch / world
+    attention = "fused attention (SDPA)" if use_fused_attn() else "attention written out"
+    unit = "CPU s" if device.type == "cpu" else "s"
     print(f"{options.shape}, batch {options.batch} on {world} rank{'s' * (world > 1)}, ", end="")
     print(f"{options.precision}, {device}, median of {options.repeats}, torch {torch.__version__};")
-    print(f"{attention()}; matrices at {rate / 1e9:.0f} GFLOP/s\n")
-    print(f"| variant | {cpu} a step | images/s | speed | memory of a step, GiB ", end="")
+    print(f"{attention}; matrices at {rate / 1e9:.0f} GFLOP/s\n")
+    print(f"| variant | {unit} a step | images/s | speed | memory of a step, GiB ", end="")
     print("| first loss | of the matrices' rate |\n|---|---|---|---|---|---|---|")
-    for variant in variants:
-        gib = f"{memory[variant] / 2**30:.2f}" if variant in memory else ""
+    for variant, result in results.items():
+        seconds = median[variant]
+        gib = "" if result.memory is None else f"{result.memory / 2**30:.2f}"
         print(
-            f"| {variant.name} | {median[variant]:.2f} | {options.batch / median[variant]:.2f} "
-            f"| {yardstick / median[variant]:.2f} | {gib} | {losses[variant]:.5f} "
-            f"| {100 * work / median[variant] / rate:.0f} % |"
+            f"| {variant.name} | {seconds:.2f} | {options.batch / seconds:.2f} "
+            f"| {yardstick / seconds:.2f} | {gib} | {result.loss:.5f} "
+            f"| {100 * work / seconds / rate:.0f} % |"
         )
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\n{wall:.0f} s for all of it; peak resident set of this process {peak_gib:.2f} GiB")
-
-
-def attention() -> str:
-    """How timm computes attention here."""
-    return "fused attention (SDPA)" if use_fused_attn() else "attention written out"
 
 
 def forward_flops(shape: VitShape) -> float:
@@ -173,33 +210,43 @@ def forward_flops(shape: VitShape) -> float:
 
 
 @torch.no_grad()
-def matrix_rate(options: Options, device: torch.device) -> float:
-    """Operations per second of the four products of a block on a rank's batch, no other work."""
-    shape = PAPER_SHAPES[options.shape]
-    rows = min(options.batch // ranks.world_size(), 64) * (
-        (shape.image_size // shape.patch_size) ** 2 + 1
-    )
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+def matrix_rate(
+    vit: VitShape,
+    rank_batch: int,
+    precision: Literal["fp32", "bf16"],
+    device: torch.device,
+    time_products: Callable[[Callable[[], object], torch.device], float] = time_call,
+) -> float:
+    """Operations per second of the four products of a block, and nothing else.
+
+    Args:
+        vit: architecture of the backbone.
+        rank_batch: images of a rank; at most 64 of them are multiplied.
+        precision: dtype of the products.
+        device: the device of this rank.
+        time_products: returns the seconds of a call.
+    """
+    rows = min(rank_batch, 64) * ((vit.image_size // vit.patch_size) ** 2 + 1)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sizes = [(1, 3), (1, 1), (1, 4), (4, 1)]
     pairs = [
         (
-            torch.randn(rows, shape.dim * fan_in, device=device, dtype=dtype),
-            torch.randn(shape.dim * fan_out, shape.dim * fan_in, device=device, dtype=dtype),
+            torch.randn(rows, vit.dim * fan_in, device=device, dtype=dtype),
+            torch.randn(vit.dim * fan_out, vit.dim * fan_in, device=device, dtype=dtype),
         )
         for fan_in, fan_out in sizes
     ]
 
-    def multiply() -> float:
+    def multiply() -> None:
         for x, weight in pairs:
             linear(x, weight)
-        return 0.0
 
     multiply()
-    took = min(timed(multiply, device)[0] for _ in range(5))
-    return sum(2 * rows * fan_in * fan_out * shape.dim**2 for fan_in, fan_out in sizes) / took
+    seconds = min(time_products(multiply, device) for _ in range(5))
+    return sum(2 * rows * fan_in * fan_out * vit.dim**2 for fan_in, fan_out in sizes) / seconds
 
 
-def wanted(options: Options) -> list[Variant]:
+def list_variants(options: StepOptions) -> list[Variant]:
     """The variants that the options name, in the table's order; the ranks must have started.
 
     A chunk that is no smaller than a rank's batch would be one pass under another name.
@@ -212,62 +259,14 @@ def wanted(options: Options) -> list[Variant]:
             variants.append(Variant(kind))
             continue
         for size in sizes:
-            of_both_views = 2 * -(-batch // size)
+            in_both_views = 2 * -(-batch // size)
             variants.append(Variant(kind, Chunks(size=size)))
-            if options.kept and size == sizes[-1] and of_both_views >= 4:
-                variants.append(Variant(kind, Chunks(size=size, keep=of_both_views // 2 - 1)))
+            if options.kept and size == sizes[-1] and in_both_views >= 4:
+                variants.append(Variant(kind, Chunks(size=size, keep=in_both_views // 2 - 1)))
     return variants
 
 
-def prepare(
-    options: Options, variants: list[Variant], device: torch.device
-) -> dict[Variant, Callable[[], float]]:
-    """A function for each variant that runs one step and returns its loss."""
-    shape = EncoderShape(vit=PAPER_SHAPES[options.shape])
-    steps: dict[Variant, Callable[[], float]] = {}
-    given = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": options.precision == "bf16"}}
-    config = engine_config(given, global_batch=options.batch, world_size=ranks.world_size())
-    dtype = compute_dtype(config)
-    generator = torch.Generator().manual_seed(ranks.rank())
-    size = shape.vit.image_size
-    x1_BCHW, x2_BCHW = (
-        torch.empty(options.batch // ranks.world_size(), 3, size, size, dtype=dtype)
-        .normal_(generator=generator)
-        .to(device)
-        for _ in range(2)
-    )
-    if any(variant.kind != "plain" for variant in variants):
-        torch.manual_seed(0)
-        model = QueriesOfEitherWay(BaseEncoder(shape), ContrastiveLoss(0.2))
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        engine = start_engine(model.to(device), AdamW(named, lr=0.0), config)
-        encoder = MomentumEncoder(shape, device=device, dtype=dtype)
-        encoder.start_from(dict(full_tensors(engine.module.base)))
-        encoder.follow(engine.module.base)
-        if Variant("compiled") in variants:
-            compile_blocks(engine.module.base.backbone)
-            compile_blocks(encoder.backbone)
-
-        views: dict[Kind, list[Tensor]] = {}
-        if Variant("channels_last") in variants:  # a copy of all images
-            last = torch.channels_last
-            views["channels_last"] = [x.contiguous(memory_format=last) for x in (x1_BCHW, x2_BCHW)]
-
-        def run(variant: Variant) -> float:
-            engine.module.chunks = variant.chunks
-            engine.module.base.backbone.set_grad_checkpointing(variant.kind == "blocks")
-            engine.module.joint = variant.kind == "joint"
-            as_it_is = variant.kind == "compiled"
-            with nullcontext() if as_it_is else as_written(engine.module.base.backbone):
-                x1, x2 = views.get(variant.kind, [x1_BCHW, x2_BCHW])
-                return train_step(engine, encoder, x1, x2, momentum=0.99).loss
-
-        for variant in variants:
-            if variant.kind != "plain":
-                steps[variant] = partial(run, variant)
-    if Variant("plain") in variants:
-        steps[Variant("plain")] = plain_step(shape, dtype, device, x1_BCHW, x2_BCHW)
-    return {variant: steps[variant] for variant in variants}
+# ------------------------------------------------------------------------------ the variants' steps
 
 
 class QueriesOfEitherWay(QueriesToLoss):
@@ -283,122 +282,91 @@ class QueriesOfEitherWay(QueriesToLoss):
         return features1_BD, features2_BD
 
 
-def plain_step(
-    shape: EncoderShape, dtype: torch.dtype, device: torch.device, x1: Tensor, x2: Tensor
-) -> Callable[[], float]:
-    """The yardstick: two query and two key passes, autocast, torch's AdamW, batch norm and DDP."""
-    torch.manual_seed(0)
-    base, key = plain_encoder(shape).to(device), plain_encoder(shape).to(device)
-    key.load_state_dict(base.state_dict())
-    key.requires_grad_(False)
-    trained = [p for p in base.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0)
-    half = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    query: nn.Module = TwoViews(base)
-    if ranks.world_size() > 1:
-        query = nn.parallel.DistributedDataParallel(query)
+def build_steps(
+    shape: EncoderShape, options: StepOptions, variants: list[Variant], device: torch.device
+) -> dict[Variant, Callable[[], float]]:
+    """A function for each variant that runs one step and returns its loss.
 
-    def contrast(q: Tensor, k: Tensor) -> Tensor:
-        k = ranks.all_gather_cat(F.normalize(k.float(), dim=1))
-        logits = F.normalize(q.float(), dim=1) @ k.T / 0.2
-        target = torch.arange(len(q), device=q.device) + ranks.rank() * len(q)
-        return 0.4 * F.cross_entropy(logits, target)
-
-    def step() -> float:
-        with half:
-            q1, q2 = query(x1, x2)
-            with torch.no_grad():
-                for mine, theirs in zip(key.parameters(), base.parameters(), strict=True):
-                    mine.mul_(0.99).add_(theirs, alpha=0.01)
-                k1 = key.projector(key.backbone(x1))
-                k2 = key.projector(key.backbone(x2))
-            loss = contrast(q1, k2) + contrast(q2, k1)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        return float(ranks.all_reduce_sum(loss.detach())) / ranks.world_size()
-
-    return step
-
-
-def plain_encoder(shape: EncoderShape) -> BaseEncoder:
-    """The same weights in timm's own blocks, and torch's batch norm.
-
-    On several CPU ranks the batch norm is ours: torch's SyncBatchNorm knows GPUs alone.
+    Args:
+        shape: architecture of the encoders.
+        options: what the user gave on the command line.
+        variants: the variants to build.
+        device: the device of this rank.
     """
-    encoder = BaseEncoder(shape)
-    backbone = build_vit(shape.vit)
-    backbone.load_state_dict(encoder.backbone.state_dict())
-    encoder.backbone = backbone
-    alone = ranks.world_size() == 1
-    if alone or ranks.this_device().type == "cuda":
-        norm = nn.BatchNorm1d if alone else nn.SyncBatchNorm
-        for part in (encoder.projector, encoder.predictor):
-            for name, child in list(part.named_children()):
-                if isinstance(child, BatchNormOverRanks):
-                    setattr(part, name, norm(len(child.running_mean)))
-    for module in encoder.modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = nn.Linear  # as torch computes it on a CPU
-    return encoder
+    steps: dict[Variant, Callable[[], float]] = {}
+    if any(variant.kind != "plain" for variant in variants):
+        settings = {
+            "zero_optimization": {"stage": 1},
+            "bf16": {"enabled": options.precision == "bf16"},
+        }
+        network = start_network(
+            shape, settings, batch=options.batch, device=device, module=QueriesOfEitherWay
+        )
+        if Variant("compiled") in variants:
+            compile_blocks(network.engine.module.base.backbone)
+            compile_blocks(network.momentum_encoder.backbone)
+        last = network
+        if Variant("channels_last") in variants:  # a copy of all images
+            views = [
+                x.contiguous(memory_format=torch.channels_last)
+                for x in (network.x1_BCHW, network.x2_BCHW)
+            ]
+            last = RandomNetwork(
+                network.engine, network.optimizer, network.momentum_encoder, *views
+            )
+        for variant in variants:
+            if variant.kind != "plain":
+                in_layout = last if variant.kind == "channels_last" else network
+                steps[variant] = partial(run_variant, in_layout, variant)
+    if Variant("plain") in variants:
+        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+        views_BCHW = draw_views(shape, options.batch // ranks.world_size(), dtype, device)
+        steps[Variant("plain")] = build_script_step(shape, dtype, device, *views_BCHW)
+    return {variant: steps[variant] for variant in variants}
 
 
-class TwoViews(nn.Module):
-    """Queries of both views in one forward, as DDP wants it."""
+def run_variant(network: RandomNetwork, variant: Variant) -> float:
+    """One step of a network in a variant that is not `plain`; returns its loss."""
+    module = network.engine.module
+    assert isinstance(module, QueriesOfEitherWay)
+    module.chunks, module.joint = variant.chunks, variant.kind == "joint"
+    module.base.backbone.set_grad_checkpointing(variant.kind == "blocks")
+    compiled = variant.kind == "compiled"
+    with nullcontext() if compiled else as_written(module.base.backbone):
+        return network.run_step()
 
-    def __init__(self, base: BaseEncoder) -> None:
-        super().__init__()
-        self.base = base
 
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (B, P) of two views."""
-        return self.base(x1), self.base(x2)
-
-
-def timed(step: Callable[[], float], device: torch.device) -> tuple[float, float, int]:
-    """Seconds, loss and (on a GPU) peak bytes beyond what was there."""
+def measure_step(step: Callable[[], float], device: torch.device) -> StepCost:
+    """Seconds, loss and (on a GPU) peak memory of a step."""
+    losses: list[float] = []
     if device.type == "cpu":
-        begin = time.process_time()
-        loss = step()
-        return time.process_time() - begin, loss, 0
-    torch.cuda.synchronize(device)
+        seconds = time_call(lambda: losses.append(step()), device)
+        return StepCost(seconds, losses[0], 0)
     torch.cuda.reset_peak_memory_stats(device)
-    there, begin = torch.cuda.memory_allocated(device), time.perf_counter()
-    loss = step()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - there
-    return time.perf_counter() - begin, loss, peak
+    allocated = torch.cuda.memory_allocated(device)
+    seconds = time_call(lambda: losses.append(step()), device)
+    return StepCost(seconds, losses[0], torch.cuda.max_memory_allocated(device) - allocated)
 
 
-def in_own_process(options: Options, variant: Variant) -> int:
-    """Growth of the resident set during a first step, bytes, in a fresh process of each rank.
+def measure_memory(shape: EncoderShape, options: StepOptions, variant: Variant) -> int:
+    """Bytes that the resident set grows by in a first step, in a new process of each rank.
 
     All ranks must call.
     """
-    # a launcher's store still holds the addresses of the group before, and belongs to this process
+    # the group of the new processes needs a port of its own; the launcher's store belongs to this
+    # process and still holds the addresses of its group
     port = ranks.broadcast_object(ranks.free_port())
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return int(pool.apply(_growth, (options, variant, port)))
+        return int(pool.apply(_measure_growth, (shape, options, variant, port)))
 
 
-def _growth(options: Options, variant: Variant, port: int) -> int:
+def _measure_growth(shape: EncoderShape, options: StepOptions, variant: Variant, port: int) -> int:
     torch.set_num_threads(1)
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
     device = ranks.start()
-    step = prepare(options, [variant], device)[variant]
+    step = build_steps(shape, options, [variant], device)[variant]
     gc.collect()
-    before = _resident()
+    start = resident_bytes()
     step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-
-
-def _resident() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def command() -> Any:
-    """Entry of `python -m mocov3_ds.bench step`."""
-    return main(tyro.cli(Options, prog="python -m mocov3_ds.bench step"))
+    return peak_resident_bytes() - start

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mocov3_ds.bench import soak
-from mocov3_ds.bench.soak import Options, Row
+from mocov3_ds.bench.soak import Row, SoakOptions
 
 
 def rows(mib_a_step: float = 0.0, files_a_row: int = 0, threads_a_row: int = 0) -> list[Row]:
@@ -23,9 +23,9 @@ def rows(mib_a_step: float = 0.0, files_a_row: int = 0, threads_a_row: int = 0) 
 
 
 def test_a_flat_run_is_flat() -> None:
-    found = soak.verdict(rows())
-    assert found.flat, found
-    assert abs(found.mib_per_100k) < 5
+    growth = soak.measure_growth(rows())
+    assert growth.is_flat, growth
+    assert abs(growth.mib_per_100k) < 5
 
 
 @pytest.mark.parametrize(
@@ -37,19 +37,19 @@ def test_a_flat_run_is_flat() -> None:
     ],
 )
 def test_what_grows_is_seen(grown: list[Row], words: str) -> None:
-    found = soak.verdict(grown)
-    assert not found.flat
-    assert f"{found}".startswith("NOT flat")
-    assert words in f"{found}"
+    growth = soak.measure_growth(grown)
+    assert not growth.is_flat
+    assert f"{growth}".startswith("NOT flat")
+    assert words in f"{growth}"
 
 
 def test_too_few_rows_are_not_judged() -> None:
     with pytest.raises(ValueError, match="3 rows are too few"):
-        soak.verdict(rows()[:3])
+        soak.measure_growth(rows()[:3])
 
 
 def test_a_short_run_has_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = list(soak.soak(Options(steps=300, every=60), tmp_path))
+    done = list(soak.run_training(SoakOptions(steps=300, every=60), tmp_path))
     assert len(done) >= 4  # the process may end before the last row is read
     for row, due in zip(done, range(60, 301, 60), strict=False):
         assert due <= row.step < due + 60
@@ -57,11 +57,11 @@ def test_a_short_run_has_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixt
     assert max(r.files for r in done) - done[0].files < 12
     assert (tmp_path / "soak/checkpoints/latest").read_text().strip() == "step-00000300"
     with pytest.raises(ValueError, match="holds a soak run already"):
-        list(soak.soak(Options(steps=300), tmp_path))
+        list(soak.run_training(SoakOptions(steps=300), tmp_path))
 
 
 def test_a_failing_run_is_told(tmp_path: Path) -> None:
     (tmp_path / "soak").mkdir()
     (tmp_path / "soak/thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"ended with status 2: .*is not empty"):
-        list(soak.soak(Options(steps=100), tmp_path))
+        list(soak.run_training(SoakOptions(steps=100), tmp_path))
