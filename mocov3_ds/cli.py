@@ -70,9 +70,8 @@ def evaluate_knn(
         for split in (splits.train, splits.val)
     )
     rows = slice(ranks.rank(), None, ranks.world_size())
-    accuracy = knn_accuracy(
-        bank_ND[rows], labels_N[rows], probes_PD, targets_P, k=k, temperature=temperature
-    )
+    bank = bank_ND[rows], labels_N[rows]
+    accuracy = knn_accuracy(*bank, probes_PD, targets_P, k=k, temperature=temperature)
     if ranks.is_first():
         options = {"k": k, "temperature": temperature, "image_size": size}
         sizes = {"bank_images": len(labels_N), "val_images": len(targets_P)}

@@ -140,7 +140,7 @@ def measure_errors(moves: Moves, steps: int) -> tuple[float, float]:
 
     Args:
         moves: what is moved; it is changed.
-        steps: number of moves.
+        steps: number of moves to make.
     """
     names = [name for name in moves.weights if ".blocks.0." in name]
     start = {name: moves.masters[name].double() for name in names}

@@ -90,13 +90,13 @@ def read_cell(text: str) -> Cell:
     """
     try:
         recipe, *numbers = text.split(":")
-        batch, count, chunk, kept = (int(number) for number in numbers)
+        batch, count, chunk, keep = (int(number) for number in numbers)
         assert recipe in RECIPES and batch % count == 0
     except (ValueError, AssertionError):
         raise ValueError(
             f"{text!r} is not RECIPE:BATCH:RANKS:CHUNK:KEPT, e.g. vit_b16:512:64:4:0."
         ) from None
-    return Cell(recipe, batch, count, Chunks(size=chunk, keep=kept))
+    return Cell(recipe, batch, count, Chunks(size=chunk, keep=keep))
 
 
 def run_bench(options: PlannedOptions) -> None:

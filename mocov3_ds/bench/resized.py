@@ -108,10 +108,17 @@ def compare_crops(
 def _cut_crop(
     image: Image.Image, box: tuple[int, int, int, int], full_size: tuple[int, int], size: int
 ) -> NDArray[np.float32]:
-    """The part of an image that is `box` in one of `full_size` (width, height), resized."""
-    top, left, height, width = box
-    x, y = image.width / full_size[0], image.height / full_size[1]
-    corners = (left * x, top * y, (left + width) * x, (top + height) * y)
+    """The part of an image that is `box` in one of `full_size` (width, height), resized.
+
+    Args:
+        image: the image, of any size.
+        box: y, x, height and width of the part in the image of full size, pixels.
+        full_size: width and height of the original image, pixels.
+        size: side of the returned crop, pixels.
+    """
+    y, x, height, width = box
+    scale_x, scale_y = image.width / full_size[0], image.height / full_size[1]
+    corners = (x * scale_x, y * scale_y, (x + width) * scale_x, (y + height) * scale_y)
     return np.asarray(
         image.resize((size, size), Image.Resampling.BILINEAR, box=corners), np.float32
     )

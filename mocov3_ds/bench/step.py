@@ -31,9 +31,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+import tyro
 from timm.layers.config import use_fused_attn
 from torch import Tensor
 
@@ -72,7 +73,7 @@ class StepOptions:
     """untimed steps of each variant before those"""
     memory: bool = True
     """measure memory as well (a process for each variant on the CPU)"""
-    kept: bool = True
+    keep_half: Annotated[bool, tyro.conf.arg(name="kept")] = True
     """run the last chunk size also with half of its chunks kept"""
 
 
@@ -95,8 +96,8 @@ class Variant:
                 "blocks": "blocks recomputed",
                 "plain": "plain",
             }[self.kind]
-        kept = f", {self.chunks.keep} more kept" if self.chunks.keep else ""
-        return f"chunks of {self.chunks.size}{kept}"
+        suffix = f", {self.chunks.keep} more kept" if self.chunks.keep else ""
+        return f"chunks of {self.chunks.size}{suffix}"
 
 
 class StepCost(NamedTuple):
@@ -261,7 +262,7 @@ def list_variants(options: StepOptions) -> list[Variant]:
         for size in sizes:
             in_both_views = 2 * -(-batch // size)
             variants.append(Variant(kind, Chunks(size=size)))
-            if options.kept and size == sizes[-1] and in_both_views >= 4:
+            if options.keep_half and size == sizes[-1] and in_both_views >= 4:
                 variants.append(Variant(kind, Chunks(size=size, keep=in_both_views // 2 - 1)))
     return variants
 

@@ -305,7 +305,7 @@ def print_mixing(
 
     Args:
         shards: number of shards, of 1,000 samples each.
-        batch: global batch.
+        batch: samples of a global batch.
         cases: number of lanes and samples of the pool, for one row each.
     """
     print(f"\nMixing, {shards:,} shards of 1,000 samples, global batch {batch}:\n")
@@ -336,7 +336,7 @@ def measure_mixing(ids_TB: NDArray[np.int64], shards: int) -> Mixing:
 
     Args:
         ids_TB: sample ids of each global batch of the epoch.
-        shards: number of shards.
+        shards: number of shards of the set.
     """
     batch = ids_TB.shape[1]
     counts_TS = np.stack([np.bincount(ids // 1000, minlength=shards) for ids in ids_TB])
