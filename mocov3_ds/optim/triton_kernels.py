@@ -69,6 +69,11 @@ class _Table:
         """Number of blocks, N."""
         return len(self.offsets_N)
 
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The blocks as each pass takes them, in the order of its arguments."""
+        return self.offsets_N, self.lengths_N, self.rows_N, self.decays_N
+
 
 _tables: WeakKeyDictionary[Share, _Table] = WeakKeyDictionary()
 
@@ -342,10 +347,7 @@ def update_adam(
         m,
         v,
         sums_QS if rate_S is None else rate_S,  # unread without MOVE
-        table.offsets_N,
-        table.lengths_N,
-        table.rows_N,
-        table.decays_N,
+        *table.columns,
         table.partial_QN,
         table.blocks,
         terms.beta1,
@@ -369,16 +371,7 @@ def move_weights(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
     """See `Kernels.move_weights`."""
     table = _table(share)
     if table.blocks:
-        move_pass[(table.blocks,)](
-            w,
-            u,
-            rate_S,
-            table.offsets_N,
-            table.lengths_N,
-            table.rows_N,
-            table.decays_N,
-            **_options(table),
-        )
+        move_pass[(table.blocks,)](w, u, rate_S, *table.columns, **_options(table))
 
 
 def measure_lars(
@@ -392,10 +385,7 @@ def measure_lars(
         w,
         g,
         m,
-        table.offsets_N,
-        table.lengths_N,
-        table.rows_N,
-        table.decays_N,
+        *table.columns,
         table.partial_QN,
         table.blocks,
         terms.weight_decay,
@@ -423,10 +413,7 @@ def move_lars(
             m,
             ratio_S,
             rate_S,
-            table.offsets_N,
-            table.lengths_N,
-            table.rows_N,
-            table.decays_N,
+            *table.columns,
             terms.weight_decay,
             terms.momentum,
             NESTEROV=terms.nesterov,
