@@ -1,28 +1,46 @@
-"""Where a step goes wrong: each stage of it measured, the samples and the first tensor named.
+"""Where a step goes wrong: each stage of it is measured, and samples and tensors are named.
 
-The step is run once more, forward and backward, through the engine itself with hooks on it, then
-dropped: weights, momentum encoder, batch-norm statistics and loss scale are as before.
+The step runs once more, forward and backward, through the engine itself with hooks on it, and is
+then dropped: weights, momentum encoder, batch-norm statistics and loss scale stay as they were.
 
-Shape suffixes: B = rank batch, C H W = image, D = features.
+Shape suffixes: B = rank batch, C H W = image, D = features, P = head output.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import ranks, zero
 from mocov3_ds.distributed.engine import full_gradients
 from mocov3_ds.distributed.guarded_step import DROP, step_within
-from mocov3_ds.training.advance import seed_step
+from mocov3_ds.model.base_encoder import BaseEncoder
+from mocov3_ds.model.momentum_encoder import ViewKeys
+from mocov3_ds.training.advance import seed_drawing
 from mocov3_ds.training.run import Run
+from mocov3_ds.training.step import ForwardResult
 
-_SUSPECTS = 8  # samples named where none is certain
-_NAMED = 64
+_OUTLIERS = 8  # samples named where none is certainly bad
+_BAD_SAMPLES = 64  # samples named at most
+
+
+class StageName(StrEnum):
+    """Stages of a step in their order; the names are those of RUN/trouble and of `replay`."""
+
+    VIEW_1 = "view 1"
+    VIEW_2 = "view 2"
+    FEATURES_1 = "features 1"
+    QUERIES_1 = "queries 1"
+    FEATURES_2 = "features 2"
+    QUERIES_2 = "queries 2"
+    KEYS_1 = "keys 1"
+    KEYS_2 = "keys 2"
+    LOSS = "loss"
 
 
 @dataclass(frozen=True)
@@ -30,12 +48,13 @@ class Stage:
     """A stage of the step, or the gradient of a tensor, over all ranks."""
 
     name: str
+    """a `StageName`, or the name of the tensor"""
     largest: float
     """largest finite absolute value"""
     not_finite: int
-    """how many values are not finite"""
+    """number of values that are not finite"""
     ranks: tuple[int, ...] = ()
-    """where they are; empty for a gradient, which belongs to all"""
+    """ranks that have such values; empty for a gradient, which is the same on all"""
 
 
 @dataclass(frozen=True)
@@ -44,29 +63,29 @@ class Suspect:
 
     rank: int
     row: int
-    """in the rank's batch"""
+    """row in the rank's batch"""
     id: int
-    """in the manifest"""
+    """number of the sample in the manifest"""
     norms: tuple[float, float]
-    """of its features in view 1 and view 2"""
+    """L2 norms of its features in view 1 and view 2"""
     certain: bool
-    """its own views or features are not finite; else it is one whose features' norm stands out"""
+    """True where its own views or features are not finite, False where its norms stand out"""
     distance: float
     """|log(norm / median norm of the rank)|, the larger of both views"""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found, alike on all ranks."""
+    """What was found, the same on all ranks."""
 
     loss: float
     stages: list[Stage]
-    """in the order of the step"""
+    """stages in the order of the step"""
     gradients: list[Stage]
-    """of each trained tensor in the order of the model"""
+    """gradient of each trained tensor, in the order of the model"""
     suspects: list[Suspect]
     ids: list[list[int]]
-    """samples of the step, of each rank"""
+    """numbers of the samples of the step, for each rank"""
 
     @property
     def first(self) -> Stage | None:
@@ -74,65 +93,102 @@ class Diagnosis:
         return next((s for s in (*self.stages, *self.gradients) if s.not_finite), None)
 
     @property
-    def of_the_input(self) -> bool:
-        """Whether the views themselves are not finite, so no weights are to blame."""
-        return any(stage.not_finite for stage in self.stages if stage.name.startswith("view"))
+    def is_of_the_input(self) -> bool:
+        """Whether the views themselves are not finite, so that no weights are to blame."""
+        views = (StageName.VIEW_1, StageName.VIEW_2)
+        return any(stage.not_finite for stage in self.stages if stage.name in views)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; numbers that JSON does not know are words."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        """Return JSON values; numbers that JSON does not know become text."""
+        return {name: _to_json(value) for name, value in asdict(self).items()}
 
 
-def examine(job: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, ids_B: Tensor) -> Diagnosis:
-    """Run the coming step on these views and look at each stage; all ranks must call."""
-    engine, encoder = job.engine, job.momentum_encoder
-    chunk, scale = engine.module.chunks.size, job.optimizer.loss_scale()
-    caught = {"view 1": x1_BCHW, "view 2": x2_BCHW}
+@dataclass
+class _StepTensors:
+    """Tensors of this rank's step; the lists have one tensor for each view, in order."""
 
-    def keys() -> tuple[Tensor, Tensor]:
-        caught["keys 1"] = encoder.keys(x1_BCHW, chunk)
-        caught["keys 2"] = encoder.keys(x2_BCHW, chunk)
-        return caught["keys 1"], caught["keys 2"]
+    views: tuple[Tensor, Tensor]
+    features: list[Tensor] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    loss: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
 
-    with _heads_caught(job, caught), _buffers_kept([engine.module.base, encoder]):
-        seed_step(job)
-        loss, _ = engine(x1_BCHW, x2_BCHW, keys)
-        caught["loss"] = loss
-        engine.backward(loss)
-        gradients = [Stage(name, *_measure(g)) for name, g in full_gradients(engine.module)]
-        step_within(engine, DROP)
-        job.optimizer.load_loss_scale(scale)
-    mine = {
-        "stages": [(name, *_measure(tensor)) for name, tensor in caught.items()],
-        "suspects": _suspects(caught, ids_B),
-        "ids": ids_B.tolist(),
-        "loss": float(loss.detach()),
+    def stages(self) -> dict[StageName, Tensor]:
+        """Return the tensor of each stage, in the order of the step."""
+        return {
+            StageName.VIEW_1: self.views[0],
+            StageName.VIEW_2: self.views[1],
+            StageName.FEATURES_1: self.features[0],
+            StageName.QUERIES_1: self.queries[0],
+            StageName.FEATURES_2: self.features[1],
+            StageName.QUERIES_2: self.queries[1],
+            StageName.KEYS_1: self.keys[0],
+            StageName.KEYS_2: self.keys[1],
+            StageName.LOSS: self.loss,
+        }
+
+
+def diagnose_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, sample_ids_B: Tensor) -> Diagnosis:
+    """Run the coming step on given views and look at each stage; all ranks must call.
+
+    Args:
+        run: The run, which stays as it is.
+        x1_BCHW: First views of this rank, as the network takes them.
+        x2_BCHW: Second views of the same samples.
+        sample_ids_B: Numbers of these samples in the manifest.
+    """
+    tensors, gradients = _record_step(run, x1_BCHW, x2_BCHW)
+    local = {
+        "stages": [(name, *_measure(tensor)) for name, tensor in tensors.stages().items()],
+        "suspects": _find_suspects(tensors, sample_ids_B),
+        "ids": sample_ids_B.tolist(),
+        "loss": float(tensors.loss.detach()),
     }
-    everyone = ranks.gather_objects(mine)
+    of_ranks = ranks.gather_objects(local)
     return Diagnosis(
-        loss=math.fsum(of_rank["loss"] for of_rank in everyone) / len(everyone),
-        stages=_joined([of_rank["stages"] for of_rank in everyone]),
+        loss=math.fsum(rank["loss"] for rank in of_ranks) / len(of_ranks),
+        stages=_join_stages([rank["stages"] for rank in of_ranks]),
         gradients=gradients,
-        suspects=_chosen([s for of_rank in everyone for s in of_rank["suspects"]]),
-        ids=[of_rank["ids"] for of_rank in everyone],
+        suspects=_select_suspects([s for rank in of_ranks for s in rank["suspects"]]),
+        ids=[rank["ids"] for rank in of_ranks],
     )
 
 
+def _record_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[_StepTensors, list[Stage]]:
+    """Run the step and drop it; return its tensors, and the gradients measured."""
+    engine, encoder = run.engine, run.momentum_encoder
+    chunk, scale = engine.module.chunks.size, zero.read_loss_scale(engine)
+    tensors = _StepTensors((x1_BCHW, x2_BCHW))
+
+    def make_keys() -> tuple[ViewKeys, ViewKeys]:
+        view1, view2 = encoder.make_keys(x1_BCHW, chunk), encoder.make_keys(x2_BCHW, chunk)
+        tensors.keys = [view1.keys_BP, view2.keys_BP]
+        return view1, view2
+
+    with _recorded_heads(run.base, tensors), _restored_buffers([run.base, encoder]):
+        seed_drawing(run)
+        forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys)
+        tensors.loss = forward.loss
+        engine.backward(forward.loss)
+        gradients = [Stage(name, *_measure(g)) for name, g in full_gradients(engine.module)]
+        step_within(engine, DROP)
+        zero.load_loss_scale(engine, scale)
+    return tensors, gradients
+
+
 @contextmanager
-def _heads_caught(job: Run, caught: dict[str, Tensor]) -> Iterator[None]:
-    """Fill in features and queries of both views as the heads see and make them."""
-    base = job.engine.module.base
+def _recorded_heads(base: BaseEncoder, tensors: _StepTensors) -> Iterator[None]:
+    """Record features and queries of both views as the heads get and make them."""
 
-    def into_projector(_: Any, inputs: tuple[Tensor, ...]) -> None:
-        caught[f"features {1 + ('features 1' in caught)}"] = inputs[0].detach()
+    def record_features(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        tensors.features.append(inputs[0].detach())
 
-    def out_of_predictor(_: Any, __: Any, output: Tensor) -> None:
-        caught[f"queries {1 + ('queries 1' in caught)}"] = output.detach()
+    def record_queries(_: Any, __: Any, output: Tensor) -> None:
+        tensors.queries.append(output.detach())
 
     hooks = [
-        base.projector.register_forward_pre_hook(into_projector),
-        base.predictor.register_forward_hook(out_of_predictor),
+        base.projector.register_forward_pre_hook(record_features),
+        base.predictor.register_forward_hook(record_queries),
     ]
     try:
         yield
@@ -142,69 +198,70 @@ def _heads_caught(job: Run, caught: dict[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_kept(modules: list[torch.nn.Module]) -> Iterator[None]:
-    """Leave statistics as they were: the step will be, or was, run for itself."""
-    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+def _restored_buffers(modules: list[torch.nn.Module]) -> Iterator[None]:
+    """Bring statistics back to what they are now: the real step changes them, not this one."""
+    contents = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     try:
         yield
     finally:
-        for buffer, content in before:
+        for buffer, content in contents:
             buffer.copy_(content)
 
 
 def _measure(tensor: Tensor) -> tuple[float, int]:
-    """Largest finite absolute value, and how many values are not finite."""
-    wide = tensor.detach().float()
-    finite = wide.isfinite()
-    size = torch.where(finite, wide.abs(), torch.zeros_like(wide))
+    """Return the largest finite absolute value, and the number of values that are not finite."""
+    values = tensor.detach().float()
+    finite = values.isfinite()
+    size = torch.where(finite, values.abs(), torch.zeros_like(values))
     return float(size.max()) if size.numel() else 0.0, int((~finite).sum())
 
 
-def _joined(of_ranks: list[list[tuple[str, float, int]]]) -> list[Stage]:
+def _join_stages(stages_of_ranks: list[list[tuple[str, float, int]]]) -> list[Stage]:
     stages = []
-    for rows in zip(*of_ranks, strict=True):
-        bad = tuple(rank for rank, (_, _, count) in enumerate(rows) if count)
-        stages.append(Stage(rows[0][0], max(r[1] for r in rows), sum(r[2] for r in rows), bad))
+    for rows in zip(*stages_of_ranks, strict=True):
+        bad_ranks = tuple(rank for rank, (_, _, count) in enumerate(rows) if count)
+        largest, not_finite = max(row[1] for row in rows), sum(row[2] for row in rows)
+        stages.append(Stage(rows[0][0], largest, not_finite, bad_ranks))
     return stages
 
 
-def _suspects(caught: dict[str, Tensor], ids_B: Tensor) -> list[Suspect]:
-    """Samples of this rank that are certainly bad, or those that stand out."""
-    norms_2B = torch.stack([caught[f"features {view}"].float().norm(dim=1) for view in (1, 2)])
+def _find_suspects(tensors: _StepTensors, sample_ids_B: Tensor) -> list[Suspect]:
+    """Return the samples of this rank that are certainly bad, or else those that stand out."""
+    norms_2B = torch.stack([features_BD.float().norm(dim=1) for features_BD in tensors.features])
     finite_B = norms_2B.isfinite().all(0)
-    for view in (1, 2):
-        finite_B &= caught[f"view {view}"].flatten(1).isfinite().all(1)
+    for view_BCHW in tensors.views:
+        finite_B &= view_BCHW.flatten(1).isfinite().all(1)
     median_2 = norms_2B.nanmedian(dim=1).values.clamp(min=1e-30)
     distance_B = (norms_2B / median_2[:, None]).clamp(min=1e-30).log().abs().amax(0)
     distance_B = torch.where(finite_B, distance_B.nan_to_num(), torch.inf)
     order = distance_B.argsort(descending=True, stable=True).tolist()
-    bad = int((~finite_B).sum())
+    bad_count = int((~finite_B).sum())
     return [
         Suspect(
             rank=ranks.rank(),
             row=row,
-            id=int(ids_B[row]),
+            id=int(sample_ids_B[row]),
             norms=(float(norms_2B[0, row]), float(norms_2B[1, row])),
             certain=not bool(finite_B[row]),
             distance=float(distance_B[row]),
         )
-        for row in order[: min(bad, _NAMED) or _SUSPECTS]
+        for row in order[: min(bad_count, _BAD_SAMPLES) or _OUTLIERS]
     ]
 
 
-def _chosen(suspects: list[Suspect]) -> list[Suspect]:
-    """The certain ones of all ranks, or without any those that stand out most."""
+def _select_suspects(suspects: Sequence[Suspect]) -> list[Suspect]:
+    """Return the certain ones of all ranks, or where there are none those that stand out most."""
     certain = [suspect for suspect in suspects if suspect.certain]
     if certain:
-        return certain[:_NAMED]
-    return sorted(suspects, key=lambda suspect: -suspect.distance)[:_SUSPECTS]
+        return certain[:_BAD_SAMPLES]
+    return sorted(suspects, key=lambda suspect: -suspect.distance)[:_OUTLIERS]
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -1,55 +1,74 @@
-"""The last words of a run that failed: one sentence, a status, and no rank left behind."""
+"""How a failed run ends: one sentence for the user, an exit status, and no rank left behind."""
 
 import sys
 import traceback
+from typing import NamedTuple
 
 import torch
 
 from mocov3_ds.distributed import heartbeat, ranks
+from mocov3_ds.distributed.heartbeat_rules import PEER_LOST_STATUS
 
 
-def end(error: BaseException) -> int:
-    """Say what happened, once for all ranks, and give the exit status.
+class Ending(NamedTuple):
+    """How a run ends."""
+
+    status: int
+    """exit status of the process"""
+    sentence: str
+    """exit message for the user"""
+    is_explained: bool
+    """whether the sentence tells all; otherwise the traceback is printed as well"""
+
+
+def report_failure(error: BaseException) -> int:
+    """Say what happened, once for all ranks, and return the exit status.
 
     | status | the run                                                                     |
     |--------|-----------------------------------------------------------------------------|
     | 1      | failed on one rank: data that cannot be read, memory, a fault of the program |
     | 2      | was asked for something that cannot be                                      |
     | 3      | met values that are not finite, or a spike, and the policy is to stop       |
-    | 75     | lost a rank or its launcher (`heartbeat.STATUS`)                            |
+    | 75     | lost a rank or its launcher (`heartbeat_rules.PEER_LOST_STATUS`)            |
     | 130    | was interrupted from the keyboard                                           |
+
+    Args:
+        error: What ended the run on this rank.
     """
     if isinstance(error, SystemExit) and not isinstance(error.code, str):
-        raise error  # --help, an unknown flag: all is said
-    of_a_peer = heartbeat.is_of_a_peer(error)
-    status, sentence, known = _words(error)
-    if of_a_peer:
-        status = heartbeat.STATUS
-    elif not known:
+        raise error  # --help or an unknown flag: the parser has said everything
+    of_a_peer = heartbeat.is_peer_failure(error)
+    ending = describe_ending(error)
+    status = PEER_LOST_STATUS if of_a_peer else ending.status
+    if not of_a_peer and not ending.is_explained:
         traceback.print_exception(error)
         sys.stderr.flush()
-    of_the_job = heartbeat.fail(status, sentence, of_a_peer=of_a_peer)
-    if of_the_job is not None:
-        return of_the_job
+    status_of_run = heartbeat.report_failure(status, ending.sentence, of_a_peer=of_a_peer)
+    if status_of_run is not None:
+        return status_of_run
     if ranks.is_first():
-        print(f"train.py: error: {sentence}", file=sys.stderr)  # noqa: T201
+        print(f"train.py: error: {ending.sentence}", file=sys.stderr)  # noqa: T201
     return status
 
 
-def _words(error: BaseException) -> tuple[int, str, bool]:
-    """Status, sentence, and whether that says all there is to know."""
+def describe_ending(error: BaseException) -> Ending:
+    """Choose exit status and exit message for an error of this rank.
+
+    Args:
+        error: What ended the run on this rank.
+    """
     first_line = f"{error}".strip().partition("\n")[0]
     match error:
         case SystemExit():
-            return 1, first_line, True
+            return Ending(1, first_line, True)
         case KeyboardInterrupt():
-            again = "the same command continues from the newest checkpoint"
-            return 130, f"interrupted; {again}", True
+            remedy = "the same command continues from the newest checkpoint"
+            return Ending(130, f"interrupted; {remedy}", True)
         case FloatingPointError():
-            return 3, str(error), True
+            return Ending(3, str(error), True)
         case torch.OutOfMemoryError() | MemoryError():
-            what = first_line or "of the host"
-            return 1, f"out of memory ({what}); a smaller --chunk helps.", True
+            memory = first_line or "of the host"
+            return Ending(1, f"out of memory ({memory}); a smaller --chunk helps.", True)
         case ValueError() | OSError():
-            return 2, str(error), True
-    return 1, f"{type(error).__name__}: {first_line}", False
+            return Ending(2, str(error), True)
+    return Ending(1, f"{type(error).__name__}: {first_line}", False)

@@ -1,10 +1,10 @@
 """`mocov3 replay RUN STEP`: run one step of a run again, exactly, and look at each of its stages.
 
-A copy of the run, in a folder of its own that is removed at the end, starts from the nearest
-checkpoint before the step (or from the seed) and lives up to it: the same samples, views and
-numbers; bit for bit on the same number of ranks where the device reproduces (the CPU does), else up
-to rounding. Nothing in the run's folder changes but `trouble/`, which gets the views of the samples
-that stand out.
+A copy of the run starts from the nearest checkpoint before the step (or from the seed) and trains
+up to it with the same samples, views and numbers. It is equal bit for bit on the same number of
+ranks where the device reproduces its results (the CPU does), otherwise up to rounding. The copy has
+a folder of its own, which is removed at the end. In the run's folder only `trouble/` changes: it
+gets the views of the samples that stand out.
 """
 
 import dataclasses
@@ -12,156 +12,188 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
 from mocov3_ds.checkpoints import checkpoint
-from mocov3_ds.config import Settings, from_json, read_json
+from mocov3_ds.config import Config, Settings, from_json
 from mocov3_ds.distributed import ranks
-from mocov3_ds.faults import bad_step_policy
-from mocov3_ds.faults.diagnosis import Diagnosis, examine
-from mocov3_ds.training.advance import advance
-from mocov3_ds.training.run import Run, build_job
+from mocov3_ds.faults.bad_step_policy import (
+    RECORDS,
+    record_path,
+    recorded_batch,
+    sample_name,
+    step_and_position,
+)
+from mocov3_ds.faults.diagnosis import Diagnosis, diagnose_step
+from mocov3_ds.recipes import read_json
+from mocov3_ds.training.advance import advance_run
+from mocov3_ds.training.build import build_run
+from mocov3_ds.training.run import Run
 
-_GRADIENTS = 10  # that are shown
+_GRADIENTS = 10  # rows of the table
 _GAP = 4  # pixels between the two views of a picture
 
+Picture = npt.NDArray[np.uint8]
 
-def replay(folder: Path, step: int) -> list[str]:
+
+def replay_step(folder: Path, step: int) -> list[str]:
     """Run a step again; all ranks must call.
 
     Args:
-        folder: of the run.
-        step: from 1, as the log counts.
+        folder: The run folder.
+        step: Number of the step from 1, as the log counts.
 
     Returns:
-        lines to print: where it started, a table of the stages, the samples, their pictures.
+        Lines to print: where it started, a table of the stages, the samples, their pictures.
 
     Raises:
-        ValueError: there is no such run or step, no checkpoint from which it can be reached, or
-            the run went another way since.
+        ValueError: There is no such run or step, there is no checkpoint from which it can be
+            reached, or the run was rewound and went another way.
     """
     device = ranks.start()
     tree = read_json(folder / "config.json")
-    start = ranks.first_does(partial(nearest, folder, step))
-    copy: Path = ranks.first_does(partial(_copy, folder, step, start))
-    config = from_json(tree)
-    config = dataclasses.replace(
-        config,
-        runs=copy.parent,
-        name=copy.name,
-        save=dataclasses.replace(config.save, mirror=""),
-        knn=dataclasses.replace(config.knn, probes=0),
-    )
+    start = ranks.run_on_first(partial(nearest_checkpoint, folder, step))
+    copy: Path = ranks.run_on_first(partial(_copy_run, folder, step, start))
     try:
-        job = build_job(Settings(config, tree["deepspeed"]), device)
+        run = build_run(Settings(_config_of_copy(from_json(tree), copy), tree["deepspeed"]), device)
         try:
-            return [f"from {start or 'the seed'}", *_of_step(job, folder, step)]
+            return [f"from {start or 'the seed'}", *_replay_in(run, folder, step)]
         finally:
-            job.close()
+            run.close()
     finally:
         ranks.barrier()
         if ranks.is_first():
             shutil.rmtree(copy)
 
 
-def nearest(folder: Path, step: int) -> Path | None:
-    """The newest checkpoint from which a step can be reached; None = only from the seed.
+def _config_of_copy(config: Config, copy: Path) -> Config:
+    return dataclasses.replace(
+        config,
+        runs=copy.parent,
+        name=copy.name,
+        save=dataclasses.replace(config.save, mirror=""),
+        knn=dataclasses.replace(config.knn, probes=0),
+    )
 
-    Where the run was rewound, a step of the same number has had several batches: it is the one that
-    the record of the trouble tells of, or else the last.
+
+class _Start(NamedTuple):
+    """A checkpoint that a replay may start from."""
+
+    step: int
+    position: int
+    """next global batch, from 0"""
+    folder: Path
+
+
+def nearest_checkpoint(folder: Path, step: int) -> Path | None:
+    """Find the newest checkpoint from which a step can be reached; None = only from the seed.
+
+    Where the run was rewound, steps of the same number have had several batches. The one that
+    counts is the one in the record of the bad step, or else the last.
+
+    Args:
+        folder: The run folder.
+        step: Number of the step from 1, as the log counts.
     """
-    kept = (folder / bad_step_policy.FOLDER).glob("step-*-*[0-9]")
-    found = [
-        (path, *bad_step_policy.place_of(path)) for path in (*kept, *checkpoint.folders(folder))
-    ]
-    before = [each for each in found if each[1] < step]
-    batch = bad_step_policy.batch_of(bad_step_policy.record_of(folder, step))
+    linked = (folder / RECORDS).glob("step-*-*[0-9]")
+    saved = [*linked, *checkpoint.list_checkpoints(folder)]
+    starts = [_Start(*step_and_position(path), path) for path in saved]
+    starts = [start for start in starts if start.step < step]
+    batch = recorded_batch(record_path(folder, step))
     if batch is not None:
-        before = [each for each in before if each[2] + step - 1 - each[1] == batch] or before
-    return max(before, key=lambda each: each[1:])[0] if before else None
+        # from there the step has the batch of the record
+        starts = [s for s in starts if s.position + step - 1 - s.step == batch] or starts
+    return max(starts, key=lambda start: start[:2]).folder if starts else None
 
 
-def _copy(folder: Path, step: int, start: Path | None) -> Path:
-    copy = folder / bad_step_policy.FOLDER / f"replay-{step}"
+def _copy_run(folder: Path, step: int, start: Path | None) -> Path:
+    copy = folder / RECORDS / f"replay-{step}"
     shutil.rmtree(copy, ignore_errors=True)
     (copy / "checkpoints").mkdir(parents=True)
     shutil.copy(folder / "config.json", copy)
     if start is not None:
-        link = copy / "checkpoints" / f"step-{bad_step_policy.place_of(start)[0]:08d}"
+        link = checkpoint.checkpoint_folder(copy, step_and_position(start)[0])
         link.symlink_to(start.resolve(), target_is_directory=True)
     return copy
 
 
-def _of_step(job: Run, folder: Path, step: int) -> Iterator[str]:
-    if step > job.total_steps:
-        raise ValueError(f"{folder} has {job.total_steps} steps, so there is no step {step}.")
-    while job.step < step - 1:
-        taken = advance(job)
-        if taken.result.trouble:
-            job.count_step()
-    _check_batch(job, folder, step)
-    taken = advance(job, dropped=True)  # for its move of the momentum encoder
-    found = examine(job, taken.x1_BCHW, taken.x2_BCHW, taken.batch.ids_B)
-    yield from table(found)
-    for suspect in found.suspects:
-        why = "not finite" if suspect.certain else "stands out"
+def _replay_in(run: Run, folder: Path, step: int) -> Iterator[str]:
+    if step > run.total_steps:
+        raise ValueError(f"{folder} has {run.total_steps} steps, so there is no step {step}.")
+    while run.step < step - 1:
+        if advance_run(run).result.bad_reason:
+            run.count_step()
+    _check_batch(run, folder, step)
+    dropped = advance_run(run, dropped=True)  # moves the momentum encoder as the step does
+    views = dropped.x1_BCHW, dropped.x2_BCHW
+    diagnosis = diagnose_step(run, *views, dropped.batch.sample_ids_B)
+    yield from stage_table(diagnosis)
+    for suspect in diagnosis.suspects:
+        reason = "not finite" if suspect.certain else "stands out"
         yield (
-            f"sample {suspect.id}, {bad_step_policy.name_of(job, suspect.id)} (rank {suspect.rank}, "
-            f"row {suspect.row}): {why}, features' norms {suspect.norms[0]:.4g} {suspect.norms[1]:.4g}"
+            f"sample {suspect.id}, {sample_name(run, suspect.id)} (rank {suspect.rank}, row "
+            f"{suspect.row}): {reason}, features' norms {suspect.norms[0]:.4g} "
+            f"{suspect.norms[1]:.4g}"
         )
-    for path in _pictures(
-        job, (taken.x1_BCHW, taken.x2_BCHW), found, folder / bad_step_policy.FOLDER, step
-    ):
+    for path in _write_pictures(run, views, diagnosis, folder / RECORDS, step):
         yield str(path)
 
 
-def _check_batch(job: Run, folder: Path, step: int) -> None:
-    """Whether this is the batch that the run met there."""
-    record = bad_step_policy.record_of(folder, step)
-    if bad_step_policy.batch_of(record) not in (None, job.position):
+def _check_batch(run: Run, folder: Path, step: int) -> None:
+    """Check that the step has the global batch that the run met there."""
+    record = record_path(folder, step)
+    if recorded_batch(record) not in (None, run.position):
         raise ValueError(
-            f"{record} is of another global batch than {job.position}, which this step has when it "
+            f"{record} is of another global batch than {run.position}, which this step has when it "
             "is reached from there: the run was rewound in between."
         )
 
 
-def table(found: Diagnosis) -> list[str]:
-    """Stages in order, then the gradients that are not finite, or the largest ones."""
-    bad = [g for g in found.gradients if g.not_finite]
-    largest = sorted(found.gradients, key=lambda gradient: -gradient.largest)
-    shown = (bad or largest)[:_GRADIENTS]
-    rows = [*found.stages, *(dataclasses.replace(g, name=f"gradient {g.name}") for g in shown)]
+def stage_table(diagnosis: Diagnosis) -> list[str]:
+    """Return a table of the stages, and of the gradients that are not finite or the largest.
+
+    Args:
+        diagnosis: What was measured of the step.
+    """
+    bad = [g for g in diagnosis.gradients if g.not_finite]
+    largest = sorted(diagnosis.gradients, key=lambda gradient: -gradient.largest)
+    gradients = (bad or largest)[:_GRADIENTS]
+    rows = [
+        *diagnosis.stages,
+        *(dataclasses.replace(g, name=f"gradient {g.name}") for g in gradients),
+    ]
     width = max(len(row.name) for row in rows)
     lines = [f"{'stage':{width}}  {'largest |x|':>12}  {'not finite':>10}"]
     lines += [f"{r.name:{width}}  {r.largest:12.5g}  {r.not_finite:10d}" for r in rows]
-    left = len(bad or largest) - len(shown)
-    if left:
+    omitted = len(bad or largest) - len(gradients)
+    if omitted:
         kind = "not finite" if bad else "smaller"
-        lines.append(f"... and {left} gradients more, {kind}")
+        lines.append(f"... and {omitted} gradients more, {kind}")
     return lines
 
 
-def _pictures(
-    job: Run, views: tuple[Tensor, Tensor], found: Diagnosis, folder: Path, step: int
+def _write_pictures(
+    run: Run, views: tuple[Tensor, Tensor], diagnosis: Diagnosis, folder: Path, step: int
 ) -> list[Path]:
-    """Both views of each suspect side by side, written by the rank that holds it."""
-    paths = []
-    for suspect in found.suspects:
+    """Write both views of each suspect side by side, on the rank that has it."""
+    mean, std, paths = run.view_spec.mean, run.view_spec.std, []
+    for suspect in diagnosis.suspects:
         path = folder / f"step-{step:08d}-sample-{suspect.id}.png"
         paths.append(path)
         if suspect.rank == ranks.rank():
-            both = [_picture(view[suspect.row], job.spec.mean, job.spec.std) for view in views]
-            gap = np.full((both[0].shape[0], _GAP, 3), 255, np.uint8)
-            Image.fromarray(np.concatenate([both[0], gap, both[1]], axis=1)).save(path)
+            first, second = (_make_picture(view[suspect.row], mean, std) for view in views)
+            gap = np.full((len(first), _GAP, 3), 255, np.uint8)
+            Image.fromarray(np.concatenate([first, gap, second], axis=1)).save(path)
     return paths
 
 
-def _picture(x_CHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """A view as people see it; black where it is not finite."""
-    scale, shift = (x_CHW.new_tensor(each)[:, None, None].float() for each in (std, mean))
+def _make_picture(x_CHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Picture:
+    """Return a view as people see it, (H, W, C) uint8; black where it is not finite."""
+    scale, shift = (x_CHW.new_tensor(values)[:, None, None].float() for values in (std, mean))
     pixels = (x_CHW.float() * scale + shift).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255
-    picture: np.ndarray = pixels.round().byte().permute(1, 2, 0).cpu().numpy()
-    return picture
+    return pixels.round().byte().permute(1, 2, 0).cpu().numpy()

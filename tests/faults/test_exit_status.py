@@ -1,4 +1,7 @@
-"""The real command under real launchers, struck from outside: all ends, and the command goes on."""
+"""Exit status and message of each kind of failure, and the real command under real launchers.
+
+Under a launcher ranks are struck from outside: all of them end, and the same command goes on.
+"""
 
 import re
 import signal
@@ -9,12 +12,46 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from mocov3_ds.faults import exit_status
 from tests.data.sets import make_set
 from tests.test_train import LAUNCHERS, SMALL, TRAIN, broken_picture, environment, rows_of
 
-pytestmark = pytest.mark.slow
 AGAIN = "The same command continues from the newest checkpoint."
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB\nmore")
+DISK_FULL = OSError(28, "No space left on device", "runs/a")
+FAILURES = [
+    (ValueError("batch 7 cannot be."), 2, "batch 7 cannot be."),
+    (DISK_FULL, 2, "[Errno 28] No space left on device: 'runs/a'"),
+    (SystemExit("rank 1: shard-7.tar is damaged"), 1, "rank 1: shard-7.tar is damaged"),
+    (FloatingPointError("step 9: the loss is nan"), 3, "step 9: the loss is nan"),
+    (KeyboardInterrupt(), 130, f"interrupted; {AGAIN[0].lower()}{AGAIN[1:-1]}"),
+    (
+        OUT_OF_MEMORY,
+        1,
+        "out of memory (CUDA out of memory. Tried to allocate 7 GiB); a smaller --chunk helps.",
+    ),
+    (MemoryError(), 1, "out of memory (of the host); a smaller --chunk helps."),
+    (KeyError("weight"), 1, "KeyError: 'weight'"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "sentence"), FAILURES)
+def test_each_kind_of_failure_has_a_status_and_a_sentence(
+    error: BaseException, status: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_status.report_failure(error) == status
+    output = capsys.readouterr().err
+    assert output.splitlines()[-1] == f"train.py: error: {sentence}"
+    # a fault of the program is reported with its traceback
+    assert (len(output.splitlines()) > 1) == isinstance(error, KeyError)
+
+
+@pytest.mark.parametrize("code", [0, 2, None])
+def test_what_the_parser_has_said_is_not_said_again(code: int | None) -> None:
+    with pytest.raises(SystemExit):
+        exit_status.report_failure(SystemExit(code))
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +120,8 @@ def launch(tmp_path: Path, free_port: int) -> Iterator[Launch]:
         return started[-1]
 
     yield start
-    for each in started:
-        each.clean_up()
+    for launched in started:
+        launched.clean_up()
 
 
 DIED = r"rank {} \(host \S+, pid \d+\) died without a word in (step \d+, \w+|the start): killed"
@@ -94,6 +131,7 @@ SILENT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "struck", "by", "words"),
     [
@@ -106,38 +144,44 @@ SILENT = (
 def test_a_rank_that_is_struck_is_named_and_the_same_command_goes_on(
     launch: Launch, shards: list[str], launcher: str, struck: int, by: signal.Signals, words: str
 ) -> None:
-    job = launch(LAUNCHERS[launcher], *shards, "--epochs", "3000")
-    job.wait_for_step(4)
-    job.ranks[struck].send_signal(by)
-    status, said = job.end()
+    launched = launch(LAUNCHERS[launcher], *shards, "--epochs", "3000")
+    launched.wait_for_step(4)
+    launched.ranks[struck].send_signal(by)
+    status, said = launched.end()
     assert status != 0
     sentences = [line for line in said.splitlines() if line.startswith("train.py: error: ")]
     assert len(sentences) == 1, said
     assert re.search(words, sentences[0]), said
     assert sentences[0].endswith(AGAIN), said
-    reached = rows_of(job.run)[-1]["step"]
-    again = launch(LAUNCHERS[launcher], *shards, "--epochs", "3000")
-    again.wait_for_step(reached + 1)
-    assert [row["step"] for row in rows_of(job.run)][: reached + 1] == list(range(1, reached + 2))
+    reached = rows_of(launched.run)[-1]["step"]
+    second = launch(LAUNCHERS[launcher], *shards, "--epochs", "3000")
+    second.wait_for_step(reached + 1)
+    assert [row["step"] for row in rows_of(launched.run)][: reached + 1] == list(
+        range(1, reached + 2)
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_ranks_do_not_outlive_their_launcher(
     launch: Launch, shards: list[str], launcher: str
 ) -> None:
-    job = launch(LAUNCHERS[launcher], *shards, "--epochs", "3000")
-    job.wait_for_step(2)
-    job.launcher.kill()
-    status, said = job.end()
+    launched = launch(LAUNCHERS[launcher], *shards, "--epochs", "3000")
+    launched.wait_for_step(2)
+    launched.launcher.kill()
+    status, said = launched.end()
     assert status == -signal.SIGKILL
-    assert re.search(rf"its launcher, {launcher} \(pid {job.launcher.pid}\), is gone\.", said), said
+    assert re.search(
+        rf"its launcher, {launcher} \(pid {launched.launcher.pid}\), is gone\.", said
+    ), said
 
 
+@pytest.mark.slow
 def test_unreadable_data_of_one_rank_ends_both(launch: Launch, tmp_path: Path) -> None:
     make_set(str(tmp_path / "some"), [20, 12], image=broken_picture)
-    job = launch(LAUNCHERS["deepspeed"], "--data.shards", "some", "--knn.probes", "0")
-    status = job.launcher.wait(240)
-    said = job.output.read_text()
+    launched = launch(LAUNCHERS["deepspeed"], "--data.shards", "some", "--knn.probes", "0")
+    status = launched.launcher.wait(240)
+    said = launched.output.read_text()
     assert status == 1, said
     sentences = [line for line in said.splitlines() if line.startswith("train.py: error: ")]
     assert len(sentences) == 1, said
@@ -146,14 +190,15 @@ def test_unreadable_data_of_one_rank_ends_both(launch: Launch, tmp_path: Path) -
     assert sentences[0].endswith(AGAIN)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks_again(launch: Launch, shards: list[str]) -> None:
     launcher = ["torchrun", "--max-restarts", "1", *LAUNCHERS["torchrun"][1:]]
-    job = launch(launcher, *shards, "--epochs", "8")
-    job.wait_for_step(4)
-    job.ranks[1].kill()
-    status = job.launcher.wait(240)
-    said = job.output.read_text()
+    launched = launch(launcher, *shards, "--epochs", "8")
+    launched.wait_for_step(4)
+    launched.ranks[1].kill()
+    status = launched.launcher.wait(240)
+    said = launched.output.read_text()
     assert status == 0, said
     assert re.search(DIED.format(1), said), said
     assert "finished; checkpoint in" in said
-    assert [row["step"] for row in rows_of(job.run)] == list(range(1, 25))
+    assert [row["step"] for row in rows_of(launched.run)] == list(range(1, 25))
