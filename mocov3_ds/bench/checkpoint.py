@@ -67,12 +67,7 @@ def run_bench(options: CheckpointOptions) -> None:
 
 
 def measure_saves(shape: EncoderShape, options: CheckpointOptions) -> None:
-    """Save in each way and print the table.
-
-    Args:
-        shape: architecture of the encoders.
-        options: what the user gave on the command line.
-    """
+    """Save in each way and print the table."""
     device = ranks.start()
     settings = {
         "zero_optimization": {"stage": options.stage},
@@ -133,16 +128,7 @@ def measure_save(
     step_s: float,
     background: bool,
 ) -> Cost:
-    """Save once, and train until the checkpoint is on disk.
-
-    Args:
-        saver: writes the checkpoint and is closed afterwards.
-        number: step number of the checkpoint.
-        groups: the tensors to save, by group and name.
-        time_step: takes a training step and returns its seconds.
-        step_s: seconds of a step when nothing is written.
-        background: write while steps are taken.
-    """
+    """Save once, and train until that is on disk; `step_s` is the time of a step beside no save."""
     start = time.perf_counter()
     stall = saver.save(number, groups, {}, background=background)
     slowdown = 0.0
@@ -175,16 +161,7 @@ def print_table(
     size: int,
     disk_s: float,
 ) -> None:
-    """Print one row for each way of saving; for the first rank.
-
-    Args:
-        options: what the user gave on the command line.
-        device: the device of the ranks.
-        costs: the cost of each save, by way of saving.
-        step_s: seconds of a step when nothing is written.
-        size: bytes of a checkpoint.
-        disk_s: seconds of a plain write of as many bytes.
-    """
+    """Print one row for each way of saving; for the first rank."""
     world = ranks.world_size()
     print(f"{options.shape} on {world} rank{'s' * (world > 1)}, ZeRO-{options.stage}, ", end="")
     print(f"{options.precision}, {device}, torch {torch.__version__}; median of {options.repeats};")

@@ -137,10 +137,6 @@ def measure_errors(moves: Moves, steps: int) -> tuple[float, float]:
 
     The weights drift in one direction while they are followed, as they do between an optimizer's
     steps; fp64 follows the same rounded weights.
-
-    Args:
-        moves: what is moved; it is changed.
-        steps: number of moves to make.
     """
     names = [name for name in moves.weights if ".blocks.0." in name]
     start = {name: moves.masters[name].double() for name in names}

@@ -130,13 +130,7 @@ def compare_optimizers(
 
 
 def print_heading(title: str, options: OptimizerOptions, copy: float) -> None:
-    """Print the lines above the table.
-
-    Args:
-        title: name and size of the set of tensors.
-        options: what the user gave on the command line.
-        copy: GB/s of a plain copy.
-    """
+    """Print the lines above the table."""
     on_cpu = options.device == "cpu"
     threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
     print(f"{threads if on_cpu else torch.cuda.get_device_name()}, ", end="")

@@ -131,9 +131,7 @@ def run_bench(options: PlannedOptions) -> None:
 def planned_gib(cell: Cell, *, on_demand: bool) -> float:
     """Planned memory of a cell, without the uint8 crops, which these processes do not have.
 
-    Args:
-        cell: the rank of a plan.
-        on_demand: count memory when it is written, as a CPU does.
+    With `on_demand`, memory counts when it is first written, as on a CPU.
     """
     setup = step_setup(cell)
     plan = plan_memory(setup, on_demand=on_demand)

@@ -74,14 +74,7 @@ def start_network(
 def draw_views(
     shape: EncoderShape, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Two views (B, C, H, W) of standard normal numbers, other ones on each rank.
-
-    Args:
-        shape: architecture, whose image size is taken.
-        batch: number of images of this rank.
-        dtype: dtype of the numbers.
-        device: the device of this rank.
-    """
+    """Two views (B, C, H, W) of standard normal numbers, other ones on each rank."""
     generator = torch.Generator().manual_seed(ranks.rank())
     size = shape.vit.image_size
     first, second = (

@@ -105,14 +105,7 @@ def run_bench(options: ShardBenchOptions) -> None:
 def print_table(
     title: str, images: int, rounds: int, variants: dict[str, Callable[[Path], None]]
 ) -> None:
-    """Run the variants in turns; print their medians, and how many times slower the first is.
-
-    Args:
-        title: head of the first column.
-        images: number of images that a variant works on.
-        rounds: number of times that each variant runs.
-        variants: what is timed; each gets an empty folder.
-    """
+    """Run the variants in turns; print their medians, and how many times slower the first is."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, variant in variants.items():

@@ -128,10 +128,6 @@ def run_bench(options: StepOptions) -> None:
 def compare_variants(shape: EncoderShape, options: StepOptions) -> None:
     """Run all variants in turns and print the table; all ranks must call.
 
-    Args:
-        shape: architecture of the encoders.
-        options: what the user gave on the command line.
-
     Raises:
         ValueError: the batch cannot be shared by the ranks, or no variant is left.
     """
@@ -172,14 +168,7 @@ def compare_variants(shape: EncoderShape, options: StepOptions) -> None:
 def print_table(
     vit: VitShape, options: StepOptions, results: dict[Variant, Measured], rate: float
 ) -> None:
-    """Print one row for each variant; for the first rank.
-
-    Args:
-        vit: architecture of the backbone.
-        options: what the user gave on the command line.
-        results: what was measured, by variant.
-        rate: operations a second at which this machine multiplies the network's matrices.
-    """
+    """Print one row for each variant; for the first rank."""
     device, world = ranks.this_device(), ranks.world_size()
     median = {variant: statistics.median(result.seconds) for variant, result in results.items()}
     yardstick = median.get(Variant("plain"), next(iter(median.values())))
@@ -286,14 +275,7 @@ class QueriesOfEitherWay(QueriesToLoss):
 def build_steps(
     shape: EncoderShape, options: StepOptions, variants: list[Variant], device: torch.device
 ) -> dict[Variant, Callable[[], float]]:
-    """A function for each variant that runs one step and returns its loss.
-
-    Args:
-        shape: architecture of the encoders.
-        options: what the user gave on the command line.
-        variants: the variants to build.
-        device: the device of this rank.
-    """
+    """A function for each variant that runs one step and returns its loss."""
     steps: dict[Variant, Callable[[], float]] = {}
     if any(variant.kind != "plain" for variant in variants):
         settings = {

@@ -113,13 +113,7 @@ def serve_s3() -> Iterator[None]:
 
 
 def write_set(url: str, images: list[bytes], per_shard: int) -> Manifest:
-    """Write images as a sharded set, without labels.
-
-    Args:
-        url: folder or URL of the set.
-        images: bytes of each image.
-        per_shard: number of images in a shard.
-    """
+    """Write images as a sharded set, without labels."""
     shards, rows = [], []
     for number, start in enumerate(range(0, len(images), per_shard)):
         buffer = io.BytesIO()
@@ -184,14 +178,7 @@ def run_client(name: str, url: str, aws: str) -> None:
 def client_commands(
     options: StorageOptions, url: str, folder: str, tars: Sequence[str]
 ) -> dict[str, list[str]]:
-    """The command of each client that this machine has.
-
-    Args:
-        options: what the user gave on the command line.
-        url: URL of the set.
-        folder: local folder with the same set.
-        tars: URL of each shard.
-    """
+    """The command of each client that this machine has."""
     aws = options.aws or shutil.which("aws") or ""
     script = "import sys; from mocov3_ds.bench.storage import run_client; run_client(*sys.argv[1:])"
     python = [sys.executable, "-c", script]
@@ -210,10 +197,6 @@ def client_commands(
 
 def print_reading(options: StorageOptions, folder: str) -> None:
     """Let all clients read the same set in turns, and print their CPU time.
-
-    Args:
-        options: what the user gave on the command line.
-        folder: empty local folder, which gets the set as well.
 
     Raises:
         ValueError: a client failed.
@@ -248,12 +231,7 @@ def print_reading(options: StorageOptions, folder: str) -> None:
 
 
 def print_memory(url: str, samples: int) -> None:
-    """Load many small images and fit a line through the resident set.
-
-    Args:
-        url: folder or URL of the set to write and to load.
-        samples: number of samples to load; the set of 10,000 is repeated.
-    """
+    """Load many small images and fit a line through the resident set."""
     rng = np.random.default_rng(0)
     images = []
     for _ in range(10_000):
@@ -301,13 +279,7 @@ def print_mixing(
     batch: int = 4096,
     cases: Sequence[tuple[int, int]] = ((64, 32768), (1024, 8192), (1024, 32768), (1024, 131072)),
 ) -> None:
-    """Print how lanes and pool change which samples meet in a batch.
-
-    Args:
-        shards: number of shards, of 1,000 samples each.
-        batch: samples of a global batch.
-        cases: number of lanes and samples of the pool, for one row each.
-    """
+    """Print how lanes and pool change which samples meet in a batch."""
     print(f"\nMixing, {shards:,} shards of 1,000 samples, global batch {batch}:\n")
     print(
         "| lanes | pool | samples of one read | travel | shards in a batch | of a sample's batch "
@@ -332,12 +304,7 @@ def print_mixing(
 
 
 def measure_mixing(ids_TB: NDArray[np.int64], shards: int) -> Mixing:
-    """How well an epoch mixes a set of shards of 1,000 samples each.
-
-    Args:
-        ids_TB: sample ids of each global batch of the epoch.
-        shards: number of shards of the set.
-    """
+    """How well an epoch mixes a set of shards of 1,000 samples each."""
     batch = ids_TB.shape[1]
     counts_TS = np.stack([np.bincount(ids // 1000, minlength=shards) for ids in ids_TB])
     same_shard = (counts_TS * (counts_TS - 1)).sum(1).mean() / (batch * (batch - 1))

@@ -2,6 +2,7 @@
 
     python tests/house/measure.py                       the table of this tree
     python tests/house/measure.py --tree DIR            of another checkout of it
+    python tests/house/measure.py --before DIR          both side by side, as a Markdown table
     python tests/house/measure.py --list PATH [PATH]    what stands out in these files or folders
 
 Product code is `mocov3_ds` and `data_prep`; test code is `tests`. Lines are all lines of a file.
@@ -21,6 +22,7 @@ VAGUE = frozenset(Path(__file__).with_name("vague_words.txt").read_text().split(
 """Pronouns, adverbs and participles: as the name of a value they do not say what the value is."""
 
 SHORT_ARGUMENT_WORDS = 3
+LONGEST_FILE = 450
 
 
 @dataclass
@@ -202,37 +204,82 @@ def share(values: Sequence[int], quantile: float) -> int:
     return sorted(values)[min(int(quantile * len(values)), len(values) - 1)]
 
 
-def table(house: House) -> list[tuple[str, str, str]]:
-    """Rows of name, value and goal."""
+@dataclass(frozen=True)
+class Measure:
+    """One row of the table."""
+
+    name: str
+    text: str
+    """the value as the table shows it"""
+    value: float
+    at_most: float | None = None
+    """the goal, if there is one"""
+    at_least: float | None = None
+
+    @property
+    def goal(self) -> str:
+        """The goal in words; empty = none."""
+        if self.at_least is not None:
+            return f">= {self.at_least:g}"
+        if self.at_most is None:
+            return ""
+        return f"<= {self.at_most:g}" if self.at_most else "0"
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the goal is reached, or there is none."""
+        return (self.at_most is None or self.value <= self.at_most) and (
+            self.at_least is None or self.value >= self.at_least
+        )
+
+
+def table(house: House) -> list[Measure]:
+    """The measures of a tree, with their goals."""
     files, functions = list(house.file_lines.values()), list(house.function_lines.values())
-    one_word = sum(words_of(name) == 1 for name in house.function_names.values())
+    single = [name for name in house.function_names.values() if words_of(name) == 1]
     graph = rooms(house.imports)
+    arrows = sum(map(len, graph.values()))
+    median, tests = statistics.median(functions), house.test_lines / sum(files)
+    short, entries = len(house.short_arguments), house.argument_entries
     return [
-        ("product: files / lines", f"{len(files)} / {sum(files)}", ""),
-        ("product: lines of code", str(house.code_lines), ""),
-        ("top-level modules + folders", f"{house.top_modules} + {house.folders}", "<= 6 modules"),
-        ("circles of modules", str(len(circles(house.imports))), "0"),
-        ("arrows between rooms", str(sum(map(len, graph.values()))), ""),
-        ("circles of rooms", str(len(circles(graph))), "0"),
-        ("one-word function names", percent(one_word, len(house.function_names)), "<= 45 %"),
-        ("vague assignments", percent(len(house.vague), house.assignments), "<= 0.5 %"),
-        (
-            f"Args: entries of <= {SHORT_ARGUMENT_WORDS} words",
-            f"{len(house.short_arguments)} of {house.argument_entries}",
-            "<= 5",
+        Measure("product: files / lines", f"{len(files)} / {sum(files)}", sum(files)),
+        count("product: lines of code", house.code_lines),
+        count("modules at the top", house.top_modules, 6),
+        count("folders at the top", house.folders),
+        count("circles of modules", len(circles(house.imports)), 0),
+        count("arrows between rooms", arrows),
+        count("circles of rooms", len(circles(graph)), 0),
+        percentage("function names of one word, %", len(single), len(house.function_names), 45),
+        percentage("vague assignments, %", len(house.vague), house.assignments, 0.5),
+        Measure(
+            f"Args: entries of <= {SHORT_ARGUMENT_WORDS} words", f"{short} of {entries}", short, 5
         ),
-        ("function lines: median", f"{statistics.median(functions):g}", ""),
-        ("function lines: p95", str(share(functions, 0.95)), "<= 35"),
-        ("function lines: longest", str(max(functions)), "<= 60"),
-        ("file lines: longest", str(max(files)), "<= 450"),
-        ("modules without a test file", str(len(house.untested_names)), "0"),
-        ("test / code lines", f"{house.test_lines / sum(files):.2f}", ">= 0.7"),
+        Measure("function lines: median", f"{median:g}", median),
+        count("function lines: p95", share(functions, 0.95), 35),
+        count("function lines: longest", max(functions), 60),
+        count("file lines: longest", max(files), LONGEST_FILE),
+        count("modules without a test file", len(house.untested_names), 0),
+        Measure("test / code lines", f"{tests:.2f}", tests, at_least=0.7),
     ]
 
 
-def percent(part: int, total: int) -> str:
-    """A share as text, in percent."""
-    return f"{100 * part / total:.2f} %"
+def count(name: str, value: int, at_most: int | None = None) -> Measure:
+    """A row with a whole number."""
+    return Measure(name, str(value), value, at_most)
+
+
+def percentage(name: str, some: int, total: int, at_most: float | None = None) -> Measure:
+    """A row with a share in percent."""
+    value = 100 * some / max(total, 1)
+    return Measure(name, f"{value:.2f}", value, at_most)
+
+
+def compare(before: House, after: House) -> str:
+    """Two trees side by side, as a Markdown table."""
+    lines = ["| | before | after | goal |", "|---|---|---|---|"]
+    for old, new in zip(table(before), table(after), strict=True):
+        lines.append(f"| {new.name} | {old.text} | {new.text} | {new.goal} |")
+    return "\n".join(lines)
 
 
 def outliers(house: House, prefixes: Sequence[str]) -> Iterator[str]:
@@ -242,7 +289,9 @@ def outliers(house: House, prefixes: Sequence[str]) -> Iterator[str]:
         return any(where.startswith(prefix) for prefix in prefixes)
 
     yield from (
-        f"file of {n} lines: {p}" for p, n in house.file_lines.items() if n > 450 and below(p)
+        f"file of {n} lines: {p}"
+        for p, n in house.file_lines.items()
+        if n > LONGEST_FILE and below(p)
     )
     yield from (
         f"function of {n} lines: {where}"
@@ -254,7 +303,7 @@ def outliers(house: House, prefixes: Sequence[str]) -> Iterator[str]:
     yield from (f"no test file of this name: {p}" for p in house.untested_names if below(p))
     names = {w: n for w, n in house.function_names.items() if below(w)}
     single = [where for where, name in names.items() if words_of(name) == 1]
-    yield f"one-word function names: {percent(len(single), max(len(names), 1))}"
+    yield f"function names of one word: {percentage('', len(single), len(names)).text} %"
     yield from (f"  {where}" for where in single)
 
 
@@ -262,15 +311,20 @@ def main() -> None:
     """Print the table, or what stands out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tree", type=Path, default=Path(__file__).parents[2])
+    parser.add_argument("--before", type=Path, metavar="DIR", help="another tree to compare with")
     parser.add_argument("--list", nargs="+", metavar="PATH", help="print what stands out there")
     arguments = parser.parse_args()
     sys.setrecursionlimit(10_000)
     house = measure(arguments.tree)
+    if arguments.before:
+        print(compare(measure(arguments.before), house))
+        return
     if arguments.list:
         print("\n".join(outliers(house, arguments.list)))
         return
-    for name, value, goal in table(house):
-        print(f"{name:34} {value:>16}   {goal}")
+    for row in table(house):
+        missed = "" if row.is_met else "  missed"
+        print(f"{row.name:34} {row.text:>16}   {row.goal}{missed}")
 
 
 if __name__ == "__main__":
