@@ -1,4 +1,4 @@
-"""Who makes the shards: this process, a pool of processes, or a Ray cluster.
+"""Who makes the shards? This process, a pool of processes, or a Ray cluster.
 
 Each takes one function and its tasks, one task a shard, and yields results as they are ready. A
 task does nothing if its shard is finished already, so any of them may be done again.
@@ -10,10 +10,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 _RAY_RETRIES = 5
@@ -23,29 +24,29 @@ R = TypeVar("R")
 
 
 class Engine(Protocol):
-    """Runs `work` on tasks with so many workers."""
+    """Function that runs `work` on tasks with a number of workers."""
 
     def __call__(self, work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
-        """Results in the order they are ready."""
+        """Yield results in the order they are ready."""
         ...
 
 
 def default_workers() -> int:
-    """CPU cores this process may use."""
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def process_pool(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
-    """Results of `work` on each task, in the order they are ready.
+    """Yield the results of `work` on each task, in the order they are ready.
 
     Args:
-        work: a function of a module, run in other processes.
-        tasks: taken a few ahead of the workers, so they may be made on the fly.
-        workers: processes; 1 = this one.
+        work: Function of a module, which runs in other processes.
+        tasks: Tasks, taken a few ahead of the workers, so they may be made on the fly.
+        workers: Number of processes; 1 = this one alone.
 
     Raises:
-        ValueError: a worker was killed.
-        Exception: what `work` raised; tasks not begun are dropped.
+        ValueError: A worker was killed.
+        Exception: What `work` raised; tasks not begun are dropped.
     """
     if workers <= 1:
         yield from map(work, tasks)
@@ -53,17 +54,20 @@ def process_pool(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> It
     pool = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
     )
+    # Ctrl-C while `concurrent.futures.wait` takes the futures' locks would leave one locked for
+    # ever; a queue has no such moment
+    ready: SimpleQueue[Future[R]] = SimpleQueue()
+    pending = 0
     try:
-        pending: set[Future[R]] = set()
         for task in tasks:
-            with _ctrl_c_waits():  # submitting may start a worker
-                pending.add(pool.submit(work, task))
-            if len(pending) >= 2 * workers:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in done)
+            with _delay_ctrl_c():  # submitting may start a worker
+                pool.submit(work, task).add_done_callback(ready.put)
+            pending += 1
+            if pending >= 2 * workers:
+                yield ready.get().result()
+                pending -= 1
+        for _ in range(pending):
+            yield ready.get().result()
     except BrokenProcessPool:
         raise ValueError(
             "a worker process was killed, most likely for lack of memory; the same command goes on "
@@ -74,20 +78,20 @@ def process_pool(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> It
 
 
 def ray_cluster(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
-    """The same on a Ray cluster: one task a shard, done again elsewhere when its node dies.
+    """Do the same on a Ray cluster: one task a shard, done again elsewhere when its node dies.
 
     Joins the cluster that RAY_ADDRESS names or that runs on this machine, or starts one here. Every
     node needs this package, and sees the source and (unless it is object storage) the destination
     under the same path.
 
     Args:
-        work: a function of a module.
-        tasks: taken a few ahead of the workers.
-        workers: tasks at a time; 0 = all CPUs of the cluster.
+        work: Function of a module, which runs on the nodes.
+        tasks: Tasks, taken a few ahead of the workers.
+        workers: Number of tasks at a time; 0 = all CPUs of the cluster.
 
     Raises:
         ValueError: Ray is not installed, or a shard's node died more often than is tried.
-        Exception: what `work` raised.
+        Exception: What `work` raised.
     """
     try:
         ray: Any = importlib.import_module("ray")
@@ -102,11 +106,11 @@ def ray_cluster(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Ite
         for task in tasks:
             pending.append(remote.remote(task))
             if len(pending) >= ahead:
-                done, pending = ray.wait(pending)
-                yield from ray.get(done)
+                ready, pending = ray.wait(pending)
+                yield from ray.get(ready)
         while pending:
-            done, pending = ray.wait(pending)
-            yield from ray.get(done)
+            ready, pending = ray.wait(pending)
+            yield from ray.get(ready)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
@@ -116,18 +120,18 @@ def ray_cluster(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Ite
             "goes on where this one ends."
         ) from None
     finally:
-        for left in pending:
-            ray.cancel(left)
+        for reference in pending:
+            ray.cancel(reference)
 
 
 @contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-    """Ctrl-C comes afterwards, and never to a process started meanwhile, slowly as it may start."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _delay_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends, and from any process that is started in it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _start_worker() -> None:

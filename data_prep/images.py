@@ -1,4 +1,4 @@
-"""What an image is, and what is done to it on its way into a shard: checked, maybe shrunk."""
+"""What is an image, and what is done to it on its way into a shard? It is checked, maybe shrunk."""
 
 import io
 from typing import Literal
@@ -37,46 +37,50 @@ _LONGEST_JPEG = 65500
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def checked_size(data: bytes, check: Check) -> tuple[int, int]:
-    """Height and width of an image that training will be able to read.
+def checked_size(image_bytes: bytes, check: Check) -> tuple[int, int]:
+    """Check that training will be able to read an image; returns its height and width in pixels.
 
     `header` reads the header and looks for the mark that ends a JPEG or PNG; only an image without
     it is decoded. That finds cut files, at a hundredth of the cost of decoding each one.
 
     Args:
-        data: bytes of the stored image.
-        check: how much is looked at.
+        image_bytes: Bytes of the stored image.
+        check: How much of the image is looked at.
 
     Raises:
-        decode.UnreadableImage: with the reason.
+        decode.UnreadableImage: The image cannot be read, with the reason.
     """
-    height, width = decode.size_of(data)
+    height, width = decode.read_size(image_bytes)
     # some cameras and transfers pad with zeros
-    whole = data.endswith((b"\xff\xd9", _PNG_END)) or data.rstrip(b"\0").endswith(b"\xff\xd9")
-    if check == "decode" or not whole:
-        decode.rgb(data)
+    jpeg_end = b"\xff\xd9"
+    has_end = image_bytes.endswith((jpeg_end, _PNG_END))
+    has_end = has_end or image_bytes.rstrip(b"\0").endswith(jpeg_end)
+    if check == "decode" or not has_end:
+        decode.decode_rgb(image_bytes)
     return height, width
 
 
-def shrunk(data: bytes, shorter_side: int, quality: int, *, always: bool) -> bytes | None:
-    """An image as a JPEG whose shorter side is at most so long.
+def shrink_image(
+    image_bytes: bytes, shorter_side: int, quality: int, *, always: bool
+) -> bytes | None:
+    """Write an image as a JPEG whose shorter side has at most `shorter_side` pixels.
 
     Antialiased (Lanczos), RGB, colour at full resolution (4:4:4): small crops of a later view lose
     least that way. Orientation marks and profiles are dropped as the reader drops them.
 
     Args:
-        data: bytes of the stored image.
-        shorter_side: pixels; larger images are shrunk to it.
-        quality: of the JPEG, 1 to 100.
-        always: encode again an image that is small enough, too (its size is kept).
+        image_bytes: Bytes of the stored image.
+        shorter_side: Pixels that the shorter side of larger images gets.
+        quality: Quality of the JPEG, 1 to 100.
+        always: Encode again an image that is small enough, too (its size is kept).
 
     Returns:
         The JPEG, or None where the image stays as it is: small enough, or too long for a JPEG.
 
     Raises:
-        decode.UnreadableImage: with the reason.
+        decode.UnreadableImage: The image cannot be read, with the reason.
     """
-    height, width = decode.size_of(data)
+    height, width = decode.read_size(image_bytes)
     short = min(height, width)
     if short <= shorter_side and not always:
         return None
@@ -84,7 +88,7 @@ def shrunk(data: bytes, shorter_side: int, quality: int, *, always: bool) -> byt
     tall, wide = (max(1, round(side * scale)) for side in (height, width))
     if max(tall, wide) > _LONGEST_JPEG:
         return None
-    image = decode.rgb(data)
+    image = decode.decode_rgb(image_bytes)
     if scale < 1:
         image = image.resize((wide, tall), Image.Resampling.LANCZOS)
     # Pillow's encoder fails on a buffer below the image's size when it optimises the code tables

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
+"""How far is long work? A bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
@@ -6,25 +6,26 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-_SECONDS_PER_LINE = 10.0
-
 
 class Progress:
     """Counts images and bytes; shows images/s, MB/s and the time left on standard error.
 
     Args:
-        what: what is going on, one word.
-        total: images in all.
-        quiet: show nothing.
+        title: Name of the work, one word.
+        total: Number of images that the work has in all.
+        quiet: Show nothing on standard error.
+        line_s: Seconds between two lines where there is no terminal.
     """
 
-    def __init__(self, what: str, total: int, *, quiet: bool = False) -> None:
-        self._what, self._total, self._quiet = what, total, quiet
+    def __init__(
+        self, title: str, total: int, *, quiet: bool = False, line_s: float = 10.0
+    ) -> None:
+        self._title, self._total, self._quiet, self._line_s = title, total, quiet, line_s
         self._images = self._bytes = 0
-        self._started = self._spoke = time.monotonic()
+        self._started_s = self._line_at_s = time.monotonic()
         self._bar: tqdm[None] | None = None
         if sys.stderr.isatty() and not quiet:
-            self._bar = tqdm(desc=what, total=total, unit=" images", dynamic_ncols=True)
+            self._bar = tqdm(desc=title, total=total, unit=" images", dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -40,24 +41,24 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self._started
+        """Seconds since the start."""
+        return time.monotonic() - self._started_s
 
     def update(self, images: int, size: int) -> None:
-        """Some more images of so many bytes are done."""
+        """Count `images` more images, of `size` bytes together."""
         self._images += images
         self._bytes += size
         rate = self._bytes / 1e6 / max(self.seconds, 1e-9)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
             self._bar.update(images)
-        elif not self._quiet and time.monotonic() - self._spoke >= _SECONDS_PER_LINE:
-            self._spoke = time.monotonic()
+        elif not self._quiet and time.monotonic() - self._line_at_s >= self._line_s:
+            self._line_at_s = time.monotonic()
             per_second = self._images / self.seconds
-            left = (self._total - self._images) / max(per_second, 1e-9)
+            remaining_s = (self._total - self._images) / max(per_second, 1e-9)
             print(
-                f"{self._what}: {self._images} of {self._total} images, {per_second:.0f} images/s, "
-                f"{rate:.1f} MB/s, {left:.0f} s left",
+                f"{self._title}: {self._images} of {self._total} images, "
+                f"{per_second:.0f} images/s, {rate:.1f} MB/s, {remaining_s:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

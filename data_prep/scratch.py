@@ -1,7 +1,7 @@
-"""Sources that cannot be read in shuffled order, turned into a plain tar of their images first.
+"""How are sources read that only read well from front to back? By way of a plain scratch tar.
 
-Compressed tars and parquet files only read well from front to back. One pass copies the images to a
-scratch file of this machine (it needs the room), from which shards are then made like from any tar.
+Compressed tars and parquet files cannot be read in shuffled order. One pass copies their images to
+a scratch file of this machine (it needs the room), from which shards are made like from any tar.
 """
 
 import bz2
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from data_prep import tar
 from data_prep.images import SUFFIXES
+from data_prep.labels import Label
 
 OPENERS: dict[str, Callable[[Path], Any]] = {
     "gz": gzip.open,
@@ -23,7 +24,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     "bz2": bz2.open,
     "xz": lzma.open,
 }
-"""By the last ending of a compressed tar's name."""
+"""Function that opens a compressed tar, by the last ending of its name."""
 
 _LABELS = ("label", "labels", "cls", "class", "fine_label")
 _MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
@@ -35,8 +36,10 @@ class Row(NamedTuple):
 
     name: str
     offset: int
+    """position of its first byte in the scratch file"""
     size: int
-    label: int | str | None
+    """bytes"""
+    label: Label
 
 
 def is_compressed_tar(path: Path) -> bool:
@@ -45,11 +48,11 @@ def is_compressed_tar(path: Path) -> bool:
     return suffix == "tgz" or (suffix in OPENERS and path.stem.endswith(".tar"))
 
 
-def decompressed(path: Path, folder: Path) -> Path:
-    """A compressed tar's plain form in the scratch folder.
+def decompress_tar(path: Path, folder: Path) -> Path:
+    """Write a compressed tar's plain form to the scratch folder and return its path.
 
     Raises:
-        ValueError: it is damaged or cut short.
+        ValueError: The tar is damaged or cut short.
     """
     plain = folder / path.name.removesuffix(path.suffix).removesuffix(".tar")
     plain = plain.with_name(f"{plain.name}.tar")
@@ -62,13 +65,13 @@ def decompressed(path: Path, folder: Path) -> Path:
     return plain
 
 
-def class_names(path: Path) -> list[str]:
-    """Class names that a Hugging Face parquet file carries; [] = none.
+def read_parquet_classes(path: Path) -> list[str]:
+    """Read the class names that a Hugging Face parquet file carries; [] = none.
 
     Raises:
         ValueError: pyarrow is missing, or the file is damaged.
     """
-    metadata = (_parquet(path).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    metadata = (_open_parquet(path).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     try:
         features = json.loads(metadata)["info"]["features"]
         return next(
@@ -80,18 +83,25 @@ def class_names(path: Path) -> list[str]:
         return []
 
 
-def copied_from_parquet(path: Path, folder: Path) -> tuple[Path, list[Row]]:
+def copy_parquet(path: Path, folder: Path) -> tuple[Path, list[Row]]:
     """Copy the images of a parquet file to a scratch tar.
 
     The image column is the first that holds bytes, or a struct with `bytes` and maybe `path` (as
     Hugging Face writes them); the label column is called label, labels, cls, class or fine_label.
 
+    Args:
+        path: Path of the parquet file.
+        folder: Folder for the scratch tar.
+
+    Returns:
+        Path of the scratch tar, and its images.
+
     Raises:
-        ValueError: pyarrow is missing, no image column, a damaged file.
+        ValueError: pyarrow is missing, there is no image column, or the file is damaged.
     """
     import pyarrow as pa
 
-    file = _parquet(path)
+    file = _open_parquet(path)
     schema = file.schema_arrow
     image = next((field.name for field in schema if _holds_images(field.type)), None)
     if image is None:
@@ -100,32 +110,36 @@ def copied_from_parquet(path: Path, folder: Path) -> tuple[Path, list[Row]]:
             "binary, or a struct with a field called bytes."
         )
     label = next((name for name in _LABELS if name in schema.names), None)
-    out_path = folder / f"{path.stem}.tar"
-    print(
-        f"copying the images of {path.name} to {out_path} for reading in any order", file=sys.stderr
-    )
+    plain = folder / f"{path.stem}.tar"
+    print(f"copying the images of {path.name} to {plain} for reading in any order", file=sys.stderr)
     rows: list[Row] = []
-    at = 0
+    position = 0
     try:
-        with out_path.open("wb") as out:
-            columns = [image] if label is None else [image, label]
-            for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
-                images = batch.column(image).to_pylist()
-                labels = [None] * len(images) if label is None else batch.column(label).to_pylist()
-                for value, number in zip(images, labels, strict=True):
-                    data, name = _bytes_and_name(value)
-                    name = _named(name, data, f"{path.stem}-{len(rows):07d}")
-                    block = tar.header(f"{len(rows)}", len(data)) + data + tar.padding(len(data))
-                    out.write(block)
-                    rows.append(Row(name, at + tar.BLOCK, len(data), number))
-                    at += len(block)
+        with plain.open("wb") as out:
+            for value, number in _read_rows(file, image, label):
+                image_bytes, name = _split_value(value)
+                name = _choose_name(name, image_bytes, f"{path.stem}-{len(rows):07d}")
+                header = tar.make_header(f"{len(rows)}", len(image_bytes))
+                block = header + image_bytes + tar.padding_after(len(image_bytes))
+                out.write(block)
+                rows.append(Row(name, position + tar.BLOCK, len(image_bytes), number))
+                position += len(block)
             out.write(tar.END)
     except pa.ArrowException as error:
         raise ValueError(f"{path} is damaged: {error}.".replace("\n", " ")) from None
-    return out_path, rows
+    return plain, rows
 
 
-def _parquet(path: Path) -> Any:
+def _read_rows(file: Any, image: str, label: str | None) -> Iterator[tuple[Any, Label]]:
+    """Value of the image column and label of each row; None where there is no label column."""
+    columns = [image] if label is None else [image, label]
+    for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+        values = batch.column(image).to_pylist()
+        labels = [None] * len(values) if label is None else batch.column(label).to_pylist()
+        yield from zip(values, labels, strict=True)
+
+
+def _open_parquet(path: Path) -> Any:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -142,24 +156,28 @@ def _parquet(path: Path) -> Any:
 def _holds_images(kind: Any) -> bool:
     import pyarrow as pa
 
-    def binary(kind: Any) -> bool:
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and binary(field.type) for field in kind)
-    return binary(kind)
+        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
+    return _is_binary(kind)
 
 
-def _bytes_and_name(value: Any) -> tuple[bytes, str]:
+def _is_binary(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _split_value(value: Any) -> tuple[bytes, str]:
+    """Bytes and file name of an image in a row."""
     if isinstance(value, dict):
         return value["bytes"] or b"", value.get("path") or ""
     return value or b"", ""
 
 
-def _named(name: str, data: bytes, otherwise: str) -> str:
-    """The image's own file name, or one from its row and content."""
+def _choose_name(name: str, image_bytes: bytes, stem: str) -> str:
+    """The image's own file name, or one of `stem` and the ending that its content asks for."""
     name = name.rpartition("/")[2]
     if name and name.rpartition(".")[2].lower() in SUFFIXES:
         return name
-    kinds: Iterator[str] = (kind for magic, kind in _MAGIC.items() if data.startswith(magic))
-    return f"{name.partition('.')[0] or otherwise}.{next(kinds, 'jpg')}"
+    kinds = (kind for magic, kind in _MAGIC.items() if image_bytes.startswith(magic))
+    return f"{name.partition('.')[0] or stem}.{next(kinds, 'jpg')}"

@@ -1,4 +1,4 @@
-"""How the classes and the sizes of a set are spread, from its manifest alone, and a picture of it.
+"""How are the classes and the sizes of a set spread? From its manifest alone, with a picture.
 
 Shape suffixes: N = samples, C = classes, B = bins.
 """
@@ -25,7 +25,7 @@ class Stats:
     url: str
     shards: int
     bytes: int
-    """of all shards"""
+    """bytes of all shards"""
     classes: dict[str, int]
     """samples by class name (or number), every class that is named, even an empty one"""
     unlabelled: int
@@ -36,7 +36,7 @@ class Stats:
     long_N: NDArray[np.int64]
 
     def as_json(self) -> dict[str, Any]:
-        """For machines: counts, and minimum, 10 %, median, 90 %, maximum of the sizes."""
+        """The numbers for machines: counts, and quantiles 0, 10, 50, 90, 100 % of the sizes."""
         return {
             "url": self.url,
             "shards": self.shards,
@@ -64,38 +64,38 @@ class Stats:
         if self.unlabelled:
             lines.append(f"{self.unlabelled} samples have no label")
         lines.append(f"{'':22}{'least':>10}{'10 %':>10}{'median':>10}{'90 %':>10}{'most':>10}")
-        for what, values_N in (
+        for title, values_N in (
             ("image, bytes", self.size_N),
             ("shorter side, pixels", self.short_N),
             ("longer side, pixels", self.long_N),
         ):
             if len(values_N):
                 row = "".join(f"{value:>10}" for value in _quantiles(values_N))
-                lines.append(f"{what:22}{row}")
+                lines.append(f"{title:22}{row}")
         return "\n".join(lines)
 
 
-def stats_of(url: str) -> Stats:
+def set_stats(url: str) -> Stats:
     """Read a set's manifest and count.
 
     Raises:
-        ValueError: no manifest there, or a damaged one.
+        ValueError: There is no manifest, or it is damaged.
     """
-    made = manifest.load(url)
-    label_N = made.index_N["label"]
+    shards = manifest.load(url)
+    label_N = shards.index_N["label"]
     labels, counts = np.unique(label_N[label_N >= 0], return_counts=True)
-    classes = dict.fromkeys(made.classes, 0)
+    classes = dict.fromkeys(shards.classes, 0)
     for label, count in zip(labels.tolist(), counts.tolist(), strict=True):
-        classes[class_name(made, label)] = count
-    sides_N2 = np.stack([made.index_N["height"], made.index_N["width"]], 1).astype(np.int64)
+        classes[class_name(shards, label)] = count
+    sides_N2 = np.stack([shards.index_N["height"], shards.index_N["width"]], 1).astype(np.int64)
     known_N2 = sides_N2[(sides_N2 > 0).all(1)]
     return Stats(
-        url=made.url,
-        shards=len(made.shards),
-        bytes=made.bytes,
+        url=shards.url,
+        shards=len(shards.shards),
+        bytes=shards.bytes,
         classes=classes,
         unlabelled=int((label_N < 0).sum()),
-        size_N=made.index_N["size"].astype(np.int64),
+        size_N=shards.index_N["size"].astype(np.int64),
         short_N=known_N2.min(1, initial=1 << 62),
         long_N=known_N2.max(1, initial=0),
     )
@@ -105,44 +105,45 @@ def _quantiles(values_N: NDArray[np.int64]) -> list[int]:
     return [int(v) for v in np.quantile(values_N, _QUANTILES)] if len(values_N) else []
 
 
-def draw(stats: Stats, path: Path) -> None:
+def draw_histograms(stats: Stats, path: Path) -> None:
     """Draw three histograms to a PNG file: samples a class, bytes and shorter side of the images.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     counts_C = np.array(sorted(stats.classes.values(), reverse=True) or [0])
     panels = [
-        (f"samples of each of {len(counts_C)} classes, sorted", _levels(counts_C), "", ""),
-        _histogram("images by size, kB", stats.size_N / 1e3),
-        _histogram("images by shorter side, pixels", stats.short_N),
+        (f"samples of each of {len(counts_C)} classes, sorted", _bar_levels(counts_C), "", ""),
+        _size_panel("images by size, kB", stats.size_N / 1e3),
+        _size_panel("images by shorter side, pixels", stats.short_N),
     ]
     width, height, edge = 480, 240, 40
     sheet = Image.new("RGB", (width * len(panels), height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for number, (title, level_B, left, right) in enumerate(panels):
+    for number, (title, level_B, first, last) in enumerate(panels):
         x0, y0 = number * width + edge, height - edge
         across, up = width - 2 * edge, height - 2 * edge
         top = max(float(level_B.max(initial=0)), 1.0)
         bar = across / max(len(level_B), 1)
-        for place, level in enumerate(level_B):
-            x = x0 + place * bar
+        for index, level in enumerate(level_B):
+            x = x0 + index * bar
             pen.rectangle((x, y0 - up * level / top, x + bar - (bar > 3), y0), fill=(70, 110, 160))
         pen.line((x0, y0, x0 + across, y0), fill="black")
         pen.text((x0, 8), title, fill="black", font=font)
-        pen.text((x0, y0 + 6), left, fill="black", font=font)
-        pen.text((x0 + across, y0 + 6), right, fill="black", font=font, anchor="ra")
+        pen.text((x0, y0 + 6), first, fill="black", font=font)
+        pen.text((x0 + across, y0 + 6), last, fill="black", font=font, anchor="ra")
         pen.text((x0 - 4, y0 - up), f"{top:.0f}", fill="black", font=font, anchor="ra")
     sheet.save(path, "PNG")
 
 
-def _levels(counts_C: NDArray[np.int64]) -> NDArray[np.float64]:
-    """At most one bar a pixel column: the mean of neighbours."""
+def _bar_levels(counts_C: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Heights of at most 400 bars (B,): each is the mean of neighbours."""
     groups = np.array_split(counts_C, min(len(counts_C), 400))
     return np.array([group.mean() for group in groups])
 
 
-def _histogram(title: str, values_N: NDArray[Any]) -> tuple[str, NDArray[np.float64], str, str]:
+def _size_panel(title: str, values_N: NDArray[Any]) -> tuple[str, NDArray[np.float64], str, str]:
+    """Title, heights of the bars (B,), and the words at both ends of the axis."""
     if not len(values_N):
         return f"{title}: not known", np.zeros(1), "", ""
     counts_B, edges = np.histogram(values_N, bins=_BINS)

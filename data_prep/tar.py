@@ -1,4 +1,4 @@
-"""Tar archives to the byte: deterministic ustar headers out, strict member lists in.
+"""How are tars written and read to the byte? Deterministic headers out, strict member lists in.
 
 Python's `tarfile` ends silently at the first header it does not understand, so an archive cut at a
 member boundary or with one flipped bit looks like a shorter one. Here an archive ends with its end
@@ -8,7 +8,7 @@ mark or it is an error. Nothing is ever extracted to a path.
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -18,6 +18,7 @@ MAX_EXTENSION = 1 << 20
 """Largest pax or GNU long-name header that is read, bytes; names are far shorter."""
 
 _FILE_TYPES = (b"0", b"\0", b"7")
+_EXTENSIONS = (b"x", b"g", b"L", b"K")
 _REFUSED = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe"}
 
 
@@ -29,7 +30,7 @@ class ByteSource(Protocol):
     """Where `members` reads: a file, a window of one, or a forward-only stream."""
 
     def read(self, size: int, /) -> bytes:
-        """The next bytes, fewer than `size` only at the end."""
+        """Read the next bytes, fewer than `size` only at the end."""
         ...
 
     def seek(self, position: int, /) -> object:
@@ -43,7 +44,7 @@ class Member:
 
     name: str
     offset: int
-    """of its first byte in the archive"""
+    """position of its first byte in the archive"""
     size: int
     """bytes"""
 
@@ -56,15 +57,17 @@ _FORM = b"%b%b" + _MODE + b"%b\0" + _TIME + b"%06o\0 " + _TAIL.ljust(BLOCK - 156
 _ZEROS = bytes(100)
 
 
-def header(name: str, size: int) -> bytes:
-    """Header of a regular file: mode 644, time, user and group 0, so equal inputs give equal bytes.
+def make_header(name: str, size: int) -> bytes:
+    """Make the header of a regular file.
+
+    Mode 644, time, user and group 0: equal inputs give equal bytes.
 
     Args:
-        name: at most 100 bytes of UTF-8.
-        size: bytes, below 8 GiB.
+        name: Name of the member, at most 100 bytes of UTF-8.
+        size: Bytes of the member, below 8 GiB.
 
     Raises:
-        ValueError: name or size do not fit in a ustar header.
+        ValueError: Name or size do not fit in a ustar header.
     """
     encoded = name.encode()
     if not 0 < len(encoded) <= 100:
@@ -76,86 +79,113 @@ def header(name: str, size: int) -> bytes:
     return _FORM % (encoded, _ZEROS[len(encoded) :], octal, checksum)
 
 
-def padding(size: int) -> bytes:
-    """Zeros that fill the last block of a member."""
+def padding_after(size: int) -> bytes:
+    """Return the zeros that fill the last block of a member of `size` bytes."""
     return bytes(-size % BLOCK)
 
 
-def stored(size: int) -> int:
-    """Bytes a member of `size` bytes takes, header and padding included."""
-    return BLOCK + size + -size % BLOCK
-
-
-def members(source: ByteSource, where: str, end: int | None = None) -> Iterator[Member]:
-    """Regular files of an archive in order; directories are skipped.
+def read_members(source: ByteSource, where: str, end: int | None = None) -> Iterator[Member]:
+    """Yield the regular files of an archive in order; directories are skipped.
 
     Args:
-        source: at the archive's first byte. Between two members the caller may read the member's
-            bytes from it (they come next) or leave them.
-        where: what to call the archive in errors.
-        end: bytes of the archive; None = up to the end mark.
+        source: Reader at the archive's first byte. Between two members the caller may read the
+            member's bytes from it (they come next) or leave them.
+        where: Name of the archive, for messages.
+        end: Bytes of the archive; None = up to the end mark.
 
     Raises:
-        DamagedTar: no end mark, a header whose checksum is wrong, a member that runs past the end,
+        DamagedTar: No end mark, a header whose checksum is wrong, a member that runs past the end,
             a link or device, a name that leaves the folder, an oversized extension header.
     """
-    at, long_name, long_size = 0, None, None
+    position = 0
+    extension = _NO_EXTENSION
     while True:
         head = source.read(BLOCK)
         if len(head) < BLOCK:
             raise DamagedTar(
-                f"{where} is cut short at byte {at + len(head)}: there is no end mark, so members "
-                "are missing; copy or make it again."
+                f"{where} is cut short at byte {position + len(head)}: there is no end mark, so "
+                "members are missing; copy or make it again."
             )
         if not any(head):
             if any(source.read(BLOCK)):
-                raise DamagedTar(f"{where} has a lone block of zeros at byte {at}; it is damaged.")
-            return
-        size, kind = _checked(head, f"{where} at byte {at}")
-        if kind in _REFUSED:
-            raise DamagedTar(
-                f"{where} holds a {_REFUSED[kind]} ({_name(head)!r}), and only plain files are "
-                "read; make the archive of the files themselves."
-            )
-        body = at + BLOCK
-        if kind in (b"x", b"g", b"L", b"K"):
-            if size > MAX_EXTENSION:
                 raise DamagedTar(
-                    f"{where} at byte {at} announces an extension header of {size} bytes, at most "
-                    f"{MAX_EXTENSION} are read; it is damaged or hostile."
+                    f"{where} has a lone block of zeros at byte {position}; it is damaged."
                 )
-            data = source.read(size)
-            if len(data) < size:
-                raise DamagedTar(f"{where} is cut short at byte {body + len(data)}.")
-            if kind == b"L":
-                long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif kind == b"x":
-                records = _pax(data, f"{where} at byte {at}")
-                long_name = records.get("path", long_name)
-                if "size" in records:
-                    long_size = _number(records["size"], f"{where} at byte {at}")
-        elif kind == b"5":
-            long_name = long_size = None
+            return
+        size, kind = _parse_header(head, f"{where} at byte {position}")
+        body = position + BLOCK
+        if kind in _EXTENSIONS:
+            extension = _read_extension(source, extension, kind, size, where, position)
         elif kind in _FILE_TYPES:
-            size = size if long_size is None else long_size
-            name = _safe(_name(head) if long_name is None else long_name, where)
+            size = size if extension.size is None else extension.size
+            name = _clean_name(
+                _header_name(head) if extension.name is None else extension.name, where
+            )
             if end is not None and body + size > end:
                 raise DamagedTar(
                     f"{where}: member {name!r} of {size} bytes at byte {body} runs past the end "
                     f"({end} bytes); it is cut short or damaged."
                 )
             yield Member(name, body, size)
-            long_name = long_size = None
+            extension = _NO_EXTENSION
         else:
-            raise DamagedTar(
-                f"{where} at byte {at} holds a member of kind {kind!r}, which is not read; make "
-                "it again as a plain tar."
-            )
-        at = body + size + -size % BLOCK
-        source.seek(at)
+            _check_folder(head, kind, where, position)
+            extension = _NO_EXTENSION
+        position = body + size + -size % BLOCK
+        source.seek(position)
 
 
-def _checked(head: bytes, where: str) -> tuple[int, bytes]:
+class _Extension(NamedTuple):
+    """What a pax or GNU header says of the member behind it."""
+
+    name: str | None
+    """path of the member, where it is too long for its own header"""
+    size: int | None
+    """bytes of the member, where they are too many for its own header"""
+
+
+_NO_EXTENSION = _Extension(None, None)
+
+
+def _read_extension(
+    source: ByteSource, extension: _Extension, kind: bytes, size: int, where: str, position: int
+) -> _Extension:
+    """Read a pax or GNU header, which adds to what the ones before it said."""
+    if size > MAX_EXTENSION:
+        raise DamagedTar(
+            f"{where} at byte {position} announces an extension header of {size} bytes, at most "
+            f"{MAX_EXTENSION} are read; it is damaged or hostile."
+        )
+    data = source.read(size)
+    if len(data) < size:
+        raise DamagedTar(f"{where} is cut short at byte {position + BLOCK + len(data)}.")
+    if kind == b"L":
+        name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        return extension._replace(name=name)
+    if kind == b"x":
+        records = _parse_pax(data, f"{where} at byte {position}")
+        extension = extension._replace(name=records.get("path", extension.name))
+        if "size" in records:
+            long_size = _parse_number(records["size"], f"{where} at byte {position}")
+            extension = extension._replace(size=long_size)
+    return extension
+
+
+def _check_folder(head: bytes, kind: bytes, where: str, position: int) -> None:
+    """Refuse what is neither a plain file nor a folder."""
+    if kind in _REFUSED:
+        raise DamagedTar(
+            f"{where} holds a {_REFUSED[kind]} ({_header_name(head)!r}), and only plain files are "
+            "read; make the archive of the files themselves."
+        )
+    if kind != b"5":
+        raise DamagedTar(
+            f"{where} at byte {position} holds a member of kind {kind!r}, which is not read; make "
+            "it again as a plain tar."
+        )
+
+
+def _parse_header(head: bytes, where: str) -> tuple[int, bytes]:
     """Size and kind of a header whose checksum is right."""
     try:
         # ljust: some writers end the number with a blank, some with NUL
@@ -176,7 +206,7 @@ def _checked(head: bytes, where: str) -> tuple[int, bytes]:
         raise DamagedTar(f"{where}: the header's size is no number; it is damaged.") from None
 
 
-def _name(head: bytes) -> str:
+def _header_name(head: bytes) -> str:
     name = head[:100].split(b"\0", 1)[0]
     # GNU headers ("ustar  ") keep times where ustar keeps a prefix
     if head[257:263] == b"ustar\0" and head[345]:
@@ -184,33 +214,33 @@ def _name(head: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _pax(data: bytes, where: str) -> dict[str, str]:
+def _parse_pax(data: bytes, where: str) -> dict[str, str]:
     """Records of a pax header: lines `LENGTH KEY=VALUE`, the length counting itself."""
-    records, at = {}, 0
-    while at < len(data):
-        length, _, _ = data[at : at + 20].partition(b" ")
-        size = _number(length.decode("ascii", "replace"), where)
-        record = data[at + len(length) + 1 : at + size]
+    records, position = {}, 0
+    while position < len(data):
+        length, _, _ = data[position : position + 20].partition(b" ")
+        size = _parse_number(length.decode("ascii", "replace"), where)
+        record = data[position + len(length) + 1 : position + size]
         key, equals, value = record.partition(b"=")
-        if not equals or not value.endswith(b"\n") or at + size > len(data):
+        if not equals or not value.endswith(b"\n") or position + size > len(data):
             raise DamagedTar(f"{where}: its extension header is damaged.")
         records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
-        at += size
+        position += size
     return records
 
 
-def _number(text: str, where: str) -> int:
+def _parse_number(text: str, where: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise DamagedTar(f"{where}: {text!r} is no number in its extension header; it is damaged.")
     return int(text)
 
 
-def _safe(name: str, where: str) -> str:
-    """A member's name without leading `./`."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or "\\" in name or ".." in parts or not parts or "\0" in name:
+def _clean_name(name: str, where: str) -> str:
+    """Return a member's name without leading `./`; refuse one that leaves the folder."""
+    folders = [folder for folder in name.split("/") if folder not in ("", ".")]
+    if name.startswith("/") or "\\" in name or ".." in folders or not folders or "\0" in name:
         raise DamagedTar(
             f"{where}: member name {name[:80]!r} leaves the archive's own folder; it is hostile or "
             "damaged, and nothing of it was used."
         )
-    return "/".join(parts)
+    return "/".join(folders)

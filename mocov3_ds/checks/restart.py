@@ -89,7 +89,8 @@ def check_restart(
 
 def _make_sharded_images(folder: Path) -> str:
     from data_prep.drawn_samples import draw_split
-    from data_prep.shard import ShardOptions, make_shards
+    from data_prep.shard import make_shards
+    from data_prep.shard_options import ShardOptions
     from data_prep.sources import list_images
 
     images, shards = folder / "images", str(folder / "shards")

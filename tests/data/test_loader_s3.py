@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import verify as prepare
+from data_prep.index import index_tars
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
 from mocov3_ds.data.evaluation_batches import evaluation_batches
@@ -232,7 +232,7 @@ def test_tars_that_others_wrote_stream_from_s3(s3_server, tmp_path):
         url = "s3://bucket/foreign"
         for tar in sorted(tmp_path.glob("*.tar")):
             storage.write(storage.join_url(url, tar.name), tar.read_bytes())
-        made = prepare.index_tars(url, workers=1)
+        made = index_tars(url, workers=1)
         assert [shard.samples for shard in made.shards] == [9, 9, 5]
         manifest = manifests.load(url)
         found = run(manifest, 2, 2, global_batch=10)

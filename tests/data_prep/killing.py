@@ -16,8 +16,9 @@ import signal
 import sys
 from pathlib import Path
 
-from data_prep.shard import Options, shard
-from data_prep.sources import open_source
+from data_prep.shard import make_shards
+from data_prep.shard_options import ShardOptions
+from data_prep.sources import list_images
 
 os.fsync = lambda descriptor: None  # kill -9 loses nothing that was written; a power cut would
 
@@ -59,9 +60,9 @@ def main() -> None:
 
 
 def once(tree: str, out: Path, profile: Countdown) -> None:
-    listing = open_source(tree)
+    listing = list_images(tree)
     sys.setprofile(profile)
-    shard(listing, str(out), Options(shard_size="2"), workers=1, quiet=True)
+    make_shards(listing, str(out), ShardOptions(shard_size="2"), workers=1, quiet=True)
     sys.setprofile(None)
 
 

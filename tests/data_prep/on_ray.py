@@ -13,8 +13,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from data_prep import engines
-from data_prep.shard import Options, shard
-from data_prep.sources import open_source
+from data_prep.shard import make_shards
+from data_prep.shard_options import ShardOptions
+from data_prep.sources import list_images
 
 
 def main() -> None:
@@ -33,9 +34,11 @@ def main() -> None:
 
     killer = threading.Thread(target=kill_halfway, daemon=True)
     killer.start()
-    options = Options(shard_size="5", resize=48)
-    listing = open_source(tree)
-    summary = shard(listing, str(out), options, workers=0, engine=engines.ray_cluster, quiet=True)
+    options = ShardOptions(shard_size="5", resize=48)
+    listing = list_images(tree)
+    summary = make_shards(
+        listing, str(out), options, workers=0, engine=engines.ray_cluster, quiet=True
+    )
     killer.join(timeout=30)
     deadline = time.monotonic() + 90  # the cluster takes its time to declare a node dead
     while (alive := sum(node["Alive"] for node in ray.nodes())) == 3:

@@ -5,12 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image
 
 from data_prep import commands
-from data_prep.shard import Options, shard
-from data_prep.sources import open_source
-from data_prep.stats import draw, stats_of
 from mocov3_ds.data import manifest
 from tests.data_prep import forms
 
@@ -119,17 +115,3 @@ def test_help_teaches(run, capsys):
             run(*arguments)
         said = capsys.readouterr().out
         assert end.value.code == 0 and all(word in said for word in words)
-
-
-def test_a_picture_of_many_classes(tmp_path):
-    names = {f"{n:04d}/{n}.png": forms.picture(n, size=4, form="PNG") for n in range(900)}
-    listing = open_source(str(forms.write_tree(tmp_path / "t", names)))
-    shard(listing, str(tmp_path / "o"), Options(), workers=1, quiet=True)
-    stats = stats_of(str(tmp_path / "o"))
-    draw(stats, tmp_path / "p.png")
-    with Image.open(tmp_path / "p.png") as picture:
-        assert picture.size == (1440, 240)
-        colours = picture.convert("RGB").getcolors(1 << 20)
-    bars = sum(count for count, colour in colours if colour == (70, 110, 160))
-    assert bars > 400 * 150, "900 equal classes fill their panel"
-    assert "900 classes" in str(stats) and stats.as_json()["samples"] == 900

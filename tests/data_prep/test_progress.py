@@ -38,9 +38,8 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_quiet_is_quiet(monkeypatch, stream):
-    monkeypatch.setattr(progress, "_SECONDS_PER_LINE", 0.0)
     out = stream()
     monkeypatch.setattr(sys, "stderr", out)
-    with Progress("shard", 10, quiet=True) as shown:
+    with Progress("shard", 10, quiet=True, line_s=0) as shown:
         shown.update(10, 1)
     assert out.getvalue() == ""

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from data_prep.shard import Options, shard
-from data_prep.sources import open_source
+from data_prep.shard import make_shards
+from data_prep.shard_options import ShardOptions
+from data_prep.sources import list_images
 from mocov3_ds.data import manifest
 from tests.data_prep import forms
 
@@ -20,8 +21,10 @@ IMAGES = forms.imagenet(4)
 def sharded(source, out, **options):
     scratch = out.parent / f"{out.name}-scratch"
     scratch.mkdir()
-    listing = open_source(str(source), scratch_folder=scratch, **options)
-    return shard(listing, str(out), Options(shard_size="5"), workers=1, quiet=True).manifest
+    listing = list_images(str(source), scratch_folder=scratch, **options)
+    return make_shards(
+        listing, str(out), ShardOptions(shard_size="5"), workers=1, quiet=True
+    ).manifest
 
 
 @pytest.fixture
@@ -51,9 +54,9 @@ def test_damaged_compressed_tars_are_refused(tmp_path):
     for data in (whole[:-100], b"no gzip at all" * 9, whole[:200] + b"xxxx" + whole[204:]):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"x.tar.gz cannot be unpacked to"):
-            open_source(str(path), scratch_folder=tmp_path)
+            list_images(str(path), scratch_folder=tmp_path)
     with pytest.raises(ValueError, match="needs a scratch folder"):
-        open_source(str(path))
+        list_images(str(path))
 
 
 pa = pytest.importorskip("pyarrow")
@@ -91,7 +94,7 @@ def test_parquet_files_keep_bytes_labels_and_class_names(tmp_path, wanted):
 def test_parquet_rows_without_names_or_bytes(tmp_path):
     images = {"n01440764": forms.picture(1), "n01443537": forms.picture(2, form="PNG")}
     path = write_parquet(tmp_path / "p.parquet", images | {"n02102040": None}, paths=False)
-    listing = open_source(str(path), scratch_folder=tmp_path)
+    listing = list_images(str(path), scratch_folder=tmp_path)
     assert listing.names == ["p-0000000.jpg", "p-0000001.png", "p-0000002.jpg"]
     made = sharded(path, tmp_path / "out")
     assert sorted(made.index_N["label"].tolist()) == [0, 1]
@@ -101,7 +104,7 @@ def test_parquet_rows_without_names_or_bytes(tmp_path):
 def test_plain_binary_columns_and_other_label_names(tmp_path):
     table = pa.table({"id": [1, 2], "jpg": [forms.picture(1), forms.picture(2)], "cls": ["b", "a"]})
     pq.write_table(table, tmp_path / "p.parquet")
-    listing = open_source(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
+    listing = list_images(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
     assert listing.classes == ("a", "b") and listing.label_N.tolist() == [1, 0]
     assert np.all(listing.size_N > 0)
 
@@ -109,20 +112,20 @@ def test_plain_binary_columns_and_other_label_names(tmp_path):
 def test_parquet_files_that_hold_no_images_are_refused(tmp_path, monkeypatch):
     pq.write_table(pa.table({"text": ["x"], "label": [1]}), tmp_path / "p.parquet")
     with pytest.raises(ValueError, match="no column of image bytes among text, label"):
-        open_source(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
+        list_images(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
     (tmp_path / "p.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"p.parquet is not a parquet file"):
-        open_source(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
+        list_images(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"needs pyarrow to be read: pip install"):
-        open_source(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
+        list_images(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
 
 
 def test_our_own_set_is_a_source_with_its_class_names(tmp_path, wanted):
     again = sharded(tmp_path / "wanted", tmp_path / "again")
     assert again.classes == wanted.classes and again.samples == wanted.samples
     assert sorted(again.index_N["crc32"]) == sorted(wanted.index_N["crc32"])
-    assert manifest.load(str(tmp_path / "again")).labelled
+    assert manifest.load(str(tmp_path / "again")).has_labels
 
 
 def test_the_archives_of_single_classes_are_named_by_their_class(tmp_path, wanted):
@@ -137,7 +140,7 @@ def test_mixed_folders_and_other_files_are_refused(tmp_path):
     forms.write_tar(tmp_path / "a" / "0.tar", IMAGES)
     (tmp_path / "a" / "cats").mkdir()
     with pytest.raises(ValueError, match=r"holds archives \(0.tar\) beside images or folders"):
-        open_source(str(tmp_path / "a"))
+        list_images(str(tmp_path / "a"))
     (tmp_path / "x.zip").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"x.zip is neither a tar"):
-        open_source(str(tmp_path / "x.zip"))
+        list_images(str(tmp_path / "x.zip"))

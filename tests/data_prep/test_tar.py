@@ -16,7 +16,7 @@ MEMBERS = {"a/b.jpg": b"x" * 700, "c.cls": b"1", "empty.jpg": b"", "exact.jpg": 
 def names_sizes(archive: bytes, end: int | None = None) -> list[tuple[str, bytes]]:
     return [
         (member.name, archive[member.offset : member.offset + member.size])
-        for member in tar.members(io.BytesIO(archive), "t.tar", end)
+        for member in tar.read_members(io.BytesIO(archive), "t.tar", end)
     ]
 
 
@@ -30,7 +30,7 @@ def test_headers_are_those_of_tarfile_but_for_the_device_numbers(name, size):
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     wanted = info.tobuf(tarfile.USTAR_FORMAT)
-    ours = tar.header(name, size)
+    ours = tar.make_header(name, size)
     assert len(ours) == 512
     # both forms of the same file: tarfile leaves the device fields of plain files empty or zero
     assert ours[:148] == wanted[:148] and ours[156:329] == wanted[156:329]
@@ -72,7 +72,7 @@ def test_every_cut_is_noticed():
     end = archive.rfind(b"y") + 1
     for length in [*range(0, end, 256), end]:
         with pytest.raises(tar.DamagedTar, match="cut short"):
-            list(tar.members(io.BytesIO(archive[:length]), "t.tar"))
+            list(tar.read_members(io.BytesIO(archive[:length]), "t.tar"))
     with tarfile.open(fileobj=io.BytesIO(archive[:1536])) as short:
         assert short.getnames() == ["a/b.jpg"], "the reason for all this: tarfile says nothing"
 
@@ -149,6 +149,6 @@ def test_damaged_pax_records_are_refused(records):
 
 def test_names_and_sizes_that_fit_no_header_are_refused():
     with pytest.raises(ValueError, match="101 bytes"):
-        tar.header("é" * 50 + "a", 0)
+        tar.make_header("é" * 50 + "a", 0)
     with pytest.raises(ValueError, match="8 GiB"):
-        tar.header("a", 8 << 30)
+        tar.make_header("a", 8 << 30)

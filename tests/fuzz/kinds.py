@@ -23,26 +23,28 @@ import torch
 from numpy.random import Generator
 from PIL import Image
 
-from data_prep import shard as sharding
-from data_prep import verify as verifying
-from data_prep.sources import open_source
+from data_prep.index import index_tars
+from data_prep.shard import make_shards
+from data_prep.shard_options import ShardOptions
+from data_prep.sources import list_images
+from data_prep.verify import verify_set
 from mocov3_ds.checkpoints import checkpoint, run_folder
-from mocov3_ds.config import parse
+from mocov3_ds.config import encoder_shape
 from mocov3_ds.data import manifest as manifests
-from mocov3_ds.data.loader import Stream
+from mocov3_ds.data.loader import Loader, LoaderSettings
 from mocov3_ds.data.manifest import ROW
 from mocov3_ds.data.sample_order import Order
 from mocov3_ds.data.views import decode
 from mocov3_ds.data.views.decode import UnreadableImage
-from mocov3_ds.data.views.photometric import ViewSpec
-from mocov3_ds.distributed.engine import compute_dtype, engine_config
-from mocov3_ds.encoders.export import export
-from mocov3_ds.encoders.load import load_encoder, read_run
-from mocov3_ds.monitoring.run_log import keep_rows_until, read_rows
+from mocov3_ds.data.views.spec import ViewSpec
+from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
+from mocov3_ds.encoders.export import export_encoder
+from mocov3_ds.encoders.load import load_encoder, read_run_config
+from mocov3_ds.monitoring.run_log import drop_rows_after, read_rows
 from mocov3_ds.optim.build import base_rate, build_optimizer
-from mocov3_ds.training.run import encoder_shape
+from mocov3_ds.recipes import parse
 from mocov3_ds.training.schedule import scaled_rate
-from tests.data.pictures import picture, stored
+from tests.data.pictures import encode_image, picture
 from tests.data.sets import make_set
 from tests.evaluation.runs import make_run
 from tests.fuzz.mutate import mutated
@@ -95,12 +97,12 @@ def _files_of(folder: Path) -> Files:
 @cache
 def jpegs() -> list[Files]:
     images = [
-        stored(picture(60, 80)),
-        stored(picture(61, 79), subsampling=1),
-        stored(picture(40, 70), progressive=True),
-        stored(picture(50, 50), restart_marker_blocks=3),
-        stored(picture(64, 48).convert("L")),
-        stored(picture(30, 30).convert("CMYK")),
+        encode_image(picture(60, 80)),
+        encode_image(picture(61, 79), subsampling=1),
+        encode_image(picture(40, 70), progressive=True),
+        encode_image(picture(50, 50), restart_marker_blocks=3),
+        encode_image(picture(64, 48).convert("L")),
+        encode_image(picture(30, 30).convert("CMYK")),
     ]
     return [{"image.jpg": data} for data in images]
 
@@ -109,19 +111,22 @@ def jpegs() -> list[Files]:
 def other_images() -> list[Files]:
     small = picture(30, 40)
     kinds = ("PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
-    found = [{"image.png": stored(small, kind)} for kind in kinds]
+    found = [{"image.png": encode_image(small, kind)} for kind in kinds]
     grey = Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100)
-    found += [{"image.png": stored(small.quantize(), "PNG")}, {"image.png": stored(grey, "PNG")}]
+    found += [
+        {"image.png": encode_image(small.quantize(), "PNG")},
+        {"image.png": encode_image(grey, "PNG")},
+    ]
     return found
 
 
 def read_image(folder: Path) -> Outcome:
     data = next(folder.iterdir()).read_bytes()
     try:
-        height, width = decode.size_of(data)
+        height, width = decode.read_size(data)
         out = np.empty((2, 3, 16, 16), np.uint8)
         box = (0, 0, height, width)
-        decode.two_crops(data, (box, box), (False, True), out)
+        decode.cut_crops(data, (box, box), (False, True), out)
         decode.centre_crop(data, 16, 20)
     except UnreadableImage as error:
         assert str(error)
@@ -140,7 +145,7 @@ def tars() -> list[Files]:
     classes = io.BytesIO()
     with tarfile.open(fileobj=classes, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for number in range(4):
-            data = stored(picture(20, 20, number))
+            data = encode_image(picture(20, 20, number))
             info = tarfile.TarInfo(f"train/class{number % 2}/{'x' * 90}{number}.jpg")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -152,15 +157,18 @@ def read_tar(folder: Path) -> Outcome:
     outcome: Outcome = "accepted"
     trouble: list[Exception] = []
     try:
-        made = verifying.index(str(folder), workers=1, quiet=True)
-        if made.made["rejected"] or not verifying.verify(str(folder), workers=1, quiet=True).sound:
+        made = index_tars(str(folder), workers=1, quiet=True)
+        if (
+            made.provenance["rejected"]
+            or not verify_set(str(folder), workers=1, quiet=True).is_sound
+        ):
             outcome = "skipped"
     except (ValueError, OSError) as error:
         trouble.append(error)
     try:
-        options = sharding.Options(shard_size="3")
-        summary = sharding.shard(
-            open_source(str(folder / "t-000.tar")),
+        options = ShardOptions(shard_size="3")
+        summary = make_shards(
+            list_images(str(folder / "t-000.tar")),
             str(folder / "out"),
             options,
             workers=1,
@@ -204,11 +212,10 @@ def seal_set(files: dict[str, bytes]) -> None:
 def read_set(folder: Path) -> Outcome:
     """Load it, verify it, stream two batches of it."""
     made = manifests.load(str(folder))
-    sound = verifying.verify(str(folder), workers=1, quiet=True).sound
+    sound = verify_set(str(folder), workers=1, quiet=True).is_sound
     if made.samples > 10**6:
         return "accepted"
-    stream = Stream(
-        made,
+    settings = LoaderSettings(
         views=ViewSpec(),
         image_size=16,
         global_batch=4,
@@ -220,10 +227,10 @@ def read_set(folder: Path) -> Outcome:
         threads=0,
         bad_sample_budget=3,
     )
-    with stream:
+    with Loader(made, settings) as loader:
         for _ in range(2):
-            next(stream)
-        return "skipped" if stream.skipped or not sound else "accepted"
+            next(loader)
+        return "skipped" if loader.bad_samples.counts or not sound else "accepted"
 
 
 # ---------------------------------------------------------------------------------------- settings
@@ -291,7 +298,7 @@ def read_settings(folder: Path) -> Outcome:
     )
     if config.batch <= 150:
         order = Order((100, 50), config.batch, config.seed, config.data.lanes, config.data.pool)
-        next(order.pieces(0, 0, 1))
+        next(order.pieces_for_rank(0, 0, 1))
     encoder_shape(config)
     return "accepted"
 
@@ -328,7 +335,7 @@ def read_run_folder(folder: Path) -> Outcome:
     """Settings, newest checkpoint, encoder, export's source, metrics."""
     trouble: list[Exception] = []
     steps: list[Callable[[], Any]] = [
-        lambda: read_run(folder),
+        lambda: read_run_config(folder),
         lambda: load_encoder(folder, "momentum"),
         lambda: load_encoder(folder / "checkpoints"),
         lambda: load_encoder(folder / "checkpoints/step-00000003"),
@@ -347,11 +354,11 @@ def read_run_folder(folder: Path) -> Outcome:
 
 
 def _whole_checkpoint(folder: Path) -> None:
-    found = checkpoint.newest(folder)
+    found = checkpoint.find_newest(folder)
     if found is None:
         raise ValueError(f"{folder} holds no whole checkpoint")
     for group in ("base", "momentum", "optimizer", "extra"):
-        found.group(group)
+        found.read_group(group)
 
 
 @cache
@@ -363,7 +370,7 @@ def read_metrics(folder: Path) -> Outcome:
     path = folder / "metrics.jsonl"
     before = len(path.read_bytes().splitlines())
     rows = read_rows(path)
-    keep_rows_until(path, 3)
+    drop_rows_after(path, 3)
     kept = read_rows(path)
     assert all(row["step"] <= 3 for row in kept)
     return "skipped" if len(rows) < before else "accepted"
@@ -380,7 +387,7 @@ def weights() -> list[Files]:
         found = []
         for program in ("timm", "hf"):
             out = Path(temporary) / program
-            export(made, out, to=program)  # type: ignore[arg-type]
+            export_encoder(made, out, to=program)  # type: ignore[arg-type]
             found.append(_files_of(out))
         vit = load_encoder(made).state_dict()
         file = io.BytesIO()

@@ -7,12 +7,12 @@ import pytest
 
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
-from mocov3_ds.data.loader import evaluation_batches
+from mocov3_ds.data.evaluation_batches import evaluation_batches
 from mocov3_ds.data.storage import Changed, FileEntry, StorageError, Truncated, stores
 from mocov3_ds.data.storage.retry import call_with_retry
 from tests import object_store, radosgw
+from tests.data.loading import SIZES, copied, open_loader, run, same
 from tests.data.sets import make_set
-from tests.data.test_loader import SIZES, copied, open_stream, run, same
 
 DATA = np.random.default_rng(0).bytes(12_000_000)
 
@@ -87,13 +87,13 @@ def test_stream_and_a_gateway_killed_amid_it(gateway, tmp_path):
     for world_size, threads in ((1, 0), (3, 2), (4, 1)):
         assert same(run(stored, world_size, 8, threads=threads), expected[:8])
     found = []
-    with open_stream(stored) as stream:
+    with open_loader(stored) as loader:
         for position in range(16):
             if position == 4:
                 gateway.stop()
                 back = threading.Timer(2.0, gateway.start)
                 back.start()
-            found.append(copied(next(stream)))
+            found.append(copied(next(loader)))
         back.join()
     assert same(found, expected)
     options = {"image_size": 8, "resize": 9, "batch": 8, "threads": 2}

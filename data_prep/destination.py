@@ -1,0 +1,110 @@
+"""May this run write to a folder? One run at a time, and one plan for all its shards."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from data_prep.receipts import RECEIPTS, Receipt
+from mocov3_ds.data import storage
+from mocov3_ds.data.storage.atomic import TEMPORARY_SUFFIX
+
+PLAN = "plan.json"
+"""File beside the shards that says what is being made."""
+
+
+@contextlib.contextmanager
+def lock_folder(url: str) -> Iterator[None]:
+    """Keep a second run out of a local folder; in object storage it would only waste time.
+
+    Raises:
+        ValueError: Another run is writing to the folder.
+    """
+    if not storage.is_local(url):
+        yield
+        return
+    folder = storage.local_path(url)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {url}; wait for it or stop it.") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def claim_folder(url: str, plan: Mapping[str, Any]) -> None:
+    """Write the plan into an empty folder, or find the same one in it.
+
+    Args:
+        url: URL of the folder of the set.
+        plan: All that the shards depend on, as JSON values.
+
+    Raises:
+        ValueError: The folder holds shards of another plan, or other files.
+    """
+    plan_url = storage.join_url(url, PLAN)
+    try:
+        earlier = json.loads(storage.read(plan_url))
+    except FileNotFoundError:
+        earlier = None
+    except ValueError:
+        raise ValueError(f"{plan_url} is damaged; use a new folder, or empty this one.") from None
+    if earlier == plan:
+        return
+    if earlier is not None:
+        raise ValueError(
+            f"{url} holds shards of another plan: {_plan_differences(earlier, plan)}; use a new "
+            "folder, or remove that one."
+        )
+    names = [entry.name for entry in storage.list_files(url)]
+    foreign = [name for name in names if name.endswith((".tar", ".json"))]
+    if foreign:
+        raise ValueError(
+            f"{url} holds {foreign[0]}, which is not of this command (there is no {PLAN}); use an "
+            "empty folder."
+        )
+    storage.write(plan_url, json.dumps(plan, indent=1).encode())
+
+
+def _plan_differences(earlier: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    keys = sorted({*earlier} | {*plan}, key=lambda key: key == "listing")
+    return ", ".join(
+        "other images (names, sizes or classes)"
+        if key == "listing"
+        else f"{key} {earlier.get(key)!r} there, {plan.get(key)!r} asked for"
+        for key in keys
+        if earlier.get(key) != plan.get(key)
+    )
+
+
+def check_arrivals(receipts: Sequence[Receipt], url: str) -> None:
+    """Check that the shards lie in a local folder: other machines may have one of their own.
+
+    Raises:
+        ValueError: A finished shard is not in the folder.
+    """
+    if not storage.is_local(url):
+        return
+    sizes = {entry.name: entry.size for entry in storage.list_files(url)}
+    for receipt in receipts:
+        shard = receipt.shard
+        if shard.samples and sizes.get(shard.name) != shard.bytes:
+            raise ValueError(
+                f"{shard.name} was made and is not in {url}: on several machines the destination "
+                "must be object storage or a file system that all of them share."
+            )
+
+
+def remove_leftovers(url: str) -> None:
+    """Remove half-written files of killed runs from a local folder."""
+    if storage.is_local(url):
+        folder = storage.local_path(url)
+        for parent in (folder, folder / RECEIPTS):
+            for path in parent.glob(f"*{TEMPORARY_SUFFIX}"):
+                path.unlink(missing_ok=True)

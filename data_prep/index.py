@@ -1,0 +1,97 @@
+"""How do tars that others made get a manifest, so that they can be streamed and verified?"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from data_prep import engines, labels
+from data_prep.progress import Progress
+from data_prep.receipts import Reject, write_rejects
+from data_prep.scan import Sample, Scan, scan_shard
+from mocov3_ds.data import manifest, storage
+from mocov3_ds.data.manifest import Manifest, Shard
+from mocov3_ds.version import __version__
+
+
+def index_tars(
+    url: str,
+    *,
+    workers: int,
+    classes: Sequence[str] = (),
+    replace: bool = False,
+    quiet: bool = False,
+) -> Manifest:
+    """Describe the tars of a folder by a manifest, so that they can be streamed and verified.
+
+    Unreadable images stay out of the index and are listed in `rejects.jsonl`.
+
+    Args:
+        url: URL of the folder of the tars.
+        workers: Number of processes; 1 = this one alone.
+        classes: Class names by label; () = none, or sorted where labels are names.
+        replace: Write a new manifest where there is one already.
+        quiet: Show no progress on standard error.
+
+    Raises:
+        ValueError: There are no tars or no images, a tar is damaged, labels do not fit the class
+            names, or there is a manifest already.
+    """
+    if not replace and storage.exists(storage.join_url(url, manifest.NAME)):
+        raise ValueError(
+            f"{url} has a {manifest.NAME} already; verify checks it, --replace writes a new one."
+        )
+    scans = _scan_tars(url, workers, quiet)
+    readable = {
+        name: [sample for sample in scan.samples if not sample.reason]
+        for name, scan in scans.items()
+    }
+    shards = [
+        Shard(name, scans[name].bytes, len(samples), scans[name].sha256)
+        for name, samples in readable.items()
+        if samples
+    ]
+    if not shards:
+        raise ValueError(f"the tars in {url} hold no readable images.")
+    samples = [sample for samples in readable.values() for sample in samples]
+    names = [f"sample {number}" for number in range(len(samples))]
+    numbers, class_names = labels.number_labels(
+        [sample.label for sample in samples], classes, url, names
+    )
+    index_N = np.array([_index_row(sample) for sample in samples], dtype=manifest.ROW)
+    index_N["label"] = numbers
+    rejects = [
+        Reject(f"{name}/{sample.key}", sample.reason)
+        for name, scan in scans.items()
+        for sample in scan.samples
+        if sample.reason
+    ]
+    write_rejects(rejects, url)
+    provenance: dict[str, Any] = {
+        "program": f"mocov3-ds {__version__}",
+        "rejected": len(rejects),
+        "source": "index",
+    }
+    return manifest.write(url, shards, index_N, classes=class_names, provenance=provenance)
+
+
+def _scan_tars(url: str, workers: int, quiet: bool) -> dict[str, Scan]:
+    """Scans of all tars of a folder by name, in the order of the names."""
+    names = [entry.name for entry in storage.list_files(url) if entry.name.endswith(".tar")]
+    if not names:
+        raise ValueError(f"{url} holds no file that ends in .tar.")
+    scans: dict[str, Scan] = {}
+    with Progress("index", len(names), quiet=quiet) as progress:
+        work = partial(scan_shard, url=url, decode_all=False)
+        for scan in engines.process_pool(work, names, workers):
+            if scan.damage:
+                raise ValueError(scan.damage)
+            scans[scan.name] = scan
+            progress.update(1, scan.bytes)
+    return {name: scans[name] for name in names}
+
+
+def _index_row(sample: Sample) -> tuple[int, ...]:
+    """Row of `manifest.ROW`, still without a label."""
+    return sample.offset, sample.size, sample.crc32, -1, sample.width, sample.height, 0

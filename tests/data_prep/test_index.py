@@ -1,0 +1,120 @@
+"""Tars that others made: described or refused."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from data_prep import tar
+from data_prep.index import index_tars
+from data_prep.verify import verify_set
+from mocov3_ds.data import manifest, storage
+from tests.data_prep import forms
+from tests.data_prep.making import find_problems
+
+
+def others(folder, form=tarfile.PAX_FORMAT):
+    """Two tars as webdataset's own tools may write them."""
+    long = "deep/" * 30 + "long" * 30
+    first = {"a.jpg": forms.picture(1), "a.cls": b"4", "a.txt": b"a caption", "b.cls": b"2"}
+    first |= {
+        "b.png": forms.picture(2, form="PNG"),
+        f"{long}.jpg": forms.picture(3),
+        f"{long}.cls": b"0",
+    }
+    second = {
+        "c.json": b'{"label": 1, "w": 3}',
+        "c.jpeg": forms.picture(4),
+        "d.webp": b"broken",
+        "d.cls": b"1",
+    }
+    forms.write_tar(folder / "0.tar", first, form)
+    forms.write_tar(folder / "1.tar", second, form)
+    return [first["a.jpg"], first["b.png"], first[f"{long}.jpg"], second["c.jpeg"]]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_tars_of_others_are_described(tmp_path, form):
+    images = others(tmp_path, form)
+    made = index_tars(str(tmp_path), workers=2, quiet=True)
+    assert made.digest == manifest.load(str(tmp_path)).digest
+    assert [entry.samples for entry in made.shards] == [3, 1]
+    assert made.index_N["label"].tolist() == [4, 2, 0, 1] and made.has_labels
+    for number, row in enumerate(made.index_N):
+        url = made.shard_url(0 if number < 3 else 1)
+        start, end = int(row["offset"]), int(row["offset"] + row["size"])
+        assert storage.read(url, start, end) == images[number]
+    (reject,) = map(json.loads, (tmp_path / "rejects.jsonl").read_text().splitlines())
+    assert reject == {"name": "1.tar/d", "reason": "not an image"}
+    assert not find_problems(tmp_path), "what the index leaves out on purpose is no problem"
+    with pytest.raises(ValueError, match=r"has a manifest.json already; .* --replace"):
+        index_tars(str(tmp_path), workers=1, quiet=True)
+    assert index_tars(str(tmp_path), workers=1, quiet=True, replace=True).digest == made.digest
+
+
+def test_a_described_set_opens_like_one_of_ours(made):
+    ours = manifest.load(str(made))
+    again = index_tars(str(made), workers=1, replace=True, classes=ours.classes, quiet=True)
+    assert again.digest == ours.digest and again.classes == ours.classes
+
+
+def test_damaged_and_hostile_tars_are_refused(tmp_path):
+    others(tmp_path)
+    whole = (tmp_path / "0.tar").read_bytes()
+
+    def refused(data, match):
+        (tmp_path / "0.tar").write_bytes(data)
+        with pytest.raises(ValueError, match=match):
+            index_tars(str(tmp_path), workers=1, quiet=True)
+        assert not (tmp_path / "manifest.json").exists()
+
+    first_end = 512 + len(forms.picture(1)) + -len(forms.picture(1)) % 512
+    refused(whole[:first_end], r"0.tar is cut short at byte \d+")
+    flipped = bytearray(whole)
+    flipped[first_end + 3] ^= 1
+    refused(flipped, "checksum is wrong")
+    refused(forms.tar_bytes({"../a.jpg": forms.picture(1)}), "leaves the archive's own folder")
+    link = tarfile.TarInfo("a.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    refused(link.tobuf() + tar.END, "symbolic link")
+    huge = tarfile.TarInfo("a.jpg")
+    huge.size = 1 << 40
+    refused(huge.tobuf(tarfile.GNU_FORMAT) + tar.END, "runs past the end")
+    refused(b"", "cut short at byte 0")
+
+
+def test_folders_without_tars_or_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no file that ends in .tar"):
+        index_tars(str(tmp_path), workers=1, quiet=True)
+    forms.write_tar(tmp_path / "0.tar", {"a.txt": b"x"})
+    with pytest.raises(ValueError, match="hold no readable images"):
+        index_tars(str(tmp_path), workers=1, quiet=True)
+    with pytest.raises(ValueError, match=r"holds no manifest.json; make shards"):
+        verify_set(str(tmp_path), workers=1, quiet=True)
+
+
+def test_an_archive_in_pieces_reads_like_a_whole_one(tmp_path, monkeypatch):
+    """Members over the edges of the blocks that storage hands out."""
+    others(tmp_path)
+    wanted = index_tars(str(tmp_path), workers=1, quiet=True)
+
+    def small(url, start=0, end=None):
+        data = io.BytesIO(storage.read(url))
+        return iter(lambda: data.read(37), b"")
+
+    monkeypatch.setattr(storage, "read_blocks", small)
+    assert index_tars(str(tmp_path), workers=1, quiet=True, replace=True).digest == wanted.digest
+
+
+def test_a_sample_with_a_bad_label_file_is_left_out(tmp_path):
+    members = {
+        "a.jpg": forms.picture(1),
+        "a.json": b"{",
+        "b.jpg": forms.picture(2),
+        "b.json": b'{"label": 3}',
+    }
+    forms.write_tar(tmp_path / "0.tar", members)
+    made = index_tars(str(tmp_path), workers=1, quiet=True)
+    assert made.index_N["label"].tolist() == [3]
+    assert "a.json in" in (tmp_path / "rejects.jsonl").read_text()
