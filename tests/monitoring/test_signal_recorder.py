@@ -21,7 +21,6 @@ from mocov3_ds.recipes import RECIPES, parse
 from mocov3_ds.stability.series import read_series
 from mocov3_ds.stability.verdict import judge
 from mocov3_ds.training import build
-from mocov3_ds.training.tensor_rules import tensor_rules
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL, outcomes, rows_of
@@ -206,18 +205,6 @@ def test_a_run_is_read_as_a_series(runs: Path) -> None:
     assert bare.groups == () and judge(bare).lead is None
     with pytest.raises(ValueError, match="is no run folder"):
         read_series(runs)
-
-
-def test_rates_of_groups() -> None:
-    flags = ["--model.patch_lr", "0.2", "--model.group_lr", "patch_embed=10"]
-    rule = tensor_rules(parse([*flags, "--model.group_lr", "block_3=0.5"]).config)
-    for name, rate in (
-        ("base.backbone.patch_embed.proj.weight", 2.0),
-        ("base.backbone.blocks.3.mlp.fc1.weight", 0.5),
-        ("base.backbone.blocks.0.mlp.fc1.weight", 1.0),
-        ("base.predictor.0.weight", 1.0),
-    ):
-        assert rule(name, (3, 3)).lr_multiplier == pytest.approx(rate)
 
 
 BAD: list[tuple[list[str], str]] = [

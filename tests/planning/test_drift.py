@@ -1,7 +1,5 @@
 """The line of a run's log that compares its memory with the plan."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,12 +7,6 @@ from mocov3_ds.planning.drift import SETTLED, Drift
 from mocov3_ds.planning.hardware import GIB
 from mocov3_ds.planning.memory import Memory, MemoryItem
 from mocov3_ds.planning.pace import Pace
-from mocov3_ds.recipes import parse
-from mocov3_ds.training.build import build_run
-from mocov3_ds.training.planned import run_pace, run_setup
-from tests.data.sets import make_set
-from tests.ranks_pool import run_ranks
-from tests.test_train import SMALL
 
 
 def test_the_line() -> None:
@@ -56,23 +48,3 @@ def test_said_once_the_run_has_settled_and_at_its_end() -> None:
         if drift.is_due(last=step == SETTLED + 10):
             due.append(step)
     assert due == [SETTLED, SETTLED + 10]
-
-
-def pace_of_a_run(folder: Path) -> tuple[Pace | None, Pace | None, Pace | None]:
-    """On the CPU, as if on a card of the presets, as if on another."""
-    make_set(str(folder / "train"), [50])
-    flags = [*SMALL, "--data.shards", str(folder / "train"), "--knn.probes", "0"]
-    run = build_run(parse([*flags, "--runs", str(folder / "runs")]), torch.device("cpu"))
-    setup, on_cpu = run_setup(run), run_pace(run, run_setup(run))
-    run.device, paces = torch.device("cuda"), []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA Something"):
-            patch.setattr("torch.cuda.get_device_name", lambda _device, name=name: name)
-            paces.append(run_pace(run, setup))
-    return on_cpu, paces[0], paces[1]
-
-
-def test_a_run_knows_its_pace_on_a_card_of_the_presets(tmp_path: Path) -> None:
-    [(cpu, known, unknown)] = run_ranks(1, pace_of_a_run, tmp_path)
-    assert cpu is None and unknown is None
-    assert known is not None and known.batch == 16 and 0 < known.step_s < 1

@@ -1,8 +1,6 @@
 """Compiled blocks: the same step up to rounding at stages 0 to 2, in chunks of unequal size."""
 
 import shutil
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +16,6 @@ from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape, compile_blocks
 from mocov3_ds.monitoring.attention import attention_extremes
 from mocov3_ds.optim import AdamW
-from mocov3_ds.recipes import parse
-from mocov3_ds.training.build import build_run
 from mocov3_ds.training.step import QueriesToLoss, train_step
 from tests.ranks_pool import run_ranks
 
@@ -82,18 +78,3 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler: install g"):
         compile_blocks(BaseEncoder(SHAPE).backbone)
-
-
-def refused(runs: Path) -> str:
-    run = parse(
-        ["--compile_blocks", "--ds", "zero_optimization.stage=3", "--runs", str(runs)],
-    )
-    with pytest.raises(ValueError) as error:
-        build_run(run, torch.device("cpu"))
-    return str(error.value)
-
-
-def test_stage_3_is_refused(tmp_path: Path) -> None:
-    [sentence] = run_ranks(1, partial(refused, tmp_path))
-    assert sentence.startswith("--compile_blocks does not go with ZeRO stage 3")
-    assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ from mocov3_ds.config import TroubleConfig
 from mocov3_ds.training.step_limits import StepLimits, rewound_limits
 
 
-def test_a_spike_is_measured_resumedst_the_trailing_median() -> None:
+def test_a_spike_is_measured_against_the_trailing_median() -> None:
     config = TroubleConfig(loss_spike=2.0, gradient_spike=3.0, window=25)
     limits = StepLimits(config, {})
     for step in range(19):

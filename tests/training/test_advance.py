@@ -1,0 +1,96 @@
+"""One step of a run: what is counted, what is drawn, what the log says of it."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mocov3_ds.recipes import parse
+from mocov3_ds.training.advance import (
+    AdvancedStep,
+    advance_run,
+    batch_views,
+    next_batch,
+    seed_drawing,
+)
+from mocov3_ds.training.build import build_run
+from mocov3_ds.training.step import StepResult
+from tests.data.sets import make_set
+from tests.ranks_pool import run_ranks
+from tests.test_train import SMALL
+
+
+def result(loss: float, bad_reason: str = "") -> StepResult:
+    nothing = torch.zeros(0)
+    return StepResult(loss, nothing, nothing, (nothing, nothing), not bad_reason, 1.0, bad_reason)
+
+
+def test_the_log_leaves_out_what_json_does_not_know() -> None:
+    batch: Any = SimpleNamespace(wait_s=0.5)
+    x = torch.zeros(0)
+    good = AdvancedStep(batch, x, x, 1e-3, 0.99, result(2.0)).measured_values()
+    assert good == {
+        "loss": 2.0,
+        "lr": 1e-3,
+        "momentum": 0.99,
+        "applied": True,
+        "data_wait_s": 0.5,
+    }
+    bad = AdvancedStep(batch, x, x, 1e-3, 0.99, result(math.nan, "the loss is nan"))
+    values = bad.measured_values()
+    assert "loss" not in values
+    assert (values["trouble"], values["applied"]) == ("the loss is nan", False)
+    json.dumps(values, allow_nan=False)
+
+
+def test_a_rank_names_itself_where_its_data_cannot_be_read() -> None:
+    def unreadable() -> Any:
+        raise OSError("the store is away")
+        yield
+
+    run: Any = SimpleNamespace(loader=unreadable(), step=6)
+    with pytest.raises(SystemExit, match="rank 0, step 7: the store is away"):
+        next_batch(run)
+
+
+def test_each_step_draws_from_a_seed_of_its_own() -> None:
+    draws = []
+    for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        run: Any = SimpleNamespace(config=SimpleNamespace(seed=seed), step=step)
+        seed_drawing(run)
+        draws.append(float(torch.rand(())))
+    assert draws[0] == draws[3]
+    assert len({*draws}) == 3
+
+
+def steps_of_a_run(folder: Path) -> dict[str, Any]:
+    make_set(str(folder / "train"), [20, 7, 23])
+    flags = [*SMALL, "--data.shards", str(folder / "train"), "--knn.probes", "0"]
+    flags += ["--runs", str(folder / "runs"), "--warmup_epochs", "0"]
+    run = build_run(parse(flags), torch.device("cpu"))
+    first = advance_run(run)
+    out: dict[str, Any] = {"first": (first.result.applied, run.step, run.position)}
+    views = batch_views(run, first.batch)
+    out["views"] = all(map(torch.equal, views, (first.x1_BCHW, first.x2_BCHW)))
+    keys = run.momentum_encoder.make_keys(first.x1_BCHW)
+    out["same view"] = torch.equal(keys.features_BD, first.result.momentum_features_BD)
+    before = {n: t.clone() for n, t in run.base.named_parameters()}
+    dropped = advance_run(run, dropped=True)
+    out["dropped"] = (dropped.result.applied, run.step, run.position)
+    out["reason"] = dropped.result.bad_reason
+    out["unmoved"] = all(torch.equal(before[n], t) for n, t in run.base.named_parameters())
+    run.close()
+    return out
+
+
+def test_steps_are_counted_unless_they_were_dropped(tmp_path: Path) -> None:
+    [out] = run_ranks(1, steps_of_a_run, tmp_path)
+    assert out["first"] == (True, 1, 1)
+    assert out["views"] and out["same view"]
+    assert out["dropped"] == (False, 1, 1)
+    assert out["reason"].startswith("the gradient's norm")
+    assert out["unmoved"]

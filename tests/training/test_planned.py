@@ -1,0 +1,40 @@
+"""A run beside its plan; what the planner does not know is said and ends no run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mocov3_ds.planning.drift import Drift
+from mocov3_ds.planning.pace import Pace
+from mocov3_ds.recipes import parse
+from mocov3_ds.training.build import build_run
+from mocov3_ds.training.planned import drift_line, run_pace, run_setup
+from tests.data.sets import make_set
+from tests.ranks_pool import run_ranks
+from tests.test_train import SMALL
+
+
+def compare_with_plan(folder: Path) -> tuple[list[Pace | None], list[str]]:
+    """Pace on the CPU, as if on a card of the presets, as if on another; lines of the log."""
+    make_set(str(folder / "train"), [50])
+    flags = [*SMALL, "--data.shards", str(folder / "train"), "--knn.probes", "0"]
+    run = build_run(parse([*flags, "--runs", str(folder / "runs")]), torch.device("cpu"))
+    drift, setup = Drift(torch.device("cpu")), run_setup(run)
+    lines, paces = [drift_line(drift, run)], [run_pace(run, setup)]
+    run.device = torch.device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA Something"):
+            patch.setattr("torch.cuda.get_device_name", lambda _device, name=name: name)
+            paces.append(run_pace(run, setup))
+    run.device, run.dtype = torch.device("cpu"), torch.float64
+    lines.append(drift_line(drift, run))
+    return paces, lines
+
+
+def test_a_run_beside_its_plan(tmp_path: Path) -> None:
+    [((cpu, known, unknown), (compared, unplanned))] = run_ranks(1, compare_with_plan, tmp_path)
+    assert cpu is None and unknown is None
+    assert known is not None and known.batch == 16 and 0 < known.step_s < 1
+    assert compared.startswith("plan: memory 0.00 GiB planned")
+    assert unplanned == ("plan: this run cannot be compared with one (KeyError: torch.float64)")

@@ -1,0 +1,93 @@
+"""Shards that cannot be trained on, the views of the settings, network inputs from crops."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mocov3_ds.config import Config, DataConfig, KnnConfig, ViewConfig
+from mocov3_ds.data.loader import Batch
+from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.views.draw import draw_views
+from mocov3_ds.data.views.photometric import make_views, normalise_crops
+from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
+from mocov3_ds.training import run_data
+from mocov3_ds.training.run_data import network_views, open_shards, view_spec
+from tests.data.sets import make_set
+
+
+def config_of(folder: Path, *, probes: bool = False, **changes: object) -> Config:
+    data = DataConfig(
+        shards=str(folder / "train"), probe_shards=str(folder / "probes") if probes else ""
+    )
+    return replace(Config(recipe="tiny", batch=16, data=data), **changes)
+
+
+def test_shards_of_the_settings(tmp_path: Path) -> None:
+    make_set(str(tmp_path / "train"), [20, 7])
+    make_set(str(tmp_path / "probes"), [9])
+    train, probes = open_shards(config_of(tmp_path))
+    assert (train.samples, probes) == (27, None)
+    train, probes = open_shards(config_of(tmp_path, probes=True))
+    assert probes is not None and probes.samples == 9
+    data = DataConfig(shards=str(tmp_path / "train"), limit=18)
+    train, _ = open_shards(config_of(tmp_path, data=data))
+    assert train.samples == 18
+    with pytest.raises(ValueError, match="fewer than one global batch of 28; lower --batch"):
+        open_shards(config_of(tmp_path, batch=28))
+    with pytest.raises(ValueError, match=r"recipe vit_b16 needs images: --data\.shards FOLDER"):
+        open_shards(Config(recipe="vit_b16"))
+
+
+def test_the_monitor_needs_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_set(str(tmp_path / "train"), [20])
+    make_set(str(tmp_path / "probes"), [9])
+    monkeypatch.setattr(Manifest, "has_labels", property(lambda self: "probes" not in self.url))
+    with pytest.raises(ValueError, match=r"probes holds samples without labels.*--knn.probes 0"):
+        open_shards(config_of(tmp_path, probes=True))
+    _, probes = open_shards(config_of(tmp_path, probes=True, knn=KnnConfig(probes=0)))
+    assert probes is not None
+
+
+def test_views_of_the_settings() -> None:
+    views = ViewConfig(crop_min=0.3, crop_max=0.9, blur_p=(0.5, 0.1), solarise_p=(0.0, 0.4))
+    assert view_spec(Config(views=views)) == ViewSpec(
+        crop_min=0.3, crop_max=0.9, blur_p=(0.5, 0.1), solarise_p=(0.0, 0.4)
+    )
+    with pytest.raises(ValueError, match=r"crops from 1\.5 to 1\.0 of the image area"):
+        view_spec(Config(views=ViewConfig(crop_min=1.5)))
+
+
+def drawn_batch(spec: ViewSpec) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randint(0, 256, (2, 5, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    params = torch.empty(2, 5, PARAMETERS)
+    for row in range(5):
+        *_, drawn = draw_views(spec, 0, 0, row, 8, 8)
+        params[:, row] = torch.as_tensor(drawn)
+    empty = torch.zeros(5, dtype=torch.long)
+    return Batch(crops, params, empty, empty, 0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_network_views_are_the_two_views_in_order(dtype: torch.dtype) -> None:
+    spec, device = ViewSpec(), torch.device("cpu")
+    batch = drawn_batch(spec)
+    coloured = network_views(batch, spec, device, dtype, coloured=True)
+    made = network_views(batch, spec, device, dtype, coloured=False)
+    for view, (plain, full) in enumerate(zip(coloured, made, strict=True)):
+        crops_BCHW, params_BP = batch.crops_VBCHW[view], batch.params_VBP[view]
+        assert torch.equal(plain, normalise_crops(crops_BCHW, spec.mean, spec.std, dtype))
+        assert torch.equal(full, make_views(crops_BCHW, params_BP, spec.mean, spec.std, dtype))
+        assert plain.dtype == full.dtype == dtype
+        assert not torch.equal(plain, full)
+
+
+def test_no_monitor_without_probes(tmp_path: Path) -> None:
+    train = make_set(str(tmp_path / "train"), [20])
+    cpu = torch.device("cpu")
+    for probes, knn in ((None, KnnConfig()), (train, KnnConfig(probes=0))):
+        config = config_of(tmp_path, knn=knn)
+        monitor = run_data.build_knn_monitor(config, ViewSpec(), train, probes, cpu, torch.float32)
+        assert monitor is None

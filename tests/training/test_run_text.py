@@ -1,0 +1,55 @@
+"""What a run says at its start and its end."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mocov3_ds.config import Config
+from mocov3_ds.model.chunking import Chunks
+from mocov3_ds.training.run_text import describe_chunks, describe_end, describe_start
+
+
+def stopped_run(step: int) -> Any:
+    return SimpleNamespace(
+        config=Config(recipe="tiny", batch=32, runs=Path("runs")),
+        loader=SimpleNamespace(
+            order=SimpleNamespace(samples=50, batches_per_epoch=1, remainder=18),
+        ),
+        base=nn.Linear(1000, 1500, bias=False),
+        optimizer=torch.optim.SGD([torch.zeros(1)]),
+        engine=SimpleNamespace(zero_optimization_stage=lambda: 2),
+        model=SimpleNamespace(chunks=Chunks(size=8, keep=1)),
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        peak_rate=0.00123,
+        step=step,
+        total_steps=12,
+    )
+
+
+def test_the_start_in_one_paragraph() -> None:
+    text = describe_start(stopped_run(3))
+    for fact in (
+        "run runs/tiny: ViT 768 x 12 blocks (1.5 M weights with heads), 50 samples",
+        "global batch 32 on 1 rank, 1 steps an epoch (18 samples left over each time)",
+        "SGD at peak lr 0.00123, ZeRO-2, bfloat16 on cpu, chunks of 8 images (1 kept)",
+        "steps 3 to 12",
+    ):
+        assert fact in text
+    assert "\n" not in text
+
+
+def test_chunks() -> None:
+    assert describe_chunks(Chunks()) == "each view in one pass"
+
+
+def test_the_end_says_what_can_be_done() -> None:
+    stopped, finished = (describe_end(stopped_run(step)).splitlines() for step in (5, 12))
+    assert stopped[0] == "stopped at step 5 of 12; checkpoint in runs/tiny/checkpoints"
+    assert stopped[1] == "resume:   the same command again"
+    assert finished[0] == "finished; checkpoint in runs/tiny/checkpoints"
+    assert finished[1].endswith("again (with more --epochs: a new --name)")
+    assert [line.split(":")[0] for line in finished[1:]] == ["resume", "k-NN", "export", "curves"]
