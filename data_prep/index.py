@@ -1,8 +1,7 @@
 """How do tars that others made get a manifest, so that they can be streamed and verified?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -47,32 +46,21 @@ def index_tars(
         name: [sample for sample in scan.samples if not sample.reason]
         for name, scan in scans.items()
     }
+    samples = [sample for samples in readable.values() for sample in samples]
+    if not samples:
+        raise ValueError(f"the tars in {url} hold no readable images.")
+    index_N = np.array([_index_row(sample) for sample in samples], dtype=manifest.ROW)
+    names = [f"sample {number}" for number in range(len(samples))]
+    index_N["label"], class_names = labels.number_labels(
+        [sample.label for sample in samples], classes, url, names
+    )
+    rejected = _write_rejects(url, scans)
     shards = [
         Shard(name, scans[name].bytes, len(samples), scans[name].sha256)
         for name, samples in readable.items()
         if samples
     ]
-    if not shards:
-        raise ValueError(f"the tars in {url} hold no readable images.")
-    samples = [sample for samples in readable.values() for sample in samples]
-    names = [f"sample {number}" for number in range(len(samples))]
-    numbers, class_names = labels.number_labels(
-        [sample.label for sample in samples], classes, url, names
-    )
-    index_N = np.array([_index_row(sample) for sample in samples], dtype=manifest.ROW)
-    index_N["label"] = numbers
-    rejects = [
-        Reject(f"{name}/{sample.key}", sample.reason)
-        for name, scan in scans.items()
-        for sample in scan.samples
-        if sample.reason
-    ]
-    write_rejects(rejects, url)
-    provenance: dict[str, Any] = {
-        "program": f"mocov3-ds {__version__}",
-        "rejected": len(rejects),
-        "source": "index",
-    }
+    provenance = {"program": f"mocov3-ds {__version__}", "rejected": rejected, "source": "index"}
     return manifest.write(url, shards, index_N, classes=class_names, provenance=provenance)
 
 
@@ -95,3 +83,15 @@ def _scan_tars(url: str, workers: int, quiet: bool) -> dict[str, Scan]:
 def _index_row(sample: Sample) -> tuple[int, ...]:
     """Row of `manifest.ROW`, still without a label."""
     return sample.offset, sample.size, sample.crc32, -1, sample.width, sample.height, 0
+
+
+def _write_rejects(url: str, scans: Mapping[str, Scan]) -> int:
+    """List the unreadable images of all tars in a file, if there are any; returns how many."""
+    rejects = [
+        Reject(f"{name}/{sample.key}", sample.reason)
+        for name, scan in scans.items()
+        for sample in scan.samples
+        if sample.reason
+    ]
+    write_rejects(rejects, url)
+    return len(rejects)

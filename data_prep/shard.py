@@ -126,8 +126,7 @@ def make_shards(
         quiet: Show no progress on standard error.
 
     Raises:
-        ValueError: Bad options, another set in the folder, a source that changed, or no image that
-            can be read.
+        ValueError: Bad options, another set in the folder, a changed source, no readable image.
         OSError: A file cannot be read or written.
     """
     check_options(options)
@@ -255,8 +254,9 @@ def _prepare_image(item: Item, image_bytes: bytes, options: ShardOptions) -> _Im
     """Check an image, and shrink it if that is asked for."""
     height, width = images.checked_size(image_bytes, options.check)
     if options.resize:
-        always = options.reencode
-        smaller = images.shrink_image(image_bytes, options.resize, options.quality, always=always)
+        smaller = images.shrink_image(
+            image_bytes, options.resize, options.quality, always=options.reencode
+        )
         if smaller is not None:
             return _Image(smaller, "jpg", *images.checked_size(smaller, "header"))
     return _Image(image_bytes, item.suffix, height, width)

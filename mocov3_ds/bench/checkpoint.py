@@ -27,6 +27,7 @@ from mocov3_ds.checkpoints.saver import Saver
 from mocov3_ds.distributed import ranks
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.vit import PAPER_SHAPES
+from mocov3_ds.settings.wording import count_noun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ def print_table(
 ) -> None:
     """Print one row for each way of saving; for the first rank."""
     world = ranks.world_size()
-    print(f"{options.shape} on {world} rank{'s' * (world > 1)}, ZeRO-{options.stage}, ", end="")
+    print(f"{options.shape} on {count_noun(world, 'rank')}, ZeRO-{options.stage}, ", end="")
     print(f"{options.precision}, {device}, torch {torch.__version__}; median of {options.repeats};")
     print(f"a step of {options.batch} images takes {step_s:.2f} s; the checkpoint's ", end="")
     print(f"{size / 1e9:.2f} GB take plain `write` and `fsync` {disk_s:.1f} s here\n")

@@ -37,6 +37,7 @@ from mocov3_ds.optim.kernels import choose_kernels
 from mocov3_ds.optim.lamb import trust_ratio
 from mocov3_ds.optim.rules import vit_rule
 from mocov3_ds.optim.step_tables import build_tables
+from mocov3_ds.settings.wording import count_noun
 
 YARDSTICK = "timm Lamb"
 DECAY = 0.1
@@ -132,7 +133,7 @@ def compare_optimizers(
 def print_heading(title: str, options: OptimizerOptions, copy: float) -> None:
     """Print the lines above the table."""
     on_cpu = options.device == "cpu"
-    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+    threads = count_noun(options.threads, "thread")
     print(f"{threads if on_cpu else torch.cuda.get_device_name()}, ", end="")
     print(f"torch {torch.__version__}, timm {timm.__version__}; a copy moves {copy:.1f} GB/s;")
     print(f"median of {options.rounds} rounds of {options.steps} steps\n\n{title}\n")

@@ -46,6 +46,7 @@ from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.cpu_ops import linear
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, as_written, compile_blocks
+from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.training.step import QueriesToLoss
 
 Kind = Literal["direct", "joint", "channels_last", "compiled", "blocks", "chunks", "plain"]
@@ -175,7 +176,7 @@ def print_table(
     work = 8 * forward_flops(vit) * options.batch / world
     attention = "fused attention (SDPA)" if use_fused_attn() else "attention written out"
     unit = "CPU s" if device.type == "cpu" else "s"
-    print(f"{options.shape}, batch {options.batch} on {world} rank{'s' * (world > 1)}, ", end="")
+    print(f"{options.shape}, batch {options.batch} on {count_noun(world, 'rank')}, ", end="")
     print(f"{options.precision}, {device}, median of {options.repeats}, torch {torch.__version__};")
     print(f"{attention}; matrices at {rate / 1e9:.0f} GFLOP/s\n")
     print(f"| variant | {unit} a step | images/s | speed | memory of a step, GiB ", end="")

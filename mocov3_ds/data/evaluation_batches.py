@@ -57,8 +57,8 @@ def evaluation_batches(
         OSError: The store cannot be read.
     """
     batches = spread_ids(manifest.samples, limit, rank, world_size, batch)
-    bad_samples = BadSamples(manifest, budget=bad_sample_budget, rank=rank)
-    make_crop = partial(_make_crop, bad_samples, image_size, resize)
+    bad = BadSamples(manifest, budget=bad_sample_budget, rank=rank)
+    make_crop = partial(_make_crop, bad, image_size, resize)
     stop = threading.Event()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(max(threads, 1)) as decoders:
         run = decoders.map if threads else map

@@ -3,6 +3,7 @@
 from mocov3_ds.data.views import decode
 from mocov3_ds.distributed import ranks
 from mocov3_ds.model.chunking import Chunks
+from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.training.run import Run
 
 
@@ -13,7 +14,7 @@ def describe_start(run: Run) -> str:
     return (
         f"run {config.folder}: ViT {config.model.dim} x {config.model.depth} blocks "
         f"({weights / 1e6:.1f} M weights with heads), {order.samples} samples, "
-        f"global batch {config.batch} on {world_size} rank{'s' * (world_size > 1)}, "
+        f"global batch {config.batch} on {count_noun(world_size, 'rank')}, "
         f"{order.batches_per_epoch} steps an epoch "
         f"({order.remainder} samples left over each time), "
         f"{type(run.optimizer).__name__} at peak lr {run.peak_rate:.3g}, "
