@@ -142,7 +142,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read `state.json` of a checkpoint folder and compare it with its own digest.
 
     Args:
-        folder: The checkpoint's folder.
+        folder: Folder of one checkpoint, complete or in the making.
 
     Raises:
         ValueError: The file is damaged or of a later version (`CheckpointRefusedError`).
@@ -201,7 +201,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     """Return the path that a checkpoint of a step has once it is complete.
 
     Args:
-        run: The run folder.
+        run: Run folder, which need not exist.
         step: Number of optimizer steps done.
     """
     return run / "checkpoints" / f"step-{step:08d}"
@@ -223,7 +223,7 @@ def find_newest(run: Path, before: float = math.inf) -> Checkpoint | None:
     one before it is tried. The run may train and remove old checkpoints in the meantime.
 
     Args:
-        run: The run folder.
+        run: Run folder, whether it trains or not.
         before: Only checkpoints of earlier steps than this one are considered.
 
     Returns:

@@ -101,7 +101,7 @@ def write_checkpoint(
     """Write the files of a checkpoint; this process does it alone, on whatever thread.
 
     Args:
-        run: The run folder.
+        run: Folder of the run, the parent of `checkpoints`.
         step: Number of optimizer steps done.
         files: What `gather_tensor_files` yields on the first rank.
         state: JSON values to store beside the tensors.
@@ -151,7 +151,7 @@ def install_checkpoint(temporary: Path, run: Path, step: int) -> Path:
 
     Args:
         temporary: The folder with all files of the checkpoint, each synced to the disk.
-        run: The run folder.
+        run: Folder of the run, the parent of `checkpoints`.
         step: Number of optimizer steps done.
 
     Returns:
@@ -205,7 +205,7 @@ def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint; if the process is killed halfway, no checkpoint of that name is left.
 
     Args:
-        folder: The checkpoint's folder.
+        folder: Folder of the checkpoint, `step-NNNNNNNN`.
 
     Raises:
         OSError: The folder cannot be removed.
@@ -220,7 +220,7 @@ def remove_checkpoints_after(run: Path, step: int) -> None:
     """Remove the checkpoints of later steps when a run returns to an earlier one.
 
     Args:
-        run: The run folder.
+        run: Folder of the run, the parent of `checkpoints`.
         step: The step that the run returns to; its checkpoint stays.
 
     Raises:
@@ -237,7 +237,7 @@ def remove_leftovers(run: Path) -> None:
     """Remove what a killed run left in `checkpoints`; only the holder of the run's lock may call.
 
     Args:
-        run: The run folder.
+        run: Folder of the run, the parent of `checkpoints`.
 
     Raises:
         OSError: The folder cannot be changed.

@@ -107,7 +107,7 @@ def copy_checkpoint(url: str, run: Path, folder: Path, *, keep: int, keep_every:
     """Copy a checkpoint to a mirror, name it in the index, then remove old ones.
 
     Args:
-        url: The mirror.
+        url: URL of the mirror, or a folder.
         run: The run folder, whose metrics and settings are copied as well.
         folder: The complete checkpoint's folder.
         keep: Number of newest checkpoints that stay in the mirror.
@@ -127,8 +127,8 @@ def copy_checkpoint(url: str, run: Path, folder: Path, *, keep: int, keep_every:
             _copy_file(path, _join(url, path.name))
     complete |= {folder.name}
     steps = [step_in_name(Path(name)) for name in complete]
-    kept = steps_to_keep(steps, step_in_name(folder), keep, keep_every)
-    kept_names = {f"step-{step:08d}" for step in kept}
+    staying = steps_to_keep(steps, step_in_name(folder), keep, keep_every)
+    kept_names = {f"step-{step:08d}" for step in staying}
     removed_names = (complete | partial) - kept_names
     _write_index(url, kept_names, removed_names)
     for name in removed_names:
@@ -179,7 +179,7 @@ def check_mirror(url: str, resolved: Mapping[str, Any], data_digest: str) -> Non
     """Refuse the mirror of another run; a mirror that does not exist yet is fine.
 
     Args:
-        url: The mirror.
+        url: URL of the mirror, or a folder.
         resolved: The resolved settings, as `config.Settings.as_json` gives them.
         data_digest: Digest of the training shards' manifest.
 
@@ -196,7 +196,7 @@ def fetch_newer_checkpoint(url: str, run: Path) -> Path | None:
     """Copy the newest undamaged checkpoint of a mirror to the run folder, if it is newer.
 
     Args:
-        url: The mirror.
+        url: URL of the mirror, or a folder.
         run: The run folder, locked by this process.
 
     Returns:

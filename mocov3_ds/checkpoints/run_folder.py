@@ -37,7 +37,7 @@ def enter_folder(
     """Begin work on a run: check whose folder it is, lock it, write `config.json` if it is new.
 
     Args:
-        run: The run folder.
+        run: Folder of the run, which need not exist.
         resolved: The resolved settings, as `config.Settings.as_json` gives them.
         data_digest: Digest of the training shards' manifest.
         wait_s: Seconds to wait for a process that works on the run and may be about to end.
@@ -92,7 +92,7 @@ def unlock_folder(run: Path) -> None:
     """Let other processes work on a run; does nothing where this process holds no lock.
 
     Args:
-        run: The run folder.
+        run: Folder of the run, which need not exist.
     """
     descriptor = _descriptors.pop(run.resolve(), None)
     if descriptor is not None:
@@ -192,7 +192,7 @@ def claim_folder(run: Path, resolved: Mapping[str, Any], data_digest: str) -> No
     """Write `config.json` of a new run, or check that the folder belongs to the same run.
 
     Args:
-        run: The run folder.
+        run: Folder of the run, which need not exist.
         resolved: The resolved settings, as `config.Settings.as_json` gives them.
         data_digest: Digest of the training shards' manifest.
 

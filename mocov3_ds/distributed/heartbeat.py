@@ -369,8 +369,8 @@ def is_peer_failure(error: BaseException) -> bool:
     Args:
         error: What the main thread of this rank met.
     """
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return ranks.world_size() > 1 and (
         isinstance(error, DistError)
-        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+        or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
     )

@@ -24,7 +24,7 @@ def connect_ranks(me: Member) -> dict[socket.socket, Member]:
     """Connect this rank with rank 0, or rank 0 with all others; all ranks must call.
 
     Args:
-        me: This rank.
+        me: Identity of this rank, sent as a greeting.
 
     Returns:
         Connection -> rank at its other end: all others on rank 0, rank 0 on the others.

@@ -58,7 +58,7 @@ class StageTimer:
 
         Args:
             step: The step that the new stage belongs to, from 1.
-            stage: The new stage.
+            stage: The stage that begins now.
             clock: Seconds on the rank's clock now.
         """
         spent = self.seconds(clock)

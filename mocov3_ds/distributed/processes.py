@@ -30,9 +30,9 @@ def find_launchers(process: psutil.Process | None = None) -> list[tuple[str, psu
     launchers = []
     with contextlib.suppress(psutil.Error):
         for parent in (process or psutil.Process()).parents():
-            words = parent.cmdline()[:4]
+            command = parent.cmdline()[:4]
             name = next(
-                (w for w in words if Path(w).name in _LAUNCHERS or w in _LAUNCHER_MODULES), None
+                (w for w in command if Path(w).name in _LAUNCHERS or w in _LAUNCHER_MODULES), None
             )
             if name is None:
                 break
@@ -60,7 +60,7 @@ def locate_thread(identifier: int | None) -> tuple[str, bool]:
     """Find out where a thread of this process is.
 
     Args:
-        identifier: The thread's `ident`.
+        identifier: Number of the thread, its `ident`.
 
     Returns:
         The innermost line of a program that is no installed package, as "FUNCTION (FILE:LINE)", or

@@ -78,8 +78,8 @@ def _fill_launcher_variables() -> None:
     if "RANK" in present or "WORLD_SIZE" in present:
         missing = [name for name in LAUNCHER_VARIABLES if name not in present]
         raise ValueError(
-            f"the launcher set {', '.join(present)} but not {', '.join(missing)}; start the run with "
-            "deepspeed, torchrun, accelerate launch or plain python."
+            f"the launcher set {', '.join(present)} but not {', '.join(missing)}; start the run "
+            "with deepspeed, torchrun, accelerate launch or plain python."
         )
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone, MASTER_PORT=str(free_port()))

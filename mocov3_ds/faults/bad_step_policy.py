@@ -134,7 +134,7 @@ def record_path(run_folder: Path, step: int) -> Path:
     """Return the path of the record of the last time that a step was bad.
 
     Args:
-        run_folder: The run folder.
+        run_folder: Folder of the run, which need not exist.
         step: Number of the step, from 1.
     """
     return run_folder / RECORDS / f"step-{step:08d}.json"

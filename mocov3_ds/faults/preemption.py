@@ -30,8 +30,8 @@ class Preemption:
 
     def on_any_rank(self) -> bool:
         """Return the same answer on all ranks, which must call together; sends one number."""
-        asked = torch.tensor(int(self._is_asked), device=ranks.this_device())
-        return bool(ranks.all_reduce_max(asked))
+        local_answer = torch.tensor(int(self._is_asked), device=ranks.this_device())
+        return bool(ranks.all_reduce_max(local_answer))
 
     def close(self) -> None:
         """Give the signals back to the handlers that they had before."""

@@ -45,7 +45,7 @@ def replay_step(folder: Path, step: int) -> list[str]:
     """Run a step again; all ranks must call.
 
     Args:
-        folder: The run folder.
+        folder: Folder of the run to look at.
         step: Number of the step from 1, as the log counts.
 
     Returns:
@@ -97,7 +97,7 @@ def nearest_checkpoint(folder: Path, step: int) -> Path | None:
     counts is the one in the record of the bad step, or else the last.
 
     Args:
-        folder: The run folder.
+        folder: Folder of the run to look at.
         step: Number of the step from 1, as the log counts.
     """
     linked = (folder / RECORDS).glob("step-*-*[0-9]")

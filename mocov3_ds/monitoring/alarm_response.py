@@ -63,8 +63,8 @@ def check_response(config: AlarmConfig, optimizer: ShardedOptimizer) -> None:
     """Check that the optimizer can do what `--alarm.response` asks for.
 
     Args:
-        config: The settings `--alarm.*`.
-        optimizer: The run's optimizer.
+        config: Settings `--alarm.*` of the run.
+        optimizer: The optimizer that the run will use.
 
     Raises:
         ValueError: The response is `clip`, and the optimizer has no update clip or has it on

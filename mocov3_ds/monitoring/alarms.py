@@ -105,7 +105,7 @@ class Alarms:
         """Continue from an earlier history.
 
         Args:
-            state: What `state` returned.
+            state: What `state` returned before.
         """
         self._rms, self._grad = _from_json(state["rms"]), _from_json(state["grad"])
 

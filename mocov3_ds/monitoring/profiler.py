@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mocov3_ds.data.storage.atomic import write_text
 from mocov3_ds.distributed import ranks
+from mocov3_ds.settings.wording import count_noun
 
 WARM_UP = 2
 """steps before the profile: allocators, caches and compiled code settle"""
@@ -64,7 +65,7 @@ class TableRow:
     title: str
     phase: StepPhase
     """the innermost phase"""
-    within: StepPhase | None = None
+    enclosing: StepPhase | None = None
     """a phase around it; None = whatever is around it"""
 
     def counts(self, path: PhasePath) -> bool:
@@ -73,7 +74,7 @@ class TableRow:
         Args:
             path: Open phases, outermost first.
         """
-        return path[-1] is self.phase and (self.within is None or self.within in path)
+        return path[-1] is self.phase and (self.enclosing is None or self.enclosing in path)
 
 
 TABLE_ROWS = (
@@ -82,9 +83,9 @@ TABLE_ROWS = (
     TableRow(
         "reduction of the gradients, backward of batch norm over ranks",
         StepPhase.COLLECTIVE,
-        within=StepPhase.BACKWARD,
+        enclosing=StepPhase.BACKWARD,
     ),
-    TableRow("backward: chunks recomputed", StepPhase.BACKBONE, within=StepPhase.BACKWARD),
+    TableRow("backward: chunks recomputed", StepPhase.BACKBONE, enclosing=StepPhase.BACKWARD),
     TableRow("backward: loss and heads", StepPhase.BACKWARD_OF_HEADS),
     TableRow("backward: backbones", StepPhase.BACKWARD_OF_BACKBONES),
     TableRow("backward: backbones", StepPhase.BACKWARD),
@@ -96,7 +97,7 @@ TABLE_ROWS = (
     TableRow(
         "optimizer: norms and weights of the other ranks",
         StepPhase.COLLECTIVE,
-        within=StepPhase.OPTIMIZER,
+        enclosing=StepPhase.OPTIMIZER,
     ),
     TableRow("optimizer", StepPhase.OPTIMIZER),
     TableRow("batch norm, keys and loss of the other ranks", StepPhase.COLLECTIVE),
@@ -320,7 +321,7 @@ def format_table(rows_of_ranks: Sequence[Mapping[str, float]], steps: int) -> st
     total = sum(mean.values())
     lines = [
         f"Where the time goes: {total:.3f} s a step, mean of {steps} steps "
-        f"after {WARM_UP}, {count} rank{'s' * (count > 1)}, tracing included.\n",
+        f"after {WARM_UP}, {count_noun(count, 'rank')}, tracing included.\n",
         "| part | s a step | share | slowest rank, s |",
         "|---|---|---|---|",
     ]

@@ -77,7 +77,7 @@ class RunLog:
 
         Args:
             step: Number of optimizer steps done.
-            values: Numbers by name.
+            values: Numbers to log, by name.
         """
         if self.speaks:
             self._write_row({"step": step, **values})

@@ -156,7 +156,7 @@ def read_signals(run: Path) -> SignalTable:
     """Read the signals of a run, which may still be training.
 
     Args:
-        run: The run folder.
+        run: Folder of the run to read.
 
     Raises:
         ValueError: The run has no signal file (`--signals.every 0`), or it is damaged.
@@ -202,7 +202,7 @@ class SignalFile:
     """Writes the rows of one run; only the first rank opens it.
 
     Args:
-        run: The run folder.
+        run: Folder of the run to read.
         groups: Layer groups from input to output.
         steps_done: Number of optimizer steps done; the rows of later steps are dropped.
     """

@@ -1,4 +1,4 @@
-"""The connections of heartbeats: each rank knows who is at the other end, strangers are sent away."""
+"""Connections of heartbeats: who is at the other end is known, and strangers are sent away."""
 
 import contextlib
 import json

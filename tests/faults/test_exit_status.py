@@ -26,7 +26,11 @@ FAILURES = [
     (DISK_FULL, 2, "[Errno 28] No space left on device: 'runs/a'"),
     (SystemExit("rank 1: shard-7.tar is damaged"), 1, "rank 1: shard-7.tar is damaged"),
     (FloatingPointError("step 9: the loss is nan"), 3, "step 9: the loss is nan"),
-    (KeyboardInterrupt(), 130, f"interrupted; {AGAIN[0].lower()}{AGAIN[1:-1]}"),
+    (
+        KeyboardInterrupt(),
+        130,
+        "interrupted; the same command continues from the newest checkpoint",
+    ),
     (
         OUT_OF_MEMORY,
         1,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
-from mocov3_ds.bench import step as bench
+from mocov3_ds.bench.step import StepOptions, Variant, build_steps
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.vit import VitShape
@@ -93,19 +93,12 @@ def test_the_table_adds_up_over_ranks() -> None:
     ]
 
 
-def small(vit: VitShape) -> EncoderShape:
-    return EncoderShape(vit=vit, hidden=32, out=16)
-
-
 def profiled(folder: Path) -> list[str]:
     """Three profiles on each rank: of two steps, of steps that never come, and of none."""
-    bench.PAPER_SHAPES = {
-        "vit_s16": VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3)
-    }
-    bench.EncoderShape = small
-    options = bench.Options(batch=8)
-    variant = bench.Variant("chunks", Chunks(size=2))
-    step = bench.prepare(options, [variant], torch.device("cpu"))[variant]
+    vit = VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3)
+    shape, options = EncoderShape(vit=vit, hidden=32, out=16), StepOptions(batch=8)
+    variant = Variant("chunks", Chunks(size=2))
+    step = build_steps(shape, options, [variant], torch.device("cpu"))[variant]
     said: list[str] = []
     for steps, until in ((2, 5), (50, 4), (0, 3)):
         profile = Profile(folder / str(steps), steps, torch.device("cpu"), said.append)
