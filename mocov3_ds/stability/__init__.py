@@ -1,1 +1,1 @@
-"""Studies of huge-batch stability: detectors, verdicts, grids, replay, report."""
+"""How stable is training at huge batches: grids of runs, detectors, verdicts, pages, forks."""

@@ -1,38 +1,76 @@
-"""`mocov3 stability`: grids of runs, their report, and the replay of an event."""
+"""`mocov3 stability`: grids of runs, their report, and the runs without one layer group."""
 
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from mocov3_ds.stability import grid as grids
-from mocov3_ds.stability import run as runs
+from mocov3_ds.data import storage
+from mocov3_ds.stability.cell_table import format_cells, tabulate_cells, write_cell_table
+from mocov3_ds.stability.cells import (
+    default_launcher,
+    prepare_folder,
+    read_grid_json,
+    read_outcome,
+    run_cell,
+)
+from mocov3_ds.stability.executors import (
+    collect_outcomes,
+    run_here,
+    run_on_ray,
+    submit_script,
+    write_slurm_script,
+)
+from mocov3_ds.stability.grid import Grid, Scale, load_grid
 
 Name = Annotated[str, tyro.conf.Positional]
 Folder = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions:
+    """Flags of `mocov3 stability run`."""
+
+    scale: Scale = "tiny"
+    """tiny (minutes on a CPU), cifar (a GPU), imagenet (the paper's values)"""
+    seeds: int | None = None
+    """runs of each cell; empty = as the grid says"""
+    executor: Literal["here", "slurm", "ray"] = "here"
+    """this machine, a Slurm array (one task a cell), or a Ray cluster (extra [ray])"""
+    runs_folder: Annotated[Path, tyro.conf.arg(name="runs")] = Path("runs/stability")
+    """the grid's folder is made in here, as GRID-SCALE"""
+    shards: str = ""
+    """training shards of every cell; empty = drawn sample images (scale tiny)"""
+    probes: str = ""
+    """labelled held-out shards for the k-NN monitor"""
+    launcher: str = ""
+    """command line before train.py, e.g. "torchrun --nproc-per-node 8 --master-port {port}" ({port}
+    becomes a free one); empty = deepspeed on a GPU, else plain python"""
+    flags: str = ""
+    """flags of train.py for every cell, in quotes: "--data.threads 2" for example"""
+    workers: int = 1
+    """cells at a time, here or of the Slurm array (there 0 = no limit)"""
+    sbatch: str = ""
+    """options for Slurm, in quotes: "--partition gpu --time 24:00:00" for example"""
+    cpus: float = 1.0
+    """CPUs of a cell on Ray"""
+    gpus: float = 0.0
+    """GPUs of a cell on Ray"""
+    dry_run: bool = False
+    """print the command line of each cell, and do nothing"""
 
 
 def run(
     grid: Name,
     /,
     *,
-    scale: grids.Scale = "tiny",
-    seeds: int | None = None,
-    executor: Literal["here", "slurm", "ray"] = "here",
-    runs_folder: Annotated[Path, tyro.conf.arg(name="runs")] = Path("runs/stability"),
-    shards: str = "",
-    probes: str = "",
-    launcher: str = "",
-    flags: str = "",
-    workers: int = 1,
-    sbatch: str = "",
-    cpus: float = 1.0,
-    gpus: float = 0.0,
-    dry_run: bool = False,
+    options: Annotated[GridOptions, tyro.conf.arg(name="")] = GridOptions(),
 ) -> None:
     """Train every cell of a grid; the same command again goes on where it was stopped.
 
@@ -41,86 +79,84 @@ def run(
 
     Args:
         grid: a ready grid's name, or a TOML file.
-        scale: tiny (minutes on a CPU), cifar (a GPU), imagenet (the paper's values).
-        seeds: runs of each cell; empty = as the grid says.
-        executor: this machine, a Slurm array (one task a cell), or a Ray cluster (extra [ray]).
-        runs_folder: the grid's folder is made in here, as GRID-SCALE.
-        shards: training shards of every cell; empty = drawn sample images (scale tiny).
-        probes: labelled held-out shards for the k-NN monitor.
-        launcher: command line before train.py, e.g. "torchrun --nproc-per-node 8 --master-port
-            {port}" ({port} becomes a free one); empty = deepspeed on a GPU, else plain python.
-        flags: of train.py for every cell, e.g. "--data.threads 2".
-        workers: cells at a time, here or of the Slurm array (there 0 = no limit).
-        sbatch: options for Slurm, e.g. "--partition gpu --gpus-per-node 8 --time 24:00:00".
-        cpus: of a cell on Ray.
-        gpus: of a cell on Ray.
-        dry_run: print the command line of each cell, and do nothing.
+        options: scale, data and where to run.
     """
-    plan = grids.load(grid, scale, seeds)
-    extra = [*_data_flags(plan, shards, probes), *shlex.split(flags)]
-    folder = runs_folder / f"{plan.name}-{plan.scale}"
-    if dry_run:
-        print(f"{plan.title} at scale {scale}: {len(plan.cells)} cells in {folder}")
-        for cell in plan.cells:
-            print(launcher or "LAUNCHER", shlex.join(["train.py", *cell.flags(), *extra]))
+    study = load_grid(grid, options.scale, options.seeds)
+    extra = [*_data_flags(study, options), *shlex.split(options.flags)]
+    folder = options.runs_folder / f"{study.name}-{study.scale}"
+    if options.dry_run:
+        print(f"{study.title} at scale {study.scale}: {len(study.cells)} cells in {folder}")
+        for cell in study.cells:
+            command = shlex.join(["train.py", *cell.flags(), *extra])
+            print(options.launcher or "LAUNCHER", command)
         return
-    runs.prepare(folder, plan, launcher=launcher or runs.default_launcher(), extra=extra)
-    outcomes = [runs.outcome_of(folder, cell.name) for cell in plan.cells]
-    left = [
-        cell.name
-        for cell, outcome in zip(plan.cells, outcomes, strict=True)
-        if outcome is None or not outcome.ended
-    ]
-    print(f"{plan.title} ({scale}): {len(left)} of {len(plan.cells)} cells to run in {folder}")
-    if executor == "slurm" and left:
-        script = runs.slurm_script(folder, left, at_once=workers, options=sbatch)
-        print(f"{script}: an array of {len(left)} tasks; {runs.submit(script)}")
+    prepare_folder(folder, study, launcher=options.launcher or default_launcher(), extra=extra)
+    names = []
+    for cell in study.cells:
+        outcome = read_outcome(folder, cell.name)
+        if outcome is None or not outcome.ended:
+            names.append(cell.name)
+    print(
+        f"{study.title} ({study.scale}): {len(names)} of {len(study.cells)} cells to run in "
+        f"{folder}"
+    )
+    if options.executor == "slurm" and names:
+        script = write_slurm_script(folder, names, at_once=options.workers, options=options.sbatch)
+        print(f"{script}: an array of {len(names)} tasks; {submit_script(script)}")
         print(f"when they have ended: mocov3 stability report {folder}")
         return
+    _train_cells(folder, names, len(study.cells), options)
+
+
+def _train_cells(folder: Path, names: list[str], total: int, options: GridOptions) -> None:
+    """Train cells on this machine or on Ray, and print the table of all cells."""
     with _sigterm_as_interrupt():
-        found = (
-            runs.on_ray(folder, left, cpus=cpus, gpus=gpus)
-            if executor == "ray"
-            else runs.here(folder, left, workers)
-        )
-        runs.watched(found, len(plan.cells), len(plan.cells) - len(left))
-    table = runs.write_table(folder)
-    print(runs.as_text(runs.table(folder)))
+        if options.executor == "ray":
+            outcomes = run_on_ray(folder, names, cpus=options.cpus, gpus=options.gpus)
+        else:
+            outcomes = run_here(folder, names, options.workers)
+        collect_outcomes(outcomes, total, total - len(names))
+    table = write_cell_table(folder)
+    print(format_cells(tabulate_cells(folder)))
     print(f"{table}\nreport:   mocov3 stability report {folder}")
 
 
-def _data_flags(plan: grids.Grid, shards: str, probes: str) -> list[str]:
+def _data_flags(grid: Grid, options: GridOptions) -> list[str]:
     """Where the data is, the same from every folder.
 
     Raises:
         ValueError: a cell needs data and none is given.
     """
-    recipes = {cell.settings.get("recipe", "tiny") for cell in plan.cells}
-    if not shards and recipes != {"tiny"}:
+    recipes = {cell.settings.get("recipe", "tiny") for cell in grid.cells}
+    if not options.shards and recipes != {"tiny"}:
         raise ValueError(
-            f"grid {plan.name} at scale {plan.scale} needs images: --shards FOLDER (and --probes "
+            f"grid {grid.name} at scale {grid.scale} needs images: --shards FOLDER (and --probes "
             "FOLDER for k-NN curves); make the folders with python -m data_prep shard."
         )
-    found = []
-    for name, url in (("shards", shards), ("probe_shards", probes)):
+    flags = []
+    for name, url in (("shards", options.shards), ("probe_shards", options.probes)):
         if url:
-            found += [f"--data.{name}", url if "://" in url else str(Path(url).absolute())]
-    return found
+            is_local = storage.is_local(url)
+            flags += [
+                f"--data.{name}",
+                str(storage.local_path(url).absolute()) if is_local else url,
+            ]
+    return flags
 
 
 def cell(folder: Folder, name: Name, /) -> None:
     """Train one cell of a grid's folder, as a Slurm task does.
 
     Args:
-        folder: of the grid.
-        name: of the cell.
+        folder: folder of the grid.
+        name: name of the cell.
     """
-    known = runs.open_grid(folder)["cells"]
-    if name not in known:
-        raise ValueError(f"{folder} has no cell {name!r}; there are {', '.join(known)}.")
+    names = read_grid_json(folder)["cells"]
+    if name not in names:
+        raise ValueError(f"{folder} has no cell {name!r}; there are {', '.join(names)}.")
     with _sigterm_as_interrupt():
-        outcome = runs.run_cell(folder, name)
-    print(f"{outcome.status}: {name}{': ' * bool(outcome.words)}{outcome.words}")
+        outcome = run_cell(folder, name)
+    print(f"{outcome.status}: {name}{': ' * bool(outcome.message)}{outcome.message}")
 
 
 def report(source: Folder, /, *, out: Path | None = None, command: str = "") -> None:
@@ -129,11 +165,11 @@ def report(source: Folder, /, *, out: Path | None = None, command: str = "") -> 
     Args:
         source: folder of a grid, or a run folder; runs may still be going on.
         out: folder of the page, the pictures and the tables; empty = SOURCE/report.
-        command: that made the runs, to be printed on the page.
+        command: command that made the runs, to be printed on the page.
     """
-    from mocov3_ds.stability.study_page import report as make_report  # matplotlib takes a while
+    from mocov3_ds.stability.study_page import write_study  # matplotlib takes a while
 
-    page = make_report(source, out or source / "report", command=command)
+    page = write_study(source, out or source / "report", command=command)
     print(f"{page}: open it in a browser; runs.csv, arms.csv, events.csv and PNGs lie beside it")
 
 
@@ -154,46 +190,46 @@ def replay(
     (--save.keep_every 50); without one, the run is repeated up to there first.
 
     Args:
-        run: run folder.
+        run: run folder with the event.
         event: largest, or a step: the event nearest to it.
         factor: rate of the chosen group relative to the run's; 0 = frozen.
-        groups: to try, e.g. patch_embed block_0; empty = all that are trained.
+        groups: groups to try, e.g. patch_embed block_0; empty = all that are trained.
         launcher: command line before train.py, as the run was started; empty = as for `run`.
         workers: forks at a time.
         out: folder of forks, table and picture; empty = RUN-replay-step-STEP-rate-FACTOR beside
             the run.
     """
-    from mocov3_ds.stability import counterfactual as replays
+    from mocov3_ds.stability import counterfactual  # matplotlib takes a while
 
     if not 0 <= factor < 1:
         raise ValueError(f"--factor {factor} must be from 0 (frozen) to below 1.")
+    options = counterfactual.CounterfactualOptions(
+        factor=factor, groups=groups, launcher=launcher, workers=workers
+    )
     with _sigterm_as_interrupt():
-        answer = replays.replay(
+        answer = counterfactual.repeat_without_groups(
             run,
-            event,
+            counterfactual.choose_event(run, event),
             out,
-            factor=factor,
-            groups=groups,
-            launcher=launcher,
-            watch=lambda outcomes, total: runs.watched(outcomes, total, 0),
-            workers=workers,
+            options,
+            show=lambda outcomes, total: collect_outcomes(outcomes, total, 0),
         )
-    print(replays.as_text(answer))
+    print(counterfactual.format_answer(answer))
     print(f"{answer.out / 'replay.png'}\n{answer.out / 'replay.csv'}")
 
 
-class _sigterm_as_interrupt:  # noqa: N801 - reads as a statement
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
     """Inside, SIGTERM ends this program as Ctrl-C does: the cells save and leave first."""
 
-    def __enter__(self) -> None:
-        self._before: Any = signal.signal(signal.SIGTERM, _interrupt)
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -204,22 +240,22 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _joined(arguments: list[str]) -> list[str]:
+def _join_values(arguments: list[str]) -> list[str]:
     """`--flags "--batch 8"` as one word, which a parser would take for two options otherwise."""
-    found: list[str] = []
+    joined: list[str] = []
     for argument in arguments:
-        if found and found[-1] in ("--flags", "--sbatch", "--launcher"):
-            found[-1] += f"={argument}"
+        if joined and joined[-1] in ("--flags", "--sbatch", "--launcher"):
+            joined[-1] += f"={argument}"
         else:
-            found.append(argument)
-    return found
+            joined.append(argument)
+    return joined
 
 
 def main(arguments: list[str]) -> int:
     """`mocov3 stability ARGUMENTS`; bad input ends with one sentence and status 2."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="mocov3 stability", args=_joined(arguments)
+            COMMANDS, prog="mocov3 stability", args=_join_values(arguments)
         )
     except ValueError as error:
         print(f"mocov3: error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The report as one HTML file: nothing outside it is asked for, phone or desk, light or dark."""
+"""How does a study look as HTML? One file, which loads nothing else; any width, light or dark."""
 
 import base64
 import math
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-_WHAT = {
+from mocov3_ds.settings.wording import count_noun
+
+_LEGEND = {
     "I": "share of accuracy-time lost to dips, %",
     "E": "gradient events per 1000 steps",
     "R": "share of steps with RMS of the patch projection above 2.3",
@@ -76,143 +78,150 @@ _TONE = {
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the page; `data` is a PNG, None where the runs give nothing to draw."""
+    """One picture of the page."""
 
-    name: str
     title: str
-    words: str
+    caption: str
     data: bytes | None
+    """a PNG; None where the runs give nothing to draw"""
 
 
-def page(
-    *,
-    title: str,
-    about: str,
-    scale: str,
-    command: str,
-    arms: Sequence[Mapping[str, Any]],
-    runs: Sequence[Mapping[str, Any]],
-    pictures: Sequence[Picture],
-    findings: Sequence[str],
-    advice: Sequence[tuple[str, str]],
-    unseen: Sequence[str],
-) -> str:
-    """The whole page.
+@dataclass(frozen=True, kw_only=True)
+class PageContent:
+    """Everything that stands on the page."""
 
-    Args:
-        title: of the study.
-        about: what it asks.
-        scale: of the grid, empty for a single run.
-        command: that made the runs.
-        arms: rows of `report.arm_rows`.
-        runs: rows of `report.run_rows`.
-        pictures: those without data are named in a sentence.
-        findings: sentences.
-        advice: (which arms, what to try).
-        unseen: what the tables do not show, sentences.
-    """
-    missing = [picture.title for picture in pictures if picture.data is None]
-    parts = [
-        f"<h1>Stability: {escape(title)}</h1>",
-        f"<p>{escape(about)}</p>" * bool(about),
-        f'<p class="soft">{_facts(scale, runs)}</p>',
-        f'<p class="soft">Made by <code>{escape(command)}</code></p>' * bool(command),
+    title: str
+    """title of the study"""
+    about: str
+    """what the study asks"""
+    scale: str
+    """scale of the grid; empty for a single run"""
+    command: str
+    """command that made the runs; empty = not known"""
+    arms: Sequence[Mapping[str, Any]]
+    """rows of `study_tables.tabulate_arms`"""
+    runs: Sequence[Mapping[str, Any]]
+    """rows of `study_tables.tabulate_runs`"""
+    pictures: Sequence[Picture]
+    """those without data are named in a sentence"""
+    findings: Sequence[str]
+    """sentences about each arm against the first"""
+    advice: Sequence[tuple[str, str]]
+    """which arms, and what to try next"""
+    notes: Sequence[str]
+    """what tables and pictures do not show, sentences"""
+
+
+def build_page(content: PageContent) -> str:
+    """The whole page as HTML."""
+    missing = ", ".join(picture.title for picture in content.pictures if picture.data is None)
+    command, about = escape(content.command), escape(content.about)
+    facts, title = _describe_runs(content.scale, content.runs), escape(content.title)
+    sections = [
+        f"<h1>Stability: {title}</h1>",
+        f"<p>{about}</p>" * bool(about),
+        f'<p class="soft">{facts}</p>',
+        f'<p class="soft">Made by <code>{command}</code></p>' * bool(command),
         "<h2>Verdicts</h2>",
-        _arm_table(arms),
-        f'<p class="soft">Means over seeds; below them least to largest. {_legend()}</p>',
-        "<h2>What was found</h2>",
-        "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in findings) + "</ul>",
+        _build_arm_table(content.arms),
+        f'<p class="soft">Means over seeds; below them least to largest. {_format_legend()}</p>',
+        f"<h2>What was found</h2>{_bullet_list(content.findings)}",
         "<h2>Pictures</h2>",
-        '<div class="pictures">' + "".join(map(_picture, pictures)) + "</div>",
-        f'<p class="soft">Nothing to draw for: {escape(", ".join(missing))}.</p>' * bool(missing),
-        "<h2>What to try next</h2>",
-        "<dl>" + "".join(f"<dt>{_toned(a)}</dt><dd>{escape(b)}.</dd>" for a, b in advice) + "</dl>",
-        "<details><summary>Every run</summary>" + _run_table(runs) + "</details>",
+        f'<div class="pictures">{"".join(map(_embed_picture, content.pictures))}</div>',
+        f'<p class="soft">Nothing to draw for: {escape(missing)}.</p>' * bool(missing),
+        f"<h2>What to try next</h2>{_definition_list(content.advice)}",
+        f"<details><summary>Every run</summary>{_build_run_table(content.runs)}</details>",
+        f"<h2>To keep in mind</h2>{_bullet_list(content.notes)}" * bool(content.notes),
     ]
-    if unseen:
-        notes = "".join(f"<li>{escape(line)}</li>" for line in unseen)
-        parts.append(f"<h2>To keep in mind</h2><ul>{notes}</ul>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Stability: {escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+        f"<title>Stability: {title}</title><style>{_STYLE}</style></head>"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
 
-def _facts(scale: str, runs: Sequence[Mapping[str, Any]]) -> str:
+def _bullet_list(sentences: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in sentences)}</ul>"
+
+
+def _definition_list(pairs: Sequence[tuple[str, str]]) -> str:
+    entries = (f"<dt>{_colour_verdicts(a)}</dt><dd>{escape(b)}.</dd>" for a, b in pairs)
+    return f"<dl>{''.join(entries)}</dl>"
+
+
+def _describe_runs(scale: str, runs: Sequence[Mapping[str, Any]]) -> str:
     steps = max(run["steps"] for run in runs)
-    at = f"scale {escape(scale)}, " if scale else ""
-    return f"{at}{len(runs)} run{'s' * (len(runs) > 1)}, up to {steps} steps each."
+    prefix = f"scale {escape(scale)}, " if scale else ""
+    return f"{prefix}{count_noun(len(runs), 'run')}, up to {steps} steps each."
 
 
-def _legend() -> str:
-    return (
-        "; ".join(f"<b>{escape(name)}</b> {escape(words)}" for name, words in _WHAT.items()) + "."
-    )
+def _format_legend() -> str:
+    entries = (f"<b>{escape(name)}</b> {escape(text)}" for name, text in _LEGEND.items())
+    return "; ".join(entries) + "."
 
 
-def _arm_table(arms: Sequence[Mapping[str, Any]]) -> str:
+def _build_arm_table(arms: Sequence[Mapping[str, Any]]) -> str:
     paper = any(row["paper"] is not None for row in arms)
     heads = [name for name, _ in _COLUMNS.values()] + ["paper, linear probe"] * paper
-    lines = [f"<th>arm</th><th class=words>verdict</th>{_cells('th', heads)}"]
+    lines = [f"<th>arm</th><th class=words>verdict</th>{_join_cells('th', heads)}"]
     for row in arms:
-        values = [_spread(row, key, form) for key, (_, form) in _COLUMNS.items()]
-        values += [_number(row["paper"], "{:.1f}")] * paper
+        values = [_mean_and_range(row, key, form) for key, (_, form) in _COLUMNS.items()]
+        values += [_format_number(row["paper"], "{:.1f}")] * paper
         lines.append(
-            f"<td>{escape(row['arm'])}</td><td class=words>{_toned(row['verdicts'])}</td>"
-            f"{_cells('td', values)}"
+            f"<td>{escape(row['arm'])}</td><td class=words>{_colour_verdicts(row['verdicts'])}</td>"
+            f"{_join_cells('td', values)}"
         )
-    return _table(lines)
+    return _wrap_table(lines)
 
 
-def _run_table(runs: Sequence[Mapping[str, Any]]) -> str:
+def _build_run_table(runs: Sequence[Mapping[str, Any]]) -> str:
     heads = [name for name, _ in _COLUMNS.values()]
-    lines = [f"<th>run</th><th class=words>verdict</th>{_cells('th', heads)}"]
+    lines = [f"<th>run</th><th class=words>verdict</th>{_join_cells('th', heads)}"]
     for row in runs:
-        values = [_number(row[key], form) for key, (_, form) in _COLUMNS.items()]
+        values = [_format_number(row[key], form) for key, (_, form) in _COLUMNS.items()]
         lines.append(
-            f"<td>{escape(row['run'])}</td><td class=words>{_toned(row['verdict'])}"
-            f"<small>{escape(row['why'])}</small></td>{_cells('td', values)}"
+            f"<td>{escape(row['run'])}</td><td class=words>{_colour_verdicts(row['verdict'])}"
+            f"<small>{escape(row['why'])}</small></td>{_join_cells('td', values)}"
         )
-    return _table(lines)
+    return _wrap_table(lines)
 
 
-def _table(lines: Sequence[str]) -> str:
+def _wrap_table(lines: Sequence[str]) -> str:
     return (
         f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
     )
 
 
-def _cells(tag: str, values: Sequence[str]) -> str:
+def _join_cells(tag: str, values: Sequence[str]) -> str:
     return "".join(f"<{tag}>{value}</{tag}>" for value in values)
 
 
-def _spread(row: Mapping[str, Any], key: str, form: str) -> str:
+def _mean_and_range(row: Mapping[str, Any], key: str, form: str) -> str:
     """Mean, and below it the range over seeds."""
-    mean = _number(row[key], form)
-    low, high = (_number(row[f"{key}_{end}"], form) for end in ("min", "max"))
+    mean = _format_number(row[key], form)
+    low, high = (_format_number(row[f"{key}_{end}"], form) for end in ("min", "max"))
     return mean if low == high else f"{mean}<small>{low} to {high}</small>"
 
 
-def _number(value: float | None, form: str) -> str:
+def _format_number(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else form.format(value)
 
 
-def _toned(words: str) -> str:
+def _colour_verdicts(text: str) -> str:
     """Text with its verdicts coloured."""
-    text = escape(words)
-    for word, tone in _TONE.items():
-        text = text.replace(word, f'<span class="v {tone}">{word}</span>')
-    return text
+    html = escape(text)
+    for verdict, tone in _TONE.items():
+        html = html.replace(verdict, f'<span class="v {tone}">{verdict}</span>')
+    return html
 
 
-def _picture(picture: Picture) -> str:
+def _embed_picture(picture: Picture) -> str:
     if picture.data is None:
         return ""
     data = base64.b64encode(picture.data).decode()
     return (
         f'<figure class="picture"><h3>{escape(picture.title)}</h3>'
-        f'<p class="soft">{escape(picture.words)}</p>'
+        f'<p class="soft">{escape(picture.caption)}</p>'
         f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}"></figure>'
     )

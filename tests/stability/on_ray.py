@@ -8,10 +8,10 @@ from pathlib import Path
 
 import ray
 
-from mocov3_ds.stability import run as runs
+from mocov3_ds.stability.executors import run_on_ray
 
 if __name__ == "__main__":
     ray.init(num_cpus=1, log_to_driver=False, include_dashboard=False)
-    for outcome in runs.on_ray(Path(sys.argv[1]), sys.argv[2:]):
+    for outcome in run_on_ray(Path(sys.argv[1]), sys.argv[2:]):
         print(outcome.cell, outcome.status)
     ray.shutdown()

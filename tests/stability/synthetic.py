@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from mocov3_ds.stability.verdict import Series
+from mocov3_ds.stability.findings import Series
 
 GROUPS = ("patch_embed", "cls", "block_0", "block_1", "block_2", "norm", "projector", "predictor")
 CHANCE = 6.65

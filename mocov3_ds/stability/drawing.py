@@ -1,0 +1,91 @@
+"""How are a study's pictures drawn and saved? Panels with one style, narrow enough for a phone."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mocov3_ds.data.storage import atomic
+
+WIDTH = 4.7  # inches: text of 9 points stays readable on a phone
+COLOURS = ("#2a6fb0", "#c8553d", "#3a8f5c", "#8a5fb5", "#b07d12", "#4f6475", "#c2528b", "#0f8b8d")
+FAINT, SHADE, INK = "#9aa3ad", "#c8553d", "#1b1f24"
+_DOTS_PER_INCH = 140
+
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "white",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "grid.color": "#e6e8eb",
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.1,
+}
+
+
+def assign_colours(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
+    """A colour for each name, in order; they repeat after eight."""
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+
+
+def stack_panels(
+    count: int,
+    y: str,
+    *,
+    x: str = "step",
+    height: float = 1.35,
+    share_y: bool = False,
+    grid: bool = True,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels below each other, each `height` inches, with a common x axis."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": grid}):
+        figure = Figure((WIDTH, 0.35 + height * count), layout="constrained")
+        panels = figure.subplots(count, 1, sharex=True, sharey=share_y, squeeze=False)[:, 0]
+        for axes in panels:
+            axes.margins(x=0.01)
+        panels[-1].set_xlabel(x)
+        if y:
+            figure.supylabel(y, fontsize=8.5)
+    return figure, list(panels)
+
+
+def set_title(axes: Axes, text: str) -> None:
+    """Give a panel its title, smaller where it is long."""
+    axes.set_title(text, loc="left", fontweight="bold", fontsize=8.5 if len(text) < 60 else 7.2)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A PNG of few colours, small enough to be part of a page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
+    buffer.seek(0)
+    with Image.open(buffer) as image:
+        small = image.convert("RGB").quantize(
+            64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
+        )
+    out = io.BytesIO()
+    small.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def save_png(figure: Figure, path: Path) -> bytes:
+    """Write a figure as a PNG, whole or not at all, and return its bytes."""
+    data = as_png(figure)
+    with atomic.replace_when_whole(path) as temporary:
+        temporary.write_bytes(data)
+    return data

@@ -1,0 +1,127 @@
+"""What did the runs of a study do? The runs of a grid, or one run, read and judged."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mocov3_ds.monitoring import signal_file
+from mocov3_ds.monitoring.signal_file import SignalTable
+from mocov3_ds.optim.build import find_optimizer
+from mocov3_ds.stability.cells import list_cells, read_grid_json, read_outcome
+from mocov3_ds.stability.findings import Judgement, Series
+from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.series import read_series
+from mocov3_ds.stability.verdict import judge
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedRun:
+    """A run of a study with its series and its judgement."""
+
+    cell: Cell
+    series: Series
+    judgement: Judgement
+    signals: SignalTable | None
+    """all signals of the run; None where it logged none"""
+    optimizer: str = ""
+    """type of the optimizer in the run's DeepSpeed config"""
+
+    @property
+    def has_trust_ratio(self) -> bool:
+        """Whether the run's optimizer scales each tensor's step by a trust ratio."""
+        optimizer = find_optimizer(self.optimizer)
+        return optimizer is not None and optimizer.has_trust_ratio
+
+
+Arms = Mapping[str, Sequence[JudgedRun]]
+"""label of an arm -> its runs, one a seed"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a page is about.
+
+    Attributes:
+        title: title of the page.
+        about: what the grid asks.
+        scale: scale of the grid; empty for a single run.
+        command: command that made the runs.
+        arms: label of an arm -> the runs of all seeds.
+        unseen: cells without a logged step, with what is known of them.
+    """
+
+    title: str
+    about: str
+    scale: str
+    command: str
+    arms: Arms
+    unseen: tuple[str, ...]
+
+
+def read_study(source: Path) -> Study:
+    """Read and judge the runs of a grid, or one run.
+
+    Args:
+        source: folder of a grid, or a run folder.
+
+    Raises:
+        ValueError: it is neither, or nothing is logged yet.
+    """
+    if (source / "grid.json").exists():
+        return _read_grid(source)
+    if not (source / "config.json").exists():
+        raise ValueError(f"{source} holds neither a grid (grid.json) nor a run (config.json).")
+    cell = Cell(source.resolve().name, source.resolve().name, {"seed": 0}, {})
+    run = _judge_run(source, cell, None)
+    if run is None:
+        raise ValueError(f"run {source} has not logged a step yet.")
+    return Study(cell.name, "", "", "", {cell.label: [run]}, ())
+
+
+def _read_grid(folder: Path) -> Study:
+    tree = read_grid_json(folder)
+    runs: dict[str, JudgedRun] = {}
+    unseen = []
+    # the twins first: what a run lost is measured against its own
+    for cell in sorted(list_cells(tree), key=lambda cell: bool(cell.twin)):
+        run = _judge_run(folder / "cells" / cell.name, cell, runs.get(cell.twin))
+        outcome = read_outcome(folder, cell.name)
+        if run is not None:
+            runs[cell.name] = run
+        if run is None or outcome is None or outcome.status in ("failed", "stopped"):
+            status = outcome.status if outcome else "not ended"
+            reason = f": {outcome.message}" if outcome and outcome.message else ""
+            unseen.append(f"{cell.name}: {status}{reason}")
+    if not runs:
+        raise ValueError(f"no cell of {folder} has logged a step yet.")
+    arms: dict[str, list[JudgedRun]] = {}
+    for cell in list_cells(tree):
+        if cell.name in runs:
+            arms.setdefault(cell.label, []).append(runs[cell.name])
+    command = f"mocov3 stability run {tree['name']} --scale {tree['scale']}"
+    return Study(tree["title"], tree["about"], tree["scale"], command, arms, tuple(unseen))
+
+
+def _judge_run(folder: Path, cell: Cell, twin: JudgedRun | None) -> JudgedRun | None:
+    """Judge a run; None where it has not logged a step."""
+    metrics = folder / "metrics.jsonl"
+    if not (folder / "config.json").exists() or '"loss"' not in (
+        metrics.read_text() if metrics.exists() else ""
+    ):
+        return None
+    twin_knn = None
+    if twin is not None and math.isfinite(twin.judgement.final_knn):
+        twin_knn = twin.judgement.final_knn
+    series = read_series(folder, twin_knn=twin_knn)
+    signals = None
+    if (folder / "signals.json").exists():
+        signals = signal_file.read_signals(folder)
+    return JudgedRun(cell, series, judge(series), signals, _read_optimizer(folder))
+
+
+def _read_optimizer(run: Path) -> str:
+    """Type of a run's optimizer; empty where its config does not tell."""
+    tree = json.loads((run / "config.json").read_text())
+    return str((tree.get("deepspeed", {}).get("optimizer") or {}).get("type", ""))

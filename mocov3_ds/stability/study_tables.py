@@ -1,0 +1,135 @@
+"""What are the numbers of a study? One row a run, an arm, or an event.
+
+The keys of the rows are the columns of `runs.csv`, `arms.csv` and `events.csv`.
+"""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from mocov3_ds.stability.cell_flags import patch_rate
+from mocov3_ds.stability.events import loss_excess, plain_jumps
+from mocov3_ds.stability.findings import WORST_FIRST
+from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.study import Arms, JudgedRun
+
+# arXiv 2104.02057, Figs. 1-3 and 5: linear probe of ViT-B/16 after 100 epochs, top-1 in percent.
+# (optimizer, base rate, batch, patch projection trained) -> accuracy. Where the text gives a
+# difference only, the level follows from the others.
+PAPER: Mapping[tuple[str, float, int, bool], float] = {
+    ("adamw", 1.0e-4, 1024, True): 71.5,
+    ("adamw", 1.0e-4, 2048, True): 72.6,
+    ("adamw", 1.0e-4, 4096, True): 72.2,
+    ("adamw", 1.0e-4, 6144, True): 69.7,
+    ("adamw", 0.5e-4, 4096, True): 70.4,
+    ("adamw", 1.5e-4, 4096, True): 71.7,
+    ("adamw", 0.5e-4, 4096, False): 70.8,
+    ("adamw", 1.0e-4, 4096, False): 72.8,
+    ("adamw", 1.5e-4, 4096, False): 73.4,
+    ("lamb", 5.0e-4, 4096, True): 72.5,
+    ("lamb", 6.0e-4, 4096, True): 70.9,
+    ("lamb", 8.0e-4, 4096, True): 66.5,
+}
+_PAPER_SETTINGS = {"recipe": "vit_b16", "epochs": 100}
+_CURES = ("beta1", "beta2", "update_clip", "trust_clip", "qk_norm", "gradient_clipping")
+
+_SUMMARISED = (
+    *("I", "E", "R", "T", "jumps", "steps_above", "worst_excess", "loss_events", "largest_burst"),
+    *("knn_best", "knn_final", "loss_final"),
+)
+"""columns of a run whose mean, least and largest value stand in the row of its arm"""
+EVENT_COLUMNS = ("run", "kind", "group", "first", "last", "peak", "size")
+
+
+def tabulate_runs(arms: Arms) -> list[dict[str, Any]]:
+    """One row a run."""
+    return [_run_row(label, run) for label, runs in arms.items() for run in runs]
+
+
+def _run_row(label: str, run: JudgedRun) -> dict[str, Any]:
+    judgement = run.judgement
+    excess_T = loss_excess(run.series)
+    return {
+        "arm": label,
+        "seed": run.cell.seed,
+        "run": run.cell.name,
+        "verdict": judgement.verdict,
+        "why": judgement.why,
+        "I": judgement.instability,
+        "E": judgement.events_per_1000,
+        "R": judgement.rms_share,
+        "T": judgement.lost_to_twin,
+        "jumps": len(plain_jumps(run.series)),
+        "steps_above": int(np.sum(excess_T > 1)),
+        "worst_excess": float(np.nanmax(excess_T, initial=0.0)),
+        "loss_events": len(judgement.loss_events),
+        "largest_burst": max((event.ratio for event in judgement.gradient_events), default=0.0),
+        "dips": len(judgement.dips),
+        "deepest_dip": max((dip.depth for dip in judgement.dips), default=0.0),
+        "knn_best": judgement.best_knn,
+        "knn_final": judgement.final_knn,
+        "loss_final": judgement.final_loss,
+        "lag": judgement.lead.lag if judgement.lead else None,
+        "steps": int(run.series.steps_T[-1]),
+        "paper": paper_accuracy(run.cell),
+    }
+
+
+def tabulate_arms(arms: Arms) -> list[dict[str, Any]]:
+    """One row an arm: verdicts of its seeds, then mean, least and largest of each number."""
+    rows = []
+    for label, runs in arms.items():
+        run_rows = [_run_row(label, run) for run in runs]
+        verdicts = [run["verdict"] for run in run_rows]
+        counts = [f"{name} x{verdicts.count(name)}" for name in WORST_FIRST if name in verdicts]
+        row: dict[str, Any] = {"arm": label, "seeds": len(runs), "verdicts": ", ".join(counts)}
+        for name in _SUMMARISED:
+            values = [run[name] for run in run_rows if run[name] is not None]
+            values = [value for value in values if math.isfinite(value)]
+            row[name] = fmean(values) if values else None
+            row[f"{name}_min"] = min(values, default=None)
+            row[f"{name}_max"] = max(values, default=None)
+        row["paper"] = run_rows[0]["paper"]
+        rows.append(row)
+    return rows
+
+
+def tabulate_events(arms: Arms) -> list[dict[str, Any]]:
+    """Each event of each run, with the columns `EVENT_COLUMNS`."""
+    rows: list[dict[str, Any]] = []
+    for runs in arms.values():
+        for run in runs:
+            judgement = run.judgement
+            events: list[tuple[Any, ...]] = [
+                ("gradient", e.group, e.first, e.last, e.peak, e.ratio)
+                for e in judgement.gradient_events
+            ]
+            events += [
+                ("loss", "", e.first, e.last, e.peak, e.excess) for e in judgement.loss_events
+            ]
+            events += [("dip", "", d.first, d.last, d.lowest, d.depth) for d in judgement.dips]
+            events += [("decline", "", d.first, d.last, d.last, d.fall) for d in judgement.declines]
+            rows += [
+                dict(zip(EVENT_COLUMNS, (run.cell.name, *event), strict=True)) for event in events
+            ]
+    return rows
+
+
+def paper_accuracy(cell: Cell) -> float | None:
+    """The paper's linear-probe accuracy of a cell's settings in percent, None without one."""
+    settings = cell.settings
+    as_paper = all(settings.get(key) == value for key, value in _PAPER_SETTINGS.items())
+    if not as_paper or settings.get("views.fixed") or patch_rate(settings) not in (0.0, 1.0):
+        return None
+    if any(key in settings for key in _CURES):
+        return None
+    key = (
+        str(settings.get("optimizer", "AdamW")).lower(),
+        float(settings.get("lr", math.nan)),
+        int(settings.get("batch", 4096)),
+        patch_rate(settings) > 0,
+    )
+    return PAPER.get(key)

@@ -1,0 +1,90 @@
+"""Bursts, jumps and spike scores on series with planted events, and on noise alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mocov3_ds.stability import events
+from mocov3_ds.stability.events import Excursion
+from mocov3_ds.stability.verdict import judge
+from tests.stability import synthetic
+
+
+def test_noise_of_a_flat_loss_is_no_event_and_an_early_spike_is_one() -> None:
+    steps = np.arange(1, 301)
+    found = []
+    for seed in range(100):
+        loss = 5 + 0.12 * np.random.default_rng(seed).standard_normal(300)
+        assert not events.loss_jumps(steps, loss), seed
+        loss[39:42] *= 1.3
+        found += [jump.first for jump in events.loss_jumps(steps, loss)]
+    assert found.count(40) >= 95 and len(found) <= 102
+    # a spike before there are 30 values of the past is not told, and hides none later
+    loss = 5 + 0.02 * np.random.default_rng(0).standard_normal(300)
+    loss[[19, 99]] *= 1.5
+    assert [jump.first for jump in events.loss_jumps(steps, loss)] == [100]
+    # a run without gradient noise: each rise from step 31 on is asked for
+    assert [jump.first for jump in events.loss_jumps(steps, 5 - 0.01 * steps)] == []
+    rise = np.where(steps == 35, 1.02, 1.0) * (5 - 0.001 * steps)
+    assert [jump.first for jump in events.loss_jumps(steps, rise, deviations=0)] == [35]
+
+
+def test_events_close_together_are_one_and_a_single_step_is_none() -> None:
+    steps = np.arange(1, 401)
+    grad = np.exp(0.05 * np.random.default_rng(0).standard_normal(400))
+    for begin, length in ((200, 2), (215, 3), (300, 1), (350, 2)):
+        grad[begin : begin + length] = 10.0
+    bursts = events.gradient_bursts(steps, grad)
+    assert [(b.first, b.last) for b in bursts] == [(201, 218), (351, 352)]
+    assert bursts[0].size == pytest.approx(10, rel=0.05)
+
+
+def test_a_coarse_step_does_not_split_an_event() -> None:
+    steps = np.arange(50, 50 * 201, 50)
+    grad = np.exp(0.05 * np.random.default_rng(0).standard_normal(200))
+    grad[[100, 101, 103]] = 10.0
+    bursts = events.gradient_bursts(steps, grad)
+    assert [(b.first, b.last) for b in bursts] == [(5050, 5200)]
+
+
+def test_spike_scores_by_hand() -> None:
+    values = np.random.default_rng(0).standard_normal(3000) + 100
+    values[[1500, 2000, 2500]] = 100 + np.array([5.0, 8.0, 12.0])
+    assert events.count_spikes(values, 7.0) == 2
+    assert 3 <= events.count_spikes(values, 3.2) <= 8
+    values[10] = np.nan
+    assert events.count_spikes(values, 7.0) == 2
+
+
+def test_a_new_level_is_no_endless_event() -> None:
+    series = synthetic.healthy(2).series
+    grad = series.grad_linf_GT.copy()
+    grad[:, 1000:] *= 8
+    found = [
+        e for e in judge(replace(series, grad_linf_GT=grad)).gradient_events if e.group == "cls"
+    ]
+    assert len(found) == 1 and found[0].first == 1001
+    assert found[0].last < 1000 + 3 * events.WINDOW
+
+
+def test_events_of_several_groups_are_one_event_of_the_run() -> None:
+    early, late = Excursion(10, 20, 15, 5.0), Excursion(35, 40, 36, 9.0)
+    far = Excursion(80, 82, 81, 3.0)
+    assert events.merge_excursions([far, late, early]) == [Excursion(10, 40, 36, 9.0), far]
+    assert events.merge_excursions([late, early], distance=10) == [early, late]
+
+
+def test_a_plain_jump_is_one_percent_above_the_median() -> None:
+    series = synthetic.healthy(0).series
+    loss_T = np.full(len(series.steps_T), 4.0)
+    loss_T[[50, 300, 500]] = 4.2  # the first lies in the first fall of the loss
+    flat = replace(series, loss_T=loss_T)
+    assert [(jump.peak, jump.excess) for jump in events.plain_jumps(flat)] == [
+        (301, pytest.approx(0.05)),
+        (501, pytest.approx(0.05)),
+    ]
+    excess_T = events.loss_excess(flat)
+    assert np.isnan(excess_T[:100]).all()
+    assert excess_T[300] == pytest.approx(5.0)
+    assert np.sum(excess_T > 1) == 2

@@ -1,0 +1,43 @@
+"""A study is read from a grid's folder or from one run's, with twins and what is missing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mocov3_ds.stability.study import read_study
+from tests.stability.written_study import write_run
+
+
+def test_a_grid(study_folder: Path) -> None:
+    study = read_study(study_folder)
+    assert (study.title, study.scale) == ("Two optimizers & a twin", "tiny")
+    assert study.command == "mocov3 stability run mine --scale tiny"
+    seeds = {label: [run.cell.seed for run in runs] for label, runs in study.arms.items()}
+    assert seeds["AdamW, lr 0.001"] == seeds["AdamW, lr 0.002, frozen"] == [0, 1]
+    assert seeds["LAMB"] == [0]
+    assert study.unseen == ("lamb_seed-1: failed: out of memory",)
+
+
+def test_a_run_is_measured_against_its_own_twin(study_folder: Path) -> None:
+    arms = read_study(study_folder).arms
+    runs = zip(arms["AdamW, lr 0.001"], arms["AdamW, lr 0.001, frozen"], strict=True)
+    for trained, frozen in runs:
+        assert trained.series.twin_knn == frozen.judgement.final_knn
+        assert frozen.series.twin_knn is None
+
+
+def test_one_run(study_folder: Path) -> None:
+    [[run]] = read_study(study_folder / "cells/lamb_seed-0").arms.values()
+    assert run.has_trust_ratio and run.signals is not None
+    [[run]] = read_study(study_folder / "cells/adamw_lr-0.001_seed-0").arms.values()
+    assert not run.has_trust_ratio
+
+
+def test_what_is_no_study(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds neither a grid"):
+        read_study(tmp_path)
+    write_run(tmp_path / "run", ["--recipe", "tiny"], 0, spikes=[], trained=True)
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"step": 0, "knn_full": 1.0}))
+    with pytest.raises(ValueError, match="has not logged a step yet"):
+        read_study(tmp_path / "run")
