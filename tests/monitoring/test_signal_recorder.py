@@ -35,6 +35,9 @@ CLIP = [
     "--ds",
     "optimizer.params.betas=[0.9,0.9]",
 ]
+ABOVE_NOISE = [*HALVE, "--ds", "optimizer.params.eps=1e-6"]
+"""The keys' biases have no gradient but rounding, which differs between numbers of ranks; at the usual
+eps of 1e-8 g / sqrt(v) makes it as large as a real one."""
 QK = ["--model.qk_norm", "--model.group_lr", "block_0=0", "--model.group_lr", "cls=3"]
 
 
@@ -70,9 +73,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sparse": ["--signals.every", "3"],
         "off": ["--signals.every", "0"],
         "qk": QK,
+        "one": ABOVE_NOISE,
     }
     run_ranks(1, train_each, str(folder), flags, attempts, timeout=600)
-    run_ranks(2, train_each, str(folder), flags, {"two": HALVE}, timeout=600)
+    run_ranks(2, train_each, str(folder), flags, {"two": ABOVE_NOISE}, timeout=600)
     return folder / "runs"
 
 
@@ -159,7 +163,7 @@ def test_clipped_updates_last_as_long_as_asked(runs: Path) -> None:
 
 
 def test_signals_do_not_depend_on_the_ranks(runs: Path) -> None:
-    one, two = read_signals(runs / "halved"), read_signals(runs / "two")
+    one, two = read_signals(runs / "one"), read_signals(runs / "two")
     for signal in ("grad_l2", "grad_linf", "weight_l2", "rms"):
         a, b = one.grid(signal), two.grid(signal)
         close = np.abs(a - b) <= 2e-2 * np.abs(a) + 1e-6
