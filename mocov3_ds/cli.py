@@ -16,7 +16,7 @@ from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.features import split_features
 from mocov3_ds.evaluation.knn import knn_accuracy
 from mocov3_ds.evaluation.labelled_images import Splits, choose_split_urls, open_splits
-from mocov3_ds.evaluation.pictures import draw_pictures
+from mocov3_ds.evaluation.pictures import LookOptions, draw_pictures
 from mocov3_ds.launch.kit import Kind, LaunchSettings, write_kit
 from mocov3_ds.planning.command import plan
 
@@ -69,8 +69,7 @@ def evaluate_knn(
         split_features(encoder, split, image_size=size, batch=batch, threads=threads)
         for split in (splits.train, splits.val)
     )
-    rows = slice(ranks.rank(), None, ranks.world_size())
-    bank = bank_ND[rows], labels_N[rows]
+    bank = (x[ranks.rank() :: ranks.world_size()] for x in (bank_ND, labels_N))
     accuracy = knn_accuracy(*bank, probes_PD, targets_P, k=k, temperature=temperature)
     if ranks.is_first():
         options = {"k": k, "temperature": temperature, "image_size": size}
@@ -139,42 +138,18 @@ def show_encoder(
     run: RunFolder,
     /,
     *,
-    which: EncoderRole = "base",
-    train: str = "",
-    val: str = "",
-    images: int = 8,
-    neighbours: int = 8,
-    bank: int = 10000,
-    heads: int = 0,
-    threads: int = 4,
+    options: Annotated[LookOptions, tyro.conf.arg(name="")] = LookOptions(),  # noqa: B008
     out: Path | None = None,
 ) -> None:
     """Draw what an encoder sees: attention maps, nearest neighbours, a histogram of similarities.
 
     Args:
         run: run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder).
-        which: base or momentum encoder.
-        train: labelled training shards; empty = those of the run.
-        val: labelled held-out shards; empty = the run's probe shards.
-        images: number of held-out images that are shown.
-        neighbours: number of training images beside each.
-        bank: number of training images that are searched, spread evenly over their set.
-        heads: attention heads, if the weights cannot tell; 0 = the paper's for their width.
-        threads: number of decode threads.
+        options: encoder, shards and numbers of images.
         out: folder of the pictures; empty = RUN/look-WHICH, or FILE-evaluation/look-WHICH.
     """
-    for path in draw_pictures(
-        run,
-        out or results.results_folder(run) / f"look-{which}",
-        role=which,
-        train=train,
-        val=val,
-        images=images,
-        neighbours=neighbours,
-        bank=bank,
-        heads=heads,
-        threads=threads,
-    ):
+    folder = out or results.results_folder(run) / f"look-{options.which}"
+    for path in draw_pictures(run, folder, options):
         print(path)
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.layer_groups import group_names
 from mocov3_ds.model.vit import Positions, VitShape
 
@@ -427,3 +428,20 @@ def _with_values(default: Any, tree: Mapping[str, Any]) -> Any:
         else:
             values[name] = type(current)(value)
     return dataclasses.replace(default, **values)
+
+
+def encoder_shape(config: Config) -> EncoderShape:
+    """Architecture that the settings describe.
+
+    Args:
+        config: settings of the run.
+    """
+    return EncoderShape(
+        vit=config.vit,
+        hidden=config.model.hidden,
+        out=config.model.out,
+        positions=config.model.positions,
+        train_patch_projection=config.model.patch_lr > 0,
+        drop_path=config.model.drop_path,
+        qk_norm=config.model.qk_norm,
+    )

@@ -106,7 +106,11 @@ BREAKAGES = {
         equivalence, "Lamb", lambda f: lambda *a, **o: f(*a, **o, flat=True), steps, {LAMB}
     ),
     "norms of the tensors of one rank": Breakage(
-        sharded, "sum_over_ranks", lambda f: lambda shares, sums, device: sums.clone(), steps, {LAMB}
+        sharded,
+        "sum_over_ranks",
+        lambda f: lambda shares, sums, device: sums.clone(),
+        steps,
+        {LAMB},
     ),
     "another momentum": Breakage(
         MomentumEncoder, "begin_move", other_momentum, steps, {FORMULA, LOSS, GRADIENT}
