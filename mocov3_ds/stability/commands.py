@@ -12,21 +12,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mocov3_ds.data import storage
+from mocov3_ds.stability import cells, executors
 from mocov3_ds.stability.cell_table import format_cells, tabulate_cells, write_cell_table
-from mocov3_ds.stability.cells import (
-    default_launcher,
-    prepare_folder,
-    read_grid_json,
-    read_outcome,
-    run_cell,
-)
-from mocov3_ds.stability.executors import (
-    collect_outcomes,
-    run_here,
-    run_on_ray,
-    submit_script,
-    write_slurm_script,
-)
 from mocov3_ds.stability.grid import Grid, Scale, load_grid
 
 Name = Annotated[str, tyro.conf.Positional]
@@ -90,10 +77,12 @@ def run(
             command = shlex.join(["train.py", *cell.flags(), *extra])
             print(options.launcher or "LAUNCHER", command)
         return
-    prepare_folder(folder, study, launcher=options.launcher or default_launcher(), extra=extra)
+    cells.prepare_folder(
+        folder, study, launcher=options.launcher or cells.default_launcher(), extra=extra
+    )
     names = []
     for cell in study.cells:
-        outcome = read_outcome(folder, cell.name)
+        outcome = cells.read_outcome(folder, cell.name)
         if outcome is None or not outcome.ended:
             names.append(cell.name)
     print(
@@ -101,8 +90,10 @@ def run(
         f"{folder}"
     )
     if options.executor == "slurm" and names:
-        script = write_slurm_script(folder, names, at_once=options.workers, options=options.sbatch)
-        print(f"{script}: an array of {len(names)} tasks; {submit_script(script)}")
+        script = executors.write_slurm_script(
+            folder, names, at_once=options.workers, options=options.sbatch
+        )
+        print(f"{script}: an array of {len(names)} tasks; {executors.submit_script(script)}")
         print(f"when they have ended: mocov3 stability report {folder}")
         return
     _train_cells(folder, names, len(study.cells), options)
@@ -112,10 +103,10 @@ def _train_cells(folder: Path, names: list[str], total: int, options: GridOption
     """Train cells on this machine or on Ray, and print the table of all cells."""
     with _sigterm_as_interrupt():
         if options.executor == "ray":
-            outcomes = run_on_ray(folder, names, cpus=options.cpus, gpus=options.gpus)
+            outcomes = executors.run_on_ray(folder, names, cpus=options.cpus, gpus=options.gpus)
         else:
-            outcomes = run_here(folder, names, options.workers)
-        collect_outcomes(outcomes, total, total - len(names))
+            outcomes = executors.run_here(folder, names, options.workers)
+        executors.collect_outcomes(outcomes, total, total - len(names))
     table = write_cell_table(folder)
     print(format_cells(tabulate_cells(folder)))
     print(f"{table}\nreport:   mocov3 stability report {folder}")
@@ -151,11 +142,11 @@ def cell(folder: Folder, name: Name, /) -> None:
         folder: folder of the grid.
         name: name of the cell.
     """
-    names = read_grid_json(folder)["cells"]
+    names = cells.read_grid_json(folder)["cells"]
     if name not in names:
         raise ValueError(f"{folder} has no cell {name!r}; there are {', '.join(names)}.")
     with _sigterm_as_interrupt():
-        outcome = run_cell(folder, name)
+        outcome = cells.run_cell(folder, name)
     print(f"{outcome.status}: {name}{': ' * bool(outcome.message)}{outcome.message}")
 
 
@@ -212,7 +203,7 @@ def replay(
             counterfactual.choose_event(run, event),
             out,
             options,
-            show=lambda outcomes, total: collect_outcomes(outcomes, total, 0),
+            show=lambda outcomes, total: executors.collect_outcomes(outcomes, total, 0),
         )
     print(counterfactual.format_answer(answer))
     print(f"{answer.out / 'replay.png'}\n{answer.out / 'replay.csv'}")

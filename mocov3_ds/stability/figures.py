@@ -14,18 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mocov3_ds.monitoring.alarms import RMS_HIGH
+from mocov3_ds.stability import drawing
 from mocov3_ds.stability.alarm_quality import alarm_flags
-from mocov3_ds.stability.drawing import (
-    COLOURS,
-    FAINT,
-    INK,
-    SHADE,
-    STYLE,
-    WIDTH,
-    assign_colours,
-    set_title,
-    stack_panels,
-)
 from mocov3_ds.stability.events import LOSS_WINDOW, loss_excess, plain_jumps
 from mocov3_ds.stability.findings import Array, Series, Steps
 from mocov3_ds.stability.grid import Cell
@@ -46,15 +36,17 @@ def draw_knn(arms: Arms) -> Figure | None:
     curves = {label: runs for label, runs in curves.items() if runs}
     if not curves:
         return None
-    colours = assign_colours(arms)
-    figure, panels = stack_panels(len(curves), "k-NN accuracy, %", share_y=True)
+    colours = drawing.assign_colours(arms)
+    figure, panels = drawing.stack_panels(len(curves), "k-NN accuracy, %", share_y=True)
     for axes, (label, runs) in zip(panels, curves.items(), strict=True):
         for index, run in enumerate(runs):
             steps_K, knn_K = run.series.knn_steps_K, run.series.knn_K
             axes.plot(steps_K, knn_K, color=colours[label], alpha=_opacity(index))
             for dip in run.judgement.dips:
-                axes.axvspan(dip.first, dip.last, color=SHADE, alpha=0.16, lw=0)
-        set_title(axes, f"{label}: {_list_counts([len(r.judgement.dips) for r in runs], 'dip')}")
+                axes.axvspan(dip.first, dip.last, color=drawing.SHADE, alpha=0.16, lw=0)
+        drawing.set_title(
+            axes, f"{label}: {_list_counts([len(r.judgement.dips) for r in runs], 'dip')}"
+        )
     return figure
 
 
@@ -63,8 +55,8 @@ def draw_losses(arms: Arms) -> Figure | None:
     curves = {a: runs for a, runs in arms.items() if any(len(r.series.loss_T) for r in runs)}
     if not curves:
         return None
-    colours = assign_colours(arms)
-    figure, panels = stack_panels(len(curves), "loss above its median, %", share_y=True)
+    colours = drawing.assign_colours(arms)
+    figure, panels = drawing.stack_panels(len(curves), "loss above its median, %", share_y=True)
     top = 1.0
     for axes, (label, runs) in zip(panels, curves.items(), strict=True):
         jumps = [plain_jumps(run.series) for run in runs]
@@ -74,8 +66,10 @@ def draw_losses(arms: Arms) -> Figure | None:
             axes.plot(steps_T, excess_T, color=colours[label], alpha=alpha, lw=0.9)
             top = max(top, float(np.nanmax(excess_T, initial=1.0)))
             for jump in jumps[index]:
-                axes.plot(jump.peak, 100 * jump.excess, ".", color=SHADE, ms=5, zorder=3)
-        set_title(axes, f"{label}: {_list_counts([len(events) for events in jumps], 'jump')}")
+                axes.plot(jump.peak, 100 * jump.excess, ".", color=drawing.SHADE, ms=5, zorder=3)
+        drawing.set_title(
+            axes, f"{label}: {_list_counts([len(events) for events in jumps], 'jump')}"
+        )
     for axes in panels:
         axes.set_yscale("symlog", linthresh=1.0)
         axes.set_ylim(-0.5, top * 1.3)
@@ -95,7 +89,7 @@ def draw_heat_map(arms: Arms) -> Figure | None:
     if not runs:
         return None
     groups = max(len(run.series.groups) for run in runs.values())
-    figure, panels = stack_panels(len(runs), "", height=0.5 + 0.13 * groups, grid=False)
+    figure, panels = drawing.stack_panels(len(runs), "", height=0.5 + 0.13 * groups, grid=False)
     for axes, (label, run) in zip(panels, runs.items(), strict=True):
         series = run.series
         heat_GT = _gradient_heat(series)
@@ -109,7 +103,7 @@ def draw_heat_map(arms: Arms) -> Figure | None:
             interpolation="nearest",
         )
         axes.set_yticks(*_group_ticks(series.groups), fontsize=7)
-        set_title(axes, f"{label} (seed {run.cell.seed})")
+        drawing.set_title(axes, f"{label} (seed {run.cell.seed})")
     panels[-1].set_xlim(0, max(int(run.series.steps_T[-1]) for run in runs.values()))
     bar = figure.colorbar(image, ax=panels, orientation="horizontal", aspect=40, pad=0.01)
     bar.set_ticks([0, 0.5, 1, 1.5], labels=["1x", "3x", "10x", "32x or more"])
@@ -135,18 +129,18 @@ def draw_events(arms: Arms) -> Figure | None:
     if not traces:
         return None
     x = "steps from the start of an event"
-    figure, panels = stack_panels(len(traces), "gradient over its median", x=x)
+    figure, panels = drawing.stack_panels(len(traces), "gradient over its median", x=x)
     for axes, (label, arm_traces) in zip(panels, traces.items(), strict=True):
         leads = [run.judgement.lead for run in arms[label] if run.judgement.lead is not None]
         names = (leads[0].first_group, leads[0].last_group)
         for name, colour, trace_EW in zip(
-            names, COLOURS, map(np.stack, zip(*arm_traces, strict=True)), strict=False
+            names, drawing.COLOURS, map(np.stack, zip(*arm_traces, strict=True)), strict=False
         ):
             _draw_quartiles(axes, trace_EW, name, colour)
-        axes.axvline(0, color=FAINT, lw=0.8)
+        axes.axvline(0, color=drawing.FAINT, lw=0.8)
         axes.set_yscale("log")
         axes.legend(loc="upper left", ncols=2)
-        set_title(axes, f"{label}: {len(arm_traces)} events, {describe_lags(arms[label])}")
+        drawing.set_title(axes, f"{label}: {len(arm_traces)} events, {describe_lags(arms[label])}")
     return figure
 
 
@@ -202,22 +196,22 @@ def draw_rms(arms: Arms) -> Figure | None:
     runs = {a: run for a, run in runs.items() if np.isfinite(run.series.rms_GT).any()}
     if not runs:
         return None
-    colours = assign_colours(arms)
-    figure, panels = stack_panels(len(runs), "RMS of g/√v", share_y=True)
+    colours = drawing.assign_colours(arms)
+    figure, panels = drawing.stack_panels(len(runs), "RMS of g/√v", share_y=True)
     for axes, (label, run) in zip(panels, runs.items(), strict=True):
         series = run.series
         group = series.first_trained_layer() or series.groups[0]
         rms_T = series.rms_of(group)
         rows = is_measured(rms_T)
         axes.plot(series.steps_T[rows], rms_T[rows], color=colours[label], lw=0.9)
-        axes.axhline(RMS_HIGH, color=FAINT, lw=0.8, ls="--")
+        axes.axhline(RMS_HIGH, color=drawing.FAINT, lw=0.8, ls="--")
         axes.set_yscale("log")
         for jump in plain_jumps(series):
-            axes.axvspan(jump.first, jump.last, color=SHADE, alpha=0.2, lw=0)
+            axes.axvspan(jump.first, jump.last, color=drawing.SHADE, alpha=0.2, lw=0)
         alarms = _alarm_starts(series, group)
         bottom = axes.get_ylim()[0]
-        axes.plot(alarms, np.full(len(alarms), bottom), "|", color=INK, ms=8, mew=0.8)
-        set_title(axes, f"{label}: {group}, seed {run.cell.seed}, {len(alarms)} alarms")
+        axes.plot(alarms, np.full(len(alarms), bottom), "|", color=drawing.INK, ms=8, mew=0.8)
+        drawing.set_title(axes, f"{label}: {group}, seed {run.cell.seed}, {len(alarms)} alarms")
     return figure
 
 
@@ -238,9 +232,9 @@ def draw_rates(arms: Arms) -> Figure | None:
     points = {key: pairs for key, pairs in points.items() if len({lr for lr, _ in pairs}) > 1}
     if not points:
         return None
-    colours = assign_colours(list(dict.fromkeys(name for name, _ in points)))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDTH, 3.0), layout="constrained")
+    colours = drawing.assign_colours(list(dict.fromkeys(name for name, _ in points)))
+    with matplotlib.rc_context(drawing.STYLE):
+        figure = Figure((drawing.WIDTH, 3.0), layout="constrained")
         axes = figure.subplots()
         for (name, frozen), pairs in points.items():
             colour = colours[name]
@@ -254,7 +248,7 @@ def draw_rates(arms: Arms) -> Figure | None:
         axes.set_xscale("log")
         axes.set_xlabel("base learning rate")
         axes.set_ylabel("final k-NN accuracy, %")
-        set_title(axes, "Rate against accuracy; points are seeds")
+        drawing.set_title(axes, "Rate against accuracy; points are seeds")
         axes.legend()
     return figure
 
@@ -268,8 +262,8 @@ def draw_trust_ratios(arms: Arms) -> Figure | None:
     }
     if not signals:
         return None
-    colours = assign_colours(arms)
-    figure, panels = stack_panels(len(signals), "trust ratio")
+    colours = drawing.assign_colours(arms)
+    figure, panels = drawing.stack_panels(len(signals), "trust ratio")
     for axes, (label, table) in zip(panels, signals.items(), strict=True):
         trust_GT = np.concatenate([table.grid("trust"), table.grid("trust_min")]).astype(float)
         trust_GT = trust_GT[np.isfinite(trust_GT).any(1)]
@@ -282,7 +276,7 @@ def draw_trust_ratios(arms: Arms) -> Figure | None:
         axes.fill_between(steps_T, bands[1], bands[3], color=colour, alpha=0.3, lw=0)
         axes.plot(steps_T, bands[2], color=colour)
         axes.set_yscale("log")
-        set_title(axes, f"{label}: least to largest, quartiles, median of all groups")
+        drawing.set_title(axes, f"{label}: least to largest, quartiles, median of all groups")
     return figure
 
 
@@ -296,13 +290,15 @@ def draw_forks(lines: Mapping[str, Series], start: int, stop: int, peak: int) ->
         peak: step of the event's peak.
     """
     (_, control), *forks = lines.items()
-    figure, panels = stack_panels(len(forks), "loss", height=0.9, share_y=True)
-    for axes, colour, (name, line) in zip(panels, itertools.cycle(COLOURS), forks, strict=False):
-        axes.plot(control.steps_T, control.loss_T, color=FAINT, lw=1.6)
+    figure, panels = drawing.stack_panels(len(forks), "loss", height=0.9, share_y=True)
+    for axes, colour, (name, line) in zip(
+        panels, itertools.cycle(drawing.COLOURS), forks, strict=False
+    ):
+        axes.plot(control.steps_T, control.loss_T, color=drawing.FAINT, lw=1.6)
         axes.plot(line.steps_T, line.loss_T, color=colour)
-        axes.axvline(peak, color=SHADE, lw=0.7, ls=":")
+        axes.axvline(peak, color=drawing.SHADE, lw=0.7, ls=":")
         axes.set_xlim(start - 20, stop)
-        set_title(axes, name)
+        drawing.set_title(axes, name)
     losses = [_loss_between(line, start - 20, stop) for line in lines.values()]
     low = min(float(np.nanmin(loss_T)) for loss_T in losses if len(loss_T))
     high = float(np.nanmax(losses[0]))

@@ -4,7 +4,7 @@ Shape suffixes: T = steps logged, K = k-NN evaluations, G = layer groups.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,8 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Steps = npt.NDArray[np.int64]
-Verdict = Literal["STABLE", "TWITCHY", "UNSTABLE", "DEGRADING", "RESTARTED", "DIVERGED"]
-WORST_FIRST: tuple[Verdict, ...] = (
-    "DIVERGED",
-    "RESTARTED",
-    "DEGRADING",
-    "UNSTABLE",
-    "TWITCHY",
-    "STABLE",
-)
+Verdict = Literal["DIVERGED", "RESTARTED", "DEGRADING", "UNSTABLE", "TWITCHY", "STABLE"]
+WORST_FIRST: tuple[Verdict, ...] = get_args(Verdict)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -15,18 +15,11 @@ from matplotlib.figure import Figure
 
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.monitoring.alarms import RMS_HIGH
-from mocov3_ds.stability import figures
-from mocov3_ds.stability.advice import choose_worst_arms, compare_arms, suggest_next
+from mocov3_ds.stability import advice, figures, study_tables
 from mocov3_ds.stability.csv_file import write_csv
 from mocov3_ds.stability.drawing import save_png
 from mocov3_ds.stability.page import PageContent, Picture, build_page
 from mocov3_ds.stability.study import Arms, Study, read_study
-from mocov3_ds.stability.study_tables import (
-    EVENT_COLUMNS,
-    tabulate_arms,
-    tabulate_events,
-    tabulate_runs,
-)
 
 
 @dataclass(frozen=True)
@@ -105,13 +98,16 @@ def write_study(source: Path, out: Path, *, command: str = "") -> Path:
     study = read_study(source)
     if command:
         study = dataclasses.replace(study, command=command)
-    drawn_arms = choose_worst_arms(study.arms, figures.PANELS)
+    drawn_arms = advice.choose_worst_arms(study.arms, figures.PANELS)
     out.mkdir(parents=True, exist_ok=True)
     pictures = [_write_picture(kind, drawn_arms, out) for kind in _PICTURES]
-    runs, arms = tabulate_runs(study.arms), tabulate_arms(study.arms)
+    runs, arms = study_tables.tabulate_runs(study.arms), study_tables.tabulate_arms(study.arms)
     write_csv(out / "runs.csv", runs)
     write_csv(out / "arms.csv", arms)
-    write_csv(out / "events.csv", tabulate_events(study.arms) or [dict.fromkeys(EVENT_COLUMNS)])
+    write_csv(
+        out / "events.csv",
+        study_tables.tabulate_events(study.arms) or [dict.fromkeys(study_tables.EVENT_COLUMNS)],
+    )
     content = PageContent(
         title=study.title,
         about=study.about,
@@ -120,8 +116,8 @@ def write_study(source: Path, out: Path, *, command: str = "") -> Path:
         arms=arms,
         runs=runs,
         pictures=pictures,
-        findings=compare_arms(study.arms),
-        advice=suggest_next(study.arms),
+        findings=advice.compare_arms(study.arms),
+        advice=advice.suggest_next(study.arms),
         notes=list(_list_notes(study, drawn_arms)),
     )
     path = out / "index.html"

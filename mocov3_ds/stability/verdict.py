@@ -32,7 +32,7 @@ import numpy as np
 
 from mocov3_ds.monitoring.alarms import RMS_HIGH
 from mocov3_ds.settings.wording import count_noun
-from mocov3_ds.stability import events
+from mocov3_ds.stability import events, knn_curve
 from mocov3_ds.stability.alarm_quality import judge_alarms
 from mocov3_ds.stability.findings import (
     Array,
@@ -44,12 +44,6 @@ from mocov3_ds.stability.findings import (
     Series,
     Steps,
     Verdict,
-)
-from mocov3_ds.stability.knn_curve import (
-    best_and_final_accuracy,
-    find_declines,
-    find_dips,
-    instability,
 )
 from mocov3_ds.stability.layer_order import measure_lead
 from mocov3_ds.stability.trailing import is_measured, longest_run, row_spacing, window_length
@@ -86,18 +80,18 @@ def judge(series: Series) -> Judgement:
         events.merge_distance(_gradient_steps(series)),
     )
     jumps = events.loss_jumps(series.steps_T, series.loss_T)
-    dips = find_dips(series)
-    declines = find_declines(series, dips, run_bursts)
+    dips = knn_curve.find_dips(series)
+    declines = knn_curve.find_declines(series, dips, run_bursts)
     spikes = events.count_spikes(series.loss_T, events.SPIKE_Z)
     verdict, why = _name_verdict(series, dips, declines, run_bursts, jumps, spikes)
-    best, final = best_and_final_accuracy(series)
+    best, final = knn_curve.best_and_final_accuracy(series)
     rows = max(len(series.steps_T), 1)
     layer = series.first_trained_layer()
     onsets = [jump.first for jump in jumps]
     return Judgement(
         verdict=verdict,
         why=why,
-        instability=instability(series),
+        instability=knn_curve.instability(series),
         events_per_1000=1000 * len(run_bursts) / rows,
         rms_share=_rms_share(series),
         lost_to_twin=None if series.twin_knn is None else series.twin_knn - final,
@@ -204,7 +198,7 @@ def _explain_divergence(series: Series) -> str:
             return f"the loss was back at its chance level for {longest} steps"
     elif len(loss_T) and series.steps_T[-1] >= 0.9 * series.total_steps and at_chance_T[-1]:
         return "the loss never left its chance level"
-    best, final = best_and_final_accuracy(series)
+    best, final = knn_curve.best_and_final_accuracy(series)
     if final < LOST * best:
         return f"the k-NN accuracy ended at {final:.1f} % after a best of {best:.1f} %"
     return ""
