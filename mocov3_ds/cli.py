@@ -69,13 +69,14 @@ def evaluate_knn(
         split_features(encoder, split, image_size=size, batch=batch, threads=threads)
         for split in (splits.train, splits.val)
     )
-    bank = (x[ranks.rank() :: ranks.world_size()] for x in (bank_ND, labels_N))
+    first, step = ranks.rank(), ranks.world_size()
+    bank = bank_ND[first::step], labels_N[first::step]
     accuracy = knn_accuracy(*bank, probes_PD, targets_P, k=k, temperature=temperature)
+    entry = {"top1": accuracy, "k": k, "temperature": temperature, "image_size": size}
+    entry |= {"bank_images": len(labels_N), "val_images": len(targets_P)}
     if ranks.is_first():
-        options = {"k": k, "temperature": temperature, "image_size": size}
-        sizes = {"bank_images": len(labels_N), "val_images": len(targets_P)}
-        entry = {"top1": accuracy, **options, **sizes, **_describe_sources(weights, splits)}
-        _report_knn(out or results.results_folder(weights.path), which, entry)
+        folder = out or results.results_folder(weights.path)
+        _report_knn(folder, which, entry | _describe_sources(weights, splits))
 
 
 def _describe_sources(weights: Weights, splits: Splits) -> dict[str, Any]:
