@@ -29,8 +29,8 @@ from mocov3_ds.encoders.foreign_names import (
     Format,
     architecture_names,
     has_qk_norm,
+    replace_prefix,
     timm_sizes,
-    to_moco_v3,
     to_timm,
     to_transformers,
 )
@@ -156,24 +156,20 @@ def _write_deit(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forw
 
 
 def _write_moco_v3(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forward:
-    modules = {"base.backbone": tensors}
+    prefix = "module.base_encoder."
+    state = replace_prefix(tensors, "", prefix)
     if weights.saved is not None:
-        modules |= _read_other_modules(weights, weights.saved)
+        state |= _read_other_modules(weights, weights.saved)
     file = out / "model.pth.tar"
     content = {
         "arch": architecture_names(weights.shape)[1],
         "num_heads": weights.shape.heads,
         "epoch": 0,
-        "state_dict": to_moco_v3(modules),
+        "state_dict": state,
     }
     torch.save(content, file)
-    saved = torch.load(file, weights_only=True)["state_dict"]
-    prefix = "module.base_encoder."
-    backbone = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in saved.items()
-        if name.startswith(prefix) and not name.startswith(prefix + "head.")
-    }
+    saved = replace_prefix(torch.load(file, weights_only=True)["state_dict"], prefix, "")
+    backbone = {name: tensor for name, tensor in saved.items() if not name.startswith("head.")}
     return _load_in_timm(weights.shape, backbone)
 
 
@@ -236,24 +232,20 @@ def _load_in_timm(shape: VitShape, tensors: dict[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
-def _read_other_modules(weights: Weights, saved: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """Heads, predictor and momentum encoder of a run, by the names that `to_moco_v3` takes.
+def _read_other_modules(weights: Weights, saved: Checkpoint) -> dict[str, Tensor]:
+    """Heads, predictor and momentum encoder of a run, in the names of the published files.
 
     A momentum encoder is written in the place of the base encoder, where the published code looks
     for it, and stands there alone: predictor and base encoder belong to another network.
     """
     base, momentum = saved.read_group("base"), saved.read_group("momentum")
-
-    def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
     if weights.role == "momentum":
-        return {"base.projector": select(momentum, "projector.")}
+        return replace_prefix(momentum, "projector.", "module.base_encoder.head.")
     encoder = replace(weights, role="momentum", tensors=to_timm(momentum))
     backbone = build_encoder(encoder, image_size=weights.shape.image_size).state_dict()
     return {
-        "base.projector": select(base, "projector."),
-        "predictor": select(base, "predictor."),
-        "momentum.backbone": dict(backbone),
-        "momentum.projector": select(momentum, "projector."),
+        **replace_prefix(base, "projector.", "module.base_encoder.head."),
+        **replace_prefix(base, "predictor.", "module.predictor."),
+        **replace_prefix(backbone, "", "module.momentum_encoder."),
+        **replace_prefix(momentum, "projector.", "module.momentum_encoder.head."),
     }

@@ -9,7 +9,7 @@ Shape suffixes: N = tokens (class token first), D = embedding.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -27,29 +27,36 @@ Tensors = Mapping[str, Tensor]
 _CLASS_TOKEN = "cls_token"
 _PROJECTIONS = ("query", "key", "value")
 _AVERAGE_WORDS = ("momentum", "ema", "teacher", "target")
-_SUFFIX = r"(weight|bias)$"
 
-_MMPRETRAIN = [
-    (r"^patch_embed\.projection\." + _SUFFIX, r"patch_embed.proj.\1"),
-    (r"^layers\.(\d+)\.(?:ln|norm)([12])\." + _SUFFIX, r"blocks.\1.norm\2.\3"),
-    (r"^layers\.(\d+)\.attn\.(qkv|proj)\." + _SUFFIX, r"blocks.\1.attn.\2.\3"),
-    (r"^layers\.(\d+)\.ffn\.layers\.0\.0\." + _SUFFIX, r"blocks.\1.mlp.fc1.\2"),
-    (r"^layers\.(\d+)\.ffn\.layers\.1\." + _SUFFIX, r"blocks.\1.mlp.fc2.\2"),
-    (r"^(?:ln|norm)1\." + _SUFFIX, r"norm.\1"),
-]
-_TRANSFORMERS = [
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\." + _SUFFIX, r"patch_embed.proj.\1"),
-    (r"^encoder\.layer\.(\d+)\.layernorm_before\." + _SUFFIX, r"blocks.\1.norm1.\2"),
-    (r"^encoder\.layer\.(\d+)\.layernorm_after\." + _SUFFIX, r"blocks.\1.norm2.\2"),
-    (r"^encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\." + _SUFFIX,
-     r"blocks.\1.attn.\2.\3"),
-    (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\." + _SUFFIX, r"blocks.\1.attn.proj.\2"),
-    (r"^encoder\.layer\.(\d+)\.intermediate\.dense\." + _SUFFIX, r"blocks.\1.mlp.fc1.\2"),
-    (r"^encoder\.layer\.(\d+)\.output\.dense\." + _SUFFIX, r"blocks.\1.mlp.fc2.\2"),
-    (r"^layernorm\." + _SUFFIX, r"norm.\1"),
-]  # fmt: skip
+# Modules by timm's name, "#" for the number of a block.
+_TRANSFORMERS = {
+    _CLASS_TOKEN: "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "blocks.#.norm1": "encoder.layer.#.layernorm_before",
+    "blocks.#.norm2": "encoder.layer.#.layernorm_after",
+    **{f"blocks.#.attn.{x}": f"encoder.layer.#.attention.attention.{x}" for x in _PROJECTIONS},
+    "blocks.#.attn.proj": "encoder.layer.#.attention.output.dense",
+    "blocks.#.mlp.fc1": "encoder.layer.#.intermediate.dense",
+    "blocks.#.mlp.fc2": "encoder.layer.#.output.dense",
+    "norm": "layernorm",
+}
+_MMPRETRAIN = {  # its predecessors write "norm" for "ln"
+    "patch_embed.proj": "patch_embed.projection",
+    "blocks.#.norm1": "layers.#.ln1",
+    "blocks.#.norm2": "layers.#.ln2",
+    "blocks.#.attn.qkv": "layers.#.attn.qkv",
+    "blocks.#.attn.proj": "layers.#.attn.proj",
+    "blocks.#.mlp.fc1": "layers.#.ffn.layers.0.0",
+    "blocks.#.mlp.fc2": "layers.#.ffn.layers.1",
+    "norm": "ln1",
+}
+_TO_TIMM = {
+    foreign: timm
+    for table in (_TRANSFORMERS, _MMPRETRAIN)
+    for timm, name in table.items()
+    for foreign in (name, name.replace("ln", "norm"))
+}
 
 
 def to_timm(tensors: Tensors, role: EncoderRole = "base") -> dict[str, Tensor]:
@@ -64,22 +71,20 @@ def to_timm(tensors: Tensors, role: EncoderRole = "base") -> dict[str, Tensor]:
             or missing weights.
     """
     prefix = _find_prefix(tensors, role)
-    backbone = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    backbone = replace_prefix(tensors, prefix, "")
     if any(name.startswith("patch_embed.proj.0.") for name in backbone):
         raise ValueError("its patches come from a convolutional stem, which has no counterpart.")
-    for rules in (_TRANSFORMERS, _MMPRETRAIN):
-        backbone = {_rename(name, rules): tensor for name, tensor in backbone.items()}
-    backbone = _join_attention(backbone)
+    renamed = {_rename(name, _TO_TIMM): tensor for name, tensor in backbone.items()}
+    backbone = _join_attention(renamed)
     blocks = (re.match(r"blocks\.(\d+)\.", name) for name in backbone)
     depth = 1 + max((int(match[1]) for match in blocks if match), default=-1)
-    required = _backbone_names(depth) if depth else set()
-    missing = sorted(required - {*backbone})
-    if missing or not depth:
+    if not depth:
+        raise ValueError(f"it holds no transformer blocks below {prefix!r}.")
+    required = _backbone_names(depth)
+    if missing := sorted(required - {*backbone}):
         raise ValueError(
             f"{len(missing)} weights of a {depth}-block Vision Transformer are missing below "
             f"{prefix!r}: {', '.join(missing[:6])}{' ...' * (len(missing) > 6)}."
-            if depth
-            else f"it holds no transformer blocks below {prefix!r}."
         )
     names = required | {n for n in backbone if n == "pos_embed" or has_qk_norm([n])}
     return {name: backbone[name].detach().float().contiguous() for name in sorted(names)}
@@ -126,51 +131,26 @@ def to_transformers(tensors: Tensors) -> dict[str, Tensor]:
     Args:
         tensors: weights of the backbone in timm's names.
     """
-    renamed: dict[str, Tensor] = {}
+    apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if (match := re.match(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)$", name)) is not None:
+        if ".attn.qkv." in name:
             for projection, rows in zip(_PROJECTIONS, tensor.chunk(3), strict=True):
-                target = f"encoder.layer.{match[1]}.attention.attention.{projection}.{match[2]}"
-                renamed[target] = rows.contiguous()
-        elif (target := _rename(name, _TO_TRANSFORMERS)) != name:
-            renamed[target] = tensor
+                apart[name.replace("qkv", projection)] = rows.contiguous()
         else:
-            raise AssertionError(f"{name} is no weight of a Vision Transformer")
+            apart[name] = tensor
+    renamed = {_rename(name, _TRANSFORMERS): tensor for name, tensor in apart.items()}
+    if unknown := {*apart} & {*renamed}:
+        raise AssertionError(f"{', '.join(unknown)} is no weight of a Vision Transformer")
     return renamed
 
 
-def to_moco_v3(modules: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    """All tensors of a run in the names of the published MoCo v3 files.
-
-    Args:
-        modules: tensors of `base.backbone`, and where known of `base.projector`, `predictor`,
-            `momentum.backbone` and `momentum.projector`.
-    """
-    prefixes = {
-        "base.backbone": "module.base_encoder.",
-        "base.projector": "module.base_encoder.head.",
-        "momentum.backbone": "module.momentum_encoder.",
-        "momentum.projector": "module.momentum_encoder.head.",
-        "predictor": "module.predictor.",
-    }
+def replace_prefix(tensors: Tensors, prefix: str, replacement: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, below another prefix."""
     return {
-        prefixes[module] + name: tensor
-        for module, tensors in modules.items()
+        replacement + name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
+        if name.startswith(prefix)
     }
-
-
-_TO_TRANSFORMERS = [
-    (r"^cls_token$", "embeddings.cls_token"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\." + _SUFFIX, r"embeddings.patch_embeddings.projection.\1"),
-    (r"^blocks\.(\d+)\.norm1\." + _SUFFIX, r"encoder.layer.\1.layernorm_before.\2"),
-    (r"^blocks\.(\d+)\.norm2\." + _SUFFIX, r"encoder.layer.\1.layernorm_after.\2"),
-    (r"^blocks\.(\d+)\.attn\.proj\." + _SUFFIX, r"encoder.layer.\1.attention.output.dense.\2"),
-    (r"^blocks\.(\d+)\.mlp\.fc1\." + _SUFFIX, r"encoder.layer.\1.intermediate.dense.\2"),
-    (r"^blocks\.(\d+)\.mlp\.fc2\." + _SUFFIX, r"encoder.layer.\1.output.dense.\2"),
-    (r"^norm\." + _SUFFIX, r"layernorm.\1"),
-]
 
 
 def _find_prefix(tensors: Tensors, role: EncoderRole) -> str:
@@ -197,29 +177,29 @@ def _find_prefix(tensors: Tensors, role: EncoderRole) -> str:
     return candidates[0]
 
 
-def _rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
-    for pattern, target in rules:
-        if re.match(pattern, name):
-            return re.sub(pattern, target, name)
-    return name
+def _rename(name: str, modules: Mapping[str, str]) -> str:
+    """The tensor's name with its module as `modules` calls it; other names stay as they are."""
+    module = re.sub(r"\.(weight|bias)$", "", name)
+    number = re.search(r"\.(\d+)\.", module)  # of the block: the first of several numbers
+    target = modules.get(re.sub(r"\.\d+\.", ".#.", module, count=1))
+    if target is None:
+        return name
+    return target.replace("#", number[1] if number else "") + name.removeprefix(module)
 
 
 def _join_attention(tensors: Tensors) -> dict[str, Tensor]:
     """The same tensors, with q, k and v of each block as one."""
     joined = dict(tensors)
     for name in tensors:
-        if (match := re.match(r"(blocks\.\d+\.attn\.)query\.(weight|bias)$", name)) is None:
-            continue
-        names = [f"{match[1]}{projection}.{match[2]}" for projection in _PROJECTIONS]
-        if all(name in joined for name in names):
-            joined[f"{match[1]}qkv.{match[2]}"] = torch.cat([joined.pop(name) for name in names])
+        names = [name.replace(".query.", f".{projection}.") for projection in _PROJECTIONS]
+        if ".attn.query." in name and {*names} <= {*joined}:
+            joined[name.replace("query", "qkv")] = torch.cat([*map(joined.pop, names)])
     return joined
 
 
 def _backbone_names(depth: int) -> set[str]:
-    layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    modules = [f"blocks.{i}.{layer}" for i in range(depth) for layer in layers]
-    modules += ["patch_embed.proj", "norm"]
+    """Tensors that every ViT of so many blocks has, with q, k and v as one."""
+    modules = {name.replace("#", f"{i}") for name in _MMPRETRAIN for i in range(depth)}
     names = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
     return names | {_CLASS_TOKEN}
 

@@ -10,12 +10,11 @@ from mocov3_ds.encoders.foreign_names import (
     has_qk_norm,
     infer_shape,
     timm_sizes,
-    to_moco_v3,
     to_timm,
     to_transformers,
 )
 from mocov3_ds.model.vit import PAPER_SHAPES
-from tests.encoders.test_load import BASE, MOMENTUM, SHAPE
+from tests.encoders.test_load import BASE, MOMENTUM, SHAPE, published
 
 
 def test_transformers_names_come_back() -> None:
@@ -25,12 +24,9 @@ def test_transformers_names_come_back() -> None:
 
 
 def test_both_encoders_come_back_from_the_published_names() -> None:
-    modules = {"base.backbone": BASE.state_dict(), "momentum.backbone": MOMENTUM.state_dict()}
-    modules["base.projector"] = {"0.weight": torch.ones(8, 32)}
-    published = to_moco_v3(modules)
-    assert "module.base_encoder.head.0.weight" in published
+    state = published()["state_dict"]
     for role, encoder in (("base", BASE), ("momentum", MOMENTUM)):
-        backbone = to_timm(published, role)  # type: ignore[arg-type]
+        backbone = to_timm(state, role)  # type: ignore[arg-type]
         assert all(torch.equal(backbone[n], t) for n, t in encoder.state_dict().items())
 
 
