@@ -99,19 +99,12 @@ def open_splits(train: str, val: str) -> Splits:
             )
     train_classes, val_classes = splits.train.classes, splits.val.classes
     if train_classes and val_classes and train_classes != val_classes:
-        if len(train_classes) != len(val_classes):
-            raise ValueError(
-                f"{train} has {len(train_classes)} classes and {val} has {len(val_classes)}; both "
-                "must come from the same set of class folders."
-            )
-        pairs = zip(train_classes, val_classes, strict=True)
-        label, (train_class, val_class) = next(
-            (label, pair) for label, pair in enumerate(pairs) if pair[0] != pair[1]
-        )
-        raise ValueError(
-            f"class {label} is {train_class!r} in {train} and {val_class!r} in {val}; both "
-            "must come from the same set of class folders."
-        )
+        difference = f"{train} has {len(train_classes)} classes and {val} has {len(val_classes)}"
+        if len(train_classes) == len(val_classes):
+            pairs = enumerate(zip(train_classes, val_classes, strict=True))
+            label, (name, counterpart) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
+            difference = f"class {label} is {name!r} in {train} and {counterpart!r} in {val}"
+        raise ValueError(f"{difference}; both must come from the same set of class folders.")
     highest = max(int(m.index_N["label"].max()) for m in (splits.train, splits.val))
     if highest >= splits.classes:
         raise ValueError(
@@ -256,14 +249,14 @@ class SeededTransform:
         return self.transform(image)
 
 
+@dataclass(frozen=True)
 class _LabelledImages(Dataset[tuple[Tensor, int, int]]):
     """(image, label, sample id) at each position of an epoch."""
 
-    def __init__(
-        self, manifest: Manifest, make_image: ImageMaker, order_N: Ids, epoch: int
-    ) -> None:
-        self.manifest, self.make_image = manifest, make_image
-        self.order_N, self.epoch = order_N, epoch
+    manifest: Manifest
+    make_image: ImageMaker
+    order_N: Ids
+    epoch: int
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         sample_id = int(self.order_N[position])

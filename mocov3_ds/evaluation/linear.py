@@ -177,9 +177,7 @@ class LinearProbe(SupervisedRun[LinearConfig]):
         """Train one epoch; the lowest mean loss over the training images."""
         config, samples = self.config, self.splits.train.samples
         crop = RandomCrop(self.image_size, ViewSpec(crop_min=config.crop_min), config.seed)
-        passes_per_step, batches = self.open_epoch(
-            crop, images_per_pass=config.micro_batch, drop_last=False
-        )
+        passes_per_step, batches = self.open_epoch(crop, images_per_pass=config.micro_batch)
         steps = len(passes_per_step)
         peak_L = torch.tensor(config.learning_rates, device=self.device) * config.batch / 256
         losses_L = torch.zeros_like(peak_L)
@@ -215,15 +213,12 @@ class LinearProbe(SupervisedRun[LinearConfig]):
             classifiers=len(rates),
         ).tolist()
         best = top1_L.index(max(top1_L))
-        lines = [f"{rate:>7g}   {top1:6.2f} %" for rate, top1 in zip(rates, top1_L, strict=True)]
+        pairs = [(f"{rate:g}", top1) for rate, top1 in zip(rates, top1_L, strict=True)]
+        lines = [f"{rate:>7}   {top1:6.2f} %" for rate, top1 in pairs]
         lines[best] += "  <- best"
-        return {
-            "top1": top1_L[best],
-            "best_learning_rate": rates[best],
-            "top1_by_learning_rate": {
-                f"{rate:g}": top1 for rate, top1 in zip(rates, top1_L, strict=True)
-            },
-        }, "\n".join(["base lr   top-1", *lines])
+        entry = {"top1": top1_L[best], "best_learning_rate": rates[best]}
+        text = "\n".join(["base lr   top-1", *lines])
+        return entry | {"top1_by_learning_rate": dict(pairs)}, text
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Heads and velocities."""

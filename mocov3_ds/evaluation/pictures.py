@@ -9,15 +9,16 @@ Shape suffixes: B = images, H = heads, G = side of the patch grid, N = tokens, D
 P = probes, K = neighbours, C H W = image.
 """
 
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -40,7 +41,7 @@ _PROBES = 2000  # held-out images whose cosines are drawn
 _GAP, _FRAME, _TEXT = 6, 4, 18
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 RIGHT, WRONG = (34, 139, 94), (214, 69, 65)
-_SAME, _OTHER = (34, 139, 94), (91, 110, 225)
+_SAME, _OTHER = "#228b5e", "#5b6ee1"
 # dark blue over teal to yellow, readable in grey as well
 _SCALE = np.array([(13, 22, 60), (26, 93, 122), (54, 158, 116), (172, 205, 66), (253, 236, 92)])
 
@@ -72,62 +73,62 @@ def class_attention(vit: VisionTransformer, images_BCHW: Tensor) -> Tensor:
     return score_BHN.softmax(2)[:, :, 1:].reshape(batch, heads, grid, grid)
 
 
-def draw_pictures(
-    run: Path,
-    out: Path,
-    *,
-    role: EncoderRole = "base",
-    train: str = "",
-    val: str = "",
-    images: int = 8,
-    neighbours: int = 8,
-    bank: int = 10000,
-    heads: int = 0,
-    threads: int = 4,
-) -> list[Path]:
+@dataclass(frozen=True, kw_only=True)
+class LookOptions:
+    """What the pictures of an encoder show."""
+
+    which: EncoderRole = "base"
+    """base or momentum encoder"""
+    train: str = ""
+    """labelled training shards; empty = those of the run"""
+    val: str = ""
+    """labelled held-out shards; empty = the run's probe shards"""
+    images: int = 8
+    """number of held-out images that are shown, spread evenly over their set"""
+    neighbours: int = 8
+    """number of training images beside each of them"""
+    bank: int = 10000
+    """number of training images that are searched, spread evenly over their set"""
+    heads: int = 0
+    """attention heads, if the weights cannot tell; 0 = the paper's for their width"""
+    threads: int = 4
+    """number of decode threads"""
+
+
+def draw_pictures(run: Path, out: Path, options: LookOptions) -> list[Path]:
     """Draw the three pictures; returns their paths.
 
     Args:
         run: run folder, or anything else that holds an encoder.
         out: folder of the pictures, made if it is missing.
-        role: base or momentum encoder.
-        train: training shards; empty = those of the run.
-        val: held-out shards; empty = the run's probe shards.
-        images: number of held-out images that are shown, spread evenly over their set.
-        neighbours: number of training images beside each of them.
-        bank: number of training images that are searched, spread evenly over their set.
-        heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
-        threads: number of decoding threads.
+        options: encoder, shards and numbers of images.
 
     Raises:
         ValueError: no encoder, no labelled shards, fewer than one image.
     """
+    images, neighbours, bank = options.images, options.neighbours, options.bank
     if min(images, neighbours, bank) < 1:
         raise ValueError(f"images {images}, neighbours {neighbours}, bank {bank}: 1 at least each.")
-    weights = read_weights(run, role, heads=heads)
+    weights = read_weights(run, options.which, heads=options.heads)
     vit, size = build_encoder(weights), weights.shape.image_size
-    splits = open_splits(*choose_split_urls(weights, train, val))
-    extract = partial(split_features, vit, image_size=size, threads=threads)
+    splits = open_splits(*choose_split_urls(weights, options.train, options.val))
+    extract = partial(split_features, vit, image_size=size, threads=options.threads)
     bank_split = extract(splits.train, limit=bank)
     probes_PD, labels_P, ids_P = extract(splits.val, limit=_PROBES)
     rows = np.linspace(0, len(ids_P) - 1, min(images, len(ids_P))).round().astype(int).tolist()
     shown_BCHW = read_crops(splits.val, ids_P[rows], size)
+    attention_BHGG = class_attention(vit, make_inputs(shown_BCHW))
     pictures = {
-        "attention.png": attention_picture(
-            shown_BCHW, class_attention(vit, make_inputs(shown_BCHW))
-        ),
+        "attention.png": attention_picture(shown_BCHW, attention_BHGG),
         "neighbours.png": _draw_neighbours(
             splits.train, bank_split, shown_BCHW, probes_PD[rows], labels_P[rows], neighbours
         ),
         "similarity.png": similarity_picture(probes_PD, labels_P),
     }
-    return [_save_picture(picture, out / name) for name, picture in pictures.items()]
-
-
-def _save_picture(picture: Image.Image, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
-    return path
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture.save(out / name)
+    return [out / name for name in pictures]
 
 
 def read_crops(manifest: Manifest, ids_B: Tensor, size: int) -> Tensor:
@@ -216,55 +217,28 @@ def similarity_picture(features_PD: Tensor, labels_P: Tensor) -> Image.Image:
         features_PD: features of any length.
         labels_P: class of each, int64.
     """
+    from matplotlib.figure import Figure  # takes a while to import
+
     features_PD = F.normalize(features_PD, dim=1)
     upper = torch.ones(len(labels_P), len(labels_P), dtype=torch.bool).triu(1)
     cosines = (features_PD @ features_PD.T)[upper].cpu().numpy()
-    same_class = (labels_P[:, None] == labels_P)[upper].cpu().numpy()
-    groups = [
-        _Group("different classes", cosines[~same_class], _OTHER),
-        _Group("same class", cosines[same_class], _SAME),
-    ]
+    is_same = (labels_P[:, None] == labels_P)[upper].cpu().numpy()
     low = min(float(cosines.min()), 0.0) if len(cosines) else 0.0
     edges = np.linspace(np.floor(low * 5) / 5, 1.0, 81)
-    return _draw_histogram(edges, [group for group in groups if len(group.values)])
-
-
-class _Group(NamedTuple):
-    name: str
-    values: NDArray[np.float32]
-    colour: tuple[int, int, int]
-
-
-def _draw_histogram(edges: NDArray[np.float64], groups: Sequence[_Group]) -> Image.Image:
-    width, height, margin = 900, 420, 56
-    sheet = Image.new("RGB", (width, height), _PAPER)
-    shares = [np.histogram(group.values, edges)[0] / len(group.values) for group in groups]
-    highest = max((float(share.max()) for share in shares), default=1.0)
-    bottom, plot_width, plot_height = height - margin, width - 2 * margin, height - 2 * margin
-    step = plot_width / (len(edges) - 1)
-    for share, group in zip(shares, groups, strict=True):
-        bars = Image.new("RGBA", sheet.size)
-        brush = ImageDraw.Draw(bars)
-        for number, value in enumerate(share):
-            x = margin + number * step
-            top = bottom - plot_height * float(value) / highest
-            brush.rectangle((x, top, x + step, bottom), fill=(*group.colour, 130))
-        sheet.paste(bars, (0, 0), bars)
-    draw = ImageDraw.Draw(sheet)
-    draw.line((margin, bottom, width - margin, bottom), fill=_INK)
-    for mark in np.arange(round(edges[0] * 10), 11, 2) / 10:
-        x = margin + (mark - edges[0]) / (1 - edges[0]) * plot_width
-        draw.line((x, bottom, x, bottom + 5), fill=_INK)
-        draw.text((x, bottom + 8), f"{mark:.1f}", fill=_INK, font=_font(14), anchor="ma")
-    draw.text((width / 2, height - 22), "cosine", fill=_INK, font=_font(14), anchor="ma")
-    title = f"share of pairs (highest bar {highest:.1%})"
-    draw.text((margin, 14), title, fill=_INK, font=_font(14))
-    for number, (name, values, colour) in enumerate(groups):
-        y = 40 + 22 * number
-        draw.rectangle((margin, y, margin + 14, y + 14), fill=colour)
-        text = f"{name}: mean {values.mean():.3f}, {len(values)} pairs"
-        draw.text((margin + 22, y - 2), text, fill=_INK, font=_font(14))
-    return sheet
+    figure = Figure((9, 4.2))
+    axes = figure.add_axes((0.1, 0.13, 0.86, 0.74), xlabel="cosine", ylabel="share of pairs")
+    axes.set_xlim(float(edges[0]), 1.0)
+    axes.spines[["top", "right"]].set_visible(False)
+    groups = (("different classes", ~is_same, _OTHER), ("same class", is_same, _SAME))
+    for name, rows, colour in groups:
+        if count := int(rows.sum()):
+            label = f"{name}: mean {cosines[rows].mean():.3f}, {count} pairs"
+            shares = np.histogram(cosines[rows], edges)[0] / count
+            axes.stairs(shares, edges, fill=True, color=colour, alpha=0.5, label=label)
+    figure.legend(handles=[*axes.patches], loc="upper center", ncols=2, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer).convert("RGB")
 
 
 def start_sheet(rows: int, columns: Sequence[str]) -> tuple[Image.Image, ImageDraw.ImageDraw]:

@@ -226,40 +226,45 @@ class SupervisedRun(ABC, Generic[ConfigT]):
         self.epochs_done = values["epochs_done"]
 
     def open_epoch(
-        self, make_image: ImageMaker, *, images_per_pass: int, drop_last: bool, repeats: int = 1
+        self,
+        make_image: ImageMaker,
+        *,
+        images_per_pass: int,
+        drop_last: bool = False,
+        repeats: int = 1,
+        held_out: bool = False,
     ) -> tuple[list[int], Iterator[Batch]]:
-        """The training images of the epoch that comes next.
+        """The training images of the epoch that comes next, or the held-out images in one step.
 
         Args:
-            make_image: turns the bytes of a sample into a training image.
+            make_image: turns the bytes of a sample into an image.
             images_per_pass: most images in one forward pass of this rank.
             drop_last: whether a last step with fewer than `batch` images is left out.
             repeats: crops of one image in an epoch of constant length; 1 = none.
+            held_out: whether to read the held-out images, in the order of epoch 0.
 
         Returns:
             Number of passes in each step of this rank, and the batches of all passes.
         """
-        config, train = self.config, self.splits.train
-        order_N = draw_epoch_order(train.samples, config.seed, self.epochs_done, repeats)
+        config, manifest, epoch = self.config, self.splits.train, self.epochs_done
+        batch, title = config.batch, f"{self.title}, epoch {epoch + 1}"
+        if held_out:
+            manifest, epoch, title = self.splits.val, 0, "held-out images"
+            batch = manifest.samples
+        order_N = draw_epoch_order(manifest.samples, config.seed, epoch, repeats)
         steps = split_into_passes(
             order_N,
-            batch=config.batch,
+            batch=batch,
             micro_batch=images_per_pass,
             rank=ranks.rank(),
             world_size=ranks.world_size(),
             drop_last=drop_last,
         )
         passes = [positions for step in steps for positions in step]
+        pin, workers = self.device.type == "cuda", config.workers
         batches = read_batches(
-            train,
-            make_image,
-            order_N,
-            passes,
-            epoch=self.epochs_done,
-            workers=config.workers,
-            pin=self.device.type == "cuda",
+            manifest, make_image, order_N, passes, epoch=epoch, workers=workers, pin=pin
         )
-        title = f"{self.title}, epoch {self.epochs_done + 1}"
         return [len(step) for step in steps], show_progress(batches, len(passes), title)
 
     @torch.no_grad()
@@ -273,22 +278,14 @@ class SupervisedRun(ABC, Generic[ConfigT]):
             classify: images (B, C, H, W) -> classes (M, B).
             classifiers: number M of classifiers.
         """
-        val, config = self.splits.val, self.config
-        order_N = draw_epoch_order(val.samples, config.seed, 0)
-        (passes,) = split_into_passes(
-            order_N,
-            batch=val.samples,
-            micro_batch=config.micro_batch,
-            rank=ranks.rank(),
-            world_size=ranks.world_size(),
-            drop_last=False,
+        _, batches = self.open_epoch(
+            make_image, images_per_pass=self.config.micro_batch, held_out=True
         )
-        batches = read_batches(val, make_image, order_N, passes, workers=config.workers)
         correct_M = torch.zeros(classifiers, dtype=torch.float64, device=self.device)
-        for images_BCHW, labels_B, _ in show_progress(batches, len(passes), "held-out images"):
+        for images_BCHW, labels_B, _ in batches:
             classes_MB = classify(images_BCHW.to(self.device, non_blocking=True))
             correct_M += (classes_MB == labels_B.to(self.device)).sum(1)
-        return 100.0 * ranks.all_reduce_sum(correct_M).cpu() / val.samples
+        return 100.0 * ranks.all_reduce_sum(correct_M).cpu() / self.splits.val.samples
 
 
 def start_accelerator(precision: Precision) -> Accelerator:

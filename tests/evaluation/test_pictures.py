@@ -12,6 +12,7 @@ from mocov3_ds.evaluation.pictures import (
     RIGHT,
     TILE,
     WRONG,
+    LookOptions,
     class_attention,
     colour_map,
     draw_pictures,
@@ -39,7 +40,8 @@ def test_attention_is_what_the_block_uses(tmp_path: Path) -> None:
 def test_three_pictures(tmp_path: Path) -> None:
     train, val = make_splits(tmp_path)
     run = make_run(tmp_path / "run", train=train, val=val)
-    files = draw_pictures(run, tmp_path / "out", images=5, neighbours=4, bank=40)
+    options = LookOptions(images=5, neighbours=4, bank=40)
+    files = draw_pictures(run, tmp_path / "out", options)
     assert [f.name for f in files] == ["attention.png", "neighbours.png", "similarity.png"]
     sizes = []
     for file in files:
@@ -48,11 +50,11 @@ def test_three_pictures(tmp_path: Path) -> None:
     assert sizes[0] == (6 * (TILE + 6) + 6, 5 * (TILE + 6) + 6 + 18)  # image, mean, 4 heads
     assert sizes[1] == (5 * (TILE + 6) + 6, 5 * (TILE + 6) + 6 + 18)
     before = [f.read_bytes() for f in files]
-    files = draw_pictures(run, tmp_path / "out", images=5, neighbours=4, bank=40)
+    files = draw_pictures(run, tmp_path / "out", options)
     assert [f.read_bytes() for f in files] == before
-    assert draw_pictures(run, tmp_path / "few", images=99, neighbours=99, bank=3)
+    assert draw_pictures(run, tmp_path / "few", LookOptions(images=99, neighbours=99, bank=3))
     with pytest.raises(ValueError, match="images 0, neighbours 8"):
-        draw_pictures(run, tmp_path / "none", images=0)
+        draw_pictures(run, tmp_path / "none", LookOptions(images=0))
 
 
 def test_frames_tell_right_from_wrong() -> None:
@@ -83,8 +85,8 @@ def test_a_collapse_shows() -> None:
 
     def bars(picture: Image.Image) -> np.ndarray:
         """Columns of the plot that hold a bar."""
-        part = np.asarray(picture)[100:363, 56:845].astype(int)
+        part = np.asarray(picture)[100:360, 92:862].astype(int)
         return np.flatnonzero((part.sum(2) < 700).any(0))
 
-    assert bars(collapsed).min() > 770  # the last bin alone
+    assert bars(collapsed).min() > 760  # the last bin alone
     assert bars(spread).min() < 300
