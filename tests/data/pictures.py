@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 from PIL import Image
+from torchvision.transforms import functional as tvf
 
 
 def picture(height=97, width=131, seed=0):
@@ -18,6 +19,19 @@ def encode_image(image, kind="JPEG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def decode_image(data):
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def crops_by_torchvision(image, boxes, flips=(False, False), size=32):
+    """Crops (V, C, H, W) uint8 of an image, resized as RandomResizedCrop does."""
+    views = []
+    for box, flip in zip(boxes, flips, strict=True):
+        view = tvf.resized_crop(image, *box, [size, size])
+        views.append(np.asarray(tvf.hflip(view) if flip else view).transpose(2, 0, 1))
+    return np.stack(views)
 
 
 def detailed_picture(height, width, seed):

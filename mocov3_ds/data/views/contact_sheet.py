@@ -4,7 +4,6 @@ Each row shows a stored image, its two views as training gets them, the same dra
 Pillow and torchvision, and what the usual pipeline draws by itself.
 """
 
-import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,10 +77,8 @@ def draw_contact_sheet(
         thumbnail.thumbnail((size, size))
         compared = (trained[0], by_pillow[0], trained[1], by_pillow[1])
         pictures.append((thumbnail, *compared, *(transform(image) for transform in usual)))
-    buffer = io.BytesIO()
-    _arrange(pictures, size).save(buffer, "PNG")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(buffer.getvalue())
+    _arrange(pictures, size).save(out, "PNG")
     return largest
 
 

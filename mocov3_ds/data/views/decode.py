@@ -74,8 +74,8 @@ def cut_crops(
         UnreadableImage: The image cannot be read; `out_VCHW` may be partly written.
     """
     decoder = current_decoder()
-    if decoder == "native":
-        if _cut_by_library(image_bytes, boxes, flips, out_VCHW):
+    if decoder == "native" and out_VCHW.strides[3] == 1:  # the library writes contiguous rows
+        if native.cut_crops(image_bytes, boxes, flips, out_VCHW, MAX_PIXELS) == native.READ:
             return
     elif decoder == "simplejpeg" and _cut_by_simplejpeg(image_bytes, boxes, flips, out_VCHW):
         return
@@ -189,19 +189,6 @@ def choose_decoder(
         f"MOCOV3_DS_DECODER={requested} cannot run: {obstacles.partition(': ')[2]}; unset the "
         "variable to take what is there."
     )
-
-
-def _cut_by_library(
-    image_bytes: bytes, boxes: Sequence[Box], flips: Sequence[bool], out_VCHW: NDArray[np.uint8]
-) -> bool:
-    """Whether the C++ library has made the crops."""
-    contiguous_rows = out_VCHW.strides[3] == 1
-    crops_VCHW = out_VCHW if contiguous_rows else np.empty(out_VCHW.shape, np.uint8)
-    if native.cut_crops(image_bytes, boxes, flips, crops_VCHW, MAX_PIXELS) != native.READ:
-        return False
-    if not contiguous_rows:
-        out_VCHW[:] = crops_VCHW
-    return True
 
 
 def _cut_by_simplejpeg(

@@ -27,7 +27,6 @@ _BLOCK = 1024
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 _CONTRAST = tl.constexpr(int(Column.CONTRAST))
-_BRIGHTNESS = tl.constexpr(int(Column.BRIGHTNESS))
 _SATURATION = tl.constexpr(int(Column.SATURATION))
 _HUE = tl.constexpr(int(Column.HUE))
 _ORDER = tl.constexpr(int(Column.ORDER))
@@ -94,9 +93,10 @@ def _luma(r, g, b):
 
 
 @triton.jit
-def _clip_and_truncate(x):
-    """Clipped to 0 .. 255 and truncated."""
-    return tl.minimum(tl.maximum(x, 0.0), 255.0).to(tl.int32).to(tl.float32)
+def _blend(x, base, factor):
+    """Pillow's blend of a degenerate image with the image: clipped to 0 .. 255 and truncated."""
+    blended = (x - base) * factor + base
+    return tl.minimum(tl.maximum(blended, 0.0), 255.0).to(tl.int32).to(tl.float32)
 
 
 @triton.jit
@@ -152,23 +152,16 @@ def colour_pass(
         contrast_seen = contrast_seen | (operation == _CONTRAST)
         if contrast_seen == SECOND:
             factor = tl.load(row + tl.maximum(operation, 0))
-            if operation == _BRIGHTNESS:
-                r = _clip_and_truncate(r * factor)
-                g = _clip_and_truncate(g * factor)
-                b = _clip_and_truncate(b * factor)
-            elif operation == _CONTRAST:
-                total = tl.load(sums + image).to(tl.int64)
-                mean = ((2 * total + plane) // (2 * plane)).to(tl.float32)
-                r = _clip_and_truncate((r - mean) * factor + mean)
-                g = _clip_and_truncate((g - mean) * factor + mean)
-                b = _clip_and_truncate((b - mean) * factor + mean)
-            elif operation == _SATURATION:
-                base = _luma(r, g, b).to(tl.float32)
-                r = _clip_and_truncate((r - base) * factor + base)
-                g = _clip_and_truncate((g - base) * factor + base)
-                b = _clip_and_truncate((b - base) * factor + base)
-            elif operation == _HUE:
+            if operation == _HUE:
                 r, g, b = _turn_hue(r, g, b, factor)
+            elif operation >= 0:
+                base = tl.zeros_like(r)  # of the brightness
+                if operation == _CONTRAST:
+                    total = tl.load(sums + image).to(tl.int64)
+                    base += ((2 * total + plane) // (2 * plane)).to(tl.float32)
+                elif operation == _SATURATION:
+                    base = _luma(r, g, b).to(tl.float32)
+                r, g, b = _blend(r, base, factor), _blend(g, base, factor), _blend(b, base, factor)
     if SECOND:
         if tl.load(row + _GREY) > 0:
             r = _luma(r, g, b).to(tl.float32)

@@ -8,7 +8,9 @@ distribution with those of `make_crops`.
 import io
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,49 +30,46 @@ BLUR_TAPS = 13
 """width of torchvision's tensor blur: three standard deviations of 2 pixels to each side"""
 
 
+@dataclass(frozen=True)
 class PillowBlur:
-    """Pillow's GaussianBlur with a drawn radius."""
+    """Pillow's GaussianBlur with a radius drawn from the range `sigma`."""
 
-    def __init__(self, sigma: tuple[float, float]) -> None:
-        self.sigma = sigma
+    sigma: tuple[float, float]
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Blur an image by a radius drawn from the range."""
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
 
 
-def view_transform(spec: ViewSpec, view: int, size: int, normalised: bool = True) -> tv.Compose:
-    """Pillow image to the normalised tensor of a view (or to the Pillow image before that)."""
-    jitter = tv.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
+def view_transform(
+    spec: ViewSpec, view: int, size: int, *, second_set: bool = False, normalised: bool = True
+) -> tv.Compose | v2.Compose:
+    """Stored image to the normalised tensor of a view.
+
+    Args:
+        spec: Distribution of the views.
+        view: Index of the view, 0 or 1.
+        size: Side of the view in pixels.
+        second_set: Whether to use torchvision's second set of transforms on uint8 tensors, rather
+            than the first set on Pillow images.
+        normalised: Whether to end with the normalisation, rather than with the image before it.
+    """
+    kit = v2 if second_set else tv
+    jitter = kit.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
+    sigma = spec.blur_sigma
+    blur = kit.GaussianBlur(BLUR_TAPS, sigma) if second_set else PillowBlur(sigma)
     steps = [
-        tv.RandomResizedCrop(size, (spec.crop_min, spec.crop_max)),
-        tv.RandomApply([jitter], spec.jitter_p),
-        tv.RandomGrayscale(spec.grey_p),
-        tv.RandomApply([PillowBlur(spec.blur_sigma)], spec.blur_p[view]),
-        tv.RandomApply([ImageOps.solarize], spec.solarise_p[view]),
-        tv.RandomHorizontalFlip(spec.flip_p),
+        kit.RandomResizedCrop(size, (spec.crop_min, spec.crop_max)),
+        kit.RandomApply([jitter], spec.jitter_p),
+        kit.RandomGrayscale(spec.grey_p),
+        kit.RandomApply([blur], spec.blur_p[view]),
+        kit.RandomSolarize(128, spec.solarise_p[view]),
+        kit.RandomHorizontalFlip(spec.flip_p),
     ]
     if normalised:
-        steps += [tv.ToTensor(), tv.Normalize(spec.mean, spec.std)]
-    return tv.Compose(steps)
-
-
-def view_transform_v2(spec: ViewSpec, view: int, size: int) -> v2.Compose:
-    """The same on uint8 tensors with torchvision's second set of transforms."""
-    jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
-    blur = v2.GaussianBlur(BLUR_TAPS, spec.blur_sigma)
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(size, (spec.crop_min, spec.crop_max), antialias=True),
-            v2.RandomApply([jitter], spec.jitter_p),
-            v2.RandomGrayscale(spec.grey_p),
-            v2.RandomApply([blur], spec.blur_p[view]),
-            v2.RandomSolarize(128, spec.solarise_p[view]),
-            v2.RandomHorizontalFlip(spec.flip_p),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(spec.mean, spec.std),
-        ]
-    )
+        to_tensor = v2.ToDtype(torch.float32, scale=True) if second_set else tv.ToTensor()
+        steps += [to_tensor, kit.Normalize(spec.mean, spec.std)]
+    return kit.Compose(steps)
 
 
 def open_rgb(image_bytes: bytes) -> Image.Image:
@@ -98,6 +97,7 @@ def _read_sample(manifest: Manifest, sample: int) -> bytes:
         return file.read(int(row["size"]))
 
 
+@dataclass(frozen=True)
 class TwoViews(Dataset[tuple[Tensor, Tensor]]):
     """Two views of the image at an index, drawn again on each access.
 
@@ -107,13 +107,9 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
         transforms: Functions from that image to view 1 and to view 2.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        decode: Callable[[bytes], object],
-        transforms: Sequence[Callable[[object], Tensor]],
-    ) -> None:
-        self.manifest, self.decode, self.transforms = manifest, decode, transforms
+    manifest: Manifest
+    decode: Callable[[bytes], object]
+    transforms: Sequence[Callable[[object], Tensor]]
 
     def __len__(self) -> int:
         return self.manifest.samples
@@ -138,8 +134,7 @@ def make_loader(
         workers: Number of processes that decode; 0 = the caller's own.
         second_set: Whether to use torchvision's second set of transforms.
     """
-    make_transform = view_transform_v2 if second_set else view_transform
-    transforms = [make_transform(spec, view, size) for view in (0, 1)]
+    transforms = [view_transform(spec, view, size, second_set=second_set) for view in (0, 1)]
     samples = TwoViews(manifest, decode_tensor if second_set else open_rgb, transforms)
     # Forked workers, as scripts on Linux have, are children whose CPU time can be read.
     context = "fork" if workers else None
@@ -183,12 +178,10 @@ def find_sigma(params: Sequence[float]) -> float:
     """A standard deviation, pixels, whose box filter is the one of a parameter row."""
     # Wider blurs have a larger radius or, with the same radius, less weight: bisect.
     target = (int(params[Column.BOX_RADIUS]), -int(params[Column.BOX_WEIGHT]))
-    low, high = 0.0, 16.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        radius, weight, _edge = box_filter(middle)
-        if (radius, -weight) < target:
-            low = middle
-        else:
-            high = middle
-    return high
+    steps = 1 << 40  # of a pixel, finer than float32
+
+    def order_by_width(number: int) -> tuple[int, int]:
+        radius, weight, _edge = box_filter(number / steps)
+        return radius, -weight
+
+    return bisect_left(range(16 * steps), target, key=order_by_width) / steps

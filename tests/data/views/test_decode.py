@@ -3,7 +3,6 @@
 Each test runs with each decoder that is there; simplejpeg with torch's resize has a tolerance.
 """
 
-import io
 import struct
 import zlib
 
@@ -15,7 +14,7 @@ from torchvision.transforms import functional as tv
 
 from mocov3_ds.data.views import decode, native
 from mocov3_ds.data.views.decode import UnreadableImage, centre_crop, cut_crops, read_size
-from tests.data.pictures import encode_image, picture
+from tests.data.pictures import crops_by_torchvision, decode_image, encode_image, picture
 
 DECODERS = ("native", "simplejpeg", "pillow")
 BOXES = [(5, 20, 90, 110), (0, 0, 97, 131)]
@@ -45,29 +44,21 @@ def crops_of(data, boxes=BOXES, flips=(False, True), size=64):
 
 
 def reference_crops(image, boxes=BOXES, flips=(False, True), size=64):
-    views = []
-    for (top, left, height, width), flip in zip(boxes, flips, strict=True):
-        view = tv.resized_crop(image, top, left, height, width, [size, size])
-        views.append(np.asarray(tv.hflip(view) if flip else view).transpose(2, 0, 1))
-    return np.stack(views)
-
-
-def decoded(data):
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    return crops_by_torchvision(image, boxes, flips, size)
 
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("size", [32, 224])
 def test_two_crops_are_torchvisions(subsampling, size):
     data = encode_image(picture(), quality=90, subsampling=subsampling)
-    assert_pixels(crops_of(data, size=size), reference_crops(decoded(data), size=size))
+    assert_pixels(crops_of(data, size=size), reference_crops(decode_image(data), size=size))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_plain_jpegs_do_not_need_pillow(decoder, mode, progressive, monkeypatch):
     data = encode_image(picture().convert(mode), progressive=progressive)
-    expected = reference_crops(decoded(data))
+    expected = reference_crops(decode_image(data))
     if decoder != "pillow":
         monkeypatch.delattr(decode, "decode_rgb")
     assert_pixels(crops_of(data), expected)
@@ -88,7 +79,7 @@ def test_size_is_height_and_width():
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_jpeg_modes_become_rgb_as_pillow_converts_them(mode):
     data = encode_image(picture().convert(mode))
-    assert_pixels(crops_of(data), reference_crops(decoded(data)))
+    assert_pixels(crops_of(data), reference_crops(decode_image(data)))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1"])
@@ -124,14 +115,14 @@ def test_exif_rotation_is_ignored_as_the_reference_does():
     exif[0x0112] = 6
     data = encode_image(picture(), exif=exif)
     assert read_size(data) == (97, 131)
-    assert_pixels(crops_of(data), reference_crops(decoded(data)))
+    assert_pixels(crops_of(data), reference_crops(decode_image(data)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(97, 131), (131, 97), (40, 300), (64, 64)])
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (32, 37), (64, 64)])
 def test_centre_crop_is_torchvisions(height, width, size, resize):
     data = encode_image(picture(height, width))
-    image = tv.resize(decoded(data), resize, InterpolationMode.BILINEAR)
+    image = tv.resize(decode_image(data), resize, InterpolationMode.BILINEAR)
     expected = np.asarray(tv.center_crop(image, [size, size])).transpose(2, 0, 1)
     np.testing.assert_array_equal(centre_crop(data, size, resize), expected)
 

@@ -1,7 +1,6 @@
 """The extension: Pillow's pixels for any box, size and instruction set; refusals; flat memory."""
 
 import hashlib
-import io
 import os
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from PIL import Image
 from mocov3_ds.data.views import decode, native, photometric
 from mocov3_ds.data.views.crops import make_crops
 from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
-from tests.data.pictures import encode_image, picture
+from tests.data.pictures import crops_by_torchvision, decode_image, encode_image, picture
 
 SPEC = ViewSpec()
 SOURCES = Path(native.__file__).parent
@@ -39,13 +38,7 @@ def native_crops(data, boxes, flips=(False, False), size=32):
 
 
 def pillow_crops(data, boxes, flips=(False, False), size=32):
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    views_ = []
-    for (top, left, height, width), flip in zip(boxes, flips, strict=True):
-        crop = image.crop((left, top, left + width, top + height))
-        pixels = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
-        views_.append((pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1))
-    return np.stack(views_)
+    return crops_by_torchvision(decode_image(data), boxes, flips, size)
 
 
 @pytest.mark.parametrize("progressive", [False, True])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as tvf
 
-from mocov3_ds.data.views import draw, native, photometric
+from mocov3_ds.data.views import draw, native, photometric, reference
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.photometric import make_views, normalise_crops
 from mocov3_ds.data.views.spec import ORDERS, PLAIN_PARAMS, Column, ViewSpec
@@ -172,40 +172,18 @@ def test_box_weights_are_pillows_for_many_sigmas():
         assert torch.equal(got, pixels_of(image_of(crop).filter(ImageFilter.GaussianBlur(sigma))))
 
 
-def reference_chain(crop_CHW, row):
-    """The same row with Pillow and torchvision, one operation after another."""
-    image, row = image_of(crop_CHW), row.tolist()
-    adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
-    if row[Column.ORDER] >= 0:
-        for column in ORDERS[int(row[Column.ORDER])]:
-            if column == Column.HUE:
-                turn = int(row[Column.HUE])
-                turn = turn - 256 if turn > 127 else turn
-                image = tvf.adjust_hue(image, (turn + math.copysign(0.5, turn)) / 255)
-            else:
-                image = adjust[column](image, row[column])
-    if row[Column.GREY]:
-        image = tvf.to_grayscale(image, 3)
-    if row[Column.BOX_RADIUS] >= 0:
-        image = image.filter(ImageFilter.GaussianBlur(SIGMA_OF[tuple(row[6:9])]))
-    if row[Column.SOLARISE]:
-        image = ImageOps.solarize(image)
-    return image
-
-
-SIGMA_OF = {}
-
-
 @pytest.fixture
 def remembered_sigmas(monkeypatch):
-    plain = draw.box_filter
+    """The reference blurs by the width that was drawn, not by one with the same box filter."""
+    plain, drawn = draw.box_filter, {}
 
     def remember(sigma):
         box = plain(sigma)
-        SIGMA_OF[tuple(map(float, box))] = sigma
+        drawn[tuple(map(float, box))] = sigma
         return box
 
     monkeypatch.setattr(draw, "box_filter", remember)
+    monkeypatch.setattr(reference, "find_sigma", lambda params: drawn[tuple(params[6:9])])
 
 
 @pytest.mark.usefixtures("remembered_sigmas")
@@ -215,7 +193,8 @@ def test_drawn_chains_equal_pillow_bit_for_bit(view):
     drawn = [draw_views(SPEC, 3, 1, i, 300, 400)[2][view] for i in range(96)]
     params = torch.from_numpy(np.stack(drawn))
     for got, crop, row in zip(ours(x_BCHW, params), x_BCHW, params, strict=True):
-        assert torch.equal(got, pixels_of(reference_chain(crop, row)))
+        view = reference.make_drawn_view(image_of(crop), (0, 0, 40, 40), False, row.tolist(), 40)
+        assert torch.equal(got, pixels_of(view))
 
 
 def test_normalisation_is_torchvisions():

@@ -24,15 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mocov3_ds.data.views.spec import (
-    ATTEMPTS,
-    ORDERS,
-    PARAMETERS,
-    Box,
-    Column,
-    Purpose,
-    ViewSpec,
-)
+from mocov3_ds.data.views.spec import ATTEMPTS, ORDERS, PARAMETERS, Box, Column, Purpose, ViewSpec
 from mocov3_ds.settings.comparison import differences
 
 READ = 0
@@ -41,7 +33,6 @@ FLOAT32, BFLOAT16 = 0, 1
 """types of views that `make_views` can write"""
 LAYOUT_VERSION = 1
 """raised, here and in crops.cpp, when a function of the library takes or returns something else"""
-_MASK = (1 << 64) - 1
 _opening = threading.Lock()  # a thread that comes second must not open it again under the first
 _NOT_BUILT = "the extension was not built (no C++ compiler when the package was installed)"
 
@@ -206,8 +197,18 @@ def cut_crops(
     flips: Sequence[bool],
     out_VCHW: NDArray[np.uint8],
     max_pixels: int,
+    library: ctypes.CDLL | None = None,
 ) -> int:
-    """`decode.cut_crops` of a plain JPEG into contiguous rows. Returns the verdict."""
+    """`decode.cut_crops` of a plain JPEG into contiguous rows. Returns the verdict.
+
+    Args:
+        image_bytes: Bytes of the stored image.
+        boxes: Boxes of the two views.
+        flips: Whether to mirror each view left to right.
+        out_VCHW: Crops that are written; their rows are contiguous.
+        max_pixels: Larger images are not read.
+        library: Library that is not proven yet; None = that of `jpeg_library`.
+    """
     view, plane, row, _ = out_VCHW.strides
     size, start = out_VCHW.shape[3], out_VCHW.ctypes.data
     crops = (Crop * 2)(
@@ -216,7 +217,8 @@ def cut_crops(
             for i, (box, flip) in enumerate(zip(boxes, flips, strict=True))
         )
     )
-    return jpeg_library().mocov3_cut_crops(image_bytes, len(image_bytes), max_pixels, crops, 2)
+    library = library or jpeg_library()
+    return library.mocov3_cut_crops(image_bytes, len(image_bytes), max_pixels, crops, 2)
 
 
 def cut_window(
@@ -260,7 +262,7 @@ def make_crops(
         len(image_bytes),
         max_pixels,
         pack_spec(spec),
-        *(number & _MASK for number in sample),
+        *sample,
         crops_VCHW.shape[3],
         crops_VCHW.ctypes.data,
         *crops_VCHW.strides[:3],
@@ -357,16 +359,11 @@ def _difference_from_pillow(loaded: ctypes.CDLL) -> int:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90, subsampling=2)
     image_bytes, size = buffer.getvalue(), 33
-    arguments = (image_bytes, len(image_bytes), 1 << 20)
-    out = np.empty((3, size, size), np.uint8)
-    largest = 0
-    for y, x, height, width in ((0, 0, 70, 90), (13, 30, 50, 41)):
-        crop = Crop(y, x, height, width, size, size, 0, 0, size, 0, size * size, size)
-        crop.out = out.ctypes.data
-        if loaded.mocov3_cut_crops(*arguments, ctypes.byref(crop), 1) != READ:
-            return 256
-        image = Image.open(io.BytesIO(image_bytes)).crop((x, y, x + width, y + height))
-        expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-        gap = np.abs(expected.transpose(2, 0, 1).astype(int) - out)
-        largest = max(largest, int(gap.max()))
-    return largest
+    boxes = [(0, 0, 70, 90), (13, 30, 50, 41)]
+    out_VCHW = np.empty((2, 3, size, size), np.uint8)
+    if cut_crops(image_bytes, boxes, (False, False), out_VCHW, 1 << 20, loaded) != READ:
+        return 256
+    image, bilinear = Image.open(buffer), Image.Resampling.BILINEAR
+    crops = (image.crop((x, y, x + width, y + height)) for y, x, height, width in boxes)
+    expected_VHWC = np.stack([np.asarray(crop.resize((size, size), bilinear)) for crop in crops])
+    return int(np.abs(expected_VHWC.transpose(0, 3, 1, 2).astype(int) - out_VCHW).max())
