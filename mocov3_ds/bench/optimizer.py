@@ -32,7 +32,7 @@ from mocov3_ds.distributed import host_memory
 from mocov3_ds.distributed.segments import Flat, cut_segments, packed_offsets
 from mocov3_ds.model.vit import PAPER_SHAPES, build_vit
 from mocov3_ds.optim import AdamW, Lamb, Lars
-from mocov3_ds.optim.kernel_types import NORMS, UPDATE, WEIGHT, AdamTerms
+from mocov3_ds.optim.kernel_types import NORMS, FlatStep
 from mocov3_ds.optim.kernels import choose_kernels
 from mocov3_ds.optim.lamb import trust_ratio
 from mocov3_ds.optim.rules import vit_rule
@@ -223,17 +223,18 @@ def build_flat_lamb(tensors: dict[str, nn.Parameter]) -> Step:
     tables = build_tables([flat], rules)
     (share,) = tables.shares
     kernels = choose_kernels("auto", w.device)
+    group = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": DECAY, "bias_correction": True}
     steps = 0
 
     def step() -> None:
         nonlocal steps
         steps += 1
-        terms = AdamTerms(0.9, 0.999, True, 1e-6, DECAY, steps, True)
+        flat_step = FlatStep(share, kernels, w, g, (m, v), group, steps)
         sums_3S = torch.zeros(NORMS, len(names), device=w.device)
-        kernels.update_adam(share, w, g, m, v, terms, sums_3S, None)
-        norms_3S = sums_3S.sqrt()
-        ratio_S = trust_ratio(norms_3S[WEIGHT], norms_3S[UPDATE], tables.adapt_S, None)
-        kernels.move_weights(share, w, g, RATE * tables.multiplier_S * ratio_S)
+        kernels.update_adam(flat_step, sums_3S, None)
+        weight_S, update_S, _ = sums_3S.sqrt()
+        ratio_S = trust_ratio(weight_S, update_S, tables.adapt_S, None)
+        kernels.move_weights(flat_step, RATE * tables.multiplier_S * ratio_S)
 
     return step
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.optim.arguments import NamedParameters, check_betas, check_number, check_switch
-from mocov3_ds.optim.flat_step import FlatStep
-from mocov3_ds.optim.kernel_types import NORMS, NORMS_AND_RMS, AdamTerms
+from mocov3_ds.optim.kernel_types import NORMS, NORMS_AND_RMS, FlatStep
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.optim.signals import StepFactors, StepSums
@@ -75,23 +74,12 @@ class AdamW(ShardedOptimizer):
 
     def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
         """Update the moments; without `update_clip` no norm must be known, so the weights move."""
-        first, second = flat.state
-        terms = AdamTerms.from_group(flat.group, flat.number)
-        flat.kernels.update_adam(
-            flat.share,
-            flat.weight,
-            flat.gradient,
-            first,
-            second,
-            terms,
-            sums_QS,
-            None if flat.group["update_clip"] else rate_S,
-        )
+        flat.kernels.update_adam(flat, sums_QS, None if flat.group["update_clip"] else rate_S)
 
     def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
         """Move the weights, where the first pass has not done it."""
         if flat.group["update_clip"]:
-            flat.kernels.move_weights(flat.share, flat.weight, flat.gradient, rate_S * factor_S)
+            flat.kernels.move_weights(flat, rate_S * factor_S)
 
     def count_quantities(self, group: Mapping[str, Any]) -> int:
         """The update clip needs the RMS of g / √v̂ beside the norms."""

@@ -8,21 +8,8 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.distributed.segments import Segment
-from mocov3_ds.optim.kernel_types import (
-    AFTER,
-    BEFORE,
-    EVERYTHING,
-    GRADIENT,
-    MOMENTUM,
-    PEAK,
-    PRODUCT,
-    UPDATE,
-    WEIGHT,
-    AdamTerms,
-    LarsTerms,
-)
+from mocov3_ds.optim.kernel_types import EVERYTHING, AdamTerms, FlatStep, Quantity
 from mocov3_ds.optim.plain_kernels import adam_direction, update_moments
-from mocov3_ds.optim.step_tables import Share
 
 
 @dataclass(frozen=True)
@@ -38,85 +25,75 @@ class BlockKernels:
     block: int = 2**17
     row: int = 4096
 
-    def update_adam(
-        self,
-        share: Share,
-        w: Tensor,
-        g: Tensor,
-        m: Tensor,
-        v: Tensor,
-        terms: AdamTerms,
-        sums_QS: Tensor,
-        rate_S: Tensor | None,
-    ) -> None:
+    def update_adam(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor | None) -> None:
         """See `Kernels.update_adam`."""
-        scratch = self._allocate_scratch(w)
+        share, terms = flat.share, AdamTerms(flat.group, flat.number)
+        scratch = self._allocate_scratch(flat.weight)
         # the RMS after the update needs scratch of its own where the direction is kept
-        second = torch.empty_like(scratch) if rate_S is None and len(sums_QS) > AFTER else scratch
+        second = (
+            torch.empty_like(scratch)
+            if rate_S is None and len(sums_QS) > Quantity.AFTER
+            else scratch
+        )
         step = torch.tensor(float(terms.step) if terms.bias_correction else math.inf)
         for segment in share.flat.segments:
             row, sums = share.row(segment), [0.0] * len(sums_QS)
             decay = terms.weight_decay * share.decay(segment)
             for block in self._blocks(segment):
-                w_, g_, m_, v_ = w[block], g[block], m[block], v[block]
+                w_, g_, m_, v_ = (x[block] for x in flat.tensors)
                 self._add_sums(sums, w_, g_, m_)
                 u_ = scratch[: len(w_)]
-                if len(sums) > BEFORE:
-                    sums[BEFORE] += self._relative_square_sum(g_, v_, terms.bias2_before, terms, u_)
+                if len(sums) > Quantity.BEFORE:
+                    sums[Quantity.BEFORE] += self._relative_square_sum(
+                        g_, v_, terms.bias2_before, terms, u_
+                    )
                 u_ = torch.mul(w_, decay, out=u_) if decay else u_.zero_()
                 _add_adam_direction(u_, g_, m_, v_, step, terms)
-                sums[UPDATE] += self.square_sum(u_)
+                sums[Quantity.UPDATE] += self.square_sum(u_)
                 if rate_S is not None:
                     w_.add_(u_, alpha=-float(rate_S[row]))
-                if len(sums) > AFTER:
+                if len(sums) > Quantity.AFTER:
                     out = second[: len(w_)]
-                    sums[AFTER] += self._relative_square_sum(g_, v_, terms.bias2, terms, out)
+                    sums[Quantity.AFTER] += self._relative_square_sum(
+                        g_, v_, terms.bias2, terms, out
+                    )
                 if rate_S is None:
                     g_.copy_(u_)
             sums_QS[:, row] += torch.tensor(sums)
 
-    def move_weights(self, share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
+    def move_weights(self, flat: FlatStep, rate_S: Tensor) -> None:
         """See `Kernels.move_weights`."""
-        for segment in share.flat.segments:
-            segment.of(w).add_(segment.of(u), alpha=-float(rate_S[share.row(segment)]))
+        for segment in flat.share.flat.segments:
+            rate = float(rate_S[flat.share.row(segment)])
+            segment.of(flat.weight).add_(segment.of(flat.gradient), alpha=-rate)
 
-    def measure_lars(
-        self, share: Share, w: Tensor, g: Tensor, m: Tensor, terms: LarsTerms, sums_QS: Tensor
-    ) -> None:
+    def measure_lars(self, flat: FlatStep, sums_QS: Tensor) -> None:
         """See `Kernels.measure_lars`."""
-        scratch = self._allocate_scratch(w)
+        share, scratch = flat.share, self._allocate_scratch(flat.weight)
         for segment in share.flat.segments:
             row, sums = share.row(segment), [0.0] * len(sums_QS)
-            decay = terms.weight_decay * share.decay(segment)
+            decay = flat.group["weight_decay"] * share.decay(segment)
             for block in self._blocks(segment):
-                w_, g_ = w[block], g[block]
-                self._add_sums(sums, w_, g_, m[block])
+                w_, g_, m_ = (x[block] for x in flat.tensors)
+                self._add_sums(sums, w_, g_, m_)
                 u_ = torch.add(g_, w_, alpha=decay, out=scratch[: len(w_)])
-                sums[UPDATE] += self.square_sum(u_)
+                sums[Quantity.UPDATE] += self.square_sum(u_)
             sums_QS[:, row] += torch.tensor(sums)
 
-    def move_lars(
-        self,
-        share: Share,
-        w: Tensor,
-        g: Tensor,
-        m: Tensor,
-        terms: LarsTerms,
-        ratio_S: Tensor,
-        rate_S: Tensor,
-    ) -> None:
+    def move_lars(self, flat: FlatStep, ratio_S: Tensor, rate_S: Tensor) -> None:
         """See `Kernels.move_lars`."""
+        share, momentum = flat.share, flat.group["momentum"]
         for segment in share.flat.segments:
             row = share.row(segment)
             ratio, rate = float(ratio_S[row]), float(rate_S[row])
-            decay = terms.weight_decay * share.decay(segment)
+            decay = flat.group["weight_decay"] * share.decay(segment)
             for block in self._blocks(segment):
-                w_, g_, m_ = w[block], g[block], m[block]
+                w_, g_, m_ = (x[block] for x in flat.tensors)
                 if decay:
                     g_.add_(w_, alpha=decay)
-                m_.mul_(terms.momentum).add_(g_, alpha=ratio)
-                if terms.nesterov:
-                    w_.add_(g_, alpha=-rate * ratio).add_(m_, alpha=-rate * terms.momentum)
+                m_.mul_(momentum).add_(g_, alpha=ratio)
+                if flat.group["nesterov"]:
+                    w_.add_(g_, alpha=-rate * ratio).add_(m_, alpha=-rate * momentum)
                 else:
                     w_.add_(m_, alpha=-rate)
 
@@ -137,13 +114,13 @@ class BlockKernels:
 
     def _add_sums(self, sums: list[float], w: Tensor, g: Tensor, m: Tensor) -> None:
         """Add what is measured of a block before anything is updated."""
-        sums[WEIGHT] += self.square_sum(w)
-        sums[GRADIENT] += self.square_sum(g)
+        sums[Quantity.WEIGHT] += self.square_sum(w)
+        sums[Quantity.GRADIENT] += self.square_sum(g)
         if len(sums) == EVERYTHING:
-            sums[PRODUCT] += float(torch.dot(g, m))
-            sums[MOMENTUM] += self.square_sum(m)
+            sums[Quantity.PRODUCT] += float(torch.dot(g, m))
+            sums[Quantity.MOMENTUM] += self.square_sum(m)
             low, high = torch.aminmax(g)
-            sums[PEAK] = max(sums[PEAK], -float(low), float(high))
+            sums[Quantity.PEAK] = max(sums[Quantity.PEAK], -float(low), float(high))
 
     def _relative_square_sum(
         self, g: Tensor, v: Tensor, bias2: float, terms: AdamTerms, out: Tensor
@@ -162,17 +139,6 @@ def _add_adam_direction(
         u.add_(adam_direction(u, m, v, terms, decay=0.0))
         return
     torch._fused_adam_(  # what torch.optim.Adam(fused=True) calls: w <- w - lr direction
-        [u],
-        [g],
-        [m],
-        [v],
-        [],
-        [step],
-        lr=-1.0,
-        beta1=terms.beta1,
-        beta2=terms.beta2,
-        weight_decay=0.0,
-        eps=terms.eps,
-        amsgrad=False,
-        maximize=False,
-    )
+        [u], [g], [m], [v], [], [step], amsgrad=False, maximize=False, lr=-1.0,
+        beta1=terms.beta1, beta2=terms.beta2, weight_decay=0.0, eps=terms.eps,
+    )  # fmt: skip

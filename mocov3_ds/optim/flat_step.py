@@ -4,43 +4,18 @@ Legend: S = tensors that one call of `step` updates; Q = quantities measured, se
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.segments import Flat, whole_flat
-from mocov3_ds.optim.kernel_types import PEAK, Kernels
+from mocov3_ds.optim.kernel_types import Quantity
 from mocov3_ds.optim.step_tables import Share
 
 if TYPE_CHECKING:
     from mocov3_ds.distributed.engine import Engine
-
-
-@dataclass(frozen=True, eq=False)
-class FlatStep:
-    """One flat tensor in one step, as the two passes of an optimizer are given it.
-
-    Attributes:
-        share: Which tensors lie in the flat, with their rows and rules.
-        kernels: Kernels for the device of the flat.
-        weight: fp32 master weights, one-dimensional.
-        gradient: Gradient of the same length, which the first pass may use as scratch space and
-            the second pass finds as the first one left it.
-        state: State tensors of the same length, in the order of `ShardedOptimizer.moments`.
-        group: Hyper-parameters, as the constructor gave them.
-        number: Optimizer steps done including this one, from 1.
-    """
-
-    share: Share
-    kernels: Kernels
-    weight: Tensor
-    gradient: Tensor
-    state: tuple[Tensor, ...]
-    group: Mapping[str, Any]
-    number: int
 
 
 def describe_flats(
@@ -102,9 +77,9 @@ def sum_over_ranks(
         "one call of step updates tensors of one process group"
     )
     sums_QS = local_QS.to(exchange_device or local_QS.device, copy=True)
-    ranks.all_reduce_sum(sums_QS[:PEAK], shards[0].group)
-    if len(sums_QS) > PEAK:
-        ranks.all_reduce_max(sums_QS[PEAK], shards[0].group)
+    ranks.all_reduce_sum(sums_QS[: Quantity.PEAK], shards[0].group)
+    if len(sums_QS) > Quantity.PEAK:
+        ranks.all_reduce_max(sums_QS[Quantity.PEAK], shards[0].group)
     return sums_QS.to(local_QS.device)
 
 

@@ -14,8 +14,7 @@ from mocov3_ds.optim.arguments import (
     check_trust_clip,
     translate_coefficients,
 )
-from mocov3_ds.optim.flat_step import FlatStep
-from mocov3_ds.optim.kernel_types import NORMS, UPDATE, WEIGHT, AdamTerms
+from mocov3_ds.optim.kernel_types import NORMS, FlatStep, Quantity
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.optim.signals import StepFactors, StepSums
@@ -91,21 +90,18 @@ class Lamb(ShardedOptimizer):
 
     def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
         """Update the moments and leave the direction in the gradient's place."""
-        first, second = flat.state
-        terms = AdamTerms.from_group(flat.group, flat.number)
-        flat.kernels.update_adam(
-            flat.share, flat.weight, flat.gradient, first, second, terms, sums_QS, None
-        )
+        flat.kernels.update_adam(flat, sums_QS, None)
 
     def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
         """Move the weights along the direction."""
-        flat.kernels.move_weights(flat.share, flat.weight, flat.gradient, rate_S * factor_S)
+        flat.kernels.move_weights(flat, rate_S * factor_S)
 
     def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:
         """The trust ratio of each tensor that adapts."""
         adapt_S = sums.tables.adapt_S | group["always_adapt"]
         norms_3S = _flat_norms(sums, adapt_S) if group["flat"] else sums.norms
-        ratio_S = trust_ratio(norms_3S[WEIGHT], norms_3S[UPDATE], adapt_S, group["trust_clip"])
+        weight_S, update_S = norms_3S[Quantity.WEIGHT], norms_3S[Quantity.UPDATE]
+        ratio_S = trust_ratio(weight_S, update_S, adapt_S, group["trust_clip"])
         return StepFactors(ratio_S, adapt_S)
 
     @classmethod

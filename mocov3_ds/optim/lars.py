@@ -13,8 +13,7 @@ from mocov3_ds.optim.arguments import (
     check_trust_clip,
     translate_coefficients,
 )
-from mocov3_ds.optim.flat_step import FlatStep
-from mocov3_ds.optim.kernel_types import GRADIENT, WEIGHT, LarsTerms
+from mocov3_ds.optim.kernel_types import FlatStep, Quantity
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.optim.signals import StepFactors, StepSums
@@ -84,22 +83,16 @@ class Lars(ShardedOptimizer):
 
     def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
         """Measure the norms; the momentum waits for the ratio."""
-        (momentum,) = flat.state
-        flat.kernels.measure_lars(
-            flat.share, flat.weight, flat.gradient, momentum, _lars_terms(flat), sums_QS
-        )
+        flat.kernels.measure_lars(flat, sums_QS)
 
     def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
         """Update the momentum and move the weights."""
-        (momentum,) = flat.state
-        flat.kernels.move_lars(
-            flat.share, flat.weight, flat.gradient, momentum, _lars_terms(flat), factor_S, rate_S
-        )
+        flat.kernels.move_lars(flat, factor_S, rate_S)
 
     def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:
         """The local rate of each tensor that adapts."""
         norms_3S, tables = sums.norms, sums.tables
-        weight_S, grad_S = norms_3S[WEIGHT], norms_3S[GRADIENT]
+        weight_S, grad_S = norms_3S[Quantity.WEIGHT], norms_3S[Quantity.GRADIENT]
         decay_S = tables.decay_S * group["weight_decay"]
         ratio_S = group["trust_coeff"] * weight_S / (grad_S + decay_S * weight_S + group["eps"])
         if group["trust_clip"] is not None:
@@ -117,12 +110,3 @@ class Lars(ShardedOptimizer):
     def translate_params(cls, params: dict[str, Any]) -> dict[str, Any]:
         """DeepSpeed bounds LAMB's ratio by `min_coeff` and `max_coeff`; so can this one be."""
         return translate_coefficients(params)
-
-
-def _lars_terms(flat: FlatStep) -> LarsTerms:
-    group = flat.group
-    return LarsTerms(
-        momentum=group["momentum"],
-        weight_decay=group["weight_decay"],
-        nesterov=group["nesterov"],
-    )

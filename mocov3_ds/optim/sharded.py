@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from mocov3_ds.distributed.segments import Flat, full_shape
 from mocov3_ds.optim.arguments import NamedParameters, select_trained
-from mocov3_ds.optim.flat_step import FlatStep, describe_flats, flat_gradient, sum_over_ranks
+from mocov3_ds.optim.flat_step import describe_flats, flat_gradient, sum_over_ranks
 from mocov3_ds.optim.full_state import check_state, gather_tensor, scatter_tensor
-from mocov3_ds.optim.kernel_types import BACKENDS, EVERYTHING, NORMS
+from mocov3_ds.optim.kernel_types import BACKENDS, EVERYTHING, NORMS, FlatStep
 from mocov3_ds.optim.kernels import choose_kernels
 from mocov3_ds.optim.rules import RuleFor, check_rule, vit_rule
 from mocov3_ds.optim.signals import (

@@ -11,18 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mocov3_ds.optim.kernel_types import (
-    AFTER,
-    BEFORE,
-    EVERYTHING,
-    GRADIENT,
-    MOMENTUM,
-    NORMS,
-    PEAK,
-    PRODUCT,
-    UPDATE,
-    WEIGHT,
-)
+from mocov3_ds.optim.kernel_types import EVERYTHING, NORMS, Quantity
 from mocov3_ds.optim.step_tables import StepTables
 
 NORM_KEYS = ("grad_norm", "update_norm", "weight_norm", "trust_ratio", "rate", "adapts")
@@ -51,7 +40,7 @@ class StepSums:
     @property
     def rms(self) -> Tensor:
         """RMS of g / sqrt(v) of each whole tensor, v with this step's gradient in it; (S,)."""
-        return (self.sums_QS[AFTER] / self.tables.counts_S).sqrt()
+        return (self.sums_QS[Quantity.AFTER] / self.tables.counts_S).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +136,9 @@ def mark_undefined(sums_QS: Tensor, *, measures_rms: bool, first_step: bool) -> 
     """
     marked_QS = sums_QS.clone()
     if not measures_rms:
-        marked_QS[[AFTER, BEFORE]] = torch.nan
+        marked_QS[[Quantity.AFTER, Quantity.BEFORE]] = torch.nan
     elif first_step:
-        marked_QS[BEFORE] = torch.nan
+        marked_QS[Quantity.BEFORE] = torch.nan
     return marked_QS
 
 
@@ -175,19 +164,21 @@ def join_signals(records: Sequence[StepRecord], order: Sequence[str]) -> Signals
     extra = dict.fromkeys(EXTRA_KEYS, nan_S)
     if complete:
         counts_S = joined([record.sums.tables.counts_S for record in records])
-        product_S = sums_QS[PRODUCT] / norms_3S[GRADIENT]
+        product_S = sums_QS[Quantity.PRODUCT] / norms_3S[Quantity.GRADIENT]
         extra = {
             # a maximum over ranks may lose a NaN, a sum does not
-            "grad_peak": torch.where(norms_3S[GRADIENT].isnan(), nan_S, sums_QS[PEAK]),
-            "rms": (sums_QS[AFTER] / counts_S).sqrt(),
-            "rms_before": (sums_QS[BEFORE] / counts_S).sqrt(),
-            "cosine": product_S / sums_QS[MOMENTUM].sqrt(),
+            "grad_peak": torch.where(
+                norms_3S[Quantity.GRADIENT].isnan(), nan_S, sums_QS[Quantity.PEAK]
+            ),
+            "rms": (sums_QS[Quantity.AFTER] / counts_S).sqrt(),
+            "rms_before": (sums_QS[Quantity.BEFORE] / counts_S).sqrt(),
+            "cosine": product_S / sums_QS[Quantity.MOMENTUM].sqrt(),
         }
     return Signals(
         names=ordered,
-        grad_norm_S=norms_3S[GRADIENT],
-        update_norm_S=norms_3S[UPDATE],
-        weight_norm_S=norms_3S[WEIGHT],
+        grad_norm_S=norms_3S[Quantity.GRADIENT],
+        update_norm_S=norms_3S[Quantity.UPDATE],
+        weight_norm_S=norms_3S[Quantity.WEIGHT],
         trust_ratio_S=joined([record.factors.factor_S for record in records]),
         rate_S=joined([record.rate_S for record in records]),
         adapts_S=joined([record.factors.adapts_S for record in records]),

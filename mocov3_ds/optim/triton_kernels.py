@@ -22,16 +22,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from mocov3_ds.optim.kernel_types import (
-    AFTER,
-    BEFORE,
-    EVERYTHING,
-    MOMENTUM,
-    PEAK,
-    PRODUCT,
-    AdamTerms,
-    LarsTerms,
-)
+from mocov3_ds.optim.kernel_types import EVERYTHING, AdamTerms, FlatStep, Quantity
 from mocov3_ds.optim.step_tables import Share
 
 _BLOCK = 2048
@@ -124,11 +115,11 @@ def _locate(offsets, lengths, rows, decays, ALIGNED: tl.constexpr, BLOCK: tl.con
     return start + lane, lane < length, tl.load(rows + block), tl.load(decays + block)
 
 
-_AFTER = tl.constexpr(AFTER)
-_BEFORE = tl.constexpr(BEFORE)
-_PRODUCT = tl.constexpr(PRODUCT)
-_MOMENTUM = tl.constexpr(MOMENTUM)
-_PEAK = tl.constexpr(PEAK)
+_AFTER = tl.constexpr(int(Quantity.AFTER))
+_BEFORE = tl.constexpr(int(Quantity.BEFORE))
+_PRODUCT = tl.constexpr(int(Quantity.PRODUCT))
+_MOMENTUM = tl.constexpr(int(Quantity.MOMENTUM))
+_PEAK = tl.constexpr(int(Quantity.PEAK))
 
 
 @triton.jit
@@ -155,32 +146,11 @@ def _store_relative(partial, n_blocks, ROW: tl.constexpr, g, v, bias2, floor):
 
 @triton.jit
 def adam_pass(
-    w_,
-    g_,
-    m_,
-    v_,
-    rate,
-    offsets,
-    lengths,
-    rows,
-    decays,
-    partial,
-    n_blocks,
-    beta1,
-    beta2,
-    gain,
-    gain2,
-    bias1,
-    bias2,
-    bias2_before,
-    eps,
-    floor,
-    weight_decay,
-    Q: tl.constexpr,
-    MOVE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    w_, g_, m_, v_, rate,
+    offsets, lengths, rows, decays, partial, n_blocks,
+    beta1, beta2, gain, gain2, bias1, bias2, bias2_before, eps, floor, weight_decay,
+    Q: tl.constexpr, MOVE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Moments, direction and Q quantities of a block; moves w (MOVE) or leaves u in g."""
     position, valid, row, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
     w = tl.load(w_ + position, mask=valid, other=0.0)
@@ -208,15 +178,7 @@ def adam_pass(
 
 @triton.jit
 def move_pass(
-    w_,
-    u_,
-    rate,
-    offsets,
-    lengths,
-    rows,
-    decays,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    w_, u_, rate, offsets, lengths, rows, decays, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Move the weights: w <- w - rate u."""
     position, valid, row, _ = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
@@ -227,20 +189,10 @@ def move_pass(
 
 @triton.jit
 def lars_norms_pass(
-    w_,
-    g_,
-    m_,
-    offsets,
-    lengths,
-    rows,
-    decays,
-    partial,
-    n_blocks,
-    weight_decay,
-    Q: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    w_, g_, m_,
+    offsets, lengths, rows, decays, partial, n_blocks, weight_decay,
+    Q: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Q quantities of a block."""
     position, valid, _, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
     w = tl.load(w_ + position, mask=valid, other=0.0)
@@ -253,21 +205,10 @@ def lars_norms_pass(
 
 @triton.jit
 def lars_move_pass(
-    w_,
-    g_,
-    m_,
-    ratio,
-    rate,
-    offsets,
-    lengths,
-    rows,
-    decays,
-    weight_decay,
-    momentum,
-    NESTEROV: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    w_, g_, m_, ratio, rate,
+    offsets, lengths, rows, decays, weight_decay, momentum,
+    NESTEROV: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Momentum and weights: m <- momentum m + ratio (g + decay w), then w."""
     position, valid, row, decay = _locate(offsets, lengths, rows, decays, ALIGNED, BLOCK)
     w = tl.load(w_ + position, mask=valid)
@@ -315,107 +256,56 @@ def _options(table: _Table) -> dict[str, Any]:
 
 
 def _reduce(table: _Table, sums_QS: Tensor) -> None:
+    segments = (table.first_K, table.end_K, table.rows_K)
+    n_rows = sums_QS.shape[1]
     reduce_pass[(len(table.first_K), len(sums_QS))](
-        table.partial_QN,
-        table.first_K,
-        table.end_K,
-        table.rows_K,
-        sums_QS,
-        table.blocks,
-        sums_QS.shape[1],
-        WIDTH=_REDUCE,
+        table.partial_QN, *segments, sums_QS, table.blocks, n_rows, WIDTH=_REDUCE
     )
 
 
-def update_adam(
-    share: Share,
-    w: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    terms: AdamTerms,
-    sums_QS: Tensor,
-    rate_S: Tensor | None,
-) -> None:
+def update_adam(flat: FlatStep, sums_QS: Tensor, rate_S: Tensor | None) -> None:
     """See `Kernels.update_adam`."""
-    table = _table(share)
+    table, terms = _table(flat.share), AdamTerms(flat.group, flat.number)
     if table.blocks == 0:
         return
     adam_pass[(table.blocks,)](
-        w,
-        g,
-        m,
-        v,
+        *flat.tensors,
         sums_QS if rate_S is None else rate_S,  # unread without MOVE
-        *table.columns,
-        table.partial_QN,
-        table.blocks,
-        terms.beta1,
-        terms.beta2,
-        terms.gain,
-        1 - terms.beta2,
-        terms.bias1,
-        terms.bias2,
-        terms.bias2_before,
-        terms.eps,
-        terms.floor,
-        terms.weight_decay,
-        Q=len(sums_QS),
-        MOVE=rate_S is not None,
-        **_options(table),
-    )
+        *table.columns, table.partial_QN, table.blocks,
+        terms.beta1, terms.beta2, terms.gain, 1 - terms.beta2,
+        terms.bias1, terms.bias2, terms.bias2_before, terms.eps, terms.floor, terms.weight_decay,
+        Q=len(sums_QS), MOVE=rate_S is not None, **_options(table),
+    )  # fmt: skip
     _reduce(table, sums_QS)
 
 
-def move_weights(share: Share, w: Tensor, u: Tensor, rate_S: Tensor) -> None:
+def move_weights(flat: FlatStep, rate_S: Tensor) -> None:
     """See `Kernels.move_weights`."""
-    table = _table(share)
+    table = _table(flat.share)
     if table.blocks:
-        move_pass[(table.blocks,)](w, u, rate_S, *table.columns, **_options(table))
+        move_pass[(table.blocks,)](
+            flat.weight, flat.gradient, rate_S, *table.columns, **_options(table)
+        )
 
 
-def measure_lars(
-    share: Share, w: Tensor, g: Tensor, m: Tensor, terms: LarsTerms, sums_QS: Tensor
-) -> None:
+def measure_lars(flat: FlatStep, sums_QS: Tensor) -> None:
     """See `Kernels.measure_lars`."""
-    table = _table(share)
+    table = _table(flat.share)
     if table.blocks == 0:
         return
     lars_norms_pass[(table.blocks,)](
-        w,
-        g,
-        m,
-        *table.columns,
-        table.partial_QN,
-        table.blocks,
-        terms.weight_decay,
-        Q=len(sums_QS),
-        **_options(table),
-    )
+        *flat.tensors, *table.columns, table.partial_QN, table.blocks, flat.group["weight_decay"],
+        Q=len(sums_QS), **_options(table),
+    )  # fmt: skip
     _reduce(table, sums_QS)
 
 
-def move_lars(
-    share: Share,
-    w: Tensor,
-    g: Tensor,
-    m: Tensor,
-    terms: LarsTerms,
-    ratio_S: Tensor,
-    rate_S: Tensor,
-) -> None:
+def move_lars(flat: FlatStep, ratio_S: Tensor, rate_S: Tensor) -> None:
     """See `Kernels.move_lars`."""
-    table = _table(share)
+    table, group = _table(flat.share), flat.group
     if table.blocks:
         lars_move_pass[(table.blocks,)](
-            w,
-            g,
-            m,
-            ratio_S,
-            rate_S,
-            *table.columns,
-            terms.weight_decay,
-            terms.momentum,
-            NESTEROV=terms.nesterov,
-            **_options(table),
-        )
+            *flat.tensors, ratio_S, rate_S,
+            *table.columns, group["weight_decay"], group["momentum"],
+            NESTEROV=group["nesterov"], **_options(table),
+        )  # fmt: skip

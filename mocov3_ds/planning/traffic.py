@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mocov3_ds.optim.kernel_types import EVERYTHING, NORMS, PEAK
+from mocov3_ds.optim.kernel_types import EVERYTHING, NORMS, Quantity
 from mocov3_ds.planning.architecture import (
     TensorSize,
     batch_norm_features,
@@ -127,10 +127,10 @@ def _gradient_reduction(setup: StepSetup, tensors: Sequence[TensorSize]) -> Coll
 def _optimizer_collectives(tensors: Sequence[TensorSize], signals: bool) -> list[Collective]:
     """Sums and maxima that the optimizer measures of each trained tensor."""
     trained = sum(tensor.trained for tensor in tensors)
-    sums = (PEAK if signals else NORMS) * trained
+    sums = (Quantity.PEAK if signals else NORMS) * trained
     collectives = [Collective("the optimizer's norms", "all_reduce", "float32", 1, sums)]
     if signals:
-        peaks = (EVERYTHING - PEAK) * trained
+        peaks = (EVERYTHING - Quantity.PEAK) * trained
         collectives.append(Collective("the optimizer's peaks", "all_reduce", "float32", 1, peaks))
     return collectives
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.optim.build import register_optimizer
-from mocov3_ds.optim.flat_step import FlatStep
-from mocov3_ds.optim.kernel_types import UPDATE, WEIGHT
+from mocov3_ds.optim.kernel_types import FlatStep, Quantity
 from mocov3_ds.optim.plain_kernels import add_sums, square_sum
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
@@ -44,14 +43,14 @@ class Lion(ShardedOptimizer):
         for segment in flat.share.flat.segments:
             row = flat.share.row(segment)
             decay = flat.group["weight_decay"] * flat.share.decay(segment)
-            w, g, m = (segment.of(x) for x in (flat.weight, flat.gradient, *flat.state))
+            w, g, m = (segment.of(x) for x in flat.tensors)
             add_sums(sums_QS, row, w, g, m)
             u = torch.sign(BETAS[0] * m + (1 - BETAS[0]) * g) + decay * w
             m.mul_(BETAS[1]).add_(g, alpha=1 - BETAS[1])
-            sums_QS[UPDATE, row] += square_sum(g.copy_(u))
+            sums_QS[Quantity.UPDATE, row] += square_sum(g.copy_(u))
 
     def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
-        flat.kernels.move_weights(flat.share, flat.weight, flat.gradient, rate_S)
+        flat.kernels.move_weights(flat, rate_S)
 
 
 @register_optimizer
@@ -75,15 +74,15 @@ class SignSgd(ShardedOptimizer):
         for segment in flat.share.flat.segments:
             row, w, g = flat.share.row(segment), segment.of(flat.weight), segment.of(flat.gradient)
             add_sums(sums_QS, row, w, g, None)
-            sums_QS[UPDATE, row] += square_sum(g.sign_())
+            sums_QS[Quantity.UPDATE, row] += square_sum(g.sign_())
 
     def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:
-        ratio_S = sums.norms[WEIGHT] / sums.norms[UPDATE].clamp_min(1e-30)
+        ratio_S = sums.norms[Quantity.WEIGHT] / sums.norms[Quantity.UPDATE].clamp_min(1e-30)
         adapt_S = sums.tables.adapt_S
         return StepFactors(torch.where(adapt_S, ratio_S, 1.0), adapt_S)
 
     def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
-        flat.kernels.move_weights(flat.share, flat.weight, flat.gradient, rate_S * factor_S)
+        flat.kernels.move_weights(flat, rate_S * factor_S)
 
 
 class PlainOptimizer:

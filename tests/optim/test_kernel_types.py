@@ -8,7 +8,7 @@ GROUP = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "bias_correctio
 
 
 def test_moments_are_corrected_for_starting_at_zero() -> None:
-    terms = AdamTerms.from_group(GROUP, step=3)
+    terms = AdamTerms(GROUP, step=3)
     assert terms.grad_averaging and terms.gain == pytest.approx(0.1)
     assert terms.bias1 == pytest.approx(1 - 0.9**3)
     assert terms.bias2 == pytest.approx(1 - 0.99**3)
@@ -16,11 +16,11 @@ def test_moments_are_corrected_for_starting_at_zero() -> None:
 
 
 def test_nothing_is_divided_by_zero_at_the_first_step() -> None:
-    assert AdamTerms.from_group(GROUP, step=1).bias2_before == 1.0
-    assert AdamTerms.from_group(GROUP | {"eps": 0.0}, step=1).floor > 0
+    assert AdamTerms(GROUP, step=1).bias2_before == 1.0
+    assert AdamTerms(GROUP | {"eps": 0.0}, step=1).floor > 0
 
 
 def test_corrections_and_averaging_can_be_off() -> None:
     options = {"bias_correction": False, "grad_averaging": False}
-    terms = AdamTerms.from_group(GROUP | options, step=3)
+    terms = AdamTerms(GROUP | options, step=3)
     assert (terms.bias1, terms.bias2, terms.bias2_before, terms.gain) == (1.0, 1.0, 1.0, 1.0)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from mocov3_ds.optim.kernel_types import EVERYTHING, NORMS
-from tests.optim.kernel_errors import ADAM_TERMS, all_errors
+from tests.optim.kernel_errors import ADAM_CASES, all_errors
 from tests.ranks_pool import run_ranks
 
 
@@ -20,7 +20,7 @@ def interpreted_errors() -> dict[str, float]:
 def test_equals_the_formulas_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # must be there before triton is imported
     (errors,) = run_ranks(1, interpreted_errors, import_again=True)
-    assert len(errors) == 4 * (2 * len(ADAM_TERMS) + 2)
+    assert len(errors) == 4 * (2 * len(ADAM_CASES) + 2)
     for case, error in errors.items():
         assert error < 5e-7, case
 
