@@ -258,7 +258,7 @@ def heads_work(shape: EncoderShape) -> Work:
 
 
 def model_operations(shape: EncoderShape) -> float:
-    """Operations that an image needs in a step, whoever computes them: what MFU counts.
+    """Operations that an image needs in a step, computed once each: what MFU counts.
 
     Two views, each a query forward, its backward and a key forward. The last block's other tokens,
     which the paper's figures count (but nobody reads), and the logits (0.01 %) are left out.

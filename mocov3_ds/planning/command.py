@@ -145,7 +145,7 @@ def _print_plan(options: PlanOptions) -> None:
         price=options.price_per_gpu_hour,
         launch=launch,
     )
-    # files first: whoever reads the text may close the pipe early
+    # files first: the reader of the text may close the pipe early
     if options.picture is not None:
         draw_plan(options.picture, plan)
     if options.as_json:
