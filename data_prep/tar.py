@@ -27,14 +27,14 @@ class DamagedTar(ValueError):  # noqa: N818 - it says what the archive is
 
 
 class ByteSource(Protocol):
-    """Where `members` reads: a file, a window of one, or a forward-only stream."""
+    """Where `read_members` reads: a file, a window of one, or a forward-only stream."""
 
     def read(self, size: int, /) -> bytes:
         """Read the next bytes, fewer than `size` only at the end."""
         ...
 
     def seek(self, position: int, /) -> object:
-        """Go to a byte; `members` only ever goes forward."""
+        """Go to a byte; `read_members` only ever goes forward."""
         ...
 
 

@@ -82,7 +82,7 @@ def test_an_index_that_lies_is_found(made):
     assert len(found) == 5
 
 
-def test_repeated_images_and_keys_are_told(tmp_path):
+def test_repeated_images_and_keys_are_reported(tmp_path):
     same = forms.picture(1)
     tree = forms.write_tree(
         tmp_path / "t", {"a/x.jpg": same, "b/y.jpg": same, "b/z.jpg": forms.picture(2)}

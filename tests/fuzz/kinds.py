@@ -210,7 +210,7 @@ def seal_set(files: dict[str, bytes]) -> None:
 
 
 def read_set(folder: Path) -> Outcome:
-    """Load it, verify it, stream two batches of it."""
+    """Load it, verify it, load two batches of it."""
     made = manifests.load(str(folder))
     sound = verify_set(str(folder), workers=1, quiet=True).is_sound
     if made.samples > 10**6:

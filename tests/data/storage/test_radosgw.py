@@ -1,4 +1,4 @@
-"""Storage and stream against a real object store: Ceph's gateway, not a simulation of S3."""
+"""Storage and loader against a real object store: Ceph's gateway, not a simulation of S3."""
 
 import threading
 
@@ -79,7 +79,7 @@ def test_a_wrong_secret_is_refused_in_a_sentence(gateway, monkeypatch):
     stores.forget_stores()
 
 
-def test_stream_and_a_gateway_killed_amid_it(gateway, tmp_path):
+def test_the_loader_and_a_gateway_killed_amid_it(gateway, tmp_path):
     local = make_set(str(tmp_path / "set"), SIZES)
     make_set("s3://bucket/set", SIZES)
     stored = manifests.load("s3://bucket/set")
