@@ -9,7 +9,7 @@ Shape suffixes: B = rank batch, C H W = image, D = features, P = head output.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -103,29 +103,8 @@ class Diagnosis:
         return {name: _to_json(value) for name, value in asdict(self).items()}
 
 
-@dataclass
-class _StepTensors:
-    """Tensors of this rank's step; the lists have one tensor for each view, in order."""
-
-    views: tuple[Tensor, Tensor]
-    features: list[Tensor] = field(default_factory=list)
-    queries: list[Tensor] = field(default_factory=list)
-    keys: list[Tensor] = field(default_factory=list)
-    loss: Tensor = field(default_factory=lambda: torch.tensor(math.nan))
-
-    def stages(self) -> dict[StageName, Tensor]:
-        """Return the tensor of each stage, in the order of the step."""
-        return {
-            StageName.VIEW_1: self.views[0],
-            StageName.VIEW_2: self.views[1],
-            StageName.FEATURES_1: self.features[0],
-            StageName.QUERIES_1: self.queries[0],
-            StageName.FEATURES_2: self.features[1],
-            StageName.QUERIES_2: self.queries[1],
-            StageName.KEYS_1: self.keys[0],
-            StageName.KEYS_2: self.keys[1],
-            StageName.LOSS: self.loss,
-        }
+StepTensors = dict[StageName, Tensor]
+"""tensor of each stage on this rank, in the order of the step"""
 
 
 def diagnose_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, sample_ids_B: Tensor) -> Diagnosis:
@@ -139,10 +118,10 @@ def diagnose_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, sample_ids_B: Tens
     """
     tensors, gradients = _record_step(run, x1_BCHW, x2_BCHW)
     local = {
-        "stages": [(name, *_measure(tensor)) for name, tensor in tensors.stages().items()],
+        "stages": [(name, *_measure(tensor)) for name, tensor in tensors.items()],
         "suspects": _find_suspects(tensors, sample_ids_B),
         "ids": sample_ids_B.tolist(),
-        "loss": float(tensors.loss.detach()),
+        "loss": float(tensors[StageName.LOSS].detach()),
     }
     of_ranks = ranks.gather_objects(local)
     return Diagnosis(
@@ -154,21 +133,21 @@ def diagnose_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, sample_ids_B: Tens
     )
 
 
-def _record_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[_StepTensors, list[Stage]]:
+def _record_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[StepTensors, list[Stage]]:
     """Run the step and drop it; return its tensors, and the gradients measured."""
     engine, encoder = run.engine, run.momentum_encoder
     chunk, scale = engine.module.chunks.size, zero.read_loss_scale(engine)
-    tensors = _StepTensors((x1_BCHW, x2_BCHW))
+    tensors = {StageName.VIEW_1: x1_BCHW, StageName.VIEW_2: x2_BCHW}
 
     def make_keys() -> tuple[ViewKeys, ViewKeys]:
         view1, view2 = encoder.make_keys(x1_BCHW, chunk), encoder.make_keys(x2_BCHW, chunk)
-        tensors.keys = [view1.keys_BP, view2.keys_BP]
+        tensors.update({StageName.KEYS_1: view1.keys_BP, StageName.KEYS_2: view2.keys_BP})
         return view1, view2
 
     with _recorded_heads(run.base, tensors), _restored_buffers([run.base, encoder]):
         seed_drawing(run)
         forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys)
-        tensors.loss = forward.loss
+        tensors[StageName.LOSS] = forward.loss
         engine.backward(forward.loss)
         gradients = [Stage(name, *_measure(g)) for name, g in full_gradients(engine.module)]
         step_within(engine, DROP)
@@ -177,14 +156,16 @@ def _record_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[_StepTenso
 
 
 @contextmanager
-def _recorded_heads(base: BaseEncoder, tensors: _StepTensors) -> Iterator[None]:
-    """Record features and queries of both views as the heads get and make them."""
+def _recorded_heads(base: BaseEncoder, tensors: StepTensors) -> Iterator[None]:
+    """Record features and queries of view 1, then of view 2, as the heads get and make them."""
+    features = iter((StageName.FEATURES_1, StageName.FEATURES_2))
+    queries = iter((StageName.QUERIES_1, StageName.QUERIES_2))
 
     def record_features(_: Any, inputs: tuple[Tensor, ...]) -> None:
-        tensors.features.append(inputs[0].detach())
+        tensors[next(features)] = inputs[0].detach()
 
     def record_queries(_: Any, __: Any, output: Tensor) -> None:
-        tensors.queries.append(output.detach())
+        tensors[next(queries)] = output.detach()
 
     hooks = [
         base.projector.register_forward_pre_hook(record_features),
@@ -225,12 +206,13 @@ def _join_stages(stages_of_ranks: list[list[tuple[str, float, int]]]) -> list[St
     return stages
 
 
-def _find_suspects(tensors: _StepTensors, sample_ids_B: Tensor) -> list[Suspect]:
+def _find_suspects(tensors: StepTensors, sample_ids_B: Tensor) -> list[Suspect]:
     """Return the samples of this rank that are certainly bad, or else those that stand out."""
-    norms_2B = torch.stack([features_BD.float().norm(dim=1) for features_BD in tensors.features])
+    features = (StageName.FEATURES_1, StageName.FEATURES_2)
+    norms_2B = torch.stack([tensors[name].float().norm(dim=1) for name in features])
     finite_B = norms_2B.isfinite().all(0)
-    for view_BCHW in tensors.views:
-        finite_B &= view_BCHW.flatten(1).isfinite().all(1)
+    for name in (StageName.VIEW_1, StageName.VIEW_2):
+        finite_B &= tensors[name].flatten(1).isfinite().all(1)
     median_2 = norms_2B.nanmedian(dim=1).values.clamp(min=1e-30)
     distance_B = (norms_2B / median_2[:, None]).clamp(min=1e-30).log().abs().amax(0)
     distance_B = torch.where(finite_B, distance_B.nan_to_num(), torch.inf)
