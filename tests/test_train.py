@@ -1,6 +1,7 @@
 """The real command as a subprocess: it runs, stops, resumes bit for bit, and says what is wrong."""
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -14,9 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from mocov3_ds import train
 from mocov3_ds.monitoring.run_log import read_rows
+from mocov3_ds.recipes import parse
+from mocov3_ds.training.advance import advance_run
+from mocov3_ds.training.build import build_run
 from tests.data.sets import make_set, picture
 from tests.ranks_pool import run_ranks
 
@@ -45,8 +50,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    return {**os.environ, **own, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **settings, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
 def start(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -219,7 +224,7 @@ def failure_beside_a_slow_mirror(folder: str, command: list[str]) -> tuple[int, 
             raise SystemExit("step 5: no more data")
         return next_batch(job)
 
-    mirror.copy_to = copy
+    mirror.copy_checkpoint = copy
     advance.next_batch = fails
     ((status, words),) = outcomes(folder, [command])
     released.set()
@@ -237,6 +242,28 @@ def test_a_run_that_fails_says_so_before_its_mirror_is_done(
     assert "train.py: error: step 5: no more data" in words
     assert not waited
     assert (tmp_path / "runs/tiny/checkpoints/latest").read_text() == "step-00000004\n"
+
+
+def queues_of_a_step(folder: Path, flags: list[str]) -> list[bool]:
+    """Whether each k-NN queue holds what its encoder makes of view 1."""
+    run = build_run(parse([*flags, "--runs", str(folder)]), torch.device("cpu"))
+    advance_run(run)
+    base = copy.deepcopy(run.base.backbone)  # as it is before the step that is looked at
+    step = advance_run(run)
+    train.update_knn_monitor(run, step)
+    run.close()
+    monitor, momentum = run.knn_monitor, run.momentum_encoder.backbone
+    assert monitor is not None and monitor.momentum_queue is not None
+    assert not torch.allclose(base(step.x1_BCHW), momentum(step.x1_BCHW), rtol=1e-4)
+    return [
+        torch.allclose(queue.filled()[0], backbone(step.x1_BCHW), rtol=1e-5, atol=1e-6)
+        for queue, backbone in ((monitor.queue, base), (monitor.momentum_queue, momentum))
+    ]
+
+
+def test_both_knn_queues_are_fed_the_same_view(tmp_path: Path, shards: list[str]) -> None:
+    flags = [*SMALL, *shards, "--warmup_epochs", "0"]
+    assert run_ranks(1, queues_of_a_step, tmp_path, flags) == [[True, True]]
 
 
 LAUNCHERS = {

@@ -13,8 +13,8 @@ step for the forward pass.
 Shape suffixes: B = images, C H W = image, D = backbone features, P = projector output.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +113,8 @@ class MomentumEncoder(nn.Module):
             if names:
                 module.register_forward_pre_hook(self._averaging_hook(names))
 
-    def _averaging_hook(self, names: list[str]) -> Any:
-        def average_pending(_module: nn.Module, _inputs: Any) -> None:
+    def _averaging_hook(self, names: list[str]) -> Callable[[nn.Module, object], None]:
+        def average_pending(_module: nn.Module, _inputs: object) -> None:
             if self._pending and names[0] in self._pending:
                 self._average_tensors(names)
                 self._pending.difference_update(names)

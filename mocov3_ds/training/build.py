@@ -66,7 +66,6 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     momentum_encoder = start_momentum_encoder(config, engine, device, dtype)
     conditions = _set_chunks(config, engine, momentum_encoder, saved)
     _compile_networks(config, model, momentum_encoder)
-
     groups = [layer_group(name) for name, _ in trained]
     recorder_from = partial(SignalRecorder, config, optimizer, groups, train)
     loader_from = partial(open_loader, config, train, spec, device)

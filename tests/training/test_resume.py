@@ -45,7 +45,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Sitting:
+class Attempt:
     """A part of a run in a folder of its own, from a checkpoint of another folder's on."""
 
     name: str
@@ -63,52 +63,51 @@ class Sitting:
         return ["--ds", f"zero_optimization.stage={self.stage}", *bf16]
 
 
-def of_each_layout(prefix: str) -> list[Sitting]:
+def in_each_layout(prefix: str) -> list[Attempt]:
     """From home's checkpoint of step 2 to step 4, at each stage and precision."""
     return [
-        Sitting(f"{prefix}-zero{stage}-{precision}", stage, precision, first=2, last=4)
+        Attempt(f"{prefix}-zero{stage}-{precision}", stage, precision, first=2, last=4)
         for stage in (0, 1, 2, 3)
         for precision in ("fp32", "bf16")
     ]
 
 
-def sit(folder: str, flags: list[str], sittings: list[Sitting]) -> list[Ids]:
-    """Train each by the main job itself; what its global batches were."""
+def train_attempts(folder: str, flags: list[str], attempts: list[Attempt]) -> list[Ids]:
+    """Train each by the main command itself; what its global batches were."""
     os.chdir(folder)
-    found: list[Ids] = []
-    whole = advance.next_batch
+    ids_by_attempt: list[Ids] = []
+    next_batch = advance.next_batch
 
-    def recorded(job: Run) -> Batch:
-        batch = whole(job)
-        of_all = ranks.gather_objects(batch.sample_ids_B.tolist())
-        found[-1][job.step + 1] = sorted(i for ids in of_all for i in ids)
+    def record_batch(run: Run) -> Batch:
+        batch = next_batch(run)
+        rank_ids = ranks.gather_objects(batch.sample_ids_B.tolist())
+        ids_by_attempt[-1][run.step + 1] = sorted(i for ids in rank_ids for i in ids)
         return batch
 
-    advance.next_batch = recorded
-    for sitting in sittings:
-        ranks.run_on_first(partial(branch, sitting))
-        found.append({})
-        end = ["--name", sitting.name, "--stop_after_steps", str(sitting.last)]
-        train.train(parse([*flags, *sitting.layout, *end]))
-    return found
+    advance.next_batch = record_batch
+    for attempt in attempts:
+        ranks.run_on_first(partial(copy_start, attempt))
+        ids_by_attempt.append({})
+        end = ["--name", attempt.name, "--stop_after_steps", str(attempt.last)]
+        train.train(parse([*flags, *attempt.layout, *end]))
+    return ids_by_attempt
 
 
-def run_sittings(
-    world_size: int, folder: Path, flags: list[str], sittings: list[Sitting]
+def run_attempts(
+    world_size: int, folder: Path, flags: list[str], attempts: list[Attempt]
 ) -> list[Ids]:
     """The same on so many ranks: what the first of them saw."""
-    found: list[Ids] = run_ranks(world_size, sit, str(folder), flags, sittings, timeout=900)[0]
-    return found
+    return run_ranks(world_size, train_attempts, str(folder), flags, attempts, timeout=900)[0]
 
 
-def branch(sitting: Sitting) -> None:
+def copy_start(attempt: Attempt) -> None:
     """Make a folder as another run had left it when it was at a checkpoint."""
-    if sitting.first:
-        there, here = Path("runs", sitting.source), Path("runs", sitting.name)
-        of_step = f"checkpoints/step-{sitting.first:08d}"
-        shutil.copytree(there / of_step, here / of_step)
+    if attempt.first:
+        source, copy = Path("runs", attempt.source), Path("runs", attempt.name)
+        checkpoint = f"checkpoints/step-{attempt.first:08d}"
+        shutil.copytree(source / checkpoint, copy / checkpoint)
         for name in ("config.json", "metrics.jsonl"):
-            shutil.copy(there / name, here)
+            shutil.copy(source / name, copy)
 
 
 Read = Callable[[str], Tensor]
@@ -122,10 +121,11 @@ def distance(got: Read, want: Read, names: Iterable[str]) -> float:
 def errors(folder: Path, name: str, step: int, since: int) -> dict[str, float]:
     """How far a run is from home at `step`, relative to home's way since `since`."""
     got, want, origin = (
-        Checkpoint(folder / "runs" / run / f"checkpoints/step-{at:08d}")
-        for run, at in ((name, step), ("home", step), ("home", since))
+        Checkpoint(folder / "runs" / run / f"checkpoints/step-{number:08d}")
+        for run, number in ((name, step), ("home", step), ("home", since))
     )
-    assert got.state_value("optimizer_steps") == want.state_value("optimizer_steps") == step
+    steps = "optimizer_steps"
+    assert got.state_value(steps) == want.state_value(steps) == step
     moments = want.tensor_names("optimizer")
     assert got.tensor_names("optimizer") == moments
     trained = {key.partition("/")[2].removeprefix("base.") for key in moments}
@@ -133,18 +133,18 @@ def errors(folder: Path, name: str, step: int, since: int) -> dict[str, float]:
     for group in ("base", "momentum"):
         names = want.tensor_names(group)
         assert got.tensor_names(group) == names
-        mine, theirs, first = (partial(c.tensor, group) for c in (got, want, origin))
+        ours, home, first = (partial(c.read_tensor, group) for c in (got, want, origin))
         moved = [n for n in names if n in trained]
-        found[group] = distance(mine, theirs, moved) / distance(theirs, first, moved)
-        found[f"{group} size"] = distance(mine, theirs, moved) / size_of(theirs, moved)
+        found[group] = distance(ours, home, moved) / distance(home, first, moved)
+        found[f"{group} size"] = distance(ours, home, moved) / size_of(home, moved)
         for n in {*names} - trained:
-            off = distance(mine, theirs, [n])
+            off = distance(ours, home, [n])
             if "running" in n:  # batch-norm statistics, of numbers that are about 1
-                found["rest"] = max(found["rest"], off / theirs(n).numel() ** 0.5)
+                found["rest"] = max(found["rest"], off / home(n).numel() ** 0.5)
             else:
                 assert off == 0, (name, group, n)  # frozen, or a count
-    mine, theirs = (partial(c.tensor, "optimizer") for c in (got, want))
-    return {**found, "moments": distance(mine, theirs, moments) / size_of(theirs, moments)}
+    ours, home = (partial(c.read_tensor, "optimizer") for c in (got, want))
+    return {**found, "moments": distance(ours, home, moments) / size_of(home, moments)}
 
 
 def size_of(read: Read, names: list[str]) -> float:
@@ -163,41 +163,41 @@ BOUNDS = {
 }
 
 
-def check(folder: Path, sitting: Sitting, ids: Ids, home: Ids) -> None:
+def check(folder: Path, attempt: Attempt, ids: Ids, home: Ids) -> None:
     """The same global batches as at home, and the same state within rounding."""
-    steps = range(sitting.first + 1, sitting.last + 1)
-    assert ids == {step: home[step] for step in steps}, sitting
-    precision = "bf16" if "bf16" in sitting.name else "fp32"
-    found = errors(folder, sitting.name, sitting.last, 2)
+    steps = range(attempt.first + 1, attempt.last + 1)
+    assert ids == {step: home[step] for step in steps}, attempt
+    precision = "bf16" if "bf16" in attempt.name else "fp32"
+    found = errors(folder, attempt.name, attempt.last, 2)
     for what, bound in BOUNDS[precision].items():
-        assert found[what] <= bound, (sitting, what, found)
+        assert found[what] <= bound, (attempt, what, found)
 
 
 def test_other_stages_ranks_and_precisions_go_on(tmp_path: Path, flags: list[str]) -> None:
     two = [
-        Sitting("home", stage=2, last=4),
-        Sitting("two-zero3-fp32", 3, first=2, last=4),
-        Sitting("two-zero1-bf16", 1, "bf16", first=2, last=4),
+        Attempt("home", stage=2, last=4),
+        Attempt("two-zero3-fp32", 3, first=2, last=4),
+        Attempt("two-zero1-bf16", 1, "bf16", first=2, last=4),
     ]
-    home, *ids = run_sittings(2, tmp_path, flags, two)
-    one = [Sitting("one-zero1-fp32", 1, first=2, last=4)]
-    ids += run_sittings(1, tmp_path, flags, one)
-    for sitting, found in zip([*two[1:], *one], ids, strict=True):
-        check(tmp_path, sitting, found, home)
+    home, *ids = run_attempts(2, tmp_path, flags, two)
+    one = [Attempt("one-zero1-fp32", 1, first=2, last=4)]
+    ids += run_attempts(1, tmp_path, flags, one)
+    for attempt, found in zip([*two[1:], *one], ids, strict=True):
+        check(tmp_path, attempt, found, home)
 
 
 @pytest.mark.slow
 def test_each_layout_goes_on_from_one_rank_and_back(tmp_path: Path, flags: list[str]) -> None:
     """1 <-> 1, 2 and 4 ranks, each with ZeRO 0 to 3 in fp32 and bf16."""
-    there = {world_size: of_each_layout(f"{world_size}-ranks") for world_size in (1, 2, 4)}
-    home, *ids = run_sittings(1, tmp_path, flags, [Sitting("home"), *there[1]])
+    there = {world_size: in_each_layout(f"{world_size}-ranks") for world_size in (1, 2, 4)}
+    home, *ids = run_attempts(1, tmp_path, flags, [Attempt("home"), *there[1]])
     for world_size in (2, 4):
-        ids += run_sittings(world_size, tmp_path, flags, there[world_size])
-    sittings = [sitting for of_world in there.values() for sitting in of_world]
-    back = [Sitting(f"from-{s.name}", source=s.name, first=4) for s in sittings]
-    ids += run_sittings(1, tmp_path, flags, back)
-    for sitting, found in zip([*sittings, *back], ids, strict=True):
-        check(tmp_path, sitting, found, home)
+        ids += run_attempts(world_size, tmp_path, flags, there[world_size])
+    attempts = [attempt for of_world in there.values() for attempt in of_world]
+    back = [Attempt(f"from-{s.name}", source=s.name, first=4) for s in attempts]
+    ids += run_attempts(1, tmp_path, flags, back)
+    for attempt, found in zip([*attempts, *back], ids, strict=True):
+        check(tmp_path, attempt, found, home)
 
 
 # ------------------------------------------------------------------------------------ twenty kills
