@@ -36,8 +36,9 @@ CLIP = [
     "optimizer.params.betas=[0.9,0.9]",
 ]
 ABOVE_NOISE = [*HALVE, "--ds", "optimizer.params.eps=1e-6"]
-"""The keys' biases have no gradient but rounding, which differs between numbers of ranks; at the usual
-eps of 1e-8 g / sqrt(v) makes it as large as a real one."""
+"""A bias before a batch norm (the last norm's) and the keys' have no gradient but rounding, which
+differs between numbers of ranks; at the usual eps of 1e-8 g / sqrt(v) makes it as large as a real
+one."""
 QK = ["--model.qk_norm", "--model.group_lr", "block_0=0", "--model.group_lr", "cls=3"]
 
 
