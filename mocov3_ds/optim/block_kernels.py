@@ -30,11 +30,8 @@ class BlockKernels:
         share, terms = flat.share, AdamTerms(flat.group, flat.number)
         scratch = self._allocate_scratch(flat.weight)
         # the RMS after the update needs scratch of its own where the direction is kept
-        second = (
-            torch.empty_like(scratch)
-            if rate_S is None and len(sums_QS) > Quantity.AFTER
-            else scratch
-        )
+        needs_both = rate_S is None and len(sums_QS) > Quantity.AFTER
+        second = torch.empty_like(scratch) if needs_both else scratch
         step = torch.tensor(float(terms.step) if terms.bias_correction else math.inf)
         for segment in share.flat.segments:
             row, sums = share.row(segment), [0.0] * len(sums_QS)

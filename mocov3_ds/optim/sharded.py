@@ -275,18 +275,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         flats = []
         for share, gradient in zip(tables.shares, gradients, strict=True):
             flat, state = share.flat, self.state[share.flat.tensor]
-            state["step"] += 1
-            flats.append(
-                FlatStep(
-                    share=share,
-                    kernels=kernels,
-                    weight=flat.view(),
-                    gradient=gradient,
-                    state=tuple(flat.view(state[key]) for key in self.moments),
-                    group=group,
-                    number=state["step"],
-                )
-            )
+            number = state["step"] = state["step"] + 1
+            moments = tuple(flat.view(state[key]) for key in self.moments)
+            flats.append(FlatStep(share, kernels, flat.view(), gradient, moments, group, number))
         rate_S = tables.multiplier_S * group["lr"]
         quantities = EVERYTHING if self._measures_all else self.count_quantities(group)
         local_QS = torch.zeros(quantities, len(tables.names), device=tables.device)

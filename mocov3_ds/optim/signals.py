@@ -159,32 +159,27 @@ def join_signals(records: Sequence[StepRecord], order: Sequence[str]) -> Signals
         return torch.cat(tensors, dim=-1)[..., rows]
 
     sums_QS = joined([record.sums.sums_QS for record in records])
-    norms_3S, complete = sums_QS[:NORMS].sqrt(), len(sums_QS) == EVERYTHING
-    nan_S = torch.full_like(norms_3S[0], torch.nan)
-    extra = dict.fromkeys(EXTRA_KEYS, nan_S)
+    weight_S, update_S, grad_S = sums_QS[:NORMS].sqrt()
+    complete, nan_S = len(sums_QS) == EVERYTHING, torch.full_like(grad_S, torch.nan)
+    extra = {f"{key}_S": nan_S for key in EXTRA_KEYS}
     if complete:
         counts_S = joined([record.sums.tables.counts_S for record in records])
-        product_S = sums_QS[Quantity.PRODUCT] / norms_3S[Quantity.GRADIENT]
+        product_S = sums_QS[Quantity.PRODUCT] / grad_S
         extra = {
             # a maximum over ranks may lose a NaN, a sum does not
-            "grad_peak": torch.where(
-                norms_3S[Quantity.GRADIENT].isnan(), nan_S, sums_QS[Quantity.PEAK]
-            ),
-            "rms": (sums_QS[Quantity.AFTER] / counts_S).sqrt(),
-            "rms_before": (sums_QS[Quantity.BEFORE] / counts_S).sqrt(),
-            "cosine": product_S / sums_QS[Quantity.MOMENTUM].sqrt(),
+            "grad_peak_S": torch.where(grad_S.isnan(), nan_S, sums_QS[Quantity.PEAK]),
+            "rms_S": (sums_QS[Quantity.AFTER] / counts_S).sqrt(),
+            "rms_before_S": (sums_QS[Quantity.BEFORE] / counts_S).sqrt(),
+            "cosine_S": product_S / sums_QS[Quantity.MOMENTUM].sqrt(),
         }
     return Signals(
         names=ordered,
-        grad_norm_S=norms_3S[Quantity.GRADIENT],
-        update_norm_S=norms_3S[Quantity.UPDATE],
-        weight_norm_S=norms_3S[Quantity.WEIGHT],
+        grad_norm_S=grad_S,
+        update_norm_S=update_S,
+        weight_norm_S=weight_S,
         trust_ratio_S=joined([record.factors.factor_S for record in records]),
         rate_S=joined([record.rate_S for record in records]),
         adapts_S=joined([record.factors.adapts_S for record in records]),
         complete=complete,
-        grad_peak_S=extra["grad_peak"],
-        rms_S=extra["rms"],
-        rms_before_S=extra["rms_before"],
-        cosine_S=extra["cosine"],
+        **extra,
     )

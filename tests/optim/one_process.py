@@ -44,7 +44,7 @@ def train_ours(kind: Any, **options: Any) -> dict[str, Tensor]:
     return run_steps(optimizer, net)
 
 
-def decay_groups(net: nn.Module, weight_decay: float, always: bool = False) -> list[dict[str, Any]]:
+def decay_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
     matrix = [p for n, p in trained.items() if vit_rule(n, tuple(p.shape)).adapt]
     rest = [p for n, p in trained.items() if not vit_rule(n, tuple(p.shape)).adapt]

@@ -76,15 +76,13 @@ def stable_adamw_step(
     t: int,
     *,
     lr: float,
+    b2: float,
     wd: float,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
     clip: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """arXiv 2304.13013, Algorithm 2, with Adam's own bias corrections; returns (w, m, v)."""
-    lr = lr * update_clip(g, v, t, b2=b2, eps=eps) if clip else lr
-    return adamw_step(w, g, m, v, t, lr=lr, wd=wd, b1=b1, b2=b2, eps=eps)
+    lr = lr * update_clip(g, v, t, b2=b2) if clip else lr
+    return adamw_step(w, g, m, v, t, lr=lr, wd=wd, b2=b2)
 
 
 class OddModel(nn.Module):

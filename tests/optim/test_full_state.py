@@ -51,16 +51,11 @@ def resume(jobs: list[tuple[Case, dict[str, Any]]]) -> list[dict[str, Any]]:
         optimizer.load_full_state(saved["state"].__getitem__, BEFORE)
         zero.load_loss_scale(engine, saved["scale"])
         state = full(optimizer)
-        equal = all(
-            torch.equal(tensor, saved["state"][name][key])
-            for name, tensors in state.items()
-            for key, tensor in tensors.items()
-        )
         low = engines.low_precision_error(engine, {n: s["weight"] for n, s in state.items()})
         engines.train(engine, batches(case)[BEFORE:])
         results.append(
             {
-                "equal": equal,
+                "equal": bit_equal(state, saved["state"]),
                 "low": low,
                 "end": full(optimizer),
                 "steps": optimizer.step_count,
