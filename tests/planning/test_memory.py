@@ -95,7 +95,7 @@ def any_rank(mine: bool) -> bool:
 
 def peaks(cases: list[tuple[int, Precision, int, Chunks, bool]]) -> list[float]:
     """Most bytes that tensors made in a step hold at once, of each case."""
-    from mocov3_ds.bench.planned import peak_of_tensors
+    from mocov3_ds.bench.planned import peak_tensor_bytes
     from mocov3_ds.distributed import ranks
     from mocov3_ds.model import cpu_ops
     from mocov3_ds.training.step import train_step
@@ -118,11 +118,11 @@ def peaks(cases: list[tuple[int, Precision, int, Chunks, bool]]) -> list[float]:
         x1, x2 = (torch.randn(images, 3, 64, 64, dtype=dtype) for _ in range(2))
         step = partial(train_step, engine, encoder, x1, x2, momentum=0.9)
         step()
-        seen = sorted(peak_of_tensors(step) for _ in range(2))
+        seen = sorted(peak_tensor_bytes(step) for _ in range(2))
         # now and then gloo's thread is the last to let go of a bucket, which the count then misses;
         # a rank that repeats its step alone would wait for ever
         while any_rank(seen[1] > 1.01 * seen[0]) and len(seen) < 8:
-            seen = sorted([*seen, peak_of_tensors(step)])
+            seen = sorted([*seen, peak_tensor_bytes(step)])
         found.append(seen[0])
         engine.destroy()
     return found
