@@ -73,12 +73,10 @@ def print_rows(name: str, vit: VitShape, options: ChunkSizeOptions) -> None:
         if tensor.name.startswith("predictor.")
     )
     encoder = MomentumEncoder(shape, dtype=dtype)
-    example = torch.zeros(1, 3, vit.image_size, vit.image_size, dtype=dtype)
     for world_size in options.ranks:
         batch = options.batch // world_size
         room = measure_room(
             encoder,
-            example,
             batch=batch,
             global_batch=options.batch,
             gradient_bytes=trained * (dtype.itemsize + 4 // world_size),

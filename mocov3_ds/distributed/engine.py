@@ -136,7 +136,5 @@ def full_gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             shape, gradient = full_shape(parameter), safe_get_full_grad(parameter)
-            if gradient is None:
-                yield name, torch.zeros(shape)
-            else:
-                yield name, gradient.detach().float().view(shape)
+            missing = gradient is None
+            yield name, torch.zeros(shape) if missing else gradient.detach().float().view(shape)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mocov3_ds.distributed import ranks
 
@@ -70,12 +70,9 @@ class _NormCheck:
             return False
         norm = float(scaled_norm)
         # DeepSpeed's helpers say -1 for what is not finite
-        self.norm = norm / self._loss_scale() if norm >= 0 else math.inf
+        loss_scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0) or 1.0)
+        self.norm = norm / loss_scale if norm >= 0 else math.inf
         return _is_too_large(self.norm, self._limit)
-
-    def _loss_scale(self) -> float:
-        scale = getattr(self._engine.optimizer, "loss_scale", 1.0)
-        return float(scale) if scale else 1.0
 
 
 def _is_too_large(norm: float, limit: float) -> bool:
@@ -99,9 +96,9 @@ def _norm_checked(module: Any, check: _NormCheck) -> Iterator[None]:
 def _step_without_wrapper(engine: "Engine[nn.Module]", limit: float) -> float:
     """Stage 0, fp32: the engine steps our optimizer itself, with whole gradients on each rank."""
     optimizer = engine.optimizer
-    norm = _total_norm(
-        [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    )
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    norm = float(torch.stack(torch._foreach_norm(gradients)).norm()) if gradients else 0.0
     dropped = not math.isfinite(norm) or _is_too_large(norm, limit)
     optimizer.overflow = dropped  # the engine reads it to see whether the step was applied
     if dropped:
@@ -112,9 +109,3 @@ def _step_without_wrapper(engine: "Engine[nn.Module]", limit: float) -> float:
         if dropped:
             del optimizer.step
     return norm
-
-
-def _total_norm(gradients: list[Tensor]) -> float:
-    if not gradients:
-        return 0.0
-    return float(torch.stack(torch._foreach_norm(gradients)).norm())

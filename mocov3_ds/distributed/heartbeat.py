@@ -30,21 +30,9 @@ from typing import Any
 import psutil
 from torch.distributed import DistError
 
-from mocov3_ds.distributed import host_memory, ranks
+from mocov3_ds.distributed import heartbeat_rules, host_memory, ranks
 from mocov3_ds.distributed.heartbeat_links import connect_ranks, encode_message
-from mocov3_ds.distributed.heartbeat_rules import (
-    PEER_LOST_STATUS,
-    SILENCE_S,
-    Beat,
-    Member,
-    Stage,
-    StageTimer,
-    describe_death,
-    describe_hang,
-    describe_silence,
-    exit_message,
-    silence_limit,
-)
+from mocov3_ds.distributed.heartbeat_rules import PEER_LOST_STATUS, SILENCE_S, Beat, Member, Stage
 from mocov3_ds.distributed.processes import find_launchers, kill_process, locate_thread
 
 _TICK_S = 0.5  # between two beats
@@ -82,7 +70,7 @@ class Heart:
     ) -> None:
         self.me, self._members, self._silence_s = me, members, silence_s
         self._clock = 0.0  # seconds, moved by the thread
-        self.timer = StageTimer(hang_timeout)
+        self.timer = heartbeat_rules.StageTimer(hang_timeout)
         self._main_thread = threading.main_thread().ident
         self._launchers = find_launchers()
         self._lock = threading.Lock()  # guards what is sent and whether a sentence was written
@@ -224,7 +212,7 @@ class Heart:
             return True
         if not member.is_leaving and not self._verdict.is_set():
             member.is_leaving = True
-            sentence = describe_death(
+            sentence = heartbeat_rules.describe_death(
                 member,
                 same_host=member.host == self.me.host,
                 oom_kills=host_memory.count_oom_kills(),
@@ -261,13 +249,14 @@ class Heart:
                 self._condemn(PEER_LOST_STATUS, f"{self.me}: its launcher, {name}, is gone.")
         for member in self._members.values():
             silent_s = self._clock - member.heard
-            if silent_s > silence_limit(member, self.timer.step, self._silence_s):
-                self._condemn(PEER_LOST_STATUS, describe_silence(member, silent_s), [member])
+            if silent_s > heartbeat_rules.silence_limit(member, self.timer.step, self._silence_s):
+                sentence = heartbeat_rules.describe_silence(member, silent_s)
+                self._condemn(PEER_LOST_STATUS, sentence, [member])
         if self._charges and self._clock >= min(self._charges).due:
             self._condemn(self._charges[0].status, self._charges[0].sentence)
         if self.me.rank == 0:
             staying = [m for m in self._members.values() if not m.is_leaving]
-            hang = describe_hang([self.me, *staying])
+            hang = heartbeat_rules.describe_hang([self.me, *staying])
             if hang is not None:
                 self._condemn(PEER_LOST_STATUS, hang)
 
@@ -294,7 +283,8 @@ class Heart:
                 return
             self._has_spoken = True
         with contextlib.suppress(OSError):  # the terminal may have gone with the launcher
-            sys.stderr.write(f"\ntrain.py: error: {exit_message(sentence, status)}\n")
+            message = heartbeat_rules.exit_message(sentence, status)
+            sys.stderr.write(f"\ntrain.py: error: {message}\n")
             sys.stderr.flush()
 
     def _leave(self, status: int) -> None:

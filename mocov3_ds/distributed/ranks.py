@@ -171,9 +171,7 @@ def all_reduce_sum(x: Tensor, group: Any = None) -> Tensor:
         x: Tensor of this rank, which becomes the sum.
         group: Process group of the ranks that take part; None = all ranks.
     """
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group)
-    return x
+    return _all_reduce(x, dist.ReduceOp.SUM, group)
 
 
 def all_reduce_max(x: Tensor, group: Any = None) -> Tensor:
@@ -183,8 +181,12 @@ def all_reduce_max(x: Tensor, group: Any = None) -> Tensor:
         x: Tensor of this rank, which becomes the maximum.
         group: Process group of the ranks that take part; None = all ranks.
     """
+    return _all_reduce(x, dist.ReduceOp.MAX, group)
+
+
+def _all_reduce(x: Tensor, operation: Any, group: Any) -> Tensor:
     if dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(x, op=operation, group=group)
     return x
 
 

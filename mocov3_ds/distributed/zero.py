@@ -26,6 +26,7 @@ from mocov3_ds.distributed.engine import Engine
 from mocov3_ds.distributed.segments import (
     Flat,
     Segment,
+    Shape,
     cut_segments,
     full_shape,
     packed_offsets,
@@ -35,14 +36,14 @@ from mocov3_ds.distributed.segments import (
 Names = Mapping[Tensor, str]
 
 
-def describe_flats(engine: Engine[nn.Module], names: Names | None = None) -> list[Flat]:
+def describe_flats(engine: Engine[nn.Module], names: Names) -> list[Flat]:
     """Describe every flat tensor that the engine's base optimizer is given on this rank.
 
     All ranks must call. Padding is made zero on the way.
 
     Args:
         engine: What `deepspeed.initialize` returned, before its first step.
-        names: Name of each trained model parameter; by default the engine module's own names.
+        names: Name of each trained model parameter.
 
     Raises:
         ValueError: A combination under which whole-tensor norms cannot be exact, with the remedy.
@@ -50,8 +51,6 @@ def describe_flats(engine: Engine[nn.Module], names: Names | None = None) -> lis
     """
     wrapper = engine.optimizer
     _refuse_inexact(engine, wrapper)
-    if names is None:
-        names = {parameter: name for name, parameter in engine.module.named_parameters()}
     kind = type(wrapper).__name__
     if isinstance(wrapper, torch.optim.Optimizer):
         drafts = _draft_stage_0_fp32(wrapper, names)
@@ -99,30 +98,27 @@ def _refresh_stage3(wrapper: Any) -> None:
     wrapper.checkpoint_event_epilogue()
 
 
-_SCALE_KEYS = (
-    "cur_scale",
-    "cur_iter",
-    "last_overflow_iter",
-    "cur_hysteresis",
-)
+_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def read_loss_scale(engine: Engine[nn.Module]) -> dict[str, float]:
     """State of fp16 loss scaling as plain numbers; empty when nothing is scaled."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is None or not getattr(scaler, "dynamic", False):
-        return {}
-    return {key: getattr(scaler, key) for key in _SCALE_KEYS}
+    scaler = _dynamic_scaler(engine)
+    return {} if scaler is None else {key: getattr(scaler, key) for key in _SCALE_KEYS}
 
 
 def load_loss_scale(engine: Engine[nn.Module], state: Mapping[str, float]) -> None:
     """Continue loss scaling where `read_loss_scale` left it; nothing happens without scaling."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is None or not getattr(scaler, "dynamic", False):
-        return
+    scaler = _dynamic_scaler(engine)
     for key in _SCALE_KEYS:
-        if key in state:
+        if scaler is not None and key in state:
             setattr(scaler, key, state[key])
+
+
+def _dynamic_scaler(engine: Engine[nn.Module]) -> Any:
+    """DeepSpeed's loss scaler, if its scale follows overflows; else None."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
 
 
 def base_optimizer(engine: Engine[nn.Module]) -> Any:
@@ -190,33 +186,42 @@ def _draft_stage_0_bf16(wrapper: Any, names: Names) -> list[Draft]:
 
 
 def _draft_stage_1_2(wrapper: Any, names: Names) -> list[Draft]:
-    drafts = []
-    for i, flat in enumerate(wrapper.single_partition_of_fp32_groups):
-        parameters = list(wrapper.round_robin_bit16_groups[i])
-        offsets = list(wrapper.round_robin_bit16_offsets[i])
-        group = wrapper.real_dp_process_group[i]
-        drafts.append((_even_cut(flat, parameters, offsets, group, names), parameters))
-    return drafts
+    groups, flats = wrapper.round_robin_bit16_groups, wrapper.single_partition_of_fp32_groups
+    return _draft_even_cuts(wrapper, names, groups, flats, wrapper.round_robin_bit16_offsets)
 
 
 def _draft_stage_1_bf16(wrapper: Any, names: Names) -> list[Draft]:
+    groups, flats = wrapper.bf16_groups, wrapper.fp32_groups_flat_partition
+    offsets = [packed_offsets([full_shape(p) for p in group]) for group in groups]
+    return _draft_even_cuts(wrapper, names, groups, flats, offsets)
+
+
+def _draft_even_cuts(
+    wrapper: Any, names: Names, groups: Any, flats: Any, offsets: Any
+) -> list[Draft]:
+    """Flats that are equal parts of the concatenation of a parameter group.
+
+    Args:
+        wrapper: DeepSpeed's wrapper, which knows the process group of each parameter group.
+        names: Name of each trained model parameter.
+        groups: The model's parameters of each group, in the order of the concatenation.
+        flats: This rank's fp32 part of each group.
+        offsets: Element of the concatenation at which each parameter of each group starts.
+    """
     drafts = []
-    for i, flat in enumerate(wrapper.fp32_groups_flat_partition):
-        parameters = list(wrapper.bf16_groups[i])
-        offsets = packed_offsets([full_shape(parameter) for parameter in parameters])
-        group = wrapper.real_dp_process_group[i]
-        drafts.append((_even_cut(flat, parameters, offsets, group, names), parameters))
+    for i, flat in enumerate(flats):
+        parameters, group = list(groups[i]), wrapper.real_dp_process_group[i]
+        flat_names, shapes = _names_and_shapes(parameters, names)
+        low = comm.get_rank(group) * flat.numel()
+        segments = cut_segments(flat_names, shapes, list(offsets[i]), low, low + flat.numel())
+        drafts.append((Flat(flat, flat_names, shapes, segments, True, group), parameters))
     return drafts
 
 
-def _even_cut(
-    flat: Tensor, parameters: Sequence[Tensor], offsets: Sequence[int], group: Any, names: Names
-) -> Flat:
-    flat_names = tuple(names[parameter] for parameter in parameters)
-    shapes = tuple(full_shape(parameter) for parameter in parameters)
-    low = comm.get_rank(group) * flat.numel()
-    segments = cut_segments(flat_names, shapes, offsets, low, low + flat.numel())
-    return Flat(flat, flat_names, shapes, segments, sharded=True, group=group)
+def _names_and_shapes(
+    parameters: Sequence[Tensor], names: Names
+) -> tuple[tuple[str, ...], tuple[Shape, ...]]:
+    return tuple(names[p] for p in parameters), tuple(full_shape(p) for p in parameters)
 
 
 def _draft_stage_3(wrapper: Any, names: Names) -> list[Draft]:
@@ -224,18 +229,16 @@ def _draft_stage_3(wrapper: Any, names: Names) -> list[Draft]:
     for i, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
         parameters = list(wrapper.fp16_groups[i])
         group = wrapper._get_sub_group_process_group(i)
-        flat_names = tuple(names[parameter] for parameter in parameters)
+        flat_names, shapes = _names_and_shapes(parameters, names)
         segments, offset = [], 0
         for index, parameter in enumerate(parameters):
             padded = parameter.ds_tensor.ds_numel
             start = comm.get_rank(group) * padded
-            length = min(padded, math.prod(full_shape(parameter)) - start)
+            length = min(padded, math.prod(shapes[index]) - start)
             if length > 0:
                 segments.append(Segment(flat_names[index], index, start, length, offset))
             offset += padded
-        shapes = tuple(full_shape(parameter) for parameter in parameters)
-        rank_flat = Flat(flat, flat_names, shapes, tuple(segments), sharded=True, group=group)
-        drafts.append((rank_flat, parameters))
+        drafts.append((Flat(flat, flat_names, shapes, tuple(segments), True, group), parameters))
     return drafts
 
 

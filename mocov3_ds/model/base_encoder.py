@@ -9,6 +9,7 @@ output.
 
 from dataclasses import dataclass
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mocov3_ds.model.cpu_ops import suit_cpu
@@ -32,6 +33,23 @@ class EncoderShape:
     qk_norm: bool = False
 
 
+def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> VisionTransformer:
+    """Backbone of the base or the momentum encoder, whose last block gives the class token alone.
+
+    Args:
+        shape: architecture of the encoder.
+        drop_path: stochastic depth rate of the last block.
+    """
+    return build_vit(
+        shape.vit,
+        positions=shape.positions,
+        train_patch_projection=shape.train_patch_projection,
+        drop_path=drop_path,
+        qk_norm=shape.qk_norm,
+        class_token_only=True,
+    )
+
+
 class BaseEncoder(nn.Module):
     """The trained network; its three parts keep their own state-dict prefixes.
 
@@ -41,14 +59,7 @@ class BaseEncoder(nn.Module):
 
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
-        self.backbone = build_vit(
-            shape.vit,
-            positions=shape.positions,
-            train_patch_projection=shape.train_patch_projection,
-            drop_path=shape.drop_path,
-            qk_norm=shape.qk_norm,
-            class_token_only=True,
-        )
+        self.backbone = build_backbone(shape, shape.drop_path)
         self.projector = build_projector(shape.vit.dim, shape.hidden, shape.out)
         self.predictor = build_predictor(shape.out, shape.hidden)
         suit_cpu(self)

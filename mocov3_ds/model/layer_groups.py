@@ -3,6 +3,9 @@
 LOSS_GROUP = "loss"
 """group of what the loss itself trains, which is no layer and has no signals"""
 
+_BACKBONE_GROUPS = {"patch_embed": "patch_embed", "cls_token": "cls", "norm": "norm"}
+"""first part of a name below the backbone -> group"""
+
 
 def group_names(depth: int) -> tuple[str, ...]:
     """patch_embed, cls, block_0 ... block_{depth - 1}, norm, projector, predictor."""
@@ -24,14 +27,10 @@ def layer_group(name: str) -> str:
         return LOSS_GROUP
     if "backbone" in parts:
         parts = parts[parts.index("backbone") + 1 :]
-        if parts[0] == "patch_embed":
-            return "patch_embed"
-        if parts[0] == "cls_token":
-            return "cls"
         if parts[0] == "blocks":
             return f"block_{int(parts[1])}"
-        if parts[0] == "norm":
-            return "norm"
+        if parts[0] in _BACKBONE_GROUPS:
+            return _BACKBONE_GROUPS[parts[0]]
     for head in ("projector", "predictor"):
         if head in parts:
             return head

@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape, build_backbone
 from mocov3_ds.model.chunking import chunked_features
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_projector
-from mocov3_ds.model.vit import build_vit
 
 
 class ViewKeys(NamedTuple):
@@ -55,13 +54,7 @@ class MomentumEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.backbone = build_vit(
-            shape.vit,
-            positions=shape.positions,
-            train_patch_projection=shape.train_patch_projection,
-            qk_norm=shape.qk_norm,
-            class_token_only=True,
-        )
+        self.backbone = build_backbone(shape)
         self.projector = build_projector(shape.vit.dim, shape.hidden, shape.out)
         suit_cpu(self)
         self.requires_grad_(False).to(device)
@@ -102,14 +95,8 @@ class MomentumEncoder(nn.Module):
         if not self._partitioned:
             return
         for prefix, module in base.named_modules():
-            names = [
-                name
-                for name in (
-                    f"{prefix}.{leaf}" if prefix else leaf
-                    for leaf, _ in module.named_parameters(recurse=False)
-                )
-                if name in trained
-            ]
+            own = module.named_parameters(prefix, recurse=False)
+            names = [name for name, _ in own if name in trained]
             if names:
                 module.register_forward_pre_hook(self._averaging_hook(names))
 

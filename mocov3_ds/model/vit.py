@@ -179,12 +179,12 @@ def sincos_positions(grid: int, dim: int) -> Tensor:
 
 
 def _check_shape(shape: VitShape) -> None:
-    if shape.image_size % shape.patch_size:
+    size, patch = shape.image_size, shape.patch_size
+    if size % patch:
+        patches = math.ceil(size / patch)
         raise ValueError(
-            f"image size {shape.image_size} is not a multiple of the patch size "
-            f"{shape.patch_size}; choose e.g. {math.ceil(shape.image_size / shape.patch_size)} x "
-            f"{shape.patch_size} = "
-            f"{math.ceil(shape.image_size / shape.patch_size) * shape.patch_size}."
+            f"image size {size} is not a multiple of the patch size {patch}; choose e.g. "
+            f"{patches} x {patch} = {patches * patch}."
         )
     if shape.dim % shape.heads or shape.dim % 4:
         raise ValueError(
@@ -198,17 +198,16 @@ def _initialise_weights(vit: VisionTransformer) -> None:
     for name, module in vit.named_modules():
         if isinstance(module, nn.Linear):
             fan_out, fan_in = module.weight.shape
-            if name.endswith("qkv"):
-                fan_out //= 3
-            bound = math.sqrt(6.0 / (fan_out + fan_in))
-            nn.init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            _fill_uniform(module, fan_in + (fan_out // 3 if name.endswith("qkv") else fan_out))
     projection = vit.patch_embed.proj
-    pixels = projection.weight[0].numel()
-    bound = math.sqrt(6.0 / (pixels + projection.out_channels))
-    nn.init.uniform_(projection.weight, -bound, bound)
-    if projection.bias is not None:
-        nn.init.zeros_(projection.bias)
+    _fill_uniform(projection, projection.weight[0].numel() + projection.out_channels)
     assert vit.cls_token is not None
     nn.init.normal_(vit.cls_token, std=1e-6)
+
+
+def _fill_uniform(layer: nn.Linear | nn.Conv2d, fans: int) -> None:
+    """Xavier-uniform weight for `fans` inputs and outputs together, zero bias."""
+    bound = math.sqrt(6.0 / fans)
+    nn.init.uniform_(layer.weight, -bound, bound)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

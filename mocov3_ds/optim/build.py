@@ -99,9 +99,7 @@ def base_rate(block: Mapping[str, Any] | None) -> float:
     return check_number("optimizer.params.lr", params["lr"], 0)
 
 
-def read_block(
-    block: Mapping[str, Any] | None,
-) -> tuple[type[ShardedOptimizer], dict[str, Any]]:
+def read_block(block: Mapping[str, Any] | None) -> tuple[type[ShardedOptimizer], dict[str, Any]]:
     """Class and params of an optimizer block, the params in the optimizer's own keywords.
 
     Raises:

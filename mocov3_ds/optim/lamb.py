@@ -54,7 +54,7 @@ class Lamb(ShardedOptimizer):
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     aliases: ClassVar[tuple[str, ...]] = ("FusedLamb",)
     hints: ClassVar[Mapping[str, str]] = {
-        "update_clip": "the trust ratio sets the length of the step; use trust_clip, or AdamW",
+        "update_clip": "the trust ratio sets the length of the step; use trust_clip, or AdamW"
     }
     has_trust_ratio: ClassVar[bool] = True
     measures_rms: ClassVar[bool] = True

@@ -50,7 +50,7 @@ class Lars(ShardedOptimizer):
 
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
     hints: ClassVar[Mapping[str, str]] = {
-        "update_clip": "the trust ratio sets the length of the step; use trust_clip, or AdamW",
+        "update_clip": "the trust ratio sets the length of the step; use trust_clip, or AdamW"
     }
     has_trust_ratio: ClassVar[bool] = True
 

@@ -109,21 +109,14 @@ def batch_views(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def scheduled_rates(run: Run) -> tuple[float, float]:
     """Learning rate and encoder momentum of the coming step."""
-    config = run.config
+    step, total, moco = run.step, run.total_steps, run.config.moco
+    cosine = run.config.lr_schedule == "cosine"
     lr = learning_rate(
-        run.step,
-        peak=run.peak_rate,
-        warmup_steps=run.warmup_steps,
-        total_steps=run.total_steps,
-        cosine=config.lr_schedule == "cosine",
+        step, peak=run.peak_rate, warmup_steps=run.warmup_steps, total_steps=total, cosine=cosine
     )
-    momentum = encoder_momentum(
-        run.step,
-        start=config.moco.momentum,
-        total_steps=run.total_steps,
-        cosine=config.moco.momentum_schedule == "cosine",
-    )
-    return run.recorder.adjust_rate(run.step, lr), momentum
+    cosine = moco.momentum_schedule == "cosine"
+    momentum = encoder_momentum(step, start=moco.momentum, total_steps=total, cosine=cosine)
+    return run.recorder.adjust_rate(step, lr), momentum
 
 
 def seed_drawing(run: Run) -> None:

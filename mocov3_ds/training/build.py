@@ -137,10 +137,8 @@ def _set_chunks(
     batch = config.batch // ranks.world_size()
 
     def measure_chunks() -> Chunks:
-        size, parameter = config.views.image_size, next(encoder.parameters())
         room = chunk_size.measure_room(
             encoder,
-            torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device),
             batch=batch,
             global_batch=config.batch,
             gradient_bytes=gradient_bytes(engine),
@@ -148,11 +146,9 @@ def _set_chunks(
         )
         return chunk_size.agree_on_chunks(room, batch)
 
+    memory_bytes = chunk_size.smallest_memory_bytes(ranks.this_device())
     conditions = chunk_size.chunk_conditions(
-        config,
-        engine.config,
-        ranks.world_size(),
-        chunk_size.smallest_memory_bytes(ranks.this_device()),
+        config, engine.config, ranks.world_size(), memory_bytes
     )
     saved_chunks = saved.state_value("chunks") if saved is not None else {}
     engine.module.chunks = chunk_size.resolve_chunks(

@@ -23,12 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mocov3_ds.config import Config
 from mocov3_ds.distributed import host_memory, ranks
-from mocov3_ds.model.chunking import (
-    MEMORY_MARGIN,
-    Chunks,
-    choose_chunks,
-    reserved_logits_bytes,
-)
+from mocov3_ds.model.chunking import MEMORY_MARGIN, Chunks, choose_chunks, reserved_logits_bytes
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 
 _log = logging.getLogger("mocov3_ds")
@@ -53,7 +48,6 @@ class Room:
 
 def measure_room(
     encoder: MomentumEncoder,
-    example_1CHW: Tensor,
     *,
     batch: int,
     global_batch: int,
@@ -65,13 +59,14 @@ def measure_room(
     Args:
         encoder: the momentum encoder, whose backbone and projector have the base encoder's shapes
             and are whole on each rank at any ZeRO stage.
-        example_1CHW: an image as a step gets it, (1, C, H, W) on the device.
         batch: images of a rank's batch.
         global_batch: images of all ranks.
         gradient_bytes: what backward and optimizer will allocate beside activations.
         recompute_blocks: whether the base encoder recomputes each of its blocks in the backward.
     """
-    backbone = encoder.backbone
+    backbone, parameter = encoder.backbone, next(encoder.parameters())
+    size = backbone.patch_embed.img_size
+    example_1CHW = torch.zeros(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
     backbone.set_grad_checkpointing(recompute_blocks)
     per_image = activation_bytes(backbone, example_1CHW)
     backbone.set_grad_checkpointing(False)
@@ -235,16 +230,11 @@ def free_bytes(device: torch.device) -> int:
     return host_memory.free_bytes() // ranks.local_world_size()
 
 
-def total_bytes(device: torch.device) -> int:
-    """Memory of this rank's card, or of its machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return int(psutil.virtual_memory().total)
-
-
 def smallest_memory_bytes(device: torch.device) -> int:
-    """Memory of the rank that has least, see `total_bytes`; all ranks must call."""
-    return min(ranks.gather_objects(total_bytes(device)))
+    """Memory of the card, or of the machine, of the rank that has least; all ranks must call."""
+    on_gpu = device.type == "cuda"
+    total = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().total
+    return min(ranks.gather_objects(int(total)))
 
 
 class _BothPasses(nn.Module):

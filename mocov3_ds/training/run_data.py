@@ -49,22 +49,18 @@ def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
     if config.data.limit:
         train = train.first_samples(config.data.limit)
     if probes is not None and config.knn.probes:
-        _check_labels(train)
-        _check_labels(probes)
+        for manifest in (train, probes):
+            if not manifest.has_labels:
+                raise ValueError(
+                    f"{manifest.url} holds samples without labels, which the k-NN monitor needs; "
+                    "use --knn.probes 0 to run without it."
+                )
     if train.samples < config.batch:
         raise ValueError(
             f"{train.url} holds {train.samples} samples, fewer than one global "
             f"batch of {config.batch}; lower --batch."
         )
     return train, probes
-
-
-def _check_labels(manifest: Manifest) -> None:
-    if not manifest.has_labels:
-        raise ValueError(
-            f"{manifest.url} holds samples without labels, which the k-NN monitor needs; "
-            "use --knn.probes 0 to run without it."
-        )
 
 
 def view_spec(config: Config) -> ViewSpec:

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import (
-    full_gradients,
-    full_tensors,
-    gradient_bytes,
-    start_engine,
-)
+from mocov3_ds.distributed.engine import full_gradients, full_tensors, gradient_bytes, start_engine
 from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.optim import AdamW
 from tests.optim import engines, plain

@@ -61,12 +61,7 @@ class SignSgd(ShardedOptimizer):
     has_trust_ratio: ClassVar[bool] = True
 
     def __init__(
-        self,
-        named_parameters: Any,
-        *,
-        lr: float,
-        rule: RuleFor = vit_rule,
-        backend: str = "auto",
+        self, named_parameters: Any, *, lr: float, rule: RuleFor = vit_rule, backend: str = "auto"
     ) -> None:
         super().__init__(named_parameters, {"lr": lr}, rule, backend)
 

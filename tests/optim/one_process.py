@@ -48,10 +48,7 @@ def decay_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     trained = {n: p for n, p in net.named_parameters() if p.requires_grad}
     matrix = [p for n, p in trained.items() if vit_rule(n, tuple(p.shape)).adapt]
     rest = [p for n, p in trained.items() if not vit_rule(n, tuple(p.shape)).adapt]
-    return [
-        {"params": matrix, "weight_decay": weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
+    return [{"params": matrix, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 def movement_error(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -96,11 +96,7 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     saved = save(SAVED)
     same = resume(list(zip(SAVED, saved, strict=True)))
     cases = [Case(2), Case(3, "bf16"), Case(1, "bf16", config=FP32_GRADIENTS)]
-    return {
-        "saved": saved,
-        "same": same,
-        "deepspeed": deepspeed_checkpoints(folder, cases),
-    }
+    return {"saved": saved, "same": same, "deepspeed": deepspeed_checkpoints(folder, cases)}
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,7 @@ def test_the_log_leaves_out_what_json_does_not_know() -> None:
     batch: Any = SimpleNamespace(wait_s=0.5)
     x = torch.zeros(0)
     good = AdvancedStep(batch, x, x, 1e-3, 0.99, result(2.0)).measured_values()
-    assert good == {
-        "loss": 2.0,
-        "lr": 1e-3,
-        "momentum": 0.99,
-        "applied": True,
-        "data_wait_s": 0.5,
-    }
+    assert good == {"loss": 2.0, "lr": 1e-3, "momentum": 0.99, "applied": True, "data_wait_s": 0.5}
     bad = AdvancedStep(batch, x, x, 1e-3, 0.99, result(math.nan, "the loss is nan"))
     values = bad.measured_values()
     assert "loss" not in values

@@ -84,9 +84,8 @@ def test_a_large_weight_does_not_hide_the_activations_of_a_head(allocator: Alloc
 def test_measuring_leaves_the_encoder_as_it_was() -> None:
     encoder = MomentumEncoder(SHAPE)
     before = {name: tensor.clone() for name, tensor in encoder.full_state()}
-    room = chunk_size.measure_room(
-        encoder, torch.zeros(1, 3, 32, 32), batch=8, global_batch=16, gradient_bytes=1000
-    )
+    sizes = {"batch": 8, "global_batch": 16, "gradient_bytes": 1000}
+    room = chunk_size.measure_room(encoder, **sizes)
     for name, tensor in encoder.full_state():
         assert torch.equal(tensor, before[name]), name
     assert not any(p.requires_grad or p.grad is not None for p in encoder.parameters())
@@ -95,14 +94,7 @@ def test_measuring_leaves_the_encoder_as_it_was() -> None:
     # factor of two, and the other parts of the room are what was asked for
     assert 0.5 < room.per_image / (4 * 16 * 3 * tokens * 48) < 2.5
     assert room.reserved > 1000 + 2 * 8 * 3 * 32 * 32 * 5
-    small = chunk_size.measure_room(
-        encoder,
-        torch.zeros(1, 3, 32, 32),
-        batch=8,
-        global_batch=16,
-        gradient_bytes=1000,
-        recompute_blocks=True,
-    )
+    small = chunk_size.measure_room(encoder, **sizes, recompute_blocks=True)
     assert small.per_image < room.per_image / 1.5
 
 

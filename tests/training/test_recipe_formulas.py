@@ -68,13 +68,7 @@ def trace_run(folder: Path, flags: list[str]) -> list[Trace]:
         done = advance_run(run)
         traces.append(
             Trace(
-                done.lr,
-                done.momentum,
-                weights,
-                dict(gradients),
-                copies(base),
-                before,
-                copies(keys),
+                done.lr, done.momentum, weights, dict(gradients), copies(base), before, copies(keys)
             )
         )
     run.close()
@@ -163,11 +157,7 @@ RECIPES = {
             *("--model.patch_lr", "0.5", "--model.group_lr", "patch_embed=0.4"),
             *("--model.group_lr", "block_1=3", "--model.group_lr", "predictor=0.25"),
         ),
-        rates=(
-            ("backbone.patch_embed.", 0.2),
-            ("backbone.blocks.1.", 3.0),
-            ("predictor.", 0.25),
-        ),
+        rates=(("backbone.patch_embed.", 0.2), ("backbone.blocks.1.", 3.0), ("predictor.", 0.25)),
         trained_patches=True,
     ),
     "LAMB": Recipe(("--ds", "optimizer.type=Lamb"), optimizer="Lamb"),

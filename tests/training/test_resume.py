@@ -343,7 +343,7 @@ def test_a_fresh_machine_goes_on_from_the_mirror_bit_for_bit(
     ]
     assert digests_of(second) == digests_of(unbroken)
     assert sorted(p.name for p in (second / "checkpoints").iterdir()) == [
-        *("latest", "step-00000003", "step-00000004", "step-00000005"),
+        *("latest", "step-00000003", "step-00000004", "step-00000005")
     ]
     assert status == 2
     assert f"{s3}/{tmp_path.name}/run holds another run: model.dim is 24 there, 48" in words

@@ -9,11 +9,7 @@ import torch
 
 from mocov3_ds.config import Config, MocoConfig, ModelConfig, ViewConfig
 from mocov3_ds.model.loss import ContrastiveLoss
-from mocov3_ds.training.run_model import (
-    build_model,
-    start_momentum_encoder,
-    trained_parameters,
-)
+from mocov3_ds.training.run_model import build_model, start_momentum_encoder, trained_parameters
 
 CONFIG = Config(
     batch=64,

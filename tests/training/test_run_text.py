@@ -16,7 +16,7 @@ def stopped_run(step: int) -> Any:
     return SimpleNamespace(
         config=Config(recipe="tiny", batch=32, runs=Path("runs")),
         loader=SimpleNamespace(
-            order=SimpleNamespace(samples=50, batches_per_epoch=1, remainder=18),
+            order=SimpleNamespace(samples=50, batches_per_epoch=1, remainder=18)
         ),
         base=nn.Linear(1000, 1500, bias=False),
         optimizer=torch.optim.SGD([torch.zeros(1)]),

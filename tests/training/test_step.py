@@ -28,6 +28,7 @@ SHAPE = EncoderShape(
     vit=VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3), hidden=20, out=12
 )
 BATCH, STEPS, LR, MOMENTUM = 12, 5, 3e-3, 0.9
+WHOLE, UNEVEN, SINGLE = Chunks(), Chunks(size=5), Chunks(size=1)
 
 
 class Sgd(torch.optim.SGD):
@@ -95,29 +96,14 @@ def engine_run(
     bf16: bool = False,
     smallest: int = SMALLEST_WEIGHT,
 ) -> dict[str, Any]:
-    base, momentum = start()
-    suit_cpu(base, smallest)
-    suit_cpu(momentum, smallest)
-    base.backbone.set_grad_checkpointing(recompute)
-    model = QueriesToLoss(base, ContrastiveLoss(0.2, key_block), chunks=chunks)
-    optimizer = Sgd([p for p in model.parameters() if p.requires_grad], lr=LR, momentum=0.9)
-    given = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
-    config = engine_config(given, global_batch=BATCH, world_size=ranks.world_size())
-    engine = start_engine(model, optimizer, config)
-    dtype = compute_dtype(config)
-    if bf16:
-        momentum = MomentumEncoder(SHAPE, dtype=dtype)
-        smooth(momentum)
-    momentum.start_from(dict(full_tensors(engine.module.base)))
-    momentum.follow(engine.module.base)
+    engine, momentum, _ = start_run(
+        stage, chunks, key_block, recompute, smallest, sgd_momentum=0.9, bf16={"enabled": bf16}
+    )
     frozen = {n: t.clone() for n, t in full_tensors(engine.module.base) if "patch_embed" in n}
-    rows = BATCH // ranks.world_size()
-    mine = slice(ranks.rank() * rows, (ranks.rank() + 1) * rows)
     losses = []
     for step in range(STEPS):
-        x1, x2 = (x.to(dtype) for x in views(step))
-        result = train_step(engine, momentum, x1[mine], x2[mine], momentum=MOMENTUM)
-        losses.append(result.loss)
+        x1, x2 = rank_views(step, compute_dtype(engine.config))
+        losses.append(train_step(engine, momentum, x1, x2, momentum=MOMENTUM).loss)
     tensors = {n: t.clone() for n, t in full_tensors(engine.module.base)}
     out = {
         "losses": losses,
@@ -133,6 +119,42 @@ def engine_run(
     }
     engine.destroy()
     return out
+
+
+def start_run(
+    stage: int,
+    chunks: Chunks = WHOLE,
+    key_block: int = 0,
+    recompute: bool = False,
+    smallest: int = SMALLEST_WEIGHT,
+    *,
+    zero: dict[str, Any] | None = None,
+    sgd_momentum: float = 0.0,
+    **config: Any,
+) -> tuple[Any, MomentumEncoder, list[Tensor]]:
+    """Engine, momentum encoder and this rank's views of step 0 in the engine's dtype."""
+    base, momentum = start()
+    suit_cpu(base, smallest)
+    suit_cpu(momentum, smallest)
+    base.backbone.set_grad_checkpointing(recompute)
+    model = QueriesToLoss(base, ContrastiveLoss(0.2, key_block), chunks=chunks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    given = {"zero_optimization": {"stage": stage, **(zero or {})}, **config}
+    json_config = engine_config(given, global_batch=BATCH, world_size=ranks.world_size())
+    engine = start_engine(model, Sgd(trained, lr=LR, momentum=sgd_momentum), json_config)
+    dtype = compute_dtype(json_config)
+    if dtype != torch.float32:
+        momentum = MomentumEncoder(SHAPE, dtype=dtype)
+        smooth(momentum)
+    momentum.start_from(dict(full_tensors(engine.module.base)))
+    momentum.follow(engine.module.base)
+    return engine, momentum, rank_views(0, dtype)
+
+
+def rank_views(step: int, dtype: torch.dtype) -> list[Tensor]:
+    """This rank's views of a step in the engine's dtype."""
+    rows = BATCH // ranks.world_size()
+    return [x[ranks.rank() * rows :][:rows].to(dtype) for x in views(step)]
 
 
 def movement_error(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
@@ -156,7 +178,6 @@ def movement_error(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
 
 
 # (ZeRO stage, chunks, key block, recomputed blocks)
-WHOLE, UNEVEN, SINGLE = Chunks(), Chunks(size=5), Chunks(size=1)
 CASES = [(stage, *how, False) for stage in (0, 1, 2, 3) for how in ((WHOLE, 0), (UNEVEN, 7))]
 CASES += [(1, SINGLE, 1, False), (3, SINGLE, 0, False)]
 CASES += [(1, Chunks(size=2, keep=2), 0, True), (3, Chunks(size=2, keep=2), 0, True)]
@@ -200,27 +221,6 @@ def whole_error(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> float:
     return float((off / way) ** 0.5)
 
 
-def start_run(
-    stage: int, chunks: Chunks = WHOLE, zero: dict[str, Any] | None = None, **config: Any
-) -> tuple[Any, MomentumEncoder, list[Tensor]]:
-    """Engine, momentum encoder and this rank's views of step 0 in the engine's dtype."""
-    base, momentum = start()
-    model = QueriesToLoss(base, ContrastiveLoss(0.2), chunks=chunks)
-    optimizer = Sgd([p for p in model.parameters() if p.requires_grad], lr=LR)
-    given = {"zero_optimization": {"stage": stage, **(zero or {})}, **config}
-    json_config = engine_config(given, global_batch=BATCH, world_size=ranks.world_size())
-    engine = start_engine(model, optimizer, json_config)
-    dtype = compute_dtype(json_config)
-    if dtype != torch.float32:
-        momentum = MomentumEncoder(SHAPE, dtype=dtype)
-        smooth(momentum)
-    momentum.start_from(dict(full_tensors(engine.module.base)))
-    momentum.follow(engine.module.base)
-    rows = BATCH // ranks.world_size()
-    mine = slice(ranks.rank() * rows, (ranks.rank() + 1) * rows)
-    return engine, momentum, [x[mine].to(dtype) for x in views(0)]
-
-
 def autocast_losses(stages: list[int]) -> list[tuple[float, float, set[torch.dtype]]]:
     """Under DeepSpeed's torch_autocast: loss at once and by blocks of keys, and logits' dtypes."""
     seen = set()
@@ -239,7 +239,7 @@ def autocast_losses(stages: list[int]) -> list[tuple[float, float, set[torch.dty
         for key_block in (0, 5):
             autocast = {"enabled": True, "dtype": "bfloat16"}
             engine, momentum, (x1, x2) = start_run(stage, UNEVEN, torch_autocast=autocast)
-            engine.module.key_block = key_block
+            engine.module.loss.key_block = key_block
             losses.append(train_step(engine, momentum, x1, x2, momentum=MOMENTUM).loss)
             engine.destroy()
         found.append((losses[0], losses[1], set(seen)))
@@ -327,7 +327,7 @@ def traffic_of_a_step(cases: list[dict[str, Any]]) -> list[dict[str, Traffic]]:
     for zero in cases:
         of_case = {}
         for moves in (True, False):
-            engine, momentum, (x1, x2) = start_run(zero["stage"], Chunks(size=2), zero)
+            engine, momentum, (x1, x2) = start_run(zero["stage"], Chunks(size=2), zero=zero)
             if not moves:
                 momentum.begin_move = lambda momentum: None  # type: ignore[method-assign]
                 momentum.finish_move = lambda: None  # type: ignore[method-assign]
