@@ -3,6 +3,7 @@
     RUN/config.json                      the resolved configuration, written before step 0
     RUN/checkpoints/step-00000500/       one folder for each saved step
         base-0.safetensors ...           base encoder: fp32 weights, frozen tensors, buffers
+        loss-0.safetensors               what the loss trains, where it trains anything
         momentum-0.safetensors ...       momentum encoder, fp32
         optimizer-0.safetensors ...      "exp_avg/NAME" and the like, full tensors
         extra-0.safetensors              queues of the k-NN monitor
