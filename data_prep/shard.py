@@ -28,22 +28,10 @@ import PIL
 from numpy.typing import NDArray
 
 from data_prep import engines, images, tar
-from data_prep.destination import (
-    check_arrivals,
-    claim_folder,
-    lock_folder,
-    remove_leftovers,
-)
+from data_prep.destination import check_arrivals, claim_folder, lock_folder, remove_leftovers
 from data_prep.listing import Item, Listing
 from data_prep.progress import Progress
-from data_prep.receipts import (
-    REJECTS,
-    Receipt,
-    Reject,
-    find_finished,
-    write_receipt,
-    write_rejects,
-)
+from data_prep.receipts import REJECTS, Receipt, Reject, find_finished, write_receipt, write_rejects
 from data_prep.shard_options import ShardOptions, check_options, parse_shard_size
 from mocov3_ds.data import manifest, splitmix, storage
 from mocov3_ds.data.manifest import Manifest, Shard

@@ -91,11 +91,7 @@ def _list_folders(
 
 
 def _list_nested(
-    images: UnsortedImages,
-    descriptor: int,
-    members: Sequence[tar.Member],
-    path: Path,
-    number: int,
+    images: UnsortedImages, descriptor: int, members: Sequence[tar.Member], path: Path, number: int
 ) -> None:
     """Add the images of ILSVRC2012_img_train.tar: each member is the archive of one class."""
     for outer in members:

@@ -190,8 +190,7 @@ def _compare_shard(shard: Shard, rows: NDArray[np.void], scan: Scan) -> Iterator
 def _find_repeats(scans: Sequence[Scan]) -> tuple[list[list[str]], list[str]]:
     """Groups of samples with equal images, and keys that occur more than once."""
     digests = np.array(
-        [sample.digest for scan in scans for sample in scan.samples if sample.size],
-        dtype=np.uint64,
+        [sample.digest for scan in scans for sample in scan.samples if sample.size], dtype=np.uint64
     )
     values, counts = np.unique(digests, return_counts=True)
     repeated = {int(value) for value in values[counts > 1]}

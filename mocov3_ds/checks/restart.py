@@ -40,9 +40,7 @@ class Attempt:
 
 
 def check_restart(
-    device: torch.device,
-    folder: Path,
-    check_folder: Callable[[Path], Finding] = check_shared,
+    device: torch.device, folder: Path, check_folder: Callable[[Path], Finding] = check_shared
 ) -> list[Finding]:
     """Save, load and continue a run, and compare it with one that was never stopped.
 

@@ -73,9 +73,7 @@ class PlanOptions:
     """table of the recipes with command, hours and the paper's accuracy"""
 
 
-def plan(
-    options: Annotated[PlanOptions, tyro.conf.arg(name="")] = PlanOptions(),
-) -> None:
+def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")] = PlanOptions()) -> None:
     """Say what fits, how fast it runs and what it costs. Arithmetic alone: nothing is trained.
 
         mocov3 plan --recipe vit_l16 --batch 4096 --gpus 16x24GB

@@ -72,11 +72,7 @@ def plan_memory(setup: StepSetup, *, on_demand: bool = False) -> Memory:
             allocated, as on a GPU.
     """
     return Memory(
-        (
-            *_resident_items(setup),
-            *_activation_items(setup),
-            *_gradient_items(setup, on_demand),
-        )
+        (*_resident_items(setup), *_activation_items(setup), *_gradient_items(setup, on_demand))
     )
 
 

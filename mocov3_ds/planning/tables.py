@@ -11,10 +11,7 @@ _MACHINES = ("8xRTX4090", "8xA100-80GB", "8xH100-80GB")
 
 def tabulate_fits(runs: list[PlannedRun]) -> str:
     """Chunk, stage and GiB of the fastest option for 8 to 64 cards of 24, 40 and 80 GB."""
-    lines = [
-        "| recipe | batch | cards | 24 GB | 40 GB | 80 GB |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| recipe | batch | cards | 24 GB | 40 GB | 80 GB |", "|---|---|---|---|---|---|"]
     for planned in runs:
         for cards in (8, 16, 32, 64):
             cells = []

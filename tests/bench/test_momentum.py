@@ -7,9 +7,7 @@ from mocov3_ds.bench import momentum
 from mocov3_ds.model.vit import VitShape
 
 
-def test_the_table_shows_why_the_master_is_fp32(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_table_shows_why_the_master_is_fp32(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = VitShape(image_size=16, patch_size=8, dim=24, depth=1, heads=3)
     options = momentum.MomentumOptions(rounds=1, steps=1, drift=200)
     for dtype in (torch.float32, torch.bfloat16):

@@ -13,11 +13,7 @@ WEIGHT = torch.arange(6.0).reshape(2, 3)
 
 
 def save_step(
-    run: Path,
-    step: int,
-    keep: int = 2,
-    keep_every: int = 0,
-    state: Mapping[str, Any] | None = None,
+    run: Path, step: int, keep: int = 2, keep_every: int = 0, state: Mapping[str, Any] | None = None
 ) -> Path:
     """Write a checkpoint whose one weight tells its step, and return its folder."""
     groups = {"base": [("w", WEIGHT + step)], "optimizer": [("exp_avg/w", WEIGHT)]}

@@ -27,10 +27,7 @@ def plain_accuracy(k: int, temperature: float) -> float:
     for probe, target in zip(PROBES.tolist(), TARGETS.tolist(), strict=True):
         scored = sorted(
             (
-                (
-                    float(F.cosine_similarity(torch.tensor(probe), row, dim=0)),
-                    int(label),
-                )
+                (float(F.cosine_similarity(torch.tensor(probe), row, dim=0)), int(label))
                 for row, label in zip(BANK, LABELS, strict=True)
             ),
             reverse=True,

@@ -128,10 +128,7 @@ def test_kubernetes_takes_the_manifest(tmp_path: Path) -> None:
     pod = job["spec"]["template"]["spec"]
     [container] = pod["containers"]
     assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (2, 2)
-    assert container["resources"] == {
-        "requests": {"cpu": "12"},
-        "limits": {"nvidia.com/gpu": "4"},
-    }
+    assert container["resources"] == {"requests": {"cpu": "12"}, "limits": {"nvidia.com/gpu": "4"}}
     command = container["command"]
     assert command[:5] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "4"]
     assert "mocov3-my-run-1-0.mocov3-my-run-1" in command and pod["subdomain"] == "mocov3-my-run-1"

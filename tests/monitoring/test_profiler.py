@@ -117,7 +117,7 @@ def test_a_profile_of_two_ranks_has_every_phase(tmp_path: Path) -> None:
     text, why_not = said[0]
     assert why_not == "no profile: --profile 50 takes 52 steps and the run had 4 to do"
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        *("table.md", "trace-rank0.json", "trace-rank1.json"),
+        *("table.md", "trace-rank0.json", "trace-rank1.json")
     ]
     written = (tmp_path / "2" / "profile" / "table.md").read_text()
     assert text.startswith(written.rstrip())

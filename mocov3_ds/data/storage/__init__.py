@@ -21,13 +21,7 @@ from typing import BinaryIO, Protocol, cast
 
 from mocov3_ds.data.storage.atomic import TEMPORARY_SUFFIX, replace_when_whole
 from mocov3_ds.data.storage.remote_file import BLOCK, RemoteFile
-from mocov3_ds.data.storage.retry import (
-    Changed,
-    Stopped,
-    StorageError,
-    Truncated,
-    call_with_retry,
-)
+from mocov3_ds.data.storage.retry import Changed, Stopped, StorageError, Truncated, call_with_retry
 from mocov3_ds.data.storage.stores import store_for_url
 
 __all__ = [

@@ -12,12 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from mocov3_ds.data.storage.retry import (
-    RetryLimits,
-    StorageError,
-    call_with_retry,
-    explain_status,
-)
+from mocov3_ds.data.storage.retry import RetryLimits, StorageError, call_with_retry, explain_status
 
 _T = TypeVar("_T")
 
