@@ -144,7 +144,7 @@ def _record_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[StepTensor
         tensors.update({StageName.KEYS_1: view1.keys_BP, StageName.KEYS_2: view2.keys_BP})
         return view1, view2
 
-    with _recorded_heads(run.base, tensors), _restored_buffers([run.base, encoder]):
+    with _recorded_heads(run.base, tensors), _restored_buffers([run.model, encoder]):
         seed_drawing(run)
         forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys)
         tensors[StageName.LOSS] = forward.loss

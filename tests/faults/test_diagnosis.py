@@ -2,9 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 
-from mocov3_ds.faults.diagnosis import Diagnosis, Stage, StageName, Suspect
+import torch
+
+from mocov3_ds.faults.diagnosis import Diagnosis, Stage, StageName, Suspect, diagnose_step
+from mocov3_ds.recipes import parse
+from mocov3_ds.training.advance import advance_run
+from mocov3_ds.training.build import build_run
+from tests.data.sets import make_set
 from tests.faults.bad_runs import POISON, BadRuns
+from tests.ranks_pool import run_ranks
+from tests.test_train import SMALL
+from tests.training.test_run import differing, state_of
+from tests.training.test_trained_state import SigmoidLoss
 
 
 def test_a_record_names_tensor_rank_and_sample(bad_runs: BadRuns) -> None:
@@ -22,6 +33,24 @@ def test_a_record_names_tensor_rank_and_sample(bad_runs: BadRuns) -> None:
     assert len(record["gradients"]) > 20
     assert [stage["name"] for stage in record["stages"]] == [*StageName]
     assert record["first"] == "view 1"
+
+
+def changed_by_diagnosis(folder: Path) -> list[str]:
+    make_set(str(folder / "train"), [20])
+    flags = [*SMALL, "--data.shards", str(folder / "train"), "--knn.probes", "0"]
+    run = build_run(
+        parse([*flags, "--runs", str(folder / "runs")]), torch.device("cpu"), SigmoidLoss()
+    )
+    step = advance_run(run)
+    before = state_of(run)
+    diagnose_step(run, step.x1_BCHW, step.x2_BCHW, step.batch.sample_ids_B)
+    changed = differing(before, state_of(run))
+    run.close()
+    return changed
+
+
+def test_the_run_stays_as_it_is(tmp_path: Path) -> None:
+    assert run_ranks(1, changed_by_diagnosis, tmp_path) == [[]]
 
 
 def diagnosis(stages: list[Stage], gradients: list[Stage], suspects: list[Suspect]) -> Diagnosis:
