@@ -220,7 +220,7 @@ class TroubleConfig:
     """the same for the norm of the whole gradient before clipping; 0 = off (under fp16 the loss
     scale is lowered, too)"""
     window: PositiveCount = 100
-    """steps of that median (no step is judged before the 20th)"""
+    """steps of that median (no step is judged before 20 of them)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 `python tests/house/measure.py --list PATH` says what stands out in a file or folder.
 """
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -88,3 +89,16 @@ def test_the_map_names_every_room(house: House) -> None:
         cells = [line.split("|")[1] for line in path.read_text().splitlines() if line[:1] == "|"]
         named = {word for cell in cells for word in re.findall(r"[a-z_]+", cell)}
         assert {short(name) for name in rooms(house.imports)} - {"mocov3_ds"} <= named
+
+
+def test_names_in_the_chapters_exist() -> None:
+    chapters = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("mocov3_ds/**/*.md"),
+        *ROOT.glob("data_prep/**/*.md"),
+    ]
+    text = "\n".join(chapter.read_text() for chapter in chapters)
+    names = {*re.findall(r"\bmocov3_ds(?:\.\w+)+", text)}
+    assert len(names) > 5
+    for name in sorted(names):
+        pkgutil.resolve_name(name)
