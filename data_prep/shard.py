@@ -216,10 +216,14 @@ def write_shard(task: Task) -> Receipt:
                 if item.size > images.MAX_BYTES:
                     raise UnreadableImage(f"{item.size} bytes, at most {images.MAX_BYTES} are read")
                 image = _prepare_image(item, files.read_image(item), task.options)
+                json_bytes = files.read_json(item)
             except UnreadableImage as error:
                 rejects.append(Reject(item.name, str(error)))
                 continue
-            shard.add_sample(item, image, files.read_json(item))
+            except OSError as error:  # a failed read names no file; the shard is not the culprit
+                error.filename = error.filename or item.path
+                raise
+            shard.add_sample(item, image, json_bytes)
         shard.finish()
     if not shard.samples:
         storage.remove_file(url)

@@ -1,7 +1,9 @@
 """Shards against the standard library and webdataset; options, rejects, resumption, refusals."""
 
+import errno
 import gc
 import io
+import os
 import tarfile
 import zlib
 from pathlib import Path
@@ -181,6 +183,22 @@ def test_a_source_that_changes_stops_the_run(tree, tmp_path):
         make_shards(listing, str(tmp_path / "out"), ShardOptions(), workers=1, quiet=True)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert not [*(tmp_path / "out").rglob("*.tar*")]
+
+
+def test_a_read_that_fails_names_the_source_and_not_the_shard(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "source.tar", "w") as archive:
+        for name, data in IMAGES.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    listing = list_images(str(tmp_path / "source.tar"))
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(OSError, match="Input/output error: .*/source.tar"):
+        make_shards(listing, str(tmp_path / "out"), ShardOptions(), workers=1, quiet=True)
 
 
 def test_an_absurdly_large_image_is_rejected_unread(tree, tmp_path, monkeypatch):
