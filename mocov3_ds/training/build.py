@@ -61,6 +61,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     saved = claim_run(settings, train.digest)
     if saved is not None:
         trained_state.load_weights(model, saved)
+        trained_state.check_loss(model.loss, saved)
     engine = start_engine(model.to(device), optimizer, engine_json)
     dtype = compute_dtype(engine_json)
     momentum_encoder = start_momentum_encoder(config, engine, device, dtype)

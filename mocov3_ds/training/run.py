@@ -116,6 +116,7 @@ class Run:
             groups["extra"] = self.knn_monitor.full_state()
         chunks = self.model.chunks
         state = {
+            "loss": trained_state.loss_name(self.model.loss),
             "optimizer_steps": self.optimizer.step_count,
             "loss_scale": zero.read_loss_scale(self.engine),
             "chunks": {"size": chunks.size, "kept": chunks.keep, **self.chunk_conditions},

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.distributed.engine import full_tensors
+from mocov3_ds.model.loss import ContrastiveLoss, PairLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.tensor_differences import differing_tensors
 from mocov3_ds.optim.sharded import ShardedOptimizer
@@ -145,6 +146,29 @@ def load_weights(model: nn.Module, saved: Checkpoint) -> None:
             f"e.g. {', '.join(names[:3])}."
         )
     model.load_state_dict(tensors)
+
+
+def loss_name(loss: PairLoss) -> str:
+    """Name of a loss as checkpoints tell it: a run goes on with the loss that it began with."""
+    return type(loss).__qualname__
+
+
+def check_loss(loss: PairLoss, saved: Checkpoint) -> None:
+    """Refuse to go on with another loss, which a loss without tensors would not show.
+
+    Args:
+        loss: loss that the run is built with.
+        saved: checkpoint that the run goes on from; one without a name had the paper's loss.
+
+    Raises:
+        ValueError: the checkpoint was trained with another loss.
+    """
+    earlier, present = saved.state.get("loss", ContrastiveLoss.__qualname__), loss_name(loss)
+    if earlier != present:
+        raise ValueError(
+            f"checkpoint {saved.folder} was trained with the loss {earlier}, and the run is started "
+            f"with {present}; start it with the same loss, or give it another --name."
+        )
 
 
 def load_buffers(model: nn.Module, saved: Checkpoint) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,12 @@ from mocov3_ds.recipes import parse
 from mocov3_ds.training.advance import advance_run
 from mocov3_ds.training.build import build_run
 from mocov3_ds.training.step import QueriesToLoss
-from mocov3_ds.training.trained_state import check_restorable, load_weights, split_name
+from mocov3_ds.training.trained_state import (
+    check_loss,
+    check_restorable,
+    load_weights,
+    split_name,
+)
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL
@@ -112,6 +118,7 @@ def test_the_names_of_the_encoder_are_those_of_before(flags: list[str]) -> None:
     assert out["begin"] == 0
     assert not saved.tensor_names("loss")
     assert {*saved.tensor_names("base")} == {*small_model().base.state_dict()}
+    assert saved.state["loss"] == "ContrastiveLoss"
     files = {name.rpartition("-")[0] for name in saved.state["files"]}
     assert files == {"base", "optimizer", "momentum"}
     assert saved.tensor_names("optimizer")[0].startswith("exp_avg/base.backbone.")
@@ -132,6 +139,23 @@ def refused_resume(flags: list[str]) -> str:
 def test_another_loss_than_before_is_refused(flags: list[str]) -> None:
     [sentence] = run_ranks(1, refused_resume, flags)
     assert "4 tensors differ, e.g. loss.bias, loss.calls, loss.frozen." in sentence
+
+
+class SquaredLoss(ContrastiveLoss):
+    """Another loss without a tensor of its own."""
+
+
+def test_another_loss_without_tensors_is_refused_by_its_name() -> None:
+    saved = SimpleNamespace(folder="step-00000001", state={"loss": "SquaredLoss"})
+    check_loss(SquaredLoss(0.2), saved)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="trained with the loss SquaredLoss, and .* ContrastiveLoss"
+    ):
+        check_loss(ContrastiveLoss(0.2), saved)  # type: ignore[arg-type]
+    saved.state = {}  # of a version that knew one loss alone
+    check_loss(ContrastiveLoss(0.2), saved)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="trained with the loss ContrastiveLoss"):
+        check_loss(SquaredLoss(0.2), saved)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------- a single module
