@@ -166,8 +166,8 @@ def check_loss(loss: PairLoss, saved: Checkpoint) -> None:
     earlier, present = saved.state.get("loss", ContrastiveLoss.__qualname__), loss_name(loss)
     if earlier != present:
         raise ValueError(
-            f"checkpoint {saved.folder} was trained with the loss {earlier}, and the run is started "
-            f"with {present}; start it with the same loss, or give it another --name."
+            f"checkpoint {saved.folder} was trained with the loss {earlier}, and the run is "
+            f"started with {present}; start it with the same loss, or give it another --name."
         )
 
 

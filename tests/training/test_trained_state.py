@@ -149,7 +149,7 @@ def test_another_loss_without_tensors_is_refused_by_its_name() -> None:
     saved = SimpleNamespace(folder="step-00000001", state={"loss": "SquaredLoss"})
     check_loss(SquaredLoss(0.2), saved)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match="trained with the loss SquaredLoss, and .* ContrastiveLoss"
+        ValueError, match=r"trained with the loss SquaredLoss, and .* ContrastiveLoss"
     ):
         check_loss(ContrastiveLoss(0.2), saved)  # type: ignore[arg-type]
     saved.state = {}  # of a version that knew one loss alone
