@@ -95,8 +95,8 @@ class MomentumEncoder(nn.Module):
         if not self._partitioned:
             return
         for prefix, module in base.named_modules():
-            own = module.named_parameters(prefix, recurse=False)
-            names = [name for name, _ in own if name in trained]
+            parameters = module.named_parameters(prefix, recurse=False)
+            names = [name for name, _ in parameters if name in trained]
             if names:
                 module.register_forward_pre_hook(self._averaging_hook(names))
 
