@@ -56,7 +56,6 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     trained = trained_parameters(model)
     optimizer = build_optimizer(block, trained, tensor_rules(config))
     check_response(config.alarm, optimizer)
-
     # the last thing that can be refused is the folder itself
     saved = claim_run(settings, train.digest)
     if saved is not None:
