@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,12 +20,11 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[MutableMapping[str, str]]:
     """The process's environment without a launcher, and no group that is really joined."""
-    for name in (*LAUNCHER_VARIABLES, *SLURM, "SLURM_NTASKS_PER_NODE"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
-    yield os.environ
-    for name in LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
+    with mock.patch.dict(os.environ):  # all is as before afterwards, whatever the test sets
+        for name in (*LAUNCHER_VARIABLES, *SLURM, "SLURM_NTASKS_PER_NODE"):
+            os.environ.pop(name, None)
+        yield os.environ
 
 
 def launcher_variables() -> dict[str, str | None]:
