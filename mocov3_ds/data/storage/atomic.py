@@ -4,6 +4,7 @@ A state file is replaced by `replace_when_whole`; a log grows by an `Appender`.
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -14,6 +15,7 @@ TEMPORARY_SUFFIX = ".tmp"
 """End of the names of files that are being written; a killed process may leave some behind."""
 
 _BLOCK = 1 << 20
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger("mocov3_ds")
 
 
@@ -77,14 +79,17 @@ def replace_when_whole(path: Path, *, unique: bool = False, durable: bool = True
     # machines that share a file system may have the same process ids
     identity = f".{os.getpid()}-{os.urandom(4).hex()}" if unique else ""
     temporary = path.with_name(f"{path.name}{identity}{TEMPORARY_SUFFIX}")
+    is_written = False
     try:
         yield temporary
+        is_written = True
         if durable:
             sync_to_disk(temporary)
         temporary.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno:
-            error.filename = error.filename or str(path)  # a full disk names no file
+        # A full disk names no file. Any other error of the block may be of something that it read.
+        if isinstance(error, OSError) and (is_written or error.errno in _DISK_IS_FULL):
+            error.filename = error.filename or str(path)
         with contextlib.suppress(OSError):  # the first error is the one to tell
             temporary.unlink()
         raise

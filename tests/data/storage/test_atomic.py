@@ -2,11 +2,12 @@
 
 import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
-from mocov3_ds.data.storage.atomic import Appender, write_text
+from mocov3_ds.data.storage.atomic import Appender, replace_when_whole, write_text
 
 
 class Disk:
@@ -58,3 +59,30 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
         patch.setattr(Path, "write_text", full)
         write_text(path, "x")
+
+
+def fail(code: int) -> None:
+    raise OSError(code, os.strerror(code))
+
+
+@pytest.mark.parametrize(("code", "is_named"), [(errno.ENOSPC, True), (errno.EIO, False)])
+def test_only_a_failed_write_is_blamed_on_the_file(
+    tmp_path: Path, code: int, is_named: bool
+) -> None:
+    """What a block reads may fail as well: its error is not that of the file that it writes."""
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(OSError, match=os.strerror(code)) as error, replace_when_whole(path):
+        fail(code)
+    assert error.value.filename == (str(path) if is_named else None)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_sync_is_blamed_on_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: fail(errno.EIO))
+    with pytest.raises(OSError, match=r"x\.json") as error:
+        write_text(path, "new")
+    assert error.value.errno == errno.EIO and not list(tmp_path.iterdir())
