@@ -133,8 +133,7 @@ def draw_image(label: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     # the camera: contrast, exposure, noise
     image_HW3 = ((image_HW3 - 0.5) * rng.uniform(0.6, 1) + 0.5) * rng.uniform(0.6, 1)
     noisy_HW3 = image_HW3 * 255 + rng.normal(0, 5, image_HW3.shape)
-    pixels_HW3: NDArray[np.uint8] = noisy_HW3.clip(0, 255).astype(np.uint8)
-    return pixels_HW3
+    return noisy_HW3.clip(0, 255).astype(np.uint8)
 
 
 def _rotate(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:

@@ -78,8 +78,7 @@ def _run_backbone(backbone: nn.Module, tensors: Tensors, x_GCHW: Tensor) -> Tens
     """Features (G, D) of images under the weights called "backbone." + name."""
     prefix = "backbone."
     weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    features_GD: Tensor = torch.func.functional_call(backbone, weights, (x_GCHW,))
-    return features_GD
+    return torch.func.functional_call(backbone, weights, (x_GCHW,))
 
 
 def _contrastive_loss(q_GP: Tensor, k_GP: Tensor, temperature: float) -> Tensor:

@@ -213,8 +213,7 @@ class EpochOrder:
         low_K, start_K = self._shard_runs
         slot_I = np.arange(begin, end)
         run_I = np.searchsorted(start_K, slot_I, side="right") - 1
-        ids_I: Ids = low_K[run_I] + slot_I - start_K[run_I]
-        return ids_I
+        return low_K[run_I] + slot_I - start_K[run_I]
 
     def _window_shift(self, lane: int) -> int:
         """Samples by which the first window of a lane is cut short: 0 to its length - 1."""

@@ -112,8 +112,7 @@ class Alarms:
 
 def _last_measured(values_T: Array) -> list[float]:
     """Return the last measured values, as many as the rules look at."""
-    values: list[float] = values_T[~np.isnan(values_T)][-HISTORY:].tolist()
-    return values
+    return values_T[~np.isnan(values_T)][-HISTORY:].tolist()
 
 
 def _as_json(values: list[float]) -> list[float | None]:

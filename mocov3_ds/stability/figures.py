@@ -308,8 +308,7 @@ def draw_forks(lines: Mapping[str, Series], start: int, stop: int, peak: int) ->
 
 
 def _loss_between(series: Series, start: int, stop: int) -> Array:
-    loss_T: Array = series.loss_T[(series.steps_T > start) & (series.steps_T <= stop)]
-    return loss_T
+    return series.loss_T[(series.steps_T > start) & (series.steps_T <= stop)]
 
 
 def _most_eventful(runs: Sequence[JudgedRun]) -> JudgedRun:

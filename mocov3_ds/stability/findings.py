@@ -63,13 +63,11 @@ class Series:
 
     def gradient_of(self, group: str) -> Array:
         """Largest gradient of a group, (T,)."""
-        gradient_T: Array = self.grad_linf_GT[self.groups.index(group)]
-        return gradient_T
+        return self.grad_linf_GT[self.groups.index(group)]
 
     def rms_of(self, group: str) -> Array:
         """RMS of g / sqrt(v_t) of a group, (T,)."""
-        rms_T: Array = self.rms_GT[self.groups.index(group)]
-        return rms_T
+        return self.rms_GT[self.groups.index(group)]
 
 
 @dataclass(frozen=True)

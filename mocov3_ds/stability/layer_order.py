@@ -152,8 +152,7 @@ def _residual(grad_T: Array) -> Array:
     half = min(100, (len(filled_T) - 1) // 2)
     padded = np.pad(filled_T, half, mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    residual_T: Array = filled_T - np.median(windows, axis=1)
-    return residual_T
+    return filled_T - np.median(windows, axis=1)
 
 
 def _lagged_product(a_T: Array, b_T: Array, start: int, end: int, lag: int) -> float:

@@ -75,8 +75,7 @@ def log_of(values_T: Array) -> Array:
 
 def is_measured(*values_T: Array) -> Flags:
     """Rows in which at least one of the series was measured, (T,)."""
-    measured_T: Flags = ~np.all(np.isnan(values_T), axis=0)
-    return measured_T
+    return ~np.all(np.isnan(values_T), axis=0)
 
 
 def row_spacing(steps_T: Steps) -> int:

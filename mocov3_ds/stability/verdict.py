@@ -222,8 +222,7 @@ def _gradient_steps(series: Series) -> Steps:
     """Steps at which gradients were measured, (T,); every one of them at `--signals.every 1`."""
     if not series.groups:
         return series.steps_T
-    steps_T: Steps = series.steps_T[is_measured(*series.grad_linf_GT)]
-    return steps_T
+    return series.steps_T[is_measured(*series.grad_linf_GT)]
 
 
 def _list_notes(series: Series) -> list[str]:

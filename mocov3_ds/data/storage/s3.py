@@ -147,8 +147,7 @@ class S3Body:
 
     def read_some(self, size: int) -> bytes:
         """See `stores.Body`."""
-        data: bytes = self._raw.read1(size)
-        return data
+        return self._raw.read1(size)
 
     def close(self) -> None:
         """See `stores.Body`."""
