@@ -3,7 +3,7 @@
     folder of class folders     labels by sorted folder name, as torchvision's ImageFolder
     ILSVRC2012_img_train.tar    a tar of one tar a class: only headers are read, nothing is unpacked
     another tar, or several     webdataset samples (KEY.jpg, KEY.cls or KEY.json), or class folders
-    compressed tar, parquet     by way of a scratch file (`scratch`)
+    compressed tar, parquet     by way of a scratch file (`scratch`, `parquet`)
 
 Names, labels and order come out the same whichever form the images have, so the shards do too.
 Classes may also be given by a file: one name a line (`classes`), or one label an image (`labels`).
@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep import scratch
+from data_prep import parquet, scratch
 from data_prep.images import SUFFIXES
 from data_prep.labels import read_class_names, read_image_labels
 from data_prep.listing import Listing, UnsortedImages, folder_class, is_image_name
@@ -108,7 +108,7 @@ def _is_archive(path: Path) -> bool:
 def _find_class_names(files: Sequence[Path], path: Path) -> list[str]:
     """Read class names from the manifest beside tars, or inside a parquet file; [] = none."""
     if files[0].suffix == ".parquet":
-        return scratch.read_parquet_classes(files[0])
+        return parquet.read_classes(files[0])
     if path.is_dir() and (path / manifest.NAME).exists():
         return list(manifest.load(str(path)).classes)
     return []
@@ -123,7 +123,7 @@ def _list_archive(
     elif folder is None:
         raise ValueError(f"{file} needs a scratch folder to be read.")
     elif file.suffix == ".parquet":
-        plain, rows = scratch.copy_parquet(file, folder)
+        plain, rows = parquet.copy_images(file, folder)
         for row in rows:
             images.add_image(row.name, number, row.offset, row.size, row.label)
         return plain

@@ -16,6 +16,16 @@ def make(source, url, *, workers=1, **options):
     return make_shards(list_images(str(source)), str(url), options, workers=workers, quiet=True)
 
 
+def make_from_scratch(source, out, **options):
+    """Shard a source that needs a scratch folder, or takes options of the listing."""
+    scratch = out.parent / f"{out.name}-scratch"
+    scratch.mkdir()
+    listing = list_images(str(source), scratch_folder=scratch, **options)
+    return make_shards(
+        listing, str(out), ShardOptions(shard_size="5"), workers=1, quiet=True
+    ).manifest
+
+
 def describe_listing(listing):
     """All that the shards depend on, with the bytes read where the list says they lie."""
     rows = []
