@@ -46,5 +46,5 @@ def s3_server() -> Iterator[object_store.Server]:
 @pytest.fixture
 def s3(s3_server: object_store.Server) -> Iterator[str]:
     """URL of a bucket; boto3 finds its server."""
-    with object_store.environment(s3_server.url, stall_s=5, first_contact_s=5):
+    with object_store.environment(s3_server.url, stall_s=120, first_contact_s=120):
         yield "s3://bucket"

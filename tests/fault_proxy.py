@@ -158,7 +158,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _forward(self) -> tuple[http.client.HTTPResponse, bytes]:
         """The store's own answer; a store that is down becomes a closed connection."""
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        connection = http.client.HTTPConnection(self.owner.upstream, timeout=30)
+        connection = http.client.HTTPConnection(self.owner.upstream, timeout=240)
         try:
             headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP}
             connection.request(self.command, self.path, sent or None, headers)

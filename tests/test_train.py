@@ -214,7 +214,7 @@ def failure_beside_a_slow_mirror(folder: str, command: list[str]) -> tuple[int, 
     released, waited = threading.Event(), threading.Event()
 
     def copy(*_: Any, **__: Any) -> None:
-        if not released.wait(60):
+        if not released.wait(300):
             waited.set()
 
     next_batch = advance.next_batch
@@ -236,7 +236,7 @@ def test_a_run_that_fails_says_so_before_its_mirror_is_done(
 ) -> None:
     command = [*SMALL, *shards, "--knn.probes", "0", "--save.mirror", str(tmp_path / "mirror")]
     status, words, waited = run_ranks(
-        1, failure_beside_a_slow_mirror, str(tmp_path), command, timeout=180
+        1, failure_beside_a_slow_mirror, str(tmp_path), command, timeout=600
     )[0]
     assert status == 1
     assert "train.py: error: step 5: no more data" in words

@@ -218,7 +218,7 @@ def test_a_slow_store_gets_the_newest_and_what_it_reads_is_not_removed(
 
     def slow(url: str) -> AbstractContextManager[storage.Writer]:
         reached.set()
-        assert opened.wait(60)
+        assert opened.wait(240)
         return open_write(url)
 
     monkeypatch.setattr(storage, "open_write", slow)
@@ -226,7 +226,7 @@ def test_a_slow_store_gets_the_newest_and_what_it_reads_is_not_removed(
     saver = Saver(run, keep=1, mirror=Mirror(url, run, keep=9))
     for step in (5, 10, 15):
         saver.save(step, {"base": [("w", WEIGHT + step)]}, {}, background=False)
-        assert reached.wait(60)
+        assert reached.wait(240)
     # 5 is on its way; 10 was to be next until 15 overtook it
     assert steps_on_disk(run) == [5, 10, 15]
     assert "step-00000010 is left out" in caplog.text

@@ -51,7 +51,7 @@ class SlowDisk:
         def slow(tensors: dict[str, Tensor], path: str) -> None:
             self.threads.add(threading.current_thread().name)
             self.waiting.set()
-            assert self.open.wait(60)
+            assert self.open.wait(240)
             write(tensors, path)
             self.written += 1
 
@@ -92,7 +92,7 @@ def test_a_save_in_the_background_holds_what_was_there_when_it_was_asked(
 def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, saver = SlowDisk(monkeypatch), small_saver(tmp_path)
     saver.save(5, {"base": weights(5)}, {}, background=True)
-    assert disk.waiting.wait(60)
+    assert disk.waiting.wait(240)
     seen: list[int] = []
 
     def gathered() -> Iterator[tuple[str, Tensor]]:
@@ -120,7 +120,7 @@ def test_copies_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
         target=saver.save, args=(5, {"base": gathered()}, {}), kwargs={"background": True}
     )
     saving.start()
-    assert disk.waiting.wait(60)
+    assert disk.waiting.wait(240)
     while len(ahead) < 4:
         time.sleep(0.01)
     disk.open.set()

@@ -34,7 +34,7 @@ def test_from_images_to_a_checked_set(tree, tmp_path):
 
     def command(*arguments):
         line = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-        return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        return subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=tmp_path)
 
     (tree / "n01440764" / "bad.jpg").write_bytes(b"x")
     (tree / "n01440764" / "notes.txt").write_text("x")

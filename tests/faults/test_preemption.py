@@ -42,12 +42,12 @@ def ask_twice() -> None:
     Preemption()
     for _ in range(2):
         signal.raise_signal(signal.SIGTERM)
-    time.sleep(60)
+    time.sleep(240)
     os._exit(0)
 
 
 def test_a_second_signal_ends_the_process() -> None:
     process = forks().Process(target=ask_twice)
     process.start()
-    process.join(60)
+    process.join(240)
     assert process.exitcode == -signal.SIGTERM

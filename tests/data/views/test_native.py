@@ -87,7 +87,7 @@ def test_threads_that_come_at_once_open_the_library_once(monkeypatch):
     native.open_jpeg_library.cache_clear()
 
     def first_use(_):
-        meeting.wait(timeout=20)
+        meeting.wait(timeout=240)
         return native.jpeg_library()
 
     with ThreadPoolExecutor(4) as pool:
