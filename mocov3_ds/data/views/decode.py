@@ -4,8 +4,10 @@
 
 The pixels are those of torchvision on Pillow images: RandomResizedCrop, and Resize with CenterCrop.
 Every stored kind becomes RGB as Pillow converts it (grey repeated, CMYK by its formula, alpha
-dropped, palettes looked up, EXIF rotation not applied, as the reference loader does), but 16-bit
-grey is scaled to 8 bits where Pillow would clip it to white.
+dropped, palettes looked up, EXIF rotation not applied, as the reference loader does); pixels of
+more than 8 bits are scaled as `pixel_depth` says, where Pillow would clip them.
+
+What one image may cost is bounded: its pixels, the work of its scans, and its text.
 
 Three decoders have this one interface. The first that can run is used, or the one that the
 environment variable MOCOV3_DS_DECODER names.
@@ -29,15 +31,28 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
-from mocov3_ds.data.views import native
+from mocov3_ds.data.views import native, pixel_depth
 from mocov3_ds.data.views.spec import Box
 
 Decoder = Literal["native", "simplejpeg", "pillow"]
 
-MAX_PIXELS = 89_478_485
-"""Larger images are refused as decompression bombs; Pillow's own bound (256 MiB of RGB)."""
+MAX_PIXELS = 178_956_970
+"""Larger images are refused as decompression bombs, where Pillow itself raises: twice the size at
+which it warns (512 MiB of RGB). Phones take photographs of 108 million pixels."""
+
+MAX_SCAN_PIXELS = 1 << 30
+"""A JPEG of more scans than `native.MAX_SCANS` is refused where scans x pixels exceed this: an
+empty scan costs 0.3 ns a pixel, whatever few bytes it takes."""
+
+MAX_PPM_PIXELS = 1 << 20
+"""Larger PPM images of decimal text or odd scales are refused: Pillow reads number by number."""
+
+# Settings of all Pillow's users in this process, as it has no others: its warning begins where we
+# refuse, and the text of a PNG may fill what Pillow allows all texts of a file together.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # Pillow also opens formats that run other programs (EPS) or that no data set holds.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -112,9 +127,14 @@ def centre_crop(image_bytes: bytes, size: int, resize: int) -> NDArray[np.uint8]
             return crop_CHW
     image = decode_rgb(image_bytes)
     (height, width), (y, x) = _centre_window(image.height, image.width, size, resize)
-    image = image.resize((width, height), Image.Resampling.BILINEAR).crop(
-        (x, y, x + size, y + size)
-    )
+    if height * width <= MAX_PIXELS:
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop(
+            (x, y, x + size, y + size)
+        )
+    else:  # a strip, whose longer side would grow beyond all bounds: what is seen of it alone
+        across, down = image.width / width, image.height / height
+        box = (x * across, y * down, (x + size) * across, (y + size) * down)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
@@ -126,8 +146,8 @@ def decode_rgb(image_bytes: bytes) -> Image.Image:
     """
     with _open(image_bytes, MAX_PIXELS) as image:
         try:
-            image.load()
-            return _convert_to_rgb(image)
+            levels_HW = pixel_depth.load_bytes(image)
+            return _convert_to_rgb(image if levels_HW is None else Image.fromarray(levels_HW))
         except MemoryError:
             raise
         except Exception as error:
@@ -202,6 +222,8 @@ def _cut_by_simplejpeg(
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image_bytes)
         if colours not in ("YCbCr", "RGB", "Gray") or height * width > MAX_PIXELS:
             return False
+        if not _scans_are_bounded(image_bytes, height * width):
+            return False
         pixels_HWC = simplejpeg.decode_jpeg(image_bytes, "RGB")
     except ValueError:  # also for what is only a warning: Pillow decides
         return False
@@ -228,7 +250,7 @@ def _centre_window(
     return (tall, wide), (round((tall - size) / 2), round((wide - size) / 2))
 
 
-def _open(image_bytes: bytes, max_pixels: int) -> Image.Image:
+def _open(image_bytes: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header."""
     if not image_bytes:
         raise UnreadableImage("empty file")
@@ -245,14 +267,32 @@ def _open(image_bytes: bytes, max_pixels: int) -> Image.Image:
         raise UnreadableImage(
             f"too many pixels: {image.width} x {image.height}, at most {max_pixels} are read"
         )
+    pixels, shape = image.width * image.height, f"{image.width} x {image.height} pixels"
+    if image.format == "JPEG" and not _scans_are_bounded(image_bytes, pixels):
+        raise UnreadableImage(
+            f"too many scans: {_count_scans(image_bytes)} of {shape}, at most {native.MAX_SCANS} "
+            "are read of an image of this size"
+        )
+    if pixels > MAX_PPM_PIXELS and image.tile and image.tile[0].codec_name.startswith("ppm"):
+        raise UnreadableImage(
+            f"too many pixels: {shape}, of which at most {MAX_PPM_PIXELS} are read of a PPM in "
+            "decimal text or with another scale than 255 and 65535"
+        )
     return image
 
 
+def _count_scans(image_bytes: bytes) -> int:
+    """Scans of a JPEG; those of a thumbnail inside it count, too."""
+    return image_bytes.count(b"\xff\xda")
+
+
+def _scans_are_bounded(image_bytes: bytes, pixels: int) -> bool:
+    """Whether decoding a JPEG goes through its pixels a bounded number of times."""
+    scans = _count_scans(image_bytes)
+    return scans <= native.MAX_SCANS or scans * pixels <= MAX_SCAN_PIXELS
+
+
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    # 16-bit grey; other 32-bit integers have no range of their own, and Pillow clips them at 255
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        deep = np.asarray(image)
-        return Image.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     image.info.pop("transparency", None)  # dropped in any case, and Pillow warns about some kinds
     return image if image.mode == "RGB" else image.convert("RGB")
 

@@ -102,14 +102,6 @@ def test_16_bit_grey_is_scaled_not_clipped():
     assert_pixels(crops_of(data), reference_crops(expected))
 
 
-@pytest.mark.parametrize(("kind", "shift"), [("PPM", 8), ("TIFF", 0)])
-def test_32_bit_integers_are_16_bits_deep_only_where_their_format_says_so(kind, shift):
-    deep = np.mgrid[:97, :131][1].astype(np.int32) * 2 << shift
-    data = encode_image(Image.fromarray(deep), kind)
-    expected = Image.fromarray((deep >> shift).clip(0, 255).astype(np.uint8)).convert("RGB")
-    assert_pixels(crops_of(data), reference_crops(expected))
-
-
 def test_exif_rotation_is_ignored_as_the_reference_does():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -135,9 +127,15 @@ def test_centre_crop_larger_than_the_image_is_an_error():
 def bomb():
     """A PNG header that promises 60,000 x 60,000 pixels."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunks = [b"IHDR" + header, b"IDAT"]
-    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+    return png(b"IHDR" + header, b"IDAT")
+
+
+def png(*chunks):
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(framed, chunks))
+
+
+def framed(chunk):
+    return struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
 def unreadable():
@@ -165,6 +163,54 @@ def test_images_just_too_large_are_refused():
     with pytest.raises(UnreadableImage, match="too many pixels: 131 x 97, at most 12706"):
         read_size(encode_image(picture()), max_pixels=97 * 131 - 1)
     assert read_size(encode_image(picture()), max_pixels=97 * 131) == (97, 131)
+
+
+def test_a_photograph_of_108_million_pixels_is_read():
+    header = struct.pack(">IIBBBBB", 12_000, 9_000, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(9_000 * 12_001), 1)
+    assert read_size(png(b"IHDR" + header, b"IDAT" + rows)) == (9_000, 12_000)
+
+
+def test_a_png_may_hold_megabytes_of_text():
+    text = b"tEXt" + b"prompt\0" + bytes(2 << 20)
+    image = encode_image(picture(), "PNG")
+    header = image[:33]
+    with_text = header + framed(b"zTXt" + b"prompt\0\0" + zlib.compress(text)) + image[33:]
+    assert_pixels(crops_of(with_text), crops_of(image))
+
+
+def with_scans(count, side):
+    """A progressive JPEG whose last scan comes many times again; each takes a few bytes."""
+    data = encode_image(Image.new("RGB", (side, side)), progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded():
+    with pytest.raises(UnreadableImage, match="too many scans: 20000 of 256 x 256 pixels, at most"):
+        crops_of(with_scans(20_000, 256))
+    with pytest.raises(UnreadableImage, match="too many scans"):
+        centre_crop(with_scans(20_000, 256), 32, 37)
+    boxes = [(0, 0, 64, 64)] * 2
+    assert_pixels(crops_of(with_scans(40, 64), boxes), crops_of(with_scans(32, 64), boxes))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("shape", [(60_000, 1), (1, 60_000)])
+def test_a_strip_costs_no_more_than_its_crop(kind, shape):
+    grey = np.linspace(0, 255, 60_000).astype(np.uint8).reshape(shape)
+    crop = centre_crop(encode_image(Image.fromarray(grey), kind, quality=100), 32, 64)
+    assert abs(int(crop.min()) - 127) <= 2 and abs(int(crop.max()) - 127) <= 2
+    small = Image.fromarray(grey[:90, :90])  # the same rule where the whole could be resized
+    whole = centre_crop(encode_image(small, "PNG"), 32, 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "MAX_PIXELS", small.width * small.height)
+        assert np.abs(centre_crop(encode_image(small, "PNG"), 32, 64) - whole.astype(int)).max() < 2
+
+
+def test_a_large_image_of_decimal_text_is_refused():
+    with pytest.raises(UnreadableImage, match="1048576 are read of a PPM in decimal text"):
+        read_size(b"P3\n1025 1024\n255\n" + b"0 " * 9)
 
 
 def test_a_program_is_never_started_for_a_postscript_file():

@@ -33,6 +33,8 @@ FLOAT32, BFLOAT16 = 0, 1
 """types of views that `make_views` can write"""
 LAYOUT_VERSION = 1
 """raised, here and in crops.cpp, when a function of the library takes or returns something else"""
+MAX_SCANS = 32
+"""scans of a JPEG that are read without a question; encoders write about ten"""
 _opening = threading.Lock()  # a thread that comes second must not open it again under the first
 _NOT_BUILT = "the extension was not built (no C++ compiler when the package was installed)"
 
@@ -141,6 +143,7 @@ def expected_layout() -> dict[str, int]:
     """Every number that this code and the library must agree on, by name."""
     layout = {
         "LAYOUT_VERSION": LAYOUT_VERSION,
+        "MAX_SCANS": MAX_SCANS,
         "PARAMETERS": PARAMETERS,
         "ATTEMPTS": ATTEMPTS,
         "ORDER_COUNT": len(ORDERS),

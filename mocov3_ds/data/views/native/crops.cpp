@@ -25,6 +25,7 @@ enum Verdict : int { READ = 0, NOT_PLAIN = 1, DAMAGED = 2, TRUNCATED = 3, NO_MEM
 
 constexpr int MARGIN = 8;  // columns around the region: upsampled chroma looks at its neighbours
 constexpr int STRIP = resample::STRIP;
+constexpr int MAX_SCANS = 32;  // each costs a pass over all pixels, whatever few bytes it takes
 
 jpeg::Library library;
 
@@ -72,6 +73,19 @@ bool has_end_marker(const Reading& reading) {
   return false;
 }
 
+// Whether a JPEG may have more scans than are read without a question; scans of a thumbnail inside
+// it count, too.
+bool has_many_scans(const uint8_t* bytes, size_t size) {
+  const uint8_t* end = bytes + size;
+  int scans = 0;
+  for (const uint8_t* byte = bytes; byte < end - 1 && scans <= MAX_SCANS; byte++) {
+    byte = static_cast<const uint8_t*>(std::memchr(byte, 0xFF, size_t(end - 1 - byte)));
+    if (!byte) break;
+    scans += byte[1] == 0xDA;
+  }
+  return scans > MAX_SCANS;
+}
+
 Verdict open_image(Reading& reading, const uint8_t* bytes, size_t size, int64_t most_pixels) {
   jpeg::Decompressor& object = reading.object;
   reading.bytes = bytes;
@@ -81,6 +95,7 @@ Verdict open_image(Reading& reading, const uint8_t* bytes, size_t size, int64_t 
   library.read_header(&object, 1);
   if (object.width < 1 || object.height < 1 || int64_t(object.width) * object.height > most_pixels)
     return NOT_PLAIN;
+  if (library.has_multiple_scans(&object) && has_many_scans(bytes, size)) return NOT_PLAIN;
   const bool grey = object.components == 1 && object.stored_colours == jpeg::GREY;
   const bool colour = object.components == 3 &&
                       (object.stored_colours == jpeg::YCC || object.stored_colours == jpeg::RGB);
@@ -214,7 +229,7 @@ constexpr int LAYOUT_VERSION = 1;
 using views::Spec;
 // clang-format off
 constexpr Fact LAYOUT[] = {
-    {"LAYOUT_VERSION", LAYOUT_VERSION}, NUMBER(PARAMETERS), NUMBER(ATTEMPTS), NUMBER(ORDER_COUNT),
+    {"LAYOUT_VERSION", LAYOUT_VERSION}, {"MAX_SCANS", MAX_SCANS}, NUMBER(PARAMETERS), NUMBER(ATTEMPTS), NUMBER(ORDER_COUNT),
     NUMBER(BRIGHTNESS), NUMBER(CONTRAST), NUMBER(SATURATION), NUMBER(HUE), NUMBER(ORDER),
     NUMBER(GREY), NUMBER(BOX_RADIUS), NUMBER(BOX_WEIGHT), NUMBER(BOX_EDGE), NUMBER(SOLARISE),
     NUMBER(DRAW_TOP), NUMBER(DRAW_LEFT), NUMBER(DRAW_FLIP), NUMBER(DRAW_JITTER),
