@@ -48,6 +48,7 @@ def test_too_few_rows_are_not_judged() -> None:
         soak.measure_growth(rows()[:3])
 
 
+@pytest.mark.slow
 def test_a_short_run_has_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = list(soak.run_training(SoakOptions(steps=300, every=60), tmp_path))
     assert len(done) >= 4  # the process may end before the last row is read
@@ -60,6 +61,7 @@ def test_a_short_run_has_all_its_rows(tmp_path: Path, capsys: pytest.CaptureFixt
         list(soak.run_training(SoakOptions(steps=300), tmp_path))
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_told(tmp_path: Path) -> None:
     (tmp_path / "soak").mkdir()
     (tmp_path / "soak/thesis.txt").write_text("mine")

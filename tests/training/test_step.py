@@ -184,7 +184,10 @@ CASES += [(1, Chunks(size=2, keep=2), 0, True), (3, Chunks(size=2, keep=2), 0, T
 CASES += [(2, WHOLE, 0, True), (1, Chunks(size=99), 0, False)]  # larger than the batch: one pass
 
 
-@pytest.mark.parametrize(("world_size", "smallest"), [(1, 2**14), (2, 1), (4, 2**14)])
+@pytest.mark.parametrize(
+    ("world_size", "smallest"),
+    [(1, 2**14), (2, 1), pytest.param(4, 2**14, marks=pytest.mark.slow)],
+)
 def test_equals_one_plain_process(world_size: int, smallest: int) -> None:
     plain = plain_run()
     cases = CASES if world_size < 4 else CASES[:10]
@@ -408,7 +411,7 @@ def fifty_steps(stage: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return copy.deepcopy(dict(momentum.full_state())), average
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_momentum_after_fifty_steps(stage: int) -> None:
     (ours, average), (theirs, _) = run_ranks(2, fifty_steps, stage)
     for name, tensor in ours.items():
