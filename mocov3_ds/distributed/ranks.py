@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from mocov3_ds.distributed import launcher_variables
+from mocov3_ds.distributed.meeting import Newcomer, meet_ranks, spoken_wait
+
+LAUNCHER_VARIABLES = launcher_variables.NAMES
 _COLLECTIVES = (
     *("allreduce", "allreduce_coalesced", "reduce", "broadcast", "allgather", "_allgather_base"),
     *("all_gather_single", "allgather_into_tensor_coalesced", "all_gather_single_coalesced"),
@@ -39,57 +40,47 @@ def start(timeout_s: float = 600.0) -> torch.device:
         timeout_s: Seconds that a rank may wait for another one in a collective.
 
     Raises:
-        ValueError: A launcher set only some of the variables.
+        ValueError: A launcher set only some of the variables or values that cannot be, the port is
+            held by another run, or ranks contradict each other.
     """
-    _fill_launcher_variables()
+    launcher_variables.fill_variables()
     device = this_device()
     if not dist.is_initialized():
-        timeout = timedelta(seconds=timeout_s)
-        store, number, size = next(rendezvous("env://", timeout=timeout))
-        # torchrun --max-restarts keeps its store, with the addresses of ranks that are gone in it
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore(f"attempt-{attempt}", store),
-            rank=number,
-            world_size=size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        _join_group(device, timedelta(seconds=timeout_s))
     return device
 
 
-def _fill_launcher_variables() -> None:
-    present = [name for name in LAUNCHER_VARIABLES if os.environ.get(name)]
-    if len(present) == len(LAUNCHER_VARIABLES):
-        return
-    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        if "MASTER_ADDR" not in os.environ:
-            raise ValueError(
-                "Slurm started several tasks but MASTER_ADDR is not set; put "
-                "export MASTER_ADDR=$(scontrol show hostnames $SLURM_NODELIST | head -n 1) "
-                "before srun."
+def _join_group(device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    identity = str(torch.cuda.get_device_properties(device).uuid) if backend == "nccl" else ""
+    me = Newcomer(rank, world_size, socket.gethostname(), os.getpid(), identity)
+    store = meet_ranks(
+        me,
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        hosted=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+    with spoken_wait(rank) as wait:
+        if rank == 0:
+            wait.reason = (
+                f"all ranks have come, but {backend} does not connect them: TCP between all hosts "
+                "must be allowed, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network"
             )
-        os.environ.setdefault("MASTER_PORT", "29500")
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-        return
-    if "RANK" in present or "WORLD_SIZE" in present:
-        missing = [name for name in LAUNCHER_VARIABLES if name not in present]
-        raise ValueError(
-            f"the launcher set {', '.join(present)} but not {', '.join(missing)}; start the run "
-            "with deepspeed, torchrun, accelerate launch or plain python."
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if backend == "nccl" else None,
         )
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(alone, MASTER_PORT=str(free_port()))
 
 
 def free_port() -> int:
     """Return a TCP port of this machine that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return launcher_variables.free_port()
 
 
 def stop() -> None:
@@ -101,7 +92,9 @@ def stop() -> None:
 def this_device() -> torch.device:
     """Return the accelerator with the number of this rank on its machine, or else the CPU."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank())
+        device = torch.device(
+            "cuda", launcher_variables.choose_device(local_rank(), torch.cuda.device_count())
+        )
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
