@@ -30,6 +30,7 @@ from mocov3_ds.checks import equivalence, machine, network, restart, run_disk, s
 from mocov3_ds.checks.finding import Finding, merge_findings
 from mocov3_ds.distributed import ranks
 from mocov3_ds.recipes import find_recipe, without_launcher_flags
+from mocov3_ds.settings.environment import check_environment
 
 _TIMEOUT_S = 120.0
 _MARKS = {"pass": "pass", "note": "note", "skip": "skip", "fail": "FAIL"}
@@ -206,6 +207,7 @@ def _show_progress(text: str) -> None:
 def main() -> int:
     """Exit status: 0 = nothing failed, 1 = something did (on rank 0 only), 2 = bad options."""
     try:
+        check_environment()
         arguments = without_launcher_flags(sys.argv[1:])
         options = tyro.cli(DoctorOptions, args=arguments, prog="doctor.py", description=__doc__)
         good = examine_machines(options)
