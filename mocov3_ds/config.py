@@ -124,7 +124,8 @@ class ModelConfig:
     patch_lr: Share = 0.0
     """learning rate of the patch projection relative to the others; 0 freezes it (Sec. 4.3)"""
     drop_path: Share = 0.0
-    """stochastic depth rate of the last block"""
+    """stochastic depth rate of the last block; its draws belong to samples: the same with any
+    --chunk, number of ranks and sitting"""
     group_lr: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """learning rate of one layer group relative to the others, e.g. --model.group_lr block_0=0.2
     (repeatable; 0 freezes it; patch_embed, cls, block_0 ..., norm, projector, predictor)"""
@@ -346,6 +347,22 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"--alarm.response {config.alarm.response} needs the signals of each step; give "
             "--signals.every 1."
+        )
+
+
+def check_batch(batch: int) -> None:
+    """Refuse a global batch in which an image has no other one to be told from.
+
+    Args:
+        batch: images of a step over all ranks.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    if batch < 2:
+        raise ValueError(
+            f"--batch {batch} has nothing to contrast: the negatives of an image are the keys of "
+            "the others, so loss and gradient would be 0 in every step; choose 2 or more."
         )
 
 

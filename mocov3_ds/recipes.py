@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from mocov3_ds.config import (
     SaveConfig,
     Settings,
     ViewConfig,
+    check_batch,
     check_config,
 )
+from mocov3_ds.distributed.engine_keys import read_settings
 from mocov3_ds.model.vit import PAPER_SHAPES
 from mocov3_ds.settings.spelling import did_you_mean
 
@@ -139,18 +142,19 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
         argv: flags and their values; None = those of this process.
 
     Raises:
-        ValueError: an unknown recipe, a number out of its bounds, an unreadable JSON file or a
-            malformed `--ds`.
+        ValueError: an unknown recipe, a number out of its bounds, an unreadable JSON file, a
+            malformed `--ds`, or a key or value that DeepSpeed's settings cannot have.
         SystemExit: tyro has printed a message of its own (unknown flag, wrong type, --help).
     """
     arguments = without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
     recipe = find_recipe(_recipe_name(arguments))
     config = tyro.cli(Config, default=recipe.config, args=arguments, prog="train.py")
     check_config(config)
+    check_batch(config.batch)
     engine = dict(recipe.engine)
     if config.deepspeed_config is not None:
         engine = {"optimizer": engine["optimizer"]} | read_json(config.deepspeed_config)
-    return Settings(config, with_overrides(engine, config.ds))
+    return Settings(config, read_settings(with_overrides(engine, config.ds)))
 
 
 def without_launcher_flags(arguments: list[str]) -> list[str]:
@@ -187,14 +191,30 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, is not JSON, or does not hold an object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=partial(_unique_keys, path))
     except FileNotFoundError:
         raise ValueError(f"there is no DeepSpeed config {path}; see ds_configs/.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except _TwiceError as error:
+        raise ValueError(f"{error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object.")
     return value
+
+
+class _TwiceError(Exception):
+    """A key that an object has twice, of which JSON readers take either."""
+
+
+def _unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        twice = next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)
+        raise _TwiceError(f"{path} has the key {twice!r} twice in one object; keep one of them.")
+    return unique
 
 
 def with_overrides(engine: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -220,6 +240,6 @@ def with_overrides(engine: Mapping[str, Any], overrides: Sequence[str]) -> dict[
                 raise ValueError(f"--ds {override!r}: {key!r} holds {node!r}, not an object.")
         try:
             node[leaf] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             node[leaf] = text
     return result

@@ -30,11 +30,15 @@ def test_deepspeed_file_then_overrides(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}))
     run = parse(
-        ["--deepspeed_config", str(path), "--ds", "zero_optimization.stage=2", "--ds", "a.b=text"]
+        [
+            *("--deepspeed_config", str(path), "--ds", "zero_optimization.stage=2"),
+            *("--ds", "fp16.enabled=False", "--ds", "communication_data_type=fp32"),
+        ]
     )
     assert run.engine["zero_optimization"]["stage"] == 2
     assert run.engine["bf16"] == {"enabled": True}
-    assert run.engine["a"] == {"b": "text"}
+    assert run.engine["fp16"] == {"enabled": False}
+    assert run.engine["communication_data_type"] == "fp32"
     assert run.engine["optimizer"] == RECIPES["tiny"].engine["optimizer"]
 
 
@@ -51,6 +55,9 @@ def test_an_optimizer_block_in_the_file_wins(tmp_path: Path) -> None:
         (["--deepspeed_config", "nowhere.json"], "no DeepSpeed config nowhere.json"),
         (["--ds", "stage"], "not of the form key.sub=value"),
         (["--ds", "optimizer.type.x=1"], "'type' holds 'AdamW', not an object"),
+        (["--ds", "zero_optimization.stagee=2"], "unknown key 'stagee' in zero_optimization"),
+        (["--ds", "bf16.enabled=auto"], 'bf16.enabled is "auto" where it must be true or false'),
+        (["--batch", "1"], "--batch 1 has nothing to contrast"),
     ],
 )
 def test_errors(argv: list[str], words: str) -> None:
@@ -63,6 +70,11 @@ def test_json_that_is_no_object(tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(ValueError, match="holds a list, not a JSON object"):
         parse(["--deepspeed_config", str(path)])
+    path.write_text('{"bf16": {}, "fp16": {}, "bf16": {"enabled": true}}')
+    with pytest.raises(ValueError, match=r"ds\.json has the key 'bf16' twice in one object"):
+        parse(["--deepspeed_config", str(path)])
+    with pytest.raises(ValueError, match=r"cannot be read: Is a directory"):
+        parse(["--deepspeed_config", str(tmp_path)])
     for damaged in (b"{", b'{"a": "\xff"}', b"[" * 100_000):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"ds\.json is not valid JSON"):

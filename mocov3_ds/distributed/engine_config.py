@@ -8,13 +8,12 @@ fp16 at stage 0 divides by a loss scale it never multiplied with; stage 3 with r
 its trace for minutes unless the reuse distance is 0.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from mocov3_ds.settings.spelling import did_you_mean
+from mocov3_ds.distributed.engine_keys import read_settings
 
 REDUCE_BUCKET = 50_000_000
 """Numbers of the gradient that are reduced at once, unless the JSON sets `reduce_bucket_size`.
@@ -22,25 +21,6 @@ REDUCE_BUCKET = 50_000_000
 DeepSpeed's own default is ten times as much (`deepspeed/runtime/zero/config.py`); two buckets in
 bf16 are 200 MB here, which leaves the memory of a card to the images.
 """
-
-_KNOWN_KEYS = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "optimizer", "zero_optimization", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer", "fp16", "bf16", "torch_autocast", "data_types", "compile",
-    "gradient_clipping", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "gradient_allreduce_op", "disable_allgather",
-    "round_robin_gradients", "aio", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
-    "dump_state", "comms_logger", "flops_profiler", "timers", "log_level", "csv_monitor",
-    "tensorboard", "wandb", "comet",
-}  # fmt: skip
-_OBJECTS = ("zero_optimization", "fp16", "bf16", "torch_autocast", "data_types")
-_HAS_NO_EFFECT = {
-    "scheduler": "the schedule is ours: --warmup_epochs and --epochs",
-    "activation_checkpointing": "use --chunk",
-    "amp": "use bf16, fp16 or torch_autocast",
-    "checkpoint": "checkpoints are ours: --save.every_steps",
-    "elasticity": "the global batch is fixed by --batch on any number of ranks",
-}
 
 
 def engine_config(
@@ -54,16 +34,15 @@ def engine_config(
         world_size: Number of ranks that train together.
 
     Raises:
-        ValueError: Unknown keys, settings without effect, batch sizes that contradict
-            `global_batch`, combinations that DeepSpeed computes wrongly.
+        ValueError: Unknown keys, values of another kind, settings without effect, batch sizes that
+            contradict `global_batch`, combinations that DeepSpeed computes wrongly.
     """
-    _check_keys(settings)
-    config: dict[str, Any] = json.loads(json.dumps(settings))
+    config = read_settings(settings)
     config.pop("optimizer", None)
     zero = config.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 1)
     _check_precision(config, stage)
-    _check_offload(zero)
+    _check_zero(zero, stage)
     config |= _batch_sizes(config, global_batch, world_size)
     config.setdefault("gradient_clipping", 0.0)
     config.setdefault("steps_per_print", 10**9)
@@ -85,25 +64,14 @@ def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return torch.float32
 
 
-def _check_keys(settings: Mapping[str, Any]) -> None:
-    for key in settings:
-        if key in _HAS_NO_EFFECT:
-            raise ValueError(
-                f"the DeepSpeed config's {key!r} has no effect here; {_HAS_NO_EFFECT[key]}."
-            )
-        if key not in _KNOWN_KEYS:
-            raise ValueError(
-                f"the DeepSpeed config has an unknown key {key!r}{did_you_mean(key, _KNOWN_KEYS)}."
-            )
-    for key in _OBJECTS:
-        if not isinstance(settings.get(key, {}), Mapping):
-            raise ValueError(f"the DeepSpeed config's {key!r} is {settings[key]!r}, not an object.")
-
-
-def _check_precision(config: Mapping[str, Any], stage: Any) -> None:
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3.")
-    if stage == 0 and config.get("fp16", {}).get("enabled"):
+def _check_precision(config: Mapping[str, Any], stage: int) -> None:
+    enabled = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
+    if len(enabled) > 1:
+        raise ValueError(
+            "the DeepSpeed config enables fp16 and bf16, of which a network has one; add "
+            "--ds bf16.enabled=false or --ds fp16.enabled=false."
+        )
+    if stage == 0 and "fp16" in enabled:
         raise ValueError(
             "fp16 at ZeRO stage 0 is computed wrongly by DeepSpeed (the loss scale is divided out "
             "but never applied); use --ds zero_optimization.stage=1."
@@ -113,16 +81,33 @@ def _check_precision(config: Mapping[str, Any], stage: Any) -> None:
             "bf16.check_grad_overflow is false, under which DeepSpeed computes no gradient norm at "
             "ZeRO stages 1 and 2, so that no bad step could be dropped; remove it."
         )
-
-
-def _check_offload(zero: Mapping[str, Any]) -> None:
-    offload = zero.get("offload_optimizer") or {}
-    if not isinstance(offload, Mapping):
+    weights, given = enabled[0] if enabled else "fp32", config.get("data_types", {})
+    if given.get("param_dtype", weights) != weights:
         raise ValueError(
-            f"zero_optimization.offload_optimizer is {offload!r}; it must be an object such as "
-            '{"device": "cpu"}.'
+            f"data_types.param_dtype is {given['param_dtype']}, but the weights are {weights}; "
+            f"remove it, and use --ds {given['param_dtype']}.enabled=true for that precision."
         )
-    ratio = offload.get("ratio", 1.0)
+
+
+def _check_zero(zero: Mapping[str, Any], stage: int) -> None:
+    if not zero.get("compute_grad_norm", True):
+        raise ValueError(
+            "zero_optimization.compute_grad_norm is false, without which no bad step could be "
+            "dropped; remove it."
+        )
+    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = zero.get(name, {}).get("device", "none")
+        if device == "nvme":
+            raise ValueError(
+                f"zero_optimization.{name}.device is nvme, which takes weights and moments away "
+                "between steps, so that per-tensor norms cannot be exact; use cpu."
+            )
+        if device != "none" and stage < lowest:
+            raise ValueError(
+                f"zero_optimization.{name}.device is {device}, which has no effect at stage "
+                f"{stage}; use --ds zero_optimization.stage={lowest} or device none."
+            )
+    ratio = zero.get("offload_optimizer", {}).get("ratio", 1.0)
     if ratio != 1.0:
         raise ValueError(
             f"zero_optimization.offload_optimizer.ratio is {ratio}, under which DeepSpeed updates "
@@ -144,7 +129,7 @@ def _batch_sizes(config: Mapping[str, Any], global_batch: int, world_size: int) 
         "gradient_accumulation_steps": 1,
     }
     for key, size in sizes.items():
-        if config.get(key, "auto") not in ("auto", size):
+        if config.get(key, size) != size:
             raise ValueError(
                 f"the DeepSpeed config says {key} = {config[key]}, but --batch {global_batch} on "
                 f"{world_size} ranks makes it {size}; remove the key (--chunk bounds memory)."

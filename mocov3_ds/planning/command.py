@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from mocov3_ds.config import encoder_shape
+from mocov3_ds.config import check_batch, encoder_shape
 from mocov3_ds.distributed.engine_config import engine_config
+from mocov3_ds.distributed.engine_keys import read_settings
 from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.planning import plan_text, tables
@@ -178,11 +179,12 @@ def plan_run(
     recipe = find_recipe(recipe_name)
     if batch < 0:
         raise ValueError(f"--batch {batch} must be positive.")
+    check_batch(batch or recipe.config.batch)
     check_number("--epochs", epochs, 0)
     engine = dict(recipe.engine)
     if deepspeed_config is not None:
         engine = {"optimizer": engine["optimizer"]} | read_json(deepspeed_config)
-    engine = with_overrides(engine, overrides)
+    engine = read_settings(with_overrides(engine, overrides))
     if deepspeed_config is not None or overrides:
         _check_optimizer(engine["optimizer"])
     config = recipe.config
