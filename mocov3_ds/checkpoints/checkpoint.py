@@ -27,6 +27,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mocov3_ds.checkpoints.state_types import check_types
 from mocov3_ds.data.storage.atomic import digest_file
 from mocov3_ds.distributed import ranks
 from mocov3_ds.version import __version__
@@ -158,7 +159,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     # checkpoints from before the format number have no digest of the state either
     if ("format" in state or "digest" in state) and state.get("digest") != state_digest(state):
         raise ValueError("state.json is not what was written")
-    if not isinstance(state.get("format", FORMAT), int):
+    if type(state.get("format", FORMAT)) is not int:
         raise ValueError("state.json has an impossible format number")
     if state.get("format", FORMAT) > FORMAT:
         raise CheckpointRefusedError(
@@ -167,8 +168,9 @@ def read_state(folder: Path) -> dict[str, Any]:
             "newer version."
         )
     files = state.get("files")
-    if not isinstance(state.get("step"), int) or not isinstance(files, dict):
+    if "step" not in state or not isinstance(files, dict):
         raise ValueError("state.json names no step or no files")
+    check_types(state)
     if any("/" in name or not isinstance(value, str) for name, value in files.items()):
         raise ValueError("state.json names impossible files")
     return state
