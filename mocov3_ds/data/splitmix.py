@@ -32,13 +32,18 @@ def hash_counters(seed: int, *counters: int) -> int:
     return word
 
 
-def draw_words(count: int, state: int) -> NDArray[np.uint64]:
-    """The first `count` numbers (N,) of a SplitMix64 generator in this state."""
-    word_N = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)  # wraps around at 2^64
-    word_N += np.uint64(state)
+def hash_words(seed_word: int, counter_N: NDArray[np.integer]) -> NDArray[np.uint64]:
+    """`hash_word(seed_word + counter)` of many counters at once (N,), modulo 2^64."""
+    word_N = counter_N.astype(np.uint64) + np.uint64(seed_word) + np.uint64(_GOLDEN)
     word_N = (word_N ^ (word_N >> np.uint64(30))) * np.uint64(_FIRST)
     word_N = (word_N ^ (word_N >> np.uint64(27))) * np.uint64(_SECOND)
     return word_N ^ (word_N >> np.uint64(31))
+
+
+def draw_words(count: int, state: int) -> NDArray[np.uint64]:
+    """The first `count` numbers (N,) of a SplitMix64 generator in this state."""
+    steps_N = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)  # wraps around at 2^64
+    return hash_words(state, steps_N)
 
 
 def draw_permutation(count: int, state: int) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from mocov3_ds.distributed.engine import full_gradients
 from mocov3_ds.distributed.guarded_step import DROP, step_within
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.momentum_encoder import ViewKeys
-from mocov3_ds.training.advance import seed_drawing
+from mocov3_ds.training.advance import draw_depth
 from mocov3_ds.training.run import Run
 from mocov3_ds.training.step import ForwardResult
 
@@ -116,7 +116,7 @@ def diagnose_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, sample_ids_B: Tens
         x2_BCHW: Second views of the same samples.
         sample_ids_B: Numbers of these samples in the manifest.
     """
-    tensors, gradients = _record_step(run, x1_BCHW, x2_BCHW)
+    tensors, gradients = _record_step(run, x1_BCHW, x2_BCHW, draw_depth(run, sample_ids_B))
     local = {
         "stages": [(name, *_measure(tensor)) for name, tensor in tensors.items()],
         "suspects": _find_suspects(tensors, sample_ids_B),
@@ -133,7 +133,9 @@ def diagnose_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, sample_ids_B: Tens
     )
 
 
-def _record_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[StepTensors, list[Stage]]:
+def _record_step(
+    run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, factors_VBM: Tensor | None
+) -> tuple[StepTensors, list[Stage]]:
     """Run the step and drop it; return its tensors, and the gradients measured."""
     engine, encoder = run.engine, run.momentum_encoder
     chunk, scale = engine.module.chunks.size, zero.read_loss_scale(engine)
@@ -145,8 +147,7 @@ def _record_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[StepTensor
         return view1, view2
 
     with _recorded_heads(run.base, tensors), _restored_buffers([run.model, encoder]):
-        seed_drawing(run)
-        forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys)
+        forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, factors_VBM)
         tensors[StageName.LOSS] = forward.loss
         engine.backward(forward.loss)
         gradients = [Stage(name, *_measure(g)) for name, g in full_gradients(engine.module)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_predictor, build_projector
+from mocov3_ds.model.stochastic_depth import replace_drop_paths
 from mocov3_ds.model.vit import Positions, VitShape, build_vit
 
 
@@ -60,6 +61,7 @@ class BaseEncoder(nn.Module):
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
         self.backbone = build_backbone(shape, shape.drop_path)
+        replace_drop_paths(self.backbone)
         self.projector = build_projector(shape.vit.dim, shape.hidden, shape.out)
         self.predictor = build_predictor(shape.out, shape.hidden)
         suit_cpu(self)

@@ -41,7 +41,11 @@ class Chunks:
 
 
 def chunked_features(
-    backbone: Callable[[Tensor], Tensor], x_BCHW: Tensor, chunk: int = 0, keep: int = 0
+    backbone: Callable[..., Tensor],
+    x_BCHW: Tensor,
+    chunk: int = 0,
+    keep: int = 0,
+    *beside_B: Tensor,
 ) -> Tensor:
     """Class-token features (B, D) of a whole rank batch, activations of one chunk at a time.
 
@@ -51,26 +55,28 @@ def chunked_features(
     with the same random draws. Exact at each ZeRO stage, unlike hand-cached feature gradients.
 
     Args:
-        backbone: maps (b, C, H, W) to (b, D) row by row.
+        backbone: maps (b, C, H, W), and the same rows of each tensor of `beside_B`, to (b, D) row
+            by row.
         x_BCHW: the rank's whole batch of one view.
         chunk: images per piece; 0 or >= B runs one plain pass.
         keep: chunks at the end that keep their activations. The backward starts there, so one of
             them in the last view costs no memory at the peak and saves the forward of a chunk.
+        beside_B: what belongs to the images row by row, such as draws.
     """
 
-    def class_tokens(x_BCHW: Tensor) -> Tensor:
+    def class_tokens(*rows: Tensor) -> Tensor:
         # the network returns a view of its last layer's output; a copy lets go of the other tokens
-        return backbone(x_BCHW).contiguous()
+        return backbone(*rows).contiguous()
 
     if chunk <= 0 or chunk >= len(x_BCHW):
-        return class_tokens(x_BCHW)
-    pieces = torch.split(x_BCHW, chunk)
+        return class_tokens(x_BCHW, *beside_B)
+    pieces = list(zip(*(torch.split(rows, chunk) for rows in (x_BCHW, *beside_B)), strict=True))
     features = []
     for index, piece in enumerate(pieces):
         if torch.is_grad_enabled() and index < len(pieces) - keep:
-            features.append(checkpoint(class_tokens, piece, use_reentrant=False))
+            features.append(checkpoint(class_tokens, *piece, use_reentrant=False))
         else:
-            features.append(class_tokens(piece))
+            features.append(class_tokens(*piece))
         # chunks must not share one autocast cast of a weight: their gradients would be summed in
         # the low precision (error growing with the square root of the number of chunks)
         torch.clear_autocast_cache()

@@ -1,18 +1,19 @@
 """One step of a run, from the next batch to the moved weights; `train` logs it.
 
-Shape suffixes: B = rank batch, C H W = image.
+Shape suffixes: V = the two views, B = rank batch, C H W = image, M = branches with stochastic
+depth.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mocov3_ds.data.loader import Batch
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.distributed.guarded_step import DROP
+from mocov3_ds.model.stochastic_depth import draw_factors, find_branches
 from mocov3_ds.monitoring.profiler import StepPhase, phase
 from mocov3_ds.training.run import Run
 from mocov3_ds.training.run_data import network_views
@@ -71,13 +72,13 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
     run.recorder.prepare_step(run.step)
     lr, momentum = scheduled_rates(run)
     run.optimizer.set_lr(lr)
-    seed_drawing(run)
     result = train_step(
         run.engine,
         run.momentum_encoder,
         x1_BCHW,
         x2_BCHW,
         momentum=momentum,
+        factors_VBM=draw_depth(run, batch.sample_ids_B),
         loss_limit=run.limits.loss_limit(),
         norm_limit=DROP if dropped else run.limits.norm_limit(),
     )
@@ -119,6 +120,20 @@ def scheduled_rates(run: Run) -> tuple[float, float]:
     return run.recorder.adjust_rate(step, lr), momentum
 
 
-def seed_drawing(run: Run) -> None:
-    """Stochastic depth draws from the step's own seed: a resumed run repeats an unbroken one."""
-    torch.manual_seed(hash((run.config.seed, run.step, ranks.rank())) % 2**63)
+def draw_depth(run: Run, sample_ids_B: Tensor) -> Tensor | None:
+    """Draws of stochastic depth (V, B, M) in the coming step; None where the network has none.
+
+    Args:
+        run: the run before that step.
+        sample_ids_B: numbers of this rank's samples in the manifest.
+    """
+    branches = find_branches(run.base.backbone)
+    if not branches:
+        return None
+    factors_VBM = draw_factors(
+        [branch.rate for branch in branches],
+        sample_ids_B.numpy(),
+        seed=run.config.seed,
+        step=run.step,
+    )
+    return factors_VBM.to(run.device)

@@ -7,8 +7,8 @@
 The loss, the batch-norm statistics and the gradients depend on the global batch alone. One engine
 forward, one backward, one gradient reduction.
 
-Shape suffixes: B = rank batch, G = global batch, C H W = image, D = backbone features, P = head
-output.
+Shape suffixes: V = the two views, B = rank batch, b = images of a chunk, G = global batch,
+C H W = image, D = backbone features, P = head output, M = branches with stochastic depth.
 """
 
 import math
@@ -25,6 +25,7 @@ from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import Chunks, chunked_features, count_kept_chunks
 from mocov3_ds.model.loss import PairLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder, ViewKeys
+from mocov3_ds.model.stochastic_depth import find_branches, set_factors
 from mocov3_ds.monitoring.profiler import StepPhase, phase, replace_phase_in_backward
 
 KeyMaker = Callable[[], tuple[ViewKeys, ViewKeys]]
@@ -64,10 +65,16 @@ class QueriesToLoss(nn.Module):
         self.loss = loss
         self.chunks = chunks or Chunks()
 
-    def forward(self, x1_BCHW: Tensor, x2_BCHW: Tensor, make_keys: KeyMaker) -> ForwardResult:
+    def forward(
+        self,
+        x1_BCHW: Tensor,
+        x2_BCHW: Tensor,
+        make_keys: KeyMaker,
+        factors_VBM: Tensor | None = None,
+    ) -> ForwardResult:
         """Loss of this rank's queries, and what was computed on the way to it."""
         base = self.base
-        features1_BD, features2_BD = self.features(x1_BCHW, x2_BCHW)
+        features1_BD, features2_BD = self.features(x1_BCHW, x2_BCHW, factors_VBM)
         if features2_BD.requires_grad:  # the first of the two that the backward reaches
             replace_phase_in_backward(features2_BD, StepPhase.BACKWARD_OF_BACKBONES)
         with phase(StepPhase.HEADS):
@@ -80,19 +87,36 @@ class QueriesToLoss(nn.Module):
             loss, features1_BD.detach(), view1.features_BD, q1_BP.detach(), view2.keys_BP
         )
 
-    def features(self, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Backbone features (B, D) of both views, one after the other, chunk by chunk."""
+    def features(
+        self, x1_BCHW: Tensor, x2_BCHW: Tensor, factors_VBM: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Backbone features (B, D) of both views, one after the other, chunk by chunk.
+
+        Args:
+            x1_BCHW: first views of this rank's part.
+            x2_BCHW: second views of the same images.
+            factors_VBM: draws of stochastic depth, see `stochastic_depth.draw_factors`.
+        """
         size = self.chunks.size
         kept1, kept2 = count_kept_chunks(self.chunks, len(x1_BCHW))
+        draws1, draws2 = [()] * 2 if factors_VBM is None else [(view,) for view in factors_VBM]
         return (
-            chunked_features(self._run_backbone, x1_BCHW, size, kept1),
-            chunked_features(self._run_backbone, x2_BCHW, size, kept2),
+            chunked_features(self._run_backbone, x1_BCHW, size, kept1, *draws1),
+            chunked_features(self._run_backbone, x2_BCHW, size, kept2, *draws2),
         )
 
-    def _run_backbone(self, x_BCHW: Tensor) -> Tensor:
+    def _run_backbone(self, x_bCHW: Tensor, factors_bM: Tensor | None = None) -> Tensor:
         """Features (b, D) of a chunk; also what a chunk runs again in the backward."""
         with phase(StepPhase.BACKBONE):
-            return self.base.backbone(x_BCHW)
+            if factors_bM is None:
+                return self.base.backbone(x_bCHW)
+            branches = find_branches(self.base.backbone)
+            set_factors(branches, factors_bM)
+            features_bD: Tensor = self.base.backbone(x_bCHW)
+        if features_bD.requires_grad:
+            # blocks that run again in the backward of this pass need its factors, not the last ones
+            features_bD.register_hook(lambda _: set_factors(branches, factors_bM))
+        return features_bD
 
     def _pair_loss(self, q_BP: Tensor, k_BP: Tensor) -> Tensor:
         k_GP = ranks.all_gather_cat(k_BP)
@@ -127,6 +151,7 @@ def train_step(
     x2_BCHW: Tensor,
     *,
     momentum: float,
+    factors_VBM: Tensor | None = None,
     loss_limit: float = math.inf,
     norm_limit: float = math.inf,
 ) -> StepResult:
@@ -142,6 +167,8 @@ def train_step(
         x1_BCHW: first views of this rank's part, in the engine's dtype.
         x2_BCHW: second views of the same images, in the engine's dtype.
         momentum: momentum of the momentum encoder in this step.
+        factors_VBM: draws of stochastic depth, see `stochastic_depth.draw_factors`; None where the
+            network has none.
         loss_limit: largest loss that is trained on.
         norm_limit: largest norm of the whole gradient that is trained on.
     """
@@ -156,7 +183,7 @@ def train_step(
 
     with phase(StepPhase.MOMENTUM):
         momentum_encoder.begin_move(momentum)
-    forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys)
+    forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, factors_VBM)
     rank_loss = forward.loss.detach().float().clone()
     loss = float(ranks.all_reduce_sum(rank_loss)) / ranks.world_size()
     with phase(StepPhase.BACKWARD), phase(StepPhase.BACKWARD_OF_HEADS):

@@ -1,9 +1,11 @@
 """The step on real gloo ranks: N ranks, any ZeRO stage, any chunk equal one plain process."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -18,6 +20,7 @@ from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.cpu_ops import SMALLEST_WEIGHT, suit_cpu
 from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
+from mocov3_ds.model.stochastic_depth import draw_factors, find_branches
 from mocov3_ds.model.vit import VitShape
 from mocov3_ds.training.step import QueriesToLoss, train_step
 from tests import reference
@@ -200,6 +203,45 @@ def test_equals_one_plain_process(world_size: int, smallest: int) -> None:
                 assert whole_error(ours[group], wanted) <= 1e-5, case
             assert ours["frozen"], case
             assert ours["tracked"] == 2 * STEPS, case  # heads are never run twice on a view
+
+
+DEEP = replace(SHAPE, drop_path=0.5)
+DEEP_CASES = [(1, WHOLE, False), (1, UNEVEN, True), (0, WHOLE, True), (3, SINGLE, False)]
+
+
+def deep_losses(cases: list[tuple[int, Chunks, bool]]) -> list[list[float]]:
+    """Losses of three steps with stochastic depth for (ZeRO stage, chunks, recomputed blocks)."""
+    runs = []
+    for stage, chunks, recompute in cases:
+        torch.manual_seed(0)
+        base, momentum = BaseEncoder(DEEP), MomentumEncoder(DEEP)
+        base.backbone.set_grad_checkpointing(recompute)
+        model = QueriesToLoss(base, ContrastiveLoss(0.2), chunks=chunks)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        given = {"zero_optimization": {"stage": stage}}
+        settings = engine_config(given, global_batch=BATCH, world_size=ranks.world_size())
+        engine = start_engine(model, Sgd(trained, lr=0.1), settings)
+        momentum.start_from(dict(full_tensors(engine.module.base)))
+        momentum.follow(engine.module.base)
+        rates = [branch.rate for branch in find_branches(base.backbone)]
+        rows = BATCH // ranks.world_size()
+        sample_ids = np.arange(BATCH)[ranks.rank() * rows :][:rows]
+        losses = []
+        for step in range(3):
+            factors = draw_factors(rates, sample_ids, seed=0, step=step)
+            x1, x2 = rank_views(step, torch.float32)
+            result = train_step(engine, momentum, x1, x2, momentum=MOMENTUM, factors_VBM=factors)
+            losses.append(result.loss)
+        runs.append(losses)
+        engine.destroy()
+    return runs
+
+
+def test_stochastic_depth_draws_the_same_on_any_cut() -> None:
+    """One rank or two, any chunks, recomputed blocks, any ZeRO stage."""
+    [[expected, *others]], [two, _] = (run_ranks(size, deep_losses, DEEP_CASES) for size in (1, 2))
+    for losses in (*others, *two):
+        assert losses == pytest.approx(expected, rel=2e-5)
 
 
 BF16_CASES = [(stage, how, 0, False, True) for stage in (1, 3) for how in (WHOLE, UNEVEN)]
