@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from mocov3_ds import cli
+from mocov3_ds import cli, train
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.distributed import ranks
-from mocov3_ds.encoders.load import load_encoder
 from mocov3_ds.evaluation import finetune, linear
+from mocov3_ds.version import __version__
 from tests.data.sets import make_set
 from tests.evaluation.runs import make_run, make_splits
 
@@ -21,70 +20,6 @@ from tests.evaluation.runs import make_run, make_splits
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["mocov3", *map(str, arguments)])
     return cli.main()
-
-
-def plain_knn(run: Path, train: str, val: str, k: int) -> float:
-    """One vote at a time, features one image at a time."""
-    from mocov3_ds.data.views.photometric import normalise_crops
-    from mocov3_ds.data.views.spec import ViewSpec
-    from mocov3_ds.evaluation.labelled_images import CentreCrop, draw_epoch_order, read_batches
-
-    encoder, spec = load_encoder(run), ViewSpec()
-
-    @torch.no_grad()
-    def rows(url: str) -> list[tuple[torch.Tensor, int]]:
-        manifest = manifests.load(url)
-        order = draw_epoch_order(manifest.samples, 0, 0)
-        found = []
-        passes = [[place] for place in range(len(order))]
-        for crop, label, _ in read_batches(manifest, CentreCrop(16), order, passes):
-            feature = encoder(normalise_crops(crop, spec.mean, spec.std, torch.float32))[0]
-            found.append((feature / feature.norm(), int(label)))
-        return found
-
-    bank, right = rows(train), 0
-    probes = rows(val)
-    for feature, target in probes:
-        near = sorted(((float(feature @ row), label) for row, label in bank), reverse=True)[:k]
-        votes = [sum(torch.tensor(s / 0.07).exp() for s, lb in near if lb == c) for c in range(3)]
-        right += votes.index(max(votes)) == target
-    return 100 * right / len(probes)
-
-
-def test_knn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train, val = make_splits(tmp_path)
-    run = make_run(tmp_path / "run", train=train, val=val)
-    assert call(monkeypatch, "knn", run, "--k", 5, "--batch", 8) == 0
-    said = capsys.readouterr().out
-    expected = plain_knn(run, train, val, 5)
-    assert f"{expected:.2f} % of 37 held-out images, bank of 61" in said
-    assert f"| run (base encoder, step 7) | {expected:.2f} % | - | - |" in said
-    entry = json.loads((run / "results.json").read_text())["knn base"]
-    assert (entry["top1"], entry["k"]) == (pytest.approx(expected), 5)
-    assert ranks.world_size() == 1
-    assert not torch.distributed.is_initialized()
-    # a foreign file, its results beside it
-    file = tmp_path / "other.pth.tar"
-    state = {f"module.base_encoder.{n}": t for n, t in load_encoder(run).state_dict().items()}
-    torch.save({"state_dict": state}, file)
-    foreign = ["--heads", 4, "--train", train, "--val", val, "--k", 5]
-    assert call(monkeypatch, "knn", file, *foreign) == 0
-    entry = json.loads((tmp_path / "other.pth.tar-evaluation/results.json").read_text())
-    assert entry["knn base"]["top1"] == pytest.approx(expected)
-
-
-def test_export_and_look(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train, val = make_splits(tmp_path)
-    run = make_run(tmp_path / "run", train=train, val=val)
-    assert call(monkeypatch, "export", run, "--to", "deit", "--which", "momentum") == 0
-    assert (tmp_path / "run-deit-momentum/model.pth").exists()
-    assert "same features within" in capsys.readouterr().out
-    assert call(monkeypatch, "look", run, "--images", 2, "--neighbours", 2) == 0
-    assert len(list((run / "look-base").glob("*.png"))) == 3
 
 
 def test_bad_input_is_one_sentence(
@@ -121,6 +56,58 @@ def test_a_path_that_cannot_be_is_one_sentence(
     flags = ["--recipe", "vit_l16", "--data.shards", "s3://bucket/set"]
     assert call(monkeypatch, "launch", "slurm", "--out", "/proc/foo", "--", *flags) == 2
     assert capsys.readouterr().err == "mocov3: error: /proc/foo: No such file or directory.\n"
+
+
+def test_the_front_door_imports_nothing_heavy() -> None:
+    """Help, the version and a typo answer at once: none of them waits for torch."""
+    code = (
+        "import sys; from mocov3_ds import cli; "
+        "status = cli._run_command(sys.argv[1:]); "
+        "print(status, sorted({'torch', 'numpy', 'tyro', 'deepspeed', 'timm'} & {*sys.modules}))"
+    )
+    for arguments, words, status in [
+        (["--help"], "finetune   fine-tune an encoder", 0),
+        ([], "usage: mocov3 COMMAND", 0),
+        (["--version"], f"mocov3-ds {__version__}", 0),
+        (["knnn"], "no command 'knnn' (did you mean knn?)", 2),
+        (["--hlep"], "no option '--hlep'", 2),
+    ]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+        )
+        assert words in done.stdout + done.stderr
+        assert done.stdout.splitlines()[-1] == f"{status} []", done.stderr
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_name_leads_somewhere(name: str) -> None:
+    assert callable(cli._find_target(cli.COMMANDS[name].target))
+
+
+def test_a_bad_environment_is_told_before_anything_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOCOV3_STORAGE_PATIENCE_S", "15min")
+    assert call(monkeypatch, "plan", "--list") == 2
+    assert capsys.readouterr().err.startswith("mocov3: error: MOCOV3_STORAGE_PATIENCE_S='15min'")
+    for main in (linear.main, finetune.main, train.main):
+        monkeypatch.setattr(sys, "argv", ["program"])
+        assert main() == 2
+        assert "error: MOCOV3_STORAGE_PATIENCE_S='15min' is no number" in capsys.readouterr().err
+
+
+def test_stdout_of_a_command_for_programs_is_json_and_nothing_else(tmp_path: Path) -> None:
+    """Whatever libraries say while they are imported, and DeepSpeed about the accelerator."""
+    environment = {name: text for name, text in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "mocov3_ds.cli", "plan", "--gpus", "8xH100-80GB", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert json.loads(done.stdout)["hardware"]["cards"] == 8
+    code = "import mocov3_ds.distributed.engine, logging; logging.getLogger('DeepSpeed').error('x')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=180, env=environment
+    )
+    assert done.stdout == ""
+    assert "[ERROR]" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["plan", "--list"], ["plan", "--help"]])

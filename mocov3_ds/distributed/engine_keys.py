@@ -256,8 +256,8 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _read_object(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for key, value in settings.items():
-        given = f"{prefix}{key}"
-        name = _ALIASES.get(given, given)
+        spelling = f"{prefix}{key}"
+        name = _ALIASES.get(spelling, spelling)
         leaf = name.rpartition(".")[2]
         if leaf in typed:
             raise ValueError(
@@ -280,7 +280,7 @@ def _read_object(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             typed[leaf] = READERS[name](name, value)
         elif _inner_keys(name):
             if not isinstance(value, Mapping):
-                raise refuse_value(name, value, f"an object such as {_example(name)}")
+                raise refuse_value(name, value, f"an object such as {_example_object(name)}")
             typed[leaf] = _read_object(f"{name}.", value)
         else:
             raise _unknown_key(prefix, key)
@@ -301,12 +301,12 @@ def _read_optimizer(block: Any) -> Any:
 def _inner_keys(name: str) -> list[str]:
     """Names of the keys directly inside an object; for an empty name those of the whole JSON."""
     prefix = f"{name}." if name else ""
-    known = (*READERS, *_REFUSED, *_HARMLESS, *_NEED_INFO, *_ALIASES, "optimizer")
-    inner = [key.removeprefix(prefix).partition(".")[0] for key in known if key.startswith(prefix)]
-    return list(dict.fromkeys(inner))
+    all_keys = (*READERS, *_REFUSED, *_HARMLESS, *_NEED_INFO, *_ALIASES, "optimizer")
+    below = (key.removeprefix(prefix) for key in all_keys if key.startswith(prefix))
+    return list(dict.fromkeys(key.partition(".")[0] for key in below))
 
 
-def _example(name: str) -> str:
+def _example_object(name: str) -> str:
     """An object with the first key that is honoured in it."""
     key = next(key for key in READERS if key.startswith(f"{name}."))
     value = {"stage": 1, "device": "cpu", "enabled": True}.get(key.removeprefix(f"{name}."), "...")
@@ -314,12 +314,12 @@ def _example(name: str) -> str:
 
 
 def _unknown_key(prefix: str, key: str) -> ValueError:
-    inside = f" in {prefix[:-1]}" if prefix else ""
+    place = f" in {prefix[:-1]}" if prefix else ""
     hint = did_you_mean(key, _inner_keys(prefix[:-1]))
     if not hint:
         elsewhere = [name for name in READERS if name.rpartition(".")[2] == key]
         hint = f" (did you mean {elsewhere[0]}?)" if elsewhere else ""
-    return ValueError(f"the DeepSpeed config has an unknown key {key!r}{inside}{hint}.")
+    return ValueError(f"the DeepSpeed config has an unknown key {key!r}{place}{hint}.")
 
 
 def _refuse_effect(name: str, instead: str) -> ValueError:

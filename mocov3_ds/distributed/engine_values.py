@@ -32,7 +32,7 @@ def refuse_value(name: str, value: Any, allowed: str) -> ValueError:
         value: what the user gave.
         allowed: what follows "it must be".
     """
-    given = f"the DeepSpeed config's {name} is {show_value(value)}"
+    beginning = f"the DeepSpeed config's {name} is {show_value(value)}"
     if value == "auto":
         remedy = (
             "only the Trainer of transformers fills that in: write the value, or remove the key"
@@ -40,8 +40,8 @@ def refuse_value(name: str, value: Any, allowed: str) -> ValueError:
     elif value is None:
         remedy = "remove the key for its default"
     else:
-        return ValueError(f"{given}; it must be {allowed}.")
-    return ValueError(f"{given} where it must be {allowed}; {remedy}.")
+        return ValueError(f"{beginning}; it must be {allowed}.")
+    return ValueError(f"{beginning} where it must be {allowed}; {remedy}.")
 
 
 def read_switch(name: str, value: Any) -> bool:

@@ -12,10 +12,11 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import tyro
 from PIL import Image
 from torch import Tensor
 
@@ -197,3 +198,21 @@ def _make_picture(x_CHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
     scale, shift = (x_CHW.new_tensor(values)[:, None, None].float() for values in (std, mean))
     pixels = (x_CHW.float() * scale + shift).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255
     return pixels.round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def repeat_step(
+    run: Annotated[Path, tyro.conf.Positional], step: Annotated[int, tyro.conf.Positional], /
+) -> None:
+    """Run one step of a run again, exactly, and show each stage of it and the samples to blame.
+
+    For a step that RUN/trouble/step-N.json describes, or any other. The run continues from the
+    nearest checkpoint before the step: bit for bit on as many ranks as it had (CPU), e.g.
+    `torchrun --nproc-per-node 8 -m mocov3_ds.cli replay RUN STEP`; else up to rounding.
+
+    Args:
+        run: run folder; its trouble/ gets the views of the samples as PNG.
+        step: number of the step, counted from 1 as in metrics.jsonl.
+    """
+    for line in replay_step(run, step):
+        if ranks.is_first():
+            print(line)  # noqa: T201

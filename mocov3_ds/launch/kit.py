@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+import tyro
 
 from mocov3_ds import recipes
 from mocov3_ds.distributed.engine_config import engine_config
@@ -44,6 +46,30 @@ class LaunchSettings:
     """time limit in Slurm's queue, from one start of the run to its next stop"""
     image: str = "mocov3-ds:latest"
     """container image"""
+
+
+def write_launch_files(
+    kind: Annotated[Kind, tyro.conf.Positional],
+    train: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    cluster: Annotated[LaunchSettings, tyro.conf.arg(name="")] = LaunchSettings(),
+    out: Path | None = None,
+) -> None:
+    """Write the files that start a run on a cluster.
+
+        mocov3 launch slurm --nodes 4 --gpus 8 -- --recipe vit_l16 --data.shards s3://bucket/imagenet
+
+    Args:
+        kind: Slurm, plain Kubernetes, DeepSpeed's own launcher over ssh, torchrun or accelerate on
+            each node, or the file that builds a container image.
+        train: flags of train.py, after --
+        cluster: the machines and what they have.
+        out: folder to make; empty = launch-KIND.
+    """
+    folder = out or Path(f"launch-{kind}")
+    for path in write_kit(kind, cluster, folder, train):
+        print(path)  # noqa: T201
 
 
 class _KitTemplate(Template):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mocov3_ds import cli
 from mocov3_ds.distributed import ranks
+from mocov3_ds.evaluation import commands
 from mocov3_ds.evaluation.finetune import finetune_encoder
 from mocov3_ds.evaluation.linear import train_probe
 from tests.evaluation import test_finetune, test_linear
@@ -26,7 +26,7 @@ def judge(folder: Path) -> dict[str, Any]:
         learning_rate=1e-3,
     )
     found = {"linear": train_probe(probe), "finetune": finetune_encoder(tuning)}
-    cli.evaluate_knn(folder / "run", k=5, batch=4, out=out)
+    commands.evaluate_knn(folder / "run", k=5, batch=4, out=out)
     return found
 
 

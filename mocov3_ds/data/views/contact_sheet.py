@@ -7,9 +7,11 @@ Pillow and torchvision, and what the usual pipeline draws by itself.
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image, ImageDraw
 
 from mocov3_ds.data.fetch import read_sample
@@ -121,3 +123,29 @@ def _largest_difference(trained: Images, by_pillow: Images) -> int:
     """Largest difference of a pixel between the images of two lists, of 255."""
     pairs = zip(trained, by_pillow, strict=True)
     return max(int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()) for a, b in pairs)
+
+
+def show_views(
+    shards: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    out: Path = Path("views.png"),
+    rows: int = 8,
+    size: int = 224,
+    seed: int = 0,
+    epoch: int = 0,
+) -> None:
+    """Draw a sheet of views as training sees them, beside the same draws by Pillow.
+
+    Args:
+        shards: folder or URL of a sharded set.
+        out: PNG file to write.
+        rows: number of samples that are shown.
+        size: side of a view, pixels.
+        seed: seed of the run, which decides the views.
+        epoch: number of the pass over the data, from 0.
+    """
+    largest = draw_contact_sheet(shards, out, rows=rows, size=size, seed=seed, epoch=epoch)
+    print(  # noqa: T201
+        f"{out}: ours differs from the same draws by Pillow by at most {largest} of 255"
+    )
