@@ -17,16 +17,19 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from mocov3_ds.checkpoints import run_status
+from mocov3_ds.checkpoints.checkpoint import checkpoint_folder
 from mocov3_ds.config import Settings
 from mocov3_ds.data.storage import counters
-from mocov3_ds.distributed import heartbeat, ranks
+from mocov3_ds.distributed import heartbeat, ranks, zero
 from mocov3_ds.faults import bad_step_policy, exit_status
-from mocov3_ds.faults.preemption import Preemption
+from mocov3_ds.faults.preemption import Preemption, Stop, repeated_signals_ignored
 from mocov3_ds.model.loss import PairLoss
 from mocov3_ds.monitoring.profiler import Profile
 from mocov3_ds.monitoring.run_log import RunLog, peak_memory_gib
 from mocov3_ds.planning.drift import Drift
 from mocov3_ds.recipes import parse
+from mocov3_ds.settings.environment import check_environment
 from mocov3_ds.training.advance import AdvancedStep, advance_run
 from mocov3_ds.training.build import build_run
 from mocov3_ds.training.planned import drift_line
@@ -47,54 +50,76 @@ def train(settings: Settings, loss: PairLoss | None = None) -> None:
     """
     config, device = settings.config, ranks.start(timeout_s=_COLLECTIVES_S)
     heartbeat.start(config.hang_timeout)
-    drift = Drift(device)
-    run = build_run(settings, device, loss)
-    log = RunLog(
-        config.folder, steps_done=run.step, total_steps=run.total_steps, speaks=ranks.is_first()
-    )
-    log.print_line(describe_start(run))
-    if run.step == 0:
-        evaluate_start(run, log)
-        if config.trouble.policy == "rewind":
-            run.save_checkpoint()  # there is always something to return to
-    last = min(run.total_steps, config.stop_after_steps or run.total_steps)
-    try:
-        train_until(last, run, log, drift)
-    except BaseException:
-        run.abandon()
-        raise
-    heartbeat.enter_stage(run.step, "close")
-    run.close()
+    with contextlib.closing(Preemption(config.stopped_status)) as preemption:
+        drift = Drift(device)
+        run = build_run(settings, device, loss)
+        log = start_log(run)
+        if run.step == 0:
+            evaluate_start(run, log)
+            if config.trouble.policy == "rewind":
+                run.save_checkpoint()  # there is always something to return to
+        last = min(run.total_steps, config.stop_after_steps or run.total_steps)
+        try:
+            stop = train_until(last, run, log, drift, preemption)
+        except BaseException:
+            run.abandon()
+            tell_end(log.describe_troubles())
+            raise
+        heartbeat.enter_stage(run.step, "close")
+        run.close()
     heartbeat.stop()
     if ranks.is_first():
-        print(describe_end(run))  # noqa: T201
-    if run.step < last and config.stopped_status:
-        sys.exit(config.stopped_status)
+        tell_end([describe_end(run, log.describe_troubles())])
+    if stop is not None and run.step < last:
+        saved = checkpoint_folder(config.folder, run.step).name
+        sys.exit(exit_status.report_stop(stop, config.stopped_status, saved))
 
 
-def train_until(last: int, run: Run, log: RunLog, drift: Drift) -> None:
-    """All steps up to `last`, with their checkpoints; ends early where a signal asks for it."""
-    config = run.config
+def start_log(run: Run) -> RunLog:
+    """The log of a run that begins or goes on; what it says first."""
+    folder, is_first = run.config.folder, ranks.is_first()
+    if is_first:
+        heartbeat.note_saved(checkpoint_folder(folder, run.step).name if run.step else "")
+        if run.step < run.total_steps:
+            run_status.clear_finished(folder)
+    log = RunLog(folder, steps_done=run.step, total_steps=run.total_steps, speaks=is_first)
+    log.print_line(describe_start(run))
+    return log
+
+
+def tell_end(lines: list[str]) -> None:
+    """Print the last lines of a run, if there is still somebody to read them."""
+    with contextlib.suppress(OSError):  # the terminal may have gone with the launcher
+        for line in lines:
+            print(line, flush=True)  # noqa: T201
+
+
+def train_until(
+    last: int, run: Run, log: RunLog, drift: Drift, preemption: Preemption
+) -> Stop | None:
+    """All steps up to `last`, with their checkpoints; why it ended early, where it did."""
+    config, stop = run.config, None
     with contextlib.ExitStack() as closing:
         closing.callback(log.close)
         profile = Profile(config.folder, config.profile, run.device, log.print_line)
         closing.callback(profile.close)
-        preemption = Preemption()
-        closing.callback(preemption.close)
-        while run.step < last:
+        preemption.enter_loop()
+        while run.step < last and stop is None:
             with profile.step():
                 train_one_step(last, run, log)
             drift.record_step()
-            stops = preemption.on_any_rank()
-            ends = stops or run.step == last
+            stop = preemption.find_stop()
+            ends = stop is not None or run.step == last
             if drift.is_due(ends):
                 log.print_line(drift_line(drift, run))
             if ends or run.step % config.save.every_steps == 0:
                 heartbeat.enter_stage(run.step, "save")
+                log.sync()
                 run.save_checkpoint(last=ends)
-            if stops:
-                log.print_line("asked to stop by a signal: the state is saved")
-                break
+        if stop is not None:
+            saved = checkpoint_folder(config.folder, run.step)
+            log.print_line(f"{stop.sentence.rstrip('.')}: checkpoint {saved} is complete")
+    return stop
 
 
 def train_one_step(last: int, run: Run, log: RunLog) -> None:
@@ -116,6 +141,7 @@ def train_one_step(last: int, run: Run, log: RunLog) -> None:
         "save_s": run.take_save_seconds(),
         "memory_gib": peak_memory_gib(run.device),
         "stand_ins": step.batch.stand_ins,
+        **step_scale(run),
         **counters.take_counts(),
     }
     if not bad:
@@ -136,6 +162,12 @@ def train_one_step(last: int, run: Run, log: RunLog) -> None:
     log.log_step(row)
     if "knn_full" in row:
         log.print_line(f"k-NN after step {run.step}: {row['knn_full']:.2f} %")
+
+
+def step_scale(run: Run) -> dict[str, float]:
+    """Loss scale after the step, of fp16 alone."""
+    scale = zero.read_loss_scale(run.engine)
+    return {"loss_scale": scale["cur_scale"]} if scale else {}
 
 
 def evaluate_start(run: Run, log: RunLog) -> None:
@@ -176,9 +208,11 @@ def measure_knn(run: Run, *, last: bool) -> dict[str, float]:
 def main() -> int:
     """Command line; a failure ends with one sentence and a status, see `faults.exit_status`."""
     try:
+        check_environment()
         train(parse())
     except BaseException as error:
-        return exit_status.report_failure(error)
+        with repeated_signals_ignored():
+            return exit_status.report_failure(error)
     return 0
 
 

@@ -26,7 +26,7 @@ from mocov3_ds.checkpoints.checkpoint_writer import (
     write_checkpoint,
 )
 from mocov3_ds.checkpoints.mirror import Mirror
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import heartbeat, ranks
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -106,10 +106,18 @@ class Saver:
                 pass
             return
         queue = _FileQueue(self._host_bytes)
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._write, args=(step, queue.take_files(), state), name="checkpoint"
         )
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads: write it here
+            _log.warning("the checkpoint of step %d is written before going on: %s", step, error)
+            self._write(step, files, state)
+            for _ in files:
+                pass
+            return
+        self._thread = thread
         try:
             for file in files:
                 queue.put(file)
@@ -139,6 +147,7 @@ class Saver:
             for _ in files:  # empty the queue: otherwise the step loop would wait for room in it
                 pass
         else:
+            heartbeat.note_saved(folder.name)
             if self._mirror:
                 self._mirror.send(folder)
 

@@ -3,13 +3,15 @@
     heartbeat.start()                          on all ranks, after `ranks.start`
     heartbeat.enter_stage(step, "data")        whenever the main thread begins something
     heartbeat.report_failure(status, sentence) on the rank whose main thread gives up
+    heartbeat.note_saved(name)                 when a checkpoint is complete
     heartbeat.stop()                           at the end of a run
 
 A thread of each rank keeps one connection to rank 0; both sides send a beat every half second.
 Rank 0 ends the run when `heartbeat_rules` finds a dead, silent or hanging rank, or when a rank says
 why it gives up: data, memory, a fault of the program. Each other rank ends when rank 0 dies or
 falls silent. All ranks end when the launcher is gone, which would leave them behind as orphans
-(torchrun starts its ranks in sessions of their own).
+(torchrun starts its ranks in sessions of their own): at once before the training loop, and within
+it at the end of the step, so that the main threads can save (`lost_launcher`).
 
 A rank that ends because of another one exits with status 75. Before, it kills the stopped ranks of
 its machine, which would keep their memory and ports. Time is counted by a clock that stands still
@@ -33,7 +35,12 @@ from torch.distributed import DistError
 from mocov3_ds.distributed import heartbeat_rules, host_memory, ranks
 from mocov3_ds.distributed.heartbeat_links import connect_ranks, encode_message
 from mocov3_ds.distributed.heartbeat_rules import PEER_LOST_STATUS, SILENCE_S, Beat, Member, Stage
-from mocov3_ds.distributed.processes import find_launchers, kill_process, locate_thread
+from mocov3_ds.distributed.processes import (
+    find_launchers,
+    has_ended,
+    kill_process,
+    locate_thread,
+)
 
 _TICK_S = 0.5  # between two beats
 _LONGEST_TICK_S = 4 * _TICK_S  # more between two looks at the clock means that it stood still
@@ -73,6 +80,10 @@ class Heart:
         self.timer = heartbeat_rules.StageTimer(hang_timeout)
         self._main_thread = threading.main_thread().ident
         self._launchers = find_launchers()
+        self.lost_launcher = ""
+        """what to say of a launcher that is gone, while this rank goes on to save"""
+        self.saved: str | None = None
+        """name of the newest checkpoint; empty = there is none, None = not yet known"""
         self._lock = threading.Lock()  # guards what is sent and whether a sentence was written
         self._has_spoken = False
         self._outbox: list[dict[str, Any]] = []
@@ -183,6 +194,7 @@ class Heart:
             used_gib=self._process.memory_info().rss / 2**30,
             free_gib=host_memory.free_bytes() / 2**30,
             oom_kills=host_memory.count_oom_kills(),
+            saved=self.saved,
         )
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -244,9 +256,7 @@ class Heart:
             return
         if self._verdict.is_set() or self._gave_up_at is not None:
             return
-        for name, launcher in self._launchers:
-            if not launcher.is_running():
-                self._condemn(PEER_LOST_STATUS, f"{self.me}: its launcher, {name}, is gone.")
+        self._look_for_launchers()
         for member in self._members.values():
             silent_s = self._clock - member.heard
             if silent_s > heartbeat_rules.silence_limit(member, self.timer.step, self._silence_s):
@@ -260,11 +270,29 @@ class Heart:
             if hang is not None:
                 self._condemn(PEER_LOST_STATUS, hang)
 
+    def _look_for_launchers(self) -> None:
+        """Note that a launcher is gone; before the training loop, end the process at once."""
+        if self.lost_launcher:
+            return
+        for name, launcher in self._launchers:
+            if has_ended(launcher):
+                sentence = f"{self.me}: its launcher, {name}, is gone."
+                if self.timer.step == 0:
+                    self._condemn(PEER_LOST_STATUS, sentence)
+                self.lost_launcher = sentence
+
+    def newest_saved(self) -> str | None:
+        """Return the name of the newest checkpoint that any rank knows of, as `saved` does."""
+        known = [m.beat.saved for m in (*self._members.values(),)] + [self.saved]
+        return max((name for name in known if name is not None), default=None)
+
     def _condemn(self, status: int, sentence: str, stopped: list[Member] | None = None) -> None:
         """End this process, and where it is rank 0 the run; kill stopped ranks of this machine."""
         # when rank 0 has ended, one rank of each machine says so
         if self.me.rank < 2 or ranks.local_rank() == 0:
             self._speak(sentence, status)
+        elif stopped:  # until that one has seen it, too, and not a rank that was killed
+            time.sleep(_GRACE_S)
         if self.me.rank == 0:
             self._announce_end(status, sentence, stopped or [])
         for member in stopped or []:
@@ -283,7 +311,9 @@ class Heart:
                 return
             self._has_spoken = True
         with contextlib.suppress(OSError):  # the terminal may have gone with the launcher
-            message = heartbeat_rules.exit_message(sentence, status)
+            message = heartbeat_rules.exit_message(
+                sentence, status, self.newest_saved(), self.timer.steps_done
+            )
             sys.stderr.write(f"\ntrain.py: error: {message}\n")
             sys.stderr.flush()
 
@@ -323,6 +353,21 @@ def enter_stage(step: int, stage: Stage) -> None:
     """
     if _heart is not None:
         _heart.enter_stage(step, stage)
+
+
+def note_saved(name: str) -> None:
+    """Note that a checkpoint is complete, to be named where the run ends; any thread may call.
+
+    Args:
+        name: Name of its folder; empty = the run has none.
+    """
+    if _heart is not None:
+        _heart.saved = name
+
+
+def lost_launcher() -> str:
+    """Return a sentence on the launcher of this rank if it is gone; otherwise an empty text."""
+    return _heart.lost_launcher if _heart is not None else ""
 
 
 def report_failure(status: int, sentence: str, *, of_a_peer: bool = False) -> int | None:

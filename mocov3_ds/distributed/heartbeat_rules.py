@@ -13,15 +13,19 @@ may take an hour.
 """
 
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mocov3_ds.settings.environment import read_number
+from mocov3_ds.settings.wording import count_noun
+
 PEER_LOST_STATUS = 75
 """exit status of a rank that ends because another one, or the launcher, did ("try again" of
 sysexits.h)"""
+INTERRUPTED_STATUS = 130
+"""exit status of a run that Ctrl-C has ended, as a shell has it"""
 SILENCE_S = 20.0
 """seconds without a heartbeat after which a rank in its training loop counts as lost"""
 STARTUP_FACTOR = 6
@@ -74,6 +78,11 @@ class StageTimer:
         """
         return clock - self._since
 
+    @property
+    def steps_done(self) -> int:
+        """Number of steps that are complete."""
+        return self.step - 1 if self.stage in ("data", "step") and self.step else self.step
+
     def limit(self) -> float:
         """Return the seconds that the present stage may take; infinite for some stages."""
         if self.stage not in SHORTEST_LIMIT_S:
@@ -84,7 +93,7 @@ class StageTimer:
             return FIRST_LIMIT_S
         shortest = SHORTEST_LIMIT_S[self.stage]
         if self.stage == "data":  # an unreachable store is retried for so long
-            shortest += float(os.environ.get("MOCOV3_STORAGE_PATIENCE_S", 900))
+            shortest += read_number("MOCOV3_STORAGE_PATIENCE_S")
         return max(shortest, HANG_FACTOR * self._longest.get(self.stage, 0.0))
 
 
@@ -109,6 +118,8 @@ class Beat:
     """memory that its machine has left"""
     oom_kills: int = 0
     """times that the machine's kernel has killed a process for lack of memory"""
+    saved: str | None = None
+    """name of the newest checkpoint that the rank knows of; empty = there is none"""
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -210,14 +221,49 @@ def describe_hang(members: Sequence[Member]) -> str | None:
     )
 
 
-def exit_message(sentence: str, status: int) -> str:
+def exit_message(sentence: str, status: int, saved: str | None, steps_done: int) -> str:
     """Return the line that a run ends with, and what to do where the same command may help.
 
     Args:
         sentence: What happened, with or without a full stop.
         status: Exit status of the run.
+        saved: Name of the newest checkpoint; empty = there is none, None = not yet known.
+        steps_done: Number of steps that are complete.
     """
-    if status not in (1, PEER_LOST_STATUS):
+    if status not in (1, PEER_LOST_STATUS, INTERRUPTED_STATUS):
         return sentence
     stop = "" if sentence.endswith(".") else "."
-    return f"{sentence}{stop} The same command continues from the newest checkpoint."
+    # what one rank has met, such as data that are gone, the same command alone would meet again
+    condition = "Once that is mended, the" if status == 1 else "The"
+    return f"{sentence}{stop} {condition} {describe_way_on(saved, steps_done)}"
+
+
+def describe_way_on(saved: str | None, steps_done: int) -> str:
+    """Say from where the same command goes on: half a sentence, and what is lost.
+
+    Args:
+        saved: Name of the newest checkpoint; empty = there is none, None = not yet known.
+        steps_done: Number of steps that are complete.
+    """
+    if saved is None:
+        return "same command tries again."
+    if not saved:
+        return (
+            "same command starts from the beginning: there is no checkpoint yet"
+            f"{_describe_loss(steps_done)}."
+        )
+    lost = steps_done - step_in_name(saved)
+    return f"same command continues from the newest checkpoint, {saved}{_describe_loss(lost)}."
+
+
+def step_in_name(saved: str) -> int:
+    """Return the number of steps done that the name of a checkpoint tells.
+
+    Args:
+        saved: Name of its folder, `step-NNNNNNNN`.
+    """
+    return int(saved.rpartition("-")[2])
+
+
+def _describe_loss(steps: int) -> str:
+    return f" ({count_noun(steps, 'step')} since then will be repeated)" if steps > 0 else ""

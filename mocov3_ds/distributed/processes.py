@@ -40,6 +40,20 @@ def find_launchers(process: psutil.Process | None = None) -> list[tuple[str, psu
     return launchers
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Tell whether a process is gone, or is dead and only waits for its parent to read its status.
+
+    Args:
+        process: A process of this machine.
+    """
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:  # it is there, but of another user
+        return False
+
+
 def kill_process(host: str, pid: int, born: float) -> None:
     """Kill another process, if it runs on this machine and the number is still that process.
 

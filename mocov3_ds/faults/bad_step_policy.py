@@ -16,6 +16,7 @@ with more bad steps than `--trouble.limit` ends.
 import contextlib
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def handle_bad_step(run: Run, log: RunLog, bad_step: AdvancedStep) -> bool:
     run.saver.wait()
     path: Path = ranks.run_on_first(lambda: _write_record(run, step, reason, diagnosis))
     sentence = f"step {step}: {reason}; {_summarise(run, diagnosis)}. {path} tells more"
-    hint = f"mocov3 replay {run.config.folder} {step} looks at it again"
+    replay = shlex.join(["mocov3", "replay", str(run.config.folder), str(step)])
+    hint = f"{replay} looks at it again"
     if policy == "stop":
         raise FloatingPointError(
             f"{sentence}, {hint}, --trouble.policy skip (or rewind) goes on without that batch."
@@ -87,6 +89,8 @@ def handle_bad_step(run: Run, log: RunLog, bad_step: AdvancedStep) -> bool:
 
 def _rewind(run: Run, log: RunLog, saved: Checkpoint) -> None:
     ranks.run_on_first(lambda: remove_checkpoints_after(run.config.folder, saved.step))
+    if ranks.is_first():
+        heartbeat.note_saved(saved.folder.name)
     run.rewind_to(saved)
     log.drop_steps_after(run.step)
 

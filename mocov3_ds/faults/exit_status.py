@@ -1,13 +1,16 @@
 """How a failed run ends: one sentence for the user, an exit status, and no rank left behind."""
 
+import contextlib
 import sys
 import traceback
 from typing import NamedTuple
 
 import torch
 
-from mocov3_ds.distributed import heartbeat, ranks
-from mocov3_ds.distributed.heartbeat_rules import PEER_LOST_STATUS
+from mocov3_ds.data.storage import hide_secrets
+from mocov3_ds.distributed import heartbeat, heartbeat_rules, ranks
+from mocov3_ds.distributed.heartbeat_rules import INTERRUPTED_STATUS, PEER_LOST_STATUS
+from mocov3_ds.faults.preemption import AskedToStopError, Stop
 
 
 class Ending(NamedTuple):
@@ -30,6 +33,7 @@ def report_failure(error: BaseException) -> int:
     | 2      | was asked for something that cannot be                                      |
     | 3      | met values that are not finite, or a spike, and the policy is to stop       |
     | 75     | lost a rank or its launcher (`heartbeat_rules.PEER_LOST_STATUS`)            |
+    | 0      | was asked to stop by a signal (or `--stopped_status`)                       |
     | 130    | was interrupted from the keyboard                                           |
 
     Args:
@@ -47,8 +51,30 @@ def report_failure(error: BaseException) -> int:
     if status_of_run is not None:
         return status_of_run
     if ranks.is_first():
-        print(f"train.py: error: {ending.sentence}", file=sys.stderr)  # noqa: T201
+        _print_error(ending.sentence)
     return status
+
+
+def report_stop(stop: Stop, stopped_status: int, saved: str) -> int:
+    """Say why a run that has saved leaves before its end, and return the exit status.
+
+    Args:
+        stop: Why it leaves.
+        stopped_status: Exit status of a run that a signal has asked to stop.
+        saved: Name of the checkpoint that it has written last.
+    """
+    if not stop.launcher_is_lost:
+        return stopped_status
+    if ranks.is_first():
+        steps_done = heartbeat_rules.step_in_name(saved)
+        message = heartbeat_rules.exit_message(stop.sentence, PEER_LOST_STATUS, saved, steps_done)
+        _print_error(message)
+    return PEER_LOST_STATUS
+
+
+def _print_error(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may have gone with the launcher
+        print(f"train.py: error: {sentence}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def describe_ending(error: BaseException) -> Ending:
@@ -57,18 +83,20 @@ def describe_ending(error: BaseException) -> Ending:
     Args:
         error: What ended the run on this rank.
     """
-    first_line = f"{error}".strip().partition("\n")[0]
+    words = hide_secrets(str(error))
+    first_line = words.strip().partition("\n")[0]
     match error:
         case SystemExit():
             return Ending(1, first_line, True)
         case KeyboardInterrupt():
-            remedy = "the same command continues from the newest checkpoint"
-            return Ending(130, f"interrupted; {remedy}", True)
+            return Ending(INTERRUPTED_STATUS, "interrupted", True)
+        case AskedToStopError():
+            return Ending(error.status, f"{error}; nothing is lost", True)
         case FloatingPointError():
-            return Ending(3, str(error), True)
+            return Ending(3, words, True)
         case torch.OutOfMemoryError() | MemoryError():
             memory = first_line or "of the host"
             return Ending(1, f"out of memory ({memory}); a smaller --chunk helps.", True)
         case ValueError() | OSError():
-            return Ending(2, str(error), True)
+            return Ending(2, words, True)
     return Ending(1, f"{type(error).__name__}: {first_line}", False)

@@ -4,21 +4,25 @@
 drops the lines of steps that it will do again, so the file reads like that of an unbroken run.
 """
 
+import contextlib
 import json
 import logging
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from mocov3_ds.data.storage.atomic import Appender, write_text
+from mocov3_ds.data.storage.atomic import Appender, sync_to_disk, write_text
+from mocov3_ds.monitoring.run_review import RunReview
 from mocov3_ds.monitoring.sinks import Sink, SinkOpener, TensorBoardSink
 
 _IN_BAR = {"loss": "loss", "lr": "lr", "momentum": "m", "images_per_s": "img/s", "knn": "knn"}
 """name in a row -> name beside the progress bar"""
+
+_NAMED_SPANS = 8
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -49,9 +53,11 @@ class RunLog:
             return
         self._folder, self._openers = folder, sinks
         self._path = folder / "metrics.jsonl"
+        self._total_steps = total_steps
         # at step 0 everything goes: the row of step 0 comes again as well
-        drop_rows_after(self._path, steps_done or -1)
-        self._rows = Appender(self._path)
+        gap = describe_gap(self._begin_rows(steps_done or -1), steps_done)
+        if gap:
+            _log.warning("%s %s", self._path, gap)
         self._sinks = self._open_sinks(steps_done)
         self._bar = tqdm(
             total=total_steps, initial=steps_done, unit="step", dynamic_ncols=True, mininterval=0.5
@@ -70,7 +76,8 @@ class RunLog:
             if row.get(key) is not None:
                 self._bar_values[name] = f"{row[key]:.4g}"
         self._bar.set_postfix(self._bar_values, refresh=False)
-        self._bar.update(1)
+        with contextlib.suppress(OSError):  # the terminal may have gone with the launcher
+            self._bar.update(1)
 
     def log_values(self, step: int, **values: float) -> None:
         """Log values that belong to no training step, such as an accuracy before the first.
@@ -91,31 +98,54 @@ class RunLog:
         if not self.speaks:
             return
         self._rows.close()
-        drop_rows_after(self._path, step)
-        self._rows = Appender(self._path)
+        self._begin_rows(step)
         self._close_sinks()
         self._sinks = self._open_sinks(step)
         self._bar.n = step
-        self._bar.refresh()
+        with contextlib.suppress(OSError):
+            self._bar.refresh()
+
+    def _begin_rows(self, step: int) -> list[dict[str, Any]]:
+        """Go on behind a step with `metrics.jsonl`; returns its rows, which are reviewed again."""
+        rows = drop_rows_after(self._path, step)
+        self._review = RunReview(self._total_steps)
+        for row in rows:
+            self._review.push(row)
+        self._rows = Appender(self._path)
+        return rows
+
+    def sync(self) -> None:
+        """Put all rows on the disk, before a checkpoint promises that they are there."""
+        if self.speaks:
+            self._rows.append(b"")
+            sync_to_disk(self._path)
 
     def print_line(self, text: str) -> None:
-        """Print a line above the progress bar.
+        """Print a line above the progress bar, if there is still somebody to read it.
 
         Args:
             text: The line, without its end.
         """
         if self.speaks:
-            self._bar.write(text)
+            with contextlib.suppress(OSError):  # the terminal may have gone with the launcher
+                self._bar.write(text)
+
+    def describe_troubles(self) -> list[str]:
+        """Return what is wrong with the run so far, one line each; empty where nothing is."""
+        return self._review.summarise() if self.speaks else []
 
     def close(self) -> None:
         """Finish the progress bar and the files."""
         if self.speaks:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._rows.close()
             self._close_sinks()
 
     def _write_row(self, row: dict[str, Any]) -> None:
         self._rows.append((json.dumps(row) + "\n").encode())
+        for line in self._review.push(row):
+            self.print_line(line)
         step = row["step"]
         values = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
         for sink in [*self._sinks]:
@@ -165,18 +195,47 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def drop_rows_after(path: Path, step: int) -> None:
+def drop_rows_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Rewrite a `metrics.jsonl` without the rows of later steps.
 
     Args:
         path: The file, which may not exist yet.
         step: Number of the last step whose row stays.
 
+    Returns:
+        The rows that stay.
+
     Raises:
         OSError: The file cannot be written; its old content stays.
     """
     rows = [row for row in read_rows(path) if row["step"] <= step]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def describe_gap(rows: Sequence[Mapping[str, Any]], steps_done: int) -> str:
+    """Say which steps have no row though they were done; empty where each has one.
+
+    Args:
+        rows: Rows of a `metrics.jsonl`.
+        steps_done: Number of steps done.
+    """
+    missing = sorted({*range(1, steps_done + 1)} - {row["step"] for row in rows})
+    if not missing:
+        return ""
+    spans: list[tuple[int, int]] = []
+    for step in missing:
+        if spans and spans[-1][1] == step - 1:
+            spans[-1] = (spans[-1][0], step)
+        else:
+            spans.append((step, step))
+    named = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in spans[:_NAMED_SPANS])
+    more = f" and {len(spans) - _NAMED_SPANS} more places" if len(spans) > _NAMED_SPANS else ""
+    noun = "row" if len(missing) == 1 else "rows"
+    return (
+        f"lacks the {noun} of step {named}{more} ({len(missing)} of {steps_done}), as a power cut, "
+        "a full disk or an edit leaves it; the checkpoint has these steps, curves do not"
+    )
 
 
 def peak_memory_gib(device: torch.device) -> float:

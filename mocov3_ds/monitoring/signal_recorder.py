@@ -127,15 +127,18 @@ class SignalRecorder:
             backbone: Vision Transformer of the base encoder, for its attention.
 
         Returns:
-            What the log should say of alarms: `alarms` and `response`; empty in most steps.
+            What the log should say: `spread` of the queries (1 = even on the sphere, 0 = all
+            alike) where it was measured, `alarms` and `response`; empty in most steps.
         """
         signals = self.config.signals
         if not signals.every:
             return {}
         values = {name: float(row[name]) for name in SCALARS if name in row}
         is_due = _is_due(step, signals.every) or "knn" in row
+        said: dict[str, Any] = {}
         if _is_due(step, signals.features_every):
             values |= feature_signals(*pair)
+            said["spread"] = values["features_std"] * math.sqrt(pair[0].shape[1])
             is_due = True
         if _is_due(step, signals.attention_every):
             values |= self._measure_attention(backbone, x1_BCHW)
@@ -147,8 +150,8 @@ class SignalRecorder:
         if self._file is not None and is_due:
             self._recent.append(self._file.write_row(values))
         if not _is_due(step, signals.every):
-            return {}
-        return self._raise_alarms(step, sample_ids_B, values)
+            return said
+        return said | self._raise_alarms(step, sample_ids_B, values)
 
     def _measure_attention(self, backbone: VisionTransformer, x1_BCHW: Tensor) -> dict[str, float]:
         was_training = backbone.training

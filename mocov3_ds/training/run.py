@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mocov3_ds.checkpoints import run_folder
+from mocov3_ds.checkpoints import run_folder, run_status
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.checkpoints.saver import Saver
 from mocov3_ds.config import Config
@@ -172,6 +172,8 @@ class Run:
         self.loader.close()
         self.recorder.close()
         self.saver.close()
+        if self.step >= self.total_steps and ranks.is_first():
+            run_status.mark_finished(self.config.folder, self.step)
         run_folder.unlock_folder(self.config.folder)
 
     def abandon(self) -> None:

@@ -1,5 +1,9 @@
 """What a run says of itself at its start and at its end."""
 
+import shlex
+from collections.abc import Sequence
+
+from mocov3_ds.checkpoints.checkpoint import checkpoint_folder
 from mocov3_ds.data.views import decode
 from mocov3_ds.distributed import ranks
 from mocov3_ds.model.chunking import Chunks
@@ -32,17 +36,23 @@ def describe_chunks(chunks: Chunks) -> str:
     return f"chunks of {chunks.size} images ({chunks.keep} kept)"
 
 
-def describe_end(run: Run) -> str:
-    """How far the run came, where things lie and what can be done with them."""
+def describe_end(run: Run, troubles: Sequence[str] = ()) -> str:
+    """How far the run came, where things lie and what can be done with them.
+
+    Args:
+        run: the run, whose last checkpoint is complete.
+        troubles: what is wrong with it, one line each.
+    """
     folder, finished = run.config.folder, run.step >= run.total_steps
     state = "finished" if finished else f"stopped at step {run.step} of {run.total_steps}"
     return "\n".join(
         [
-            f"{state}; checkpoint in {folder / 'checkpoints'}",
+            f"{state}; checkpoint in {checkpoint_folder(folder, run.step)}",
             "resume:   the same command again" + (" (with more --epochs: a new --name)" * finished),
-            f"k-NN:     mocov3 knn {folder}",
-            f"export:   mocov3 export {folder}",
-            f"curves:   tensorboard --logdir {folder / 'tensorboard'}"
+            f"k-NN:     {shlex.join(['mocov3', 'knn', str(folder)])}",
+            f"export:   {shlex.join(['mocov3', 'export', str(folder)])}",
+            f"curves:   {shlex.join(['tensorboard', '--logdir', str(folder / 'tensorboard')])}"
             f"   (or read {folder / 'metrics.jsonl'})",
+            *(f"warning:  {trouble}" for trouble in troubles),
         ]
     )

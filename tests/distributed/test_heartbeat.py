@@ -1,6 +1,7 @@
 """Real gloo ranks, killed, stopped, stuck or raising: all of them end, and one names the reason."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -13,11 +14,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.distributed.heartbeat_rules import Beat, Member
+from mocov3_ds.distributed.processes import has_ended
 from mocov3_ds.distributed.ranks import free_port
 from mocov3_ds.faults import exit_status
 from tests.ranks_pool import forks
@@ -42,6 +45,8 @@ def run_rank(
     try:
         ranks.start(timeout_s=100)
         heartbeat.start(LIMIT_S if trouble == "hang" else 0.0, silence_s)
+        if rank == 0:
+            heartbeat.note_saved("step-00000003")
         for step in range(1, 500 if trouble != "none" else 9):
             heartbeat.enter_stage(step, "data")
             if step == STEP_OF_TROUBLE and rank == affected:
@@ -115,7 +120,7 @@ def outcome(
     return codes, "\n".join((folder / f"{rank}.err").read_text() for rank in range(WORLD))
 
 
-AGAIN = "The same command continues from the newest checkpoint."
+AGAIN = "same command continues from the newest checkpoint, step-00000003 (1 step since then"
 DIED = r"rank {} \(host \S+, pid \d+\) died without a word in step \d+, \w+: (killed|the kernel)"
 SILENT = r"rank {} \(host \S+, pid \d+\) has been silent for \d+ s in step \d+, \w+: its process is"
 CASES = {
@@ -144,7 +149,8 @@ def test_the_trouble_of_one_rank_ends_all_with_one_sentence(tmp_path: Path, case
     # of the end of rank 0 one rank of each host tells, and rank 1: here the same
     assert len(sentences) == 1, said
     assert re.search(words, sentences[0]), said
-    assert sentences[0].endswith(AGAIN), said
+    # rank 0 alone knows of checkpoints; the others have heard of them by its beats
+    assert (AGAIN if outside is None else AGAIN.partition("(")[0]) in sentences[0], said
     assert ("Traceback" in said) == (case == "fault"), said  # a fault of ours, to report
 
 
@@ -192,8 +198,38 @@ def test_what_waits_to_be_read_is_no_silence(speaks: bool, status: int) -> None:
     assert process.exitcode == status
 
 
+def lose_launcher(step: int) -> None:
+    """A rank whose launcher ends: before the loop it ends, too; within it, the main thread does."""
+    launcher = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
+    launcher.start()
+    while not has_ended(psutil.Process(launcher.pid)):  # dead, but its status is not yet read
+        time.sleep(0.05)
+    gone = [("deepspeed (pid 7)", psutil.Process(launcher.pid))]
+    with mock.patch.object(heartbeat, "find_launchers", lambda: gone):
+        if step:
+            with mock.patch.object(heartbeat.Heart, "_look_for_launchers"):
+                heartbeat.start()
+                heartbeat.enter_stage(step, "data")
+        else:
+            heartbeat.start()
+    deadline = time.monotonic() + 240
+    while not heartbeat.lost_launcher() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os._exit(9 if "its launcher, deepspeed (pid 7), is gone." in heartbeat.lost_launcher() else 1)
+
+
+@pytest.mark.parametrize(("step", "status"), [(0, 75), (1, 9)])
+def test_a_rank_may_save_when_its_launcher_is_gone(step: int, status: int) -> None:
+    process = forks().Process(target=lose_launcher, args=(step,))
+    process.start()
+    process.join(300)
+    assert process.exitcode == status
+
+
 def test_one_rank_alone_has_a_heart(capfd: pytest.CaptureFixture[str]) -> None:
     assert heartbeat.report_failure(1, "no heart beats yet") is None
+    assert heartbeat.lost_launcher() == ""
+    heartbeat.note_saved("step-00000001")
     heartbeat.start()
     heartbeat.enter_stage(1, "data")
     assert heartbeat.report_failure(3, "the loss is nan.") == 3

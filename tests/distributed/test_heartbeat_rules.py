@@ -6,7 +6,6 @@ import pytest
 
 from mocov3_ds.distributed.heartbeat_rules import (
     FIRST_LIMIT_S,
-    PEER_LOST_STATUS,
     Beat,
     Member,
     StageTimer,
@@ -66,6 +65,9 @@ def test_limits_follow_the_longest_of_their_kind(monkeypatch: pytest.MonkeyPatch
     assert limits[:4] == [FIRST_LIMIT_S] * 4
     assert limits[4:] == [160.0, 300.0, 160.0, 300.0]
     assert timer.seconds(clock) == 30.0
+    assert timer.steps_done == timer.step - 1
+    timer.enter(timer.step, "save", clock)
+    assert timer.steps_done == timer.step
     given = StageTimer(hang_timeout=5.0)
     given.enter(1, "step", 0.0)
     assert given.limit() == 5.0
@@ -103,8 +105,25 @@ def test_silence_is_described_with_the_last_known_stage() -> None:
     )
 
 
-def test_the_exit_message_says_where_the_same_command_helps() -> None:
-    again = "The same command continues from the newest checkpoint."
-    assert exit_message("data is damaged", 1) == f"data is damaged. {again}"
-    assert exit_message("rank 1 died.", PEER_LOST_STATUS) == f"rank 1 died. {again}"
-    assert exit_message("batch 7 cannot be.", 2) == "batch 7 cannot be."
+@pytest.mark.parametrize(
+    ("status", "saved", "steps_done", "words"),
+    [
+        (75, "step-00000120", 127, "The same command continues from the newest checkpoint, "
+         "step-00000120 (7 steps since then will be repeated)."),
+        (130, "step-00000120", 121, "The same command continues from the newest checkpoint, "
+         "step-00000120 (1 step since then will be repeated)."),
+        (75, "step-00000120", 120, "The same command continues from the newest checkpoint, "
+         "step-00000120."),
+        (1, "step-00000120", 120, "Once that is mended, the same command continues from the "
+         "newest checkpoint, step-00000120."),
+        (75, "", 9, "The same command starts from the beginning: there is no checkpoint yet "
+         "(9 steps since then will be repeated)."),
+        (1, None, 0, "Once that is mended, the same command tries again."),
+    ],
+)  # fmt: skip
+def test_the_exit_message_says_where_the_same_command_goes_on(
+    status: int, saved: str | None, steps_done: int, words: str
+) -> None:
+    for sentence in ("it ended", "it ended."):
+        assert exit_message(sentence, status, saved, steps_done) == f"it ended. {words}"
+    assert exit_message("batch 7 cannot be", 2, saved, steps_done) == "batch 7 cannot be"

@@ -14,7 +14,12 @@ import psutil
 import pytest
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.processes import find_launchers, kill_process, locate_thread
+from mocov3_ds.distributed.processes import (
+    find_launchers,
+    has_ended,
+    kill_process,
+    locate_thread,
+)
 
 
 @pytest.fixture
@@ -37,6 +42,19 @@ def test_no_other_process_of_the_same_number_is_killed(child: BaseProcess) -> No
     kill_process(socket.gethostname(), child.pid, born)
     child.join(240)
     assert child.exitcode == -9
+
+
+def test_a_dead_process_has_ended_whether_or_not_its_status_is_read(child: BaseProcess) -> None:
+    assert child.pid is not None
+    process = psutil.Process(child.pid)
+    assert not has_ended(process)
+    process.kill()
+    deadline = time.monotonic() + 240
+    while not has_ended(process):  # a zombie: nobody has waited for it
+        assert time.monotonic() < deadline
+    assert process.is_running()
+    child.join(240)
+    assert has_ended(process)
 
 
 def test_a_launcher_above_a_process_is_named(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ import psutil
 import pytest
 import torch
 
+from mocov3_ds.checkpoints.run_status import describe_status
 from mocov3_ds.faults import exit_status
+from mocov3_ds.faults.preemption import AskedToStopError, Stop
 from tests.data.sets import make_set
 from tests.test_train import LAUNCHERS, SMALL, TRAIN, broken_picture, environment, rows_of
 
-AGAIN = "The same command continues from the newest checkpoint."
+AGAIN = r"[Tt]he same command continues from the newest checkpoint, (step-\d{8})\D"
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB\nmore")
 DISK_FULL = OSError(28, "No space left on device", "runs/a")
 FAILURES = [
@@ -26,10 +28,11 @@ FAILURES = [
     (DISK_FULL, 2, "[Errno 28] No space left on device: 'runs/a'"),
     (SystemExit("rank 1: shard-7.tar is damaged"), 1, "rank 1: shard-7.tar is damaged"),
     (FloatingPointError("step 9: the loss is nan"), 3, "step 9: the loss is nan"),
+    (KeyboardInterrupt(), 130, "interrupted"),
     (
-        KeyboardInterrupt(),
-        130,
-        "interrupted; the same command continues from the newest checkpoint",
+        AskedToStopError("SIGTERM", 75),
+        75,
+        "asked to stop by SIGTERM before the first step of this start; nothing is lost",
     ),
     (
         OUT_OF_MEMORY,
@@ -56,6 +59,18 @@ def test_each_kind_of_failure_has_a_status_and_a_sentence(
 def test_what_the_parser_has_said_is_not_said_again(code: int | None) -> None:
     with pytest.raises(SystemExit):
         exit_status.report_failure(SystemExit(code))
+
+
+def test_a_lost_launcher_is_said_behind_the_save(capsys: pytest.CaptureFixture[str]) -> None:
+    lost = Stop("rank 1: its launcher, torchrun (pid 7), is gone.", launcher_is_lost=True)
+    assert exit_status.report_stop(lost, 0, "step-00000012") == 75
+    assert capsys.readouterr().err == (
+        "train.py: error: rank 1: its launcher, torchrun (pid 7), is gone. The same command "
+        "continues from the newest checkpoint, step-00000012.\n"
+    )
+    asked = Stop("asked to stop by SIGTERM", launcher_is_lost=False)
+    assert exit_status.report_stop(asked, 9, "step-00000012") == 9
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +150,13 @@ SILENT = (
 )
 
 
+def assert_names_newest(run: Path, sentence: str) -> None:
+    """The exit message names the newest checkpoint, and that one is there."""
+    named = re.search(AGAIN, sentence)
+    assert named, sentence
+    assert named[1] == (run / "checkpoints/latest").read_text().strip(), sentence
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "struck", "by", "words"),
@@ -156,7 +178,7 @@ def test_a_rank_that_is_struck_is_named_and_the_same_command_goes_on(
     sentences = [line for line in said.splitlines() if line.startswith("train.py: error: ")]
     assert len(sentences) == 1, said
     assert re.search(words, sentences[0]), said
-    assert sentences[0].endswith(AGAIN), said
+    assert_names_newest(launched.run, sentences[0])
     reached = rows_of(launched.run)[-1]["step"]
     second = launch(LAUNCHERS[launcher], *shards, "--epochs", "3000")
     second.wait_for_step(reached + 1)
@@ -166,18 +188,41 @@ def test_a_rank_that_is_struck_is_named_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_ranks_do_not_outlive_their_launcher(
-    launch: Launch, shards: list[str], launcher: str
+@pytest.mark.parametrize(
+    ("launcher", "by", "inner"),
+    [
+        ("torchrun", signal.SIGKILL, False),
+        ("deepspeed", signal.SIGTERM, False),  # what systemd or a person does
+        ("deepspeed", signal.SIGTERM, True),  # it passes the signal on to one rank after another
+        ("deepspeed", signal.SIGKILL, True),  # what the out-of-memory killer does
+        ("deepspeed", signal.SIGHUP, None),  # all of them, as a closed terminal does
+    ],
+)
+def test_what_ends_a_launcher_lets_the_ranks_save(
+    launch: Launch, shards: list[str], launcher: str, by: signal.Signals, inner: bool | None
 ) -> None:
-    launched = launch(LAUNCHERS[launcher], *shards, "--epochs", "3000")
+    flags = ("--epochs", "3000", "--save.every_steps", "1000")
+    launched = launch(LAUNCHERS[launcher], *shards, *flags)
     launched.wait_for_step(2)
-    launched.launcher.kill()
+    above = psutil.Process(launched.launcher.pid)
+    (below,) = above.children() if launcher == "deepspeed" else (above,)
+    struck = {False: [above], True: [below], None: [above, below, *launched.ranks.values()]}[inner]
+    for process in struck:
+        process.send_signal(by)
     status, said = launched.end()
-    assert status == -signal.SIGKILL
-    assert re.search(
-        rf"its launcher, {launcher} \(pid {launched.launcher.pid}\), is gone\.", said
-    ), said
+    reached = rows_of(launched.run)[-1]["step"]
+    assert (launched.run / f"checkpoints/step-{reached:08d}/state.json").exists(), said
+    lost = [line for line in said.splitlines() if "is gone" in line and "error: " in line]
+    if by == signal.SIGTERM and inner:
+        assert (
+            f"asked to stop by SIGTERM: checkpoint runs/tiny/checkpoints/step-{reached:08d}" in said
+        )
+        assert not lost
+    else:
+        assert len(lost) == 1, said
+        assert_names_newest(launched.run, lost[0])
+    assert status == (0 if (inner, by) == (True, signal.SIGKILL) else status)  # hence `status`
+    assert describe_status(launched.run, wait_s=60)[0] == 1
 
 
 @pytest.mark.slow
@@ -191,7 +236,7 @@ def test_unreadable_data_of_one_rank_ends_both(launch: Launch, tmp_path: Path) -
     assert len(sentences) == 1, said
     assert re.search(r"rank [01], step [12]: 1 unreadable sample in some, more", sentences[0]), said
     assert "t-000.tar" in sentences[0]
-    assert sentences[0].endswith(AGAIN)
+    assert "the same command starts from the beginning: there is no checkpoint yet" in sentences[0]
 
 
 @pytest.mark.slow

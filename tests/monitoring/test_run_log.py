@@ -1,12 +1,17 @@
 """The log of a run: one line a step, and a resumed run's file reads like an unbroken one's."""
 
+import contextlib
 import errno
+import io
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from mocov3_ds.monitoring import run_log
 from mocov3_ds.monitoring.run_log import RunLog, read_rows
 from tests.disk import largest_file
 
@@ -134,3 +139,70 @@ def test_a_full_disk_does_not_end_the_log(tmp_path: Path) -> None:
     log.log_step({"step": 4, "loss": 1.0})
     log.close()
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([1, 2, 3, 4, 5], ""),
+        ([1, 2, 3, 5], "lacks the row of step 4 (1 of 5)"),
+        ([3], "lacks the rows of step 1 to 2, 4 to 5 (4 of 5)"),
+        ([], "lacks the rows of step 1 to 5 (5 of 5)"),
+    ],
+)
+def test_a_gap_is_told_when_a_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: list[int], words: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in [0, *steps]) + '{"step": 6, "lo')
+    with caplog.at_level(logging.WARNING):
+        RunLog(tmp_path, steps_done=5, total_steps=9, speaks=True, sinks=[]).close()
+    assert (words in caplog.text) if words else not caplog.text
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint_is(tmp_path: Path) -> None:
+    synced: list[str] = []
+
+    def note(path: Path) -> None:
+        synced.append(path.read_text())
+
+    log = RunLog(tmp_path, steps_done=0, total_steps=9, speaks=True, sinks=[])
+    with mock.patch.object(run_log, "sync_to_disk", note):
+        log.log_step({"step": 1})
+        log.sync()
+    log.close()
+    assert synced == ['{"step": 1}\n']
+
+
+class Gone(io.StringIO):
+    """A terminal that has gone."""
+
+    def write(self, _text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_terminal_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+    with mock.patch.object(sys, "stderr", Gone()), mock.patch.object(sys, "stdout", Gone()):
+        with contextlib.suppress(OSError):  # it was there when the run began
+            log = RunLog(tmp_path, steps_done=0, total_steps=9, speaks=True, sinks=[])
+        with mock.patch.object(run_log.tqdm, "write", side_effect=OSError(errno.EIO, "gone")):
+            log.log_step({"step": 1})
+            log.print_line("nobody reads this")
+            log.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_what_is_wrong_is_said_at_once_at_the_end_and_after_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, steps_done=0, total_steps=9, speaks=True, sinks=[])
+    log.log_step({"step": 1, "applied": False})
+    assert "step 1: the fp16 gradient overflowed" in capsys.readouterr().out
+    said = log.describe_troubles()
+    assert said == ["fp16: 1 step skipped by an overflow"]
+    log.close()
+    resumed = RunLog(tmp_path, steps_done=1, total_steps=9, speaks=True, sinks=[])
+    assert resumed.describe_troubles() == said
+    resumed.drop_steps_after(0)
+    assert resumed.describe_troubles() == []
+    resumed.close()

@@ -48,8 +48,12 @@ def test_chunks() -> None:
 
 def test_the_end_says_what_can_be_done() -> None:
     stopped, finished = (describe_end(stopped_run(step)).splitlines() for step in (5, 12))
-    assert stopped[0] == "stopped at step 5 of 12; checkpoint in runs/tiny/checkpoints"
+    assert (
+        stopped[0] == "stopped at step 5 of 12; checkpoint in runs/tiny/checkpoints/step-00000005"
+    )
     assert stopped[1] == "resume:   the same command again"
-    assert finished[0] == "finished; checkpoint in runs/tiny/checkpoints"
+    assert finished[0] == "finished; checkpoint in runs/tiny/checkpoints/step-00000012"
     assert finished[1].endswith("again (with more --epochs: a new --name)")
     assert [line.split(":")[0] for line in finished[1:]] == ["resume", "k-NN", "export", "curves"]
+    troubled = describe_end(stopped_run(5), ["k-NN fell", "3 steps skipped"]).splitlines()
+    assert troubled[-2:] == ["warning:  k-NN fell", "warning:  3 steps skipped"]
