@@ -10,14 +10,16 @@ from typing import Annotated, Literal
 import tyro
 
 from data_prep import engines, images
+from data_prep.class_files import read_class_names
+from data_prep.class_numbers import Unlabelled
 from data_prep.index import index_tars
-from data_prep.labels import read_class_names
 from data_prep.shard import make_shards
 from data_prep.shard_options import ShardOptions
 from data_prep.sources import list_images
 from data_prep.stats import draw_histograms, set_stats
 from data_prep.verify import verify_set
 from mocov3_ds.data import storage
+from mocov3_ds.settings.paths import expand_home
 
 Url = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
 
@@ -50,8 +52,15 @@ class ShardCommand:
     classes: Path | None = None
     """file that names the classes, one a line, which numbers them; default sorted names"""
     labels: Path | None = None
-    """file with the label of each image (`IMAGE CLASS` lines, or a class a line in the order of the
-    images' names; numbers from 1 as in ImageNet's kit need --classes)"""
+    """file with the label of each image: rows of image and class (TAB, comma, semicolon or blank
+    between), or a class a line in the order of the images' names (numbers from 1, as in ImageNet's
+    kit, need --classes)"""
+    image: str = ""
+    """column of a parquet file that holds the images, where several can"""
+    label: str = ""
+    """column of a parquet file or of --labels that holds the class, where several can; - = none"""
+    unlabelled: Unlabelled = "refuse"
+    """images without a label where others have one; `keep` leaves them without"""
     workers: int = 0
     """number of processes; 0 = one a core"""
     engine: Literal["processes", "ray"] = "processes"
@@ -82,8 +91,13 @@ class ShardCommand:
                 under=self.under,
                 classes=self.classes,
                 labels=self.labels,
+                image=self.image,
+                label=self.label,
+                unlabelled=self.unlabelled,
                 scratch_folder=Path(folder),
             )
+            for note in listing.notes:
+                print(f"data_prep: {note}", file=sys.stderr)
             summary = make_shards(
                 listing, url, options, workers=workers, source=self.source, engine=engine
             )
@@ -111,7 +125,13 @@ def check_set(url: Url, /, *, decode: bool = True, json: bool = False, workers: 
 
 
 def index_set(
-    url: Url, /, *, classes: Path | None = None, replace: bool = False, workers: int = 0
+    url: Url,
+    /,
+    *,
+    classes: Path | None = None,
+    unlabelled: Unlabelled = "refuse",
+    replace: bool = False,
+    workers: int = 0,
 ) -> None:
     """Write the manifest of tars that others made, so that they can be streamed and verified.
 
@@ -122,13 +142,15 @@ def index_set(
     Args:
         url: folder or URL of the tars.
         classes: file that names the classes, one a line.
+        unlabelled: samples without a label where others have one; `keep` leaves them without.
         replace: write a new manifest where there is one.
         workers: number of processes; 0 = one a core.
     """
     shards = index_tars(
         url,
         workers=workers or engines.default_workers(),
-        classes=[] if classes is None else read_class_names(classes),
+        classes=None if classes is None else read_class_names(classes),
+        unlabelled=unlabelled,
         replace=replace,
     )
     print(
@@ -157,6 +179,7 @@ def main() -> int:
         result = tyro.extras.subcommand_cli_from_dict(
             {"shard": ShardCommand, "verify": check_set, "stats": show_stats, "index": index_set},
             prog="python -m data_prep",
+            args=expand_home(sys.argv[1:]),
             description="Images in any form to shards that can be streamed, and checks on them.",
         )
         if isinstance(result, ShardCommand):

@@ -1,11 +1,15 @@
 """How do tars that others made get a manifest, so that they can be streamed and verified?"""
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_prep import engines, labels
+from data_prep import engines
+from data_prep.class_numbers import ClassNames, Unlabelled, number_labels
+from data_prep.labels import Label
 from data_prep.progress import Progress
 from data_prep.receipts import Reject, write_rejects
 from data_prep.scan import Sample, Scan, scan_shard
@@ -18,7 +22,8 @@ def index_tars(
     url: str,
     *,
     workers: int,
-    classes: Sequence[str] = (),
+    classes: ClassNames | None = None,
+    unlabelled: Unlabelled = "refuse",
     replace: bool = False,
     quiet: bool = False,
 ) -> Manifest:
@@ -29,7 +34,8 @@ def index_tars(
     Args:
         url: URL of the folder of the tars.
         workers: Number of processes; 1 = this one alone.
-        classes: Class names by label; () = none, or sorted where labels are names.
+        classes: Class names in the order that numbers them; None = sorted where labels are names.
+        unlabelled: What to do with samples without a label where others have one.
         replace: Write a new manifest where there is one already.
         quiet: Show no progress on standard error.
 
@@ -50,18 +56,33 @@ def index_tars(
     if not samples:
         raise ValueError(f"the tars in {url} hold no readable images.")
     index_N = np.array([_index_row(sample) for sample in samples], dtype=manifest.ROW)
-    names = [f"sample {number}" for number in range(len(samples))]
-    index_N["label"], class_names = labels.number_labels(
-        [sample.label for sample in samples], classes, url, names
+    names = [f"{name}/{sample.key}" for name, kept in readable.items() for sample in kept]
+    labels = [sample.label for sample in samples]
+    index_N["label"], class_names, notes = number_labels(
+        labels, classes or ClassNames(), url, names, unlabelled=unlabelled
     )
+    for note in notes:
+        print(f"data_prep: {note}", file=sys.stderr)
     rejected = _write_rejects(url, scans)
     shards = [
         Shard(name, scans[name].bytes, len(samples), scans[name].sha256)
         for name, samples in readable.items()
         if samples
     ]
-    provenance = {"program": f"mocov3-ds {__version__}", "rejected": rejected, "source": "index"}
+    provenance = {
+        "program": f"mocov3-ds {__version__}",
+        "rejected": rejected,
+        "source": "index",
+        # of labels that are numbers: whether they are class names, as ids are, or class numbers
+        "labels": "ids" if class_names and _are_ids(labels, index_N["label"]) else "numbers",
+    }
     return manifest.write(url, shards, index_N, classes=class_names, provenance=provenance)
+
+
+def _are_ids(labels: Sequence[Label], label_N: NDArray[np.int32]) -> bool:
+    """Whether a label that is a number got another one."""
+    pairs = zip(labels, label_N.tolist(), strict=True)
+    return any(isinstance(label, int) and label != number >= 0 for label, number in pairs)
 
 
 def _scan_tars(url: str, workers: int, quiet: bool) -> dict[str, Scan]:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.class_numbers import ClassNames, Unlabelled, number_labels
 from data_prep.images import SUFFIXES
-from data_prep.labels import Label, number_labels
+from data_prep.labels import Label
 
 _LONGEST_KEY = 90  # with the ending it must fit in a ustar name
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
@@ -65,6 +66,8 @@ class Listing:
     """folder of the files with `file_N` < 0"""
     left_out: Sequence[str] = field(default=())
     """names of files that are not images by their ending"""
+    notes: tuple[str, ...] = ()
+    """how the labels were understood, where that is not plain to see"""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -154,20 +157,28 @@ class UnsortedImages:
         return selection
 
     def to_listing(
-        self, files: Sequence[str], root: str, classes: Sequence[str], source: str
+        self,
+        files: Sequence[str],
+        root: str,
+        classes: ClassNames,
+        source: str,
+        unlabelled: Unlabelled = "refuse",
     ) -> Listing:
         """Number the classes, give each image its key, and sort by name.
 
         Args:
             files: Paths of the archives by their number.
             root: Folder of the images that are files of their own.
-            classes: Class names in the order that numbers them; () = sorted.
+            classes: Class names in the order that numbers them; without readings = sorted.
             source: Name of the source, for messages.
+            unlabelled: What to do with images without a label where others have one.
 
         Raises:
             ValueError: Labels that the class names do not cover, or names for some images only.
         """
-        numbers, class_names = number_labels(self.label, classes, source, self.names)
+        numbers, class_names, notes = number_labels(
+            self.label, classes, source, self.names, unlabelled=unlabelled
+        )
         order = sorted(
             range(len(self.names)),
             key=lambda row: (self.names[row], self.file[row], self.offset[row]),
@@ -183,9 +194,10 @@ class UnsortedImages:
             size_N=np.array(self.size, dtype=np.int64)[rows],
             label_N=np.array(numbers, dtype=np.int32)[rows],
             json_N2=np.array(self.json, dtype=np.int64).reshape(-1, 2)[rows],
-            classes=tuple(class_names),
+            classes=class_names,
             root=root,
             left_out=sorted(self.left_out),
+            notes=notes,
         )
 
 

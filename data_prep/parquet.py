@@ -1,20 +1,30 @@
-"""Which images does a parquet file hold? One pass copies them to a scratch tar.
+"""Which images and labels does a parquet file hold? One pass copies the images to a scratch tar.
 
 A parquet file cannot be read in shuffled order. Its images go to a scratch file of this machine (it
 needs the room), from which shards are made like from any tar.
+
+Images are a column of bytes, or a struct with `bytes` and maybe `path`, as Hugging Face writes
+them. Where several columns could be images or labels, their names, their kind and their content
+decide; if these leave it open, the candidates are named and the user decides.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep import tar
+from data_prep.class_numbers import ClassNames
 from data_prep.images import SUFFIXES
-from data_prep.labels import Label
+from data_prep.label_files import LABEL_COLUMNS, OTHER_LABEL_COLUMNS
+from data_prep.labels import STATED_NONE, Label, convert_label
+from mocov3_ds.data.views import decode
 
-_LABELS = ("label", "labels", "cls", "class", "fine_label")
+NO_LABEL = "-"
+"""`--label -` takes no label"""
+
+_IMAGES = {"image", "img", "jpg", "jpeg", "png", "webp"}
 _MAGIC = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
 _ROWS = 64  # read at a time: images of a few MB must not fill the memory
 
@@ -30,64 +40,158 @@ class Row(NamedTuple):
     label: Label
 
 
-def read_classes(path: Path) -> list[str]:
-    """Read the class names that a Hugging Face parquet file carries; [] = none.
+class Columns(NamedTuple):
+    """What is taken of parquet files."""
+
+    image: str
+    label: str
+    """empty = none"""
+    classes: ClassNames
+    """names of labels that are numbers, where the files state them"""
+    notes: tuple[str, ...]
+    """how the columns were chosen"""
+
+
+def choose_columns(paths: Sequence[Path], image: str = "", label: str = "") -> Columns:
+    """Choose the columns of images and labels, the same in all files of a source.
+
+    Args:
+        paths: The parquet files of the source.
+        image: Name of the column of images; empty = the only one that can be.
+        label: Name of the column of labels; empty = the only one that can be, `-` = none.
 
     Raises:
-        ValueError: pyarrow is missing, or the file is damaged.
+        ValueError: pyarrow is missing, a file is damaged, several columns could be meant or none,
+            or the files differ in columns or class names.
     """
-    metadata = (_open_parquet(path).schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-    try:
-        features = json.loads(metadata)["info"]["features"]
-        return next(
-            [str(name) for name in features[label]["names"]]
-            for label in _LABELS
-            if isinstance(features.get(label), dict) and "names" in features[label]
+    first, *more_paths = paths
+    file = _open_parquet(first)
+    image, image_note = _choose_image(first, file, image)
+    label, label_note = _choose_label(first, file, label, image)
+    names = _class_names(file, label)
+    for path in more_paths:
+        next_file = _open_parquet(path)
+        lacking = {image, label} - {"", *next_file.schema_arrow.names}
+        if lacking:
+            raise ValueError(f"{path} has no column {min(lacking)!r}, {first} has one.")
+        if _class_names(next_file, label) != names:
+            raise ValueError(
+                f"{path} and {first} name the classes of {label!r} differently; shard each by "
+                "itself."
+            )
+    classes = ClassNames((names,) if names else (), str(first))
+    return Columns(image, label, classes, (f"{first.name}: {image_note}; {label_note}",))
+
+
+def _choose_image(path: Path, file: Any, wanted: str) -> tuple[str, str]:
+    """Name of the column of images, and how it was chosen."""
+    schema = file.schema_arrow
+    holders = [field.name for field in schema if _holds_images(field.type)]
+    if wanted and wanted not in holders:
+        raise ValueError(
+            f"{path} has no column {wanted!r} of bytes; those of bytes are "
+            f"{', '.join(map(repr, holders)) or 'none'}."
         )
-    except (KeyError, TypeError, ValueError, StopIteration):
-        return []
+    if not holders:
+        raise ValueError(
+            f"{path} has no column of image bytes among {', '.join(schema.names)}; it must be "
+            "binary, or a struct with a field called bytes."
+        )
+    signs: tuple[Callable[[str], bool], ...] = (
+        lambda name: name.lower() in _IMAGES,
+        lambda name: _is_struct(schema.field(name).type),
+        lambda name: _shows_images(file, name),
+    )
+    fitting = [wanted] if wanted else holders
+    for sign in signs:
+        if len(fitting) > 1:
+            fitting = [name for name in fitting if sign(name)] or fitting
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{path} has {len(fitting)} columns that may be the images, "
+            f"{', '.join(map(repr, fitting))}; say which by --image NAME."
+        )
+    unused = [name for name in holders if name != fitting[0]]
+    also = f" (not {', '.join(map(repr, unused))})" if unused else ""
+    return fitting[0], f"images are column {fitting[0]!r}{also}"
 
 
-def copy_images(path: Path, folder: Path) -> tuple[Path, list[Row]]:
+def _choose_label(path: Path, file: Any, wanted: str, image: str) -> tuple[str, str]:
+    """Name of the column of labels, empty without one, and how it was chosen."""
+    schema = file.schema_arrow
+    columns = [name for name in schema.names if name != image]
+    if wanted == NO_LABEL:
+        return "", "no labels are taken"
+    if wanted and wanted not in columns:
+        raise ValueError(
+            f"{path} has no column {wanted!r} for labels; the others are "
+            f"{', '.join(map(repr, columns)) or 'none'}."
+        )
+    named = [name for name in columns if _class_names(file, name)]
+    groups = (
+        [name for name in columns if name.lower() in LABEL_COLUMNS],
+        [name for name in columns if name in named or name.lower() in OTHER_LABEL_COLUMNS],
+    )
+    fitting = [wanted] if wanted else next((group for group in groups if group), [])
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{path} has {len(fitting)} columns that may be the label, "
+            f"{', '.join(map(repr, fitting))}; say which by --label NAME, or --label - for none."
+        )
+    if not fitting:
+        also = f" ({', '.join(map(repr, columns))}: --label NAME takes one)" if columns else ""
+        return "", f"no column is the label{also}"
+    kind = schema.field(fitting[0]).type
+    if not _can_be_label(kind):
+        raise ValueError(
+            f"column {fitting[0]!r} of {path} holds {kind}; a label is one name or one whole "
+            "number an image. --label NAME takes another column, --label - none."
+        )
+    return fitting[0], f"labels are column {fitting[0]!r}"
+
+
+def _class_names(file: Any, label: str) -> tuple[str, ...]:
+    """Class names of a column that a Hugging Face parquet file carries; () = none."""
+    metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        feature = json.loads(metadata)["info"]["features"][label]
+        return tuple(str(name) for name in feature["names"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return ()
+
+
+def copy_images(path: Path, folder: Path, columns: Columns) -> tuple[Path, list[Row]]:
     """Copy the images of a parquet file to a scratch tar.
-
-    The image column is the first that holds bytes, or a struct with `bytes` and maybe `path` (as
-    Hugging Face writes them); the label column is called label, labels, cls, class or fine_label.
 
     Args:
         path: Path of the parquet file.
         folder: Folder for the scratch tar.
+        columns: Columns of the images and labels.
 
     Returns:
         Path of the scratch tar, and its images.
 
     Raises:
-        ValueError: pyarrow is missing, there is no image column, or the file is damaged.
+        ValueError: The file is damaged, or a label is neither a name nor a whole number.
     """
     import pyarrow as pa
 
-    file = _open_parquet(path)
-    schema = file.schema_arrow
-    image = next((field.name for field in schema if _holds_images(field.type)), None)
-    if image is None:
-        raise ValueError(
-            f"{path} has no column of image bytes among {', '.join(schema.names)}; it must be "
-            "binary, or a struct with a field called bytes."
-        )
-    label = next((name for name in _LABELS if name in schema.names), None)
     plain = folder / f"{path.stem}.tar"
     print(f"copying the images of {path.name} to {plain} for reading in any order", file=sys.stderr)
     rows: list[Row] = []
     position = 0
     try:
         with plain.open("wb") as out:
-            for value, number in _read_rows(file, image, label):
+            for value, label in _read_rows(_open_parquet(path), columns):
                 image_bytes, name = _split_value(value)
                 name = _choose_name(name, image_bytes, f"{path.stem}-{len(rows):07d}")
+                cell = f"{columns.label!r} in row {len(rows)} of {path}"
                 header = tar.make_header(f"{len(rows)}", len(image_bytes))
                 block = header + image_bytes + tar.padding_after(len(image_bytes))
                 out.write(block)
-                rows.append(Row(name, position + tar.BLOCK, len(image_bytes), number))
+                label = convert_label(label, cell)
+                label = STATED_NONE if label is None and columns.label else label
+                rows.append(Row(name, position + tar.BLOCK, len(image_bytes), label))
                 position += len(block)
             out.write(tar.END)
     except pa.ArrowException as error:
@@ -95,12 +199,12 @@ def copy_images(path: Path, folder: Path) -> tuple[Path, list[Row]]:
     return plain, rows
 
 
-def _read_rows(file: Any, image: str, label: str | None) -> Iterator[tuple[Any, Label]]:
-    """Value of the image column and label of each row; None where there is no label column."""
-    columns = [image] if label is None else [image, label]
-    for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
-        values = batch.column(image).to_pylist()
-        labels = [None] * len(values) if label is None else batch.column(label).to_pylist()
+def _read_rows(file: Any, columns: Columns) -> Iterator[tuple[Any, Any]]:
+    """Values of the image column and of the label column of each row; None without one."""
+    names = [name for name in (columns.image, columns.label) if name]
+    for batch in file.iter_batches(batch_size=_ROWS, columns=names):
+        values = batch.column(columns.image).to_pylist()
+        labels = batch.column(columns.label).to_pylist() if columns.label else [None] * len(values)
         yield from zip(values, labels, strict=True)
 
 
@@ -119,17 +223,47 @@ def _open_parquet(path: Path) -> Any:
 
 
 def _holds_images(kind: Any) -> bool:
+    return _is_binary(kind) or _is_struct(kind)
+
+
+def _is_struct(kind: Any) -> bool:
+    """Whether a column is as Hugging Face writes images."""
     import pyarrow as pa
 
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
-    return _is_binary(kind)
+    return bool(pa.types.is_struct(kind)) and any(
+        field.name == "bytes" and _is_binary(field.type) for field in kind
+    )
 
 
 def _is_binary(kind: Any) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in (*tests, pa.types.is_fixed_size_binary))
+
+
+def _can_be_label(kind: Any) -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _can_be_label(kind.value_type)
+    tests = (types.is_integer, types.is_floating, types.is_decimal, types.is_null)
+    texts = (types.is_string, types.is_large_string, types.is_string_view)
+    return any(test(kind) for test in (*tests, *texts))
+
+
+def _shows_images(file: Any, name: str) -> bool:
+    """Whether the first values of a column are images."""
+    for batch in file.iter_batches(batch_size=4, columns=[name]):
+        for value in batch.column(name).to_pylist():
+            try:
+                decode.read_size(_split_value(value)[0])
+            except decode.UnreadableImage:
+                continue
+            return True
+        break
+    return False
 
 
 def _split_value(value: Any) -> tuple[bytes, str]:

@@ -11,11 +11,15 @@ Classes may also be given by a file: one name a line (`classes`), or one label a
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from data_prep import parquet, scratch
+from data_prep.class_files import read_class_names
+from data_prep.class_numbers import ClassNames, Unlabelled
 from data_prep.images import SUFFIXES
-from data_prep.labels import read_class_names, read_image_labels
+from data_prep.label_files import read_image_labels
 from data_prep.listing import Listing, UnsortedImages, folder_class, is_image_name
 from data_prep.tar_listing import list_tar
 from mocov3_ds.data import manifest, storage
@@ -29,6 +33,9 @@ def list_images(
     under: str = "",
     classes: Path | None = None,
     labels: Path | None = None,
+    image: str = "",
+    label: str = "",
+    unlabelled: Unlabelled = "refuse",
     scratch_folder: Path | None = None,
 ) -> Listing:
     """List the images of a source without reading them.
@@ -37,26 +44,27 @@ def list_images(
         source: Folder of class folders, a tar or parquet file, or a folder of such files.
         under: Folder of the source from which alone images are taken.
         classes: File with one class name a line, which numbers the classes; None = sorted names.
-        labels: File with the label of each image; see `labels.read_image_labels`.
+        labels: File with the label of each image; see `label_files.read_image_labels`.
+        image: Name of the column that holds the images; empty = the only one that can.
+        label: Name of the column that holds the class, of `labels` if that is given.
+        unlabelled: What to do with images without a label where others have one.
         scratch_folder: Folder for copies of compressed tars and parquet files; None = refuse them.
 
     Raises:
         ValueError: There is no such source, it is none, or names and labels do not fit.
     """
-    if not storage.is_local(source):
-        raise ValueError(
-            f"{source}: sources are files of this machine (or a mounted file system); destinations "
-            "can be object storage."
-        )
-    path = storage.local_path(source)
-    if not path.exists():
-        raise ValueError(f"there is no {source}; the source is a folder of class folders or a tar.")
+    path = _find_source(source)
     under = under.strip("/")
     images, root = UnsortedImages(), ""
-    names: Sequence[str] = [] if classes is None else read_class_names(classes)
+    names = ClassNames() if classes is None else read_class_names(classes)
+    notes: tuple[str, ...] = ()
     files = _find_archives(path)
-    if files:
-        names = names or _find_class_names(files, path)
+    if files and files[0].suffix == ".parquet":
+        column = label if labels is None else parquet.NO_LABEL
+        files, columns = _list_parquet(images, files, scratch_folder, image, column)
+        names, notes = names if names.readings else columns.classes, columns.notes
+    elif files:
+        names = names if names.readings else _find_class_names(path)
         files = [
             _list_archive(images, file, number, scratch_folder, use_prefix=len(files) > 1)
             for number, file in enumerate(files)
@@ -70,8 +78,25 @@ def list_images(
         _list_tree(images, path / under)
     _check_images(images, source, under)
     if labels is not None:
-        images.label, names = read_image_labels(labels, images.names, names)
-    return images.to_listing([str(file) for file in files], root, names, source)
+        images.label, names, label_notes = read_image_labels(
+            labels, images.names, names, label=label, unlabelled=unlabelled
+        )
+        notes += label_notes
+    listing = images.to_listing([str(file) for file in files], root, names, source, unlabelled)
+    return replace(listing, notes=notes + listing.notes)
+
+
+def _find_source(source: str) -> Path:
+    """Path of a source, which must be on this machine."""
+    if not storage.is_local(source):
+        raise ValueError(
+            f"{source}: sources are files of this machine (or a mounted file system); destinations "
+            "can be object storage."
+        )
+    path = storage.local_path(source)
+    if not path.exists():
+        raise ValueError(f"there is no {source}; the source is a folder of class folders or a tar.")
+    return path
 
 
 def _find_archives(path: Path) -> list[Path]:
@@ -105,13 +130,16 @@ def _is_archive(path: Path) -> bool:
     return path.suffix in (".tar", ".parquet") or scratch.is_compressed_tar(path)
 
 
-def _find_class_names(files: Sequence[Path], path: Path) -> list[str]:
-    """Read class names from the manifest beside tars, or inside a parquet file; [] = none."""
-    if files[0].suffix == ".parquet":
-        return parquet.read_classes(files[0])
+def _find_class_names(path: Path) -> ClassNames:
+    """Read class names from the manifest beside tars."""
     if path.is_dir() and (path / manifest.NAME).exists():
-        return list(manifest.load(str(path)).classes)
-    return []
+        described = manifest.load(str(path))
+        meaning: Literal["names", "positions"] = (
+            "names" if described.provenance.get("labels") == "ids" else "positions"
+        )
+        readings = (described.classes,) if described.classes else ()
+        return ClassNames(readings, f"{path / manifest.NAME}", meaning)
+    return ClassNames()
 
 
 def _list_archive(
@@ -122,15 +150,28 @@ def _list_archive(
         plain = file
     elif folder is None:
         raise ValueError(f"{file} needs a scratch folder to be read.")
-    elif file.suffix == ".parquet":
-        plain, rows = parquet.copy_images(file, folder)
-        for row in rows:
-            images.add_image(row.name, number, row.offset, row.size, row.label)
-        return plain
     else:
         plain = scratch.decompress_tar(file, folder)
     list_tar(images, plain, number, prefix=f"{plain.stem}/" if use_prefix else "")
     return plain
+
+
+def _list_parquet(
+    images: UnsortedImages, files: Sequence[Path], folder: Path | None, image: str, label: str
+) -> tuple[list[Path], parquet.Columns]:
+    """List parquet files; returns the files that hold the bytes, and what was taken of them."""
+    if folder is None:
+        raise ValueError(f"{files[0]} needs a scratch folder to be read.")
+    if tars := [file for file in files if file.suffix != ".parquet"]:
+        raise ValueError(f"{tars[0]} is a tar beside {files[0].name}; shard each by itself.")
+    columns = parquet.choose_columns(files, image, label)
+    plain = []
+    for number, file in enumerate(files):
+        path, rows = parquet.copy_images(file, folder, columns)
+        plain.append(path)
+        for row in rows:
+            images.add_image(row.name, number, row.offset, row.size, row.label)
+    return plain, columns
 
 
 def _list_tree(images: UnsortedImages, root: Path) -> None:

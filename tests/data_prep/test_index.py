@@ -7,6 +7,7 @@ import tarfile
 import pytest
 
 from data_prep import tar
+from data_prep.class_numbers import ClassNames
 from data_prep.index import index_tars
 from data_prep.verify import verify_set
 from mocov3_ds.data import manifest, storage
@@ -55,7 +56,8 @@ def test_tars_of_others_are_described(tmp_path, form):
 
 def test_a_described_set_opens_like_one_of_ours(made):
     ours = manifest.load(str(made))
-    again = index_tars(str(made), workers=1, replace=True, classes=ours.classes, quiet=True)
+    names = ClassNames((ours.classes,))
+    again = index_tars(str(made), workers=1, replace=True, classes=names, quiet=True)
     assert again.digest == ours.digest and again.classes == ours.classes
 
 

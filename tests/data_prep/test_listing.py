@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from data_prep.class_numbers import ClassNames
 from data_prep.listing import UnsortedImages, image_key
 from data_prep.sources import list_images
 from tests.data_prep import forms
@@ -47,14 +48,16 @@ def test_images_are_sorted_and_numbered_by_name():
     images.add_image("b/2.jpg", -1, 0, 20, "b")
     images.add_image("a/1.jpg", 0, 512, 10, "a", (1024, 3))
     images.left_out += ["z.txt", "a.txt"]
-    listing = images.to_listing(["x.tar"], "/root", [], "source")
+    listing = images.to_listing(["x.tar"], "/root", ClassNames(), "source")
     assert listing.names == ["a/1.jpg", "b/2.jpg"] and listing.classes == ("a", "b")
     first, second = listing.select_items(np.array([0, 1]))
     assert first == ("a/1.jpg", "a_1", "x.tar", 512, 10, 0, 1024, 3) and first.suffix == "jpg"
     assert second == ("b/2.jpg", "b_2", "/root/b/2.jpg", 0, 20, 1, 0, 0)
     assert listing.left_out == ["a.txt", "z.txt"]
     images.size[0] += 1
-    assert images.to_listing(["x.tar"], "/root", [], "source").digest() != listing.digest()
+    assert (
+        images.to_listing(["x.tar"], "/root", ClassNames(), "source").digest() != listing.digest()
+    )
 
 
 def test_a_folder_is_selected_as_if_it_were_the_root():

@@ -77,3 +77,108 @@ def test_parquet_files_that_hold_no_images_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"needs pyarrow to be read: pip install"):
         list_images(str(tmp_path / "p.parquet"), scratch_folder=tmp_path)
+
+
+def write_columns(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def listing_of(path, **options):
+    return list_images(str(path), scratch_folder=path.parent, **options)
+
+
+@pytest.mark.parametrize(
+    ("others", "taken"),
+    [
+        ({"thumbnail": [forms.picture(5, size=8), forms.picture(6, size=8)]}, "image"),
+        ({"sha": [b"0" * 32, b"1" * 32]}, "image"),
+        ({"sha": pa.array([b"0" * 32, b"1" * 32], pa.binary(32))}, "image"),
+    ],
+)
+def test_the_column_of_images_is_taken_by_name(tmp_path, others, taken):
+    wanted = [forms.picture(1), forms.picture(2)]
+    path = write_columns(tmp_path / "p.parquet", **others, image=wanted, label=[0, 1])
+    listing, [other] = listing_of(path), others
+    assert listing.size_N.tolist() == [len(image_bytes) for image_bytes in wanted]
+    assert f"images are column {taken!r} (not {other!r})" in listing.notes[0]
+    with pytest.raises(ValueError, match="no column 'nothing' of bytes; those of bytes are"):
+        listing_of(path, image="nothing")
+    other_sizes = listing_of(path, image=other).size_N
+    assert other_sizes.tolist() == [len(value) for value in pa.table(others)[other].to_pylist()]
+
+
+def test_images_of_other_names_are_told_by_kind_and_content(tmp_path):
+    images = [forms.picture(1), forms.picture(2)]
+    path = write_columns(tmp_path / "p.parquet", digest=[b"0", b"1"], photo=images)
+    assert (
+        "images are column 'photo' (not 'digest'); no column is the label"
+        in (listing_of(path).notes[0])
+    )
+    structs = [{"bytes": image_bytes, "path": None} for image_bytes in images]
+    path = write_columns(tmp_path / "p.parquet", small=images, photo=structs)
+    assert "images are column 'photo'" in listing_of(path).notes[0]
+    path = write_columns(tmp_path / "p.parquet", left=images, right=images, y=[0, 1])
+    with pytest.raises(ValueError, match="2 columns that may be the images, 'left', 'right'; say "):
+        listing_of(path)
+    assert listing_of(path, image="right").label_N.tolist() == [0, 1]
+    view = pa.array(images, pa.binary_view())
+    assert len(listing_of(write_columns(tmp_path / "p.parquet", image=view))) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "numbers"),
+    [
+        ({"target": [5, 2]}, {}, [5, 2]),
+        ({"label": [1.0, 0.0]}, {}, [1, 0]),
+        ({"label": [1, 0], "class_name": ["x", "y"]}, {}, [1, 0]),
+        ({"fine_label": [1, 0], "coarse_label": [3, 3]}, {"label": "coarse_label"}, [3, 3]),
+        ({"label": ["10", "2"]}, {}, [10, 2]),
+        ({"label": pa.array(["b", "a"]).dictionary_encode()}, {}, [1, 0]),
+        ({"labels": [[0], [1, 2]], "kind": [4, 5]}, {"label": "kind"}, [4, 5]),
+        ({"label": [0, None]}, {"unlabelled": "keep"}, [0, -1]),
+        ({"label": [0, 1]}, {"label": "-"}, [-1, -1]),
+        ({"url": ["u", "v"]}, {}, [-1, -1]),
+        ({"label": [2**40, 7]}, {}, [1, 0]),
+    ],
+)
+def test_the_label_is_one_column_of_names_or_whole_numbers(tmp_path, columns, options, numbers):
+    path = write_columns(
+        tmp_path / "p.parquet", image=[forms.picture(1), forms.picture(2)], **columns
+    )
+    assert listing_of(path, **options).label_N.tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "match"),
+    [
+        ({"label": [0.4, 1.0]}, {}, "'label' in row 0 of .*p.parquet is 0.4; a label is one name"),
+        ({"label": [0.0, float("nan")]}, {}, "1 of 2 images .* have no class.*--unlabelled keep"),
+        ({"labels": [[0], [1, 2]]}, {}, "'labels' of .* holds list<.*; .*--label - none"),
+        ({"label": [True, False]}, {}, "'label' of .* holds bool"),
+        (
+            {"fine_label": [1, 0], "coarse_label": [3, 3]},
+            {},
+            "'fine_label', 'coarse_label'; say",
+        ),
+        ({"label": [1, 0]}, {"label": "x"}, "no column 'x' for labels; the others are 'label'"),
+        ({"label": [0, -3]}, {}, "label -3 of"),
+    ],
+)
+def test_columns_that_are_no_label_are_refused(tmp_path, columns, options, match):
+    path = write_columns(
+        tmp_path / "p.parquet", image=[forms.picture(1), forms.picture(2)], **columns
+    )
+    with pytest.raises(ValueError, match=match):
+        listing_of(path, **options)
+
+
+def test_files_of_one_source_name_their_classes_alike(tmp_path):
+    images = [*IMAGES.items()]
+    folder = write_parquet(tmp_path / "hf" / "a.parquet", dict(images[:7])).parent
+    other = write_parquet(folder / "b.parquet", dict(images[7:]), names=forms.CLASSES[::-1])
+    with pytest.raises(ValueError, match=r"b.parquet and .*a.parquet name the classes of 'label'"):
+        list_images(str(folder), scratch_folder=tmp_path)
+    write_columns(other, image=[forms.picture(1)])
+    with pytest.raises(ValueError, match=r"b.parquet has no column 'label', .*a.parquet has one"):
+        list_images(str(folder), scratch_folder=tmp_path)
