@@ -95,7 +95,7 @@ def _make_crop(
 
 def _read_one_ahead(
     manifest: Manifest,
-    batches: list[Ids],
+    batches: Iterator[Ids],
     reader: ThreadPoolExecutor,
     cache: Cache | None,
     stop: threading.Event,
@@ -108,10 +108,12 @@ def _read_one_ahead(
             image_bytes[index] = sample
         return image_bytes
 
-    pending = reader.submit(read_batch, batches[0]) if batches else None
-    for number, ids_B in enumerate(batches):
+    ids_B, following = next(batches, None), None
+    pending = reader.submit(read_batch, ids_B) if ids_B is not None else None
+    while ids_B is not None:
         assert pending is not None
         image_bytes = pending.result()
-        if number + 1 < len(batches):
-            pending = reader.submit(read_batch, batches[number + 1])
+        if (following := next(batches, None)) is not None:
+            pending = reader.submit(read_batch, following)
         yield ids_B, image_bytes
+        ids_B = following

@@ -131,9 +131,12 @@ class Loader:
         earlier_bad: Mapping[int, str] | None = None,
     ) -> None:
         rank, world_size = settings.rank, settings.world_size
-        sizes = tuple(shard.samples for shard in manifest.shards)
         self.order = Order(
-            sizes, settings.global_batch, settings.seed, settings.lanes, settings.pool
+            manifest.table.samples_S,
+            settings.global_batch,
+            settings.seed,
+            settings.lanes,
+            settings.pool,
         )
         self.bad_samples = BadSamples(
             manifest,
@@ -167,7 +170,7 @@ class Loader:
     def _pool_bytes(self) -> int:
         """Encoded bytes of this rank's share of the shuffle pool, at the set's mean size."""
         samples = min(self.order.pool, self.order.samples) / self._settings.world_size
-        return int(samples * float(self._manifest.index_N["size"].mean()))
+        return int(samples * self._manifest.mean_bytes)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -8,6 +8,8 @@
     train/train-000000.tar   KEY.jpg, KEY.cls, ... as any WebDataset reader opens them
 
 `manifest.json` is written last: where it exists, the set is complete. A sample's id is its row.
+Neither file is ever held in memory as a whole: the index is mapped (`shard_index`), and of the
+manifest columns are kept (`shard_table`), so that a set may have 10^10 samples.
 
 Shape suffixes: N = samples, S = shards.
 """
@@ -15,49 +17,34 @@ Shape suffixes: N = samples, S = shards.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mocov3_ds.data import storage
+from mocov3_ds.data import index_folder, shard_index, storage
+from mocov3_ds.data.index_folder import CheckedFiles
+from mocov3_ds.data.json_stream import JsonStream
+from mocov3_ds.data.shard_index import ROW, SAMPLE_LIMIT
+from mocov3_ds.data.shard_table import Shard, ShardTable
+
+__all__ = ["INDEX_NAME", "NAME", "ROW", "SAMPLE_LIMIT", "Manifest", "Shard", "load", "write"]
 
 NAME, INDEX_NAME = "manifest.json", "index.bin"
 FORMAT, VERSION = "mocov3-ds shards", 1
 
 MANIFEST_LIMIT = 1 << 30
 """Bytes of the largest manifest that is read: some millions of shards."""
-INDEX_LIMIT = 16 << 30
-"""Bytes of the largest index that is read, as each rank holds all of it: 500 million samples."""
-SAMPLE_LIMIT = 256 << 20
-"""Bytes of the largest stored image; its pixels would be refused as well."""
+INDEX_LIMIT = 1 << 40
+"""Bytes of the largest index that is mapped: 3.4 x 10^10 samples."""
+CLASS_LIMIT = 1 << 24
+"""Classes of a set, at most."""
 _SHA256 = re.compile("[0-9a-f]{64}")
-
-ROW = np.dtype(
-    [
-        ("offset", "<u8"),  # of the image's first byte in its shard; its header ends there
-        ("size", "<u4"),  # bytes of the image
-        ("crc32", "<u4"),  # zlib.crc32 of the image's bytes
-        ("label", "<i4"),  # -1 = none
-        ("width", "<u2"),  # pixels; 0 = not known
-        ("height", "<u2"),
-        ("reserved", "<u8"),  # zero
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar of a set; the fields are the keys of `manifest.json`."""
-
-    name: str
-    """file name beside the manifest"""
-    bytes: int
-    samples: int
-    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +53,39 @@ class Manifest:
 
     url: str
     """folder of the manifest and the shards"""
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
     index_N: NDArray[np.void] = field(repr=False)
-    """rows of dtype `ROW`, shard after shard"""
+    """rows of dtype `ROW`, shard after shard; mapped from a file where the set was loaded"""
     classes: tuple[str, ...] = ()
     """names by label; empty = not known"""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """how the set was made: program version, options, seed, source"""
+    files: CheckedFiles | None = field(default=None, repr=False)
+    """where the set lies on this machine, with what its check found; None = it is only in memory"""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shards, ShardTable):
+            object.__setattr__(self, "shards", ShardTable(self.shards))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process of this machine gets: of a mapped index its file, not its rows."""
+        state = dict(vars(self))
+        if self.files is not None:
+            state["index_N"] = self.samples
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        files: CheckedFiles | None = state["files"]
+        if files is not None:
+            rows_N = shard_index.map_rows(files.index_path, state["index_N"])
+            state = {**state, "index_N": rows_N}
+        vars(self).update(state)
+
+    @property
+    def table(self) -> ShardTable:
+        """The shards as columns."""
+        assert isinstance(self.shards, ShardTable)
+        return self.shards
 
     @property
     def samples(self) -> int:
@@ -82,26 +95,39 @@ class Manifest:
     @property
     def bytes(self) -> int:
         """Bytes of all shards."""
-        return sum(shard.bytes for shard in self.shards)
+        return int(self.table.bytes_S.sum())
 
     @cached_property
+    def _facts(self) -> shard_index.IndexFacts:
+        """What is asked of the whole set."""
+        if self.files is not None and self.files.row_count() == self.samples:
+            return self.files.facts
+        return shard_index.survey_rows(shard_index.blocks_of_rows(self.index_N), self.table)
+
+    @property
     def has_labels(self) -> bool:
         """Whether every sample has a label."""
-        return bool((self.index_N["label"] >= 0).all())
+        return self._facts.unlabelled == 0
 
-    @cached_property
+    @property
+    def top_label(self) -> int:
+        """Largest label of a sample; -1 = none has one."""
+        return self._facts.top_label
+
+    @property
+    def mean_bytes(self) -> float:
+        """Mean bytes of an image."""
+        return self._facts.image_bytes / max(self.samples, 1)
+
+    @property
     def first_S(self) -> NDArray[np.int64]:  # noqa: N802 - a shape suffix
         """Id of the first sample of each shard, and N behind the last, (shards + 1,)."""
-        counts = [shard.samples for shard in self.shards]
-        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        return self.table.first_S
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 that identifies the samples and their order, whatever the folder is called."""
-        digest = hashlib.sha256(self.index_N.tobytes())
-        for shard in self.shards:
-            digest.update(f"{shard.name} {shard.bytes} {shard.sha256}\n".encode())
-        return digest.hexdigest()
+        return self._facts.digest
 
     def first_samples(self, count: int) -> "Manifest":
         """Return the set cut down to its first `count` samples.
@@ -111,11 +137,13 @@ class Manifest:
         """
         if not 0 < count <= self.samples:
             raise ValueError(f"{self.url} holds {self.samples} samples; {count} cannot be taken.")
+        if count == self.samples:
+            return self
         room_S = np.clip(count - self.first_S[:-1], 0, None)
-        shards = tuple(
-            replace(shard, samples=min(shard.samples, int(room)))
-            for shard, room in zip(self.shards, room_S, strict=True)
-            if room
+        kept_S = np.minimum(self.table.samples_S, room_S)
+        shards = ShardTable(
+            replace(self.shards[number], samples=int(kept_S[number]))
+            for number in np.flatnonzero(room_S).tolist()
         )
         return replace(self, shards=shards, index_N=self.index_N[:count])
 
@@ -141,9 +169,13 @@ def write(
         classes: Names of the classes by label.
         provenance: How the set was made, as JSON values.
     """
-    manifest = Manifest(url, tuple(shards), index_N, tuple(classes), dict(provenance or {}))
-    rows = index_N.tobytes()
-    storage.write(storage.join_url(url, INDEX_NAME), rows)
+    manifest = Manifest(url, shards, index_N, tuple(classes), dict(provenance or {}))
+    digest = hashlib.sha256()
+    with storage.open_write(storage.join_url(url, INDEX_NAME)) as file:
+        for rows_R in shard_index.blocks_of_rows(index_N):
+            rows = rows_R.tobytes()
+            digest.update(rows)
+            file.write(rows)
     tree = {
         "format": FORMAT,
         "version": VERSION,
@@ -153,8 +185,8 @@ def write(
         "made": manifest.provenance,
         "index": {
             "name": INDEX_NAME,
-            "bytes": len(rows),
-            "sha256": hashlib.sha256(rows).hexdigest(),
+            "bytes": manifest.samples * ROW.itemsize,
+            "sha256": digest.hexdigest(),
         },
         "shards": [vars(shard) for shard in shards],
     }
@@ -163,71 +195,149 @@ def write(
 
 
 def load(
-    url: str, *, manifest_limit: int = MANIFEST_LIMIT, index_limit: int = INDEX_LIMIT
+    url: str,
+    *,
+    parent: Path | None = None,
+    checked: CheckedFiles | None = None,
+    manifest_limit: int = MANIFEST_LIMIT,
+    index_limit: int = INDEX_LIMIT,
 ) -> Manifest:
-    """Read and check a manifest; nothing in it is trusted.
+    """Open a sharded set; nothing in its manifest or index is trusted.
 
     Args:
         url: Folder that holds `manifest.json`, or that file.
+        parent: Folder of this machine for manifest and index of a set in a store; see
+            `index_folder`.
+        checked: What another process of this machine found when it opened the same set, so that
+            the index is not read again.
         manifest_limit: Bytes of the largest `manifest.json` that is read.
-        index_limit: Bytes of the largest `index.bin` that is read.
+        index_limit: Bytes of the largest `index.bin` that is mapped.
 
     Raises:
         ValueError: There is no manifest, or it is not one of this program, of a later version, or
-            at odds with itself.
+            at odds with itself; or there is no place for it on this machine.
+        OSError: The store cannot be read.
     """
-    url = url.removesuffix("/" + NAME).rstrip("/") or "/"
+    url = storage.folder_url(storage.take_login(url), NAME)
     try:
-        text = _read_at_most(storage.join_url(url, NAME), manifest_limit)
+        if checked is None:
+            _check_size(storage.join_url(url, NAME), manifest_limit)
+            path = _local_manifest(url, parent)
+        else:
+            path = checked.manifest_path
     except FileNotFoundError:
+        shown = storage.hide_secrets(url)
         raise ValueError(
-            f"{url} holds no {NAME}; make shards with python -m data_prep shard SOURCE {url}, or "
-            f"describe tars that are there with python -m data_prep index {url}."
+            storage.explain_pattern(url)
+            or f"{shown} holds no {NAME}; make shards with python -m data_prep shard SOURCE {shown}"
+            f", or describe tars that are there with python -m data_prep index {shown}."
         ) from None
     try:
-        return _parse(text, url, index_limit)
+        described = _parse_manifest(storage.read_blocks(str(path)))
+        if checked is None or not checked.is_unchanged():
+            checked = _check_files(described, url, path, parent, index_limit)
+        index_N = shard_index.map_rows(checked.index_path, int(described.shards.first_S[-1]))
     except FileNotFoundError as error:
         raise ValueError(f"{url}/{NAME} names files that are not there: {error}.") from None
-    except storage.StorageError:
+    except (storage.StorageError, index_folder.NoPlace):
         raise
     except KeyError as error:
         raise ValueError(f"{url}/{NAME} cannot be used: it has no entry {error}.") from None
     except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{url}/{NAME} cannot be used: {str(error).rstrip('.')}.") from None
+    return Manifest(
+        url, described.shards, index_N, described.classes, described.provenance, checked
+    )
 
 
-def _read_at_most(url: str, limit: int) -> bytes:
-    """Read a whole file, unless it is larger than it can honestly be."""
+def _check_size(url: str, limit: int) -> int:
+    """Size of a file, unless it is larger than it can honestly be."""
     size = storage.file_size(url)
     if size > limit:
         raise ValueError(f"{url} has {size} bytes, {limit} at most are read.")
-    return storage.read(url)
+    return size
 
 
-def _parse(text: bytes, url: str, index_limit: int) -> Manifest:
-    """Build the manifest that a `manifest.json` describes, with the rows of its `index.bin`."""
-    tree = json.loads(text)
-    if tree["format"] != FORMAT:
-        raise ValueError(f"format is {tree['format']!r}")
-    if tree["version"] > VERSION:
+def _local_manifest(url: str, parent: Path | None) -> Path:
+    """A `manifest.json` on this machine: where it lies, or fetched."""
+    manifest_url = storage.join_url(url, NAME)
+    if storage.is_local(url):
+        return storage.local_path(manifest_url)
+    return index_folder.fetch_manifest(manifest_url, index_folder.own_folder(parent))
+
+
+def _check_files(
+    described: "_Described", url: str, path: Path, parent: Path | None, index_limit: int
+) -> CheckedFiles:
+    """Check the index that belongs to a manifest."""
+    index_url = storage.join_url(url, INDEX_NAME)
+    if _check_size(index_url, index_limit) != index_folder.index_bytes(described.shards):
+        raise ValueError(f"{INDEX_NAME} is not the one that was written with it")
+    return index_folder.check_index(
+        index_url,
+        described.shards,
+        sha256=described.index_sha256,
+        manifest_path=path,
+        parent=parent,
+    )
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What a `manifest.json` says."""
+
+    shards: ShardTable
+    classes: tuple[str, ...]
+    provenance: dict[str, Any]
+    index_sha256: str
+
+
+def _parse_manifest(blocks: Iterable[bytes]) -> _Described:
+    """Read and check a `manifest.json` that arrives in blocks."""
+    stream, tree = JsonStream(blocks), dict[str, Any]()
+    for key in stream.entries():
+        if key in tree:
+            raise ValueError(f"it has the entry {key!r} twice")
+        if key == "shards":
+            tree[key] = ShardTable(_parse_shard(entry) for entry in stream.elements())
+        elif key == "classes":
+            tree[key] = _parse_classes(stream.elements())
+        else:
+            tree[key] = stream.take_value()
+            _check_version(key, tree[key])
+    stream.check_end()
+    missing = [key for key in ("format", "version") if key not in tree]
+    if missing:
+        raise KeyError(missing[0])
+    shards, index, classes = tree["shards"], tree["index"], tree["classes"]
+    count = int(shards.first_S[-1])
+    if int(index["bytes"]) != count * ROW.itemsize:
         raise ValueError(
-            f"version {tree['version']} is later than this program's {VERSION}; update it"
-        )
-    shards = tuple(_parse_shard(entry) for entry in tree["shards"])
-    count = sum(shard.samples for shard in shards)
-    if int(tree["index"]["bytes"]) != count * ROW.itemsize:
-        raise ValueError(
-            f"{INDEX_NAME} is said to have {tree['index']['bytes']} bytes where {count} "
+            f"{INDEX_NAME} is said to have {index['bytes']} bytes where {count} "
             f"samples need {count * ROW.itemsize}"
         )
-    rows = _read_at_most(storage.join_url(url, INDEX_NAME), index_limit)
-    if hashlib.sha256(rows).hexdigest() != tree["index"]["sha256"]:
-        raise ValueError(f"{INDEX_NAME} is not the one that was written with it")
-    index_N = np.frombuffer(rows, dtype=ROW)
-    classes = tuple(str(name) for name in tree["classes"])
-    manifest = Manifest(url, shards, index_N, classes, dict(tree["made"]))
-    _check_manifest(manifest)
-    return manifest
+    if not count:
+        raise ValueError("it holds no samples")
+    if (name := shards.repeated_name()) is not None:
+        raise ValueError(f"it names a shard twice: {name!r}")
+    if not _SHA256.fullmatch(str(index["sha256"])):
+        raise ValueError(f"its index has no sha256 but {str(index['sha256'])[:80]!r}")
+    return _Described(shards, classes, dict(tree["made"]), str(index["sha256"]))
+
+
+def _check_version(key: str, value: Any) -> None:
+    """Refuse a file that is not ours, or too new, before the rest is judged."""
+    if key == "format" and value != FORMAT:
+        raise ValueError(f"format is {value!r}")
+    if key == "version" and value > VERSION:
+        raise ValueError(f"version {value} is later than this program's {VERSION}; update it")
+
+
+def _parse_classes(names: Iterator[Any]) -> tuple[str, ...]:
+    classes = tuple(str(name) for name in islice(names, CLASS_LIMIT + 1))
+    if len(classes) > CLASS_LIMIT:
+        raise ValueError(f"it names more than {CLASS_LIMIT} classes")
+    return classes
 
 
 def _parse_shard(entry: Mapping[str, Any]) -> Shard:
@@ -242,30 +352,9 @@ def _parse_shard(entry: Mapping[str, Any]) -> Shard:
         raise ValueError(f"shard name {shard.name!r} is not a plain file name")
     # the smallest sample is a header and a block; the largest shard any store holds is 50 TiB
     if not 0 <= shard.samples <= shard.bytes // 1024 or shard.bytes > 50 << 40:
-        raise ValueError(f"shard {shard.name} has {shard.bytes} bytes and {shard.samples} samples")
+        raise ValueError(
+            f"shard {shard.name!r} has {shard.bytes} bytes and {shard.samples} samples"
+        )
     if not _SHA256.fullmatch(shard.sha256):
-        raise ValueError(f"shard {shard.name} has no sha256 but {shard.sha256!r}")
+        raise ValueError(f"shard {shard.name!r} has no sha256 but {shard.sha256!r}")
     return shard
-
-
-def _check_manifest(manifest: Manifest) -> None:
-    if int(manifest.first_S[-1]) != manifest.samples:
-        raise ValueError(
-            f"its shards count {int(manifest.first_S[-1])} samples, its index {manifest.samples}"
-        )
-    if not manifest.samples:
-        raise ValueError("it holds no samples")
-    if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
-        raise ValueError("it names a shard twice")
-    bytes_N = np.repeat(  # of each sample's shard
-        np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64),
-        [shard.samples for shard in manifest.shards],
-    )
-    offset_N, size_N = manifest.index_N["offset"], manifest.index_N["size"]
-    if int(size_N.max()) > SAMPLE_LIMIT:
-        raise ValueError(
-            f"it has a sample of {size_N.max()} bytes, {SAMPLE_LIMIT} at most are read"
-        )
-    # in this order nothing wraps around
-    if bool(((offset_N < 512) | (offset_N > bytes_N) | (size_N > bytes_N - offset_N)).any()):
-        raise ValueError("its index points outside the shards")

@@ -23,7 +23,7 @@ M = samples of a piece, T = global batches of an epoch, I = any number of ids.
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,7 +54,7 @@ class Piece:
         return int(self.positions_M[0])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
     """Which samples each global batch holds.
 
@@ -62,7 +62,7 @@ class Order:
         ValueError: An epoch holds no full global batch, or a size is below 1.
     """
 
-    shard_samples: tuple[int, ...]
+    shard_samples: Sequence[int] | Ids
     """samples of each shard; the ids of a shard are consecutive"""
     global_batch: int
     seed: int
@@ -86,7 +86,7 @@ class Order:
     @cached_property
     def samples(self) -> int:
         """Number of samples of the set, N."""
-        return sum(self.shard_samples)
+        return int(np.sum(self.shard_samples))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -174,7 +174,7 @@ class Order:
         return key % self.samples
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpochOrder:
     """The order of one epoch: lanes over the permuted shards, windows inside the lanes."""
 
@@ -278,8 +278,8 @@ def mean_travel(order: Order, epoch: int = 0) -> float:
 
 def spread_ids(
     samples: int, limit: int | None, rank: int, world_size: int, batch: int
-) -> list[Ids]:
-    """Batches of ids of one rank for a pass without order: each id on one rank, once.
+) -> Iterator[Ids]:
+    """Yield batches of ids of one rank for a pass without order: each id on one rank, once.
 
     Args:
         samples: Number of samples of the set.
@@ -289,10 +289,10 @@ def spread_ids(
         batch: Most samples of a rank's batch.
     """
     count = samples if limit is None else min(limit, samples)
-    ids = np.arange(count, dtype=np.int64) * samples // count
-    global_batches = range(0, count, batch * world_size)
-    shares: list[Ids] = [
-        np.array_split(ids[begin : begin + batch * world_size], world_size)[rank]
-        for begin in global_batches
-    ]
-    return [share for share in shares if len(share)]
+    stride, excess = divmod(samples, count)
+    for begin in range(0, count, batch * world_size):
+        place_I = np.arange(begin, min(begin + batch * world_size, count), dtype=np.int64)
+        # place * samples // count, which could outgrow 64 bits
+        share = np.array_split(place_I * stride + place_I * excess // count, world_size)[rank]
+        if len(share):
+            yield share

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.config import Config
-from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.evaluation_batches import evaluation_batches
 from mocov3_ds.data.loader import Batch, Loader, LoaderSettings
 from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.shared_set import load_on_ranks
 from mocov3_ds.data.storage.cache import Cache
 from mocov3_ds.data.views.photometric import make_views, normalise_crops
 from mocov3_ds.data.views.spec import ViewSpec
@@ -45,7 +45,9 @@ def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
 
         folder = config.runs / "sample-images"
         train_url, probe_url = ranks.run_on_first(partial(ensure_samples, folder))
-    train, probes = manifests.load(train_url), manifests.load(probe_url) if probe_url else None
+    cache = Path(config.data.cache).expanduser() if config.data.cache else None
+    train = load_on_ranks(train_url, cache)
+    probes = load_on_ranks(probe_url, cache) if probe_url else None
     if config.data.limit:
         train = train.first_samples(config.data.limit)
     if probes is not None and config.knn.probes:

@@ -1,5 +1,7 @@
 """The order of samples: exact, elastic, resumable, well mixed, and the same for ever."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -206,11 +208,15 @@ def test_substitutes_depend_on_the_plan_alone():
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40), st.none() | st.integers(1, 400))
 @settings(max_examples=100, deadline=None)
 def test_spread_covers_each_id_once_with_equal_shares(samples, world_size, batch, limit):
-    parts = [spread_ids(samples, limit, rank, world_size, batch) for rank in range(world_size)]
+    parts = [
+        list(spread_ids(samples, limit, rank, world_size, batch)) for rank in range(world_size)
+    ]
     ids = np.concatenate([ids for part in parts for ids in part])
     assert len(ids) == len(set(ids)) == min(samples, limit or samples)
     counts = [sum(map(len, part)) for part in parts]
     assert max(counts) - min(counts) <= 1
+    wanted = np.arange(len(ids)) * samples // len(ids)
+    np.testing.assert_array_equal(np.sort(ids), wanted)
     if limit and limit < samples:
         gaps = np.diff(np.sort(ids))
         assert gaps.max(initial=1) - gaps.min(initial=gaps.max(initial=1)) <= 1
@@ -234,3 +240,18 @@ def test_impossible_orders_are_refused(change, words):
 def test_a_world_that_does_not_divide_the_batch_is_refused():
     with pytest.raises(ValueError, match="8 cannot be shared equally by 3 ranks"):
         next(Order((30,), 8, 0).pieces_for_rank(0, 0, 3))
+
+
+def test_the_order_of_ten_thousand_million_samples_starts_at_once():
+    """A rank holds columns of shards and windows, nothing of N; an id is drawn for each row."""
+    order = Order(np.full(10_000, 1_000_000), 4096, seed=7)
+    assert order.samples == 10**10
+    position = 5 * order.batches_per_epoch + 123_456
+    tracemalloc.start()
+    piece = next(order.pieces_for_rank(position, 5, 8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+    wanted = order.batch_ids(int(piece.positions_M[0]))[5 * 512 + piece.rows_M[0]]
+    assert piece.sample_ids_M[0] == wanted
+    assert next(spread_ids(10**10, 10**9, 0, 8, 100))[-1] == 990
