@@ -25,12 +25,15 @@ class Command(NamedTuple):
     """MODULE:FUNCTION; it takes no arguments (and reads sys.argv), or those that `takes` says"""
     takes: str = ""
     """"arguments" for all that follows the name, "options" for what tyro reads of it"""
+    first: str = ""
+    """MODULE:FUNCTION that only reads the arguments, at once, for help and for what is wrong"""
 
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "pretrain an encoder, here on one rank (on many: deepspeed mocov3_ds/train.py, see README)",
         "mocov3_ds.train:main",
+        first="mocov3_ds.recipes:parse",
     ),
     "knn": Command(
         "k-NN accuracy of an encoder", "mocov3_ds.evaluation.commands:evaluate_knn", "options"
@@ -47,7 +50,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "plan": Command(
         "what fits, how fast it runs and what it costs",
-        "mocov3_ds.planning.command:plan",
+        "mocov3_ds.planning.flags:plan",
         "options",
     ),
     "launch": Command(
@@ -108,6 +111,8 @@ def _run_command(arguments: Sequence[str]) -> int:
         return 2
     try:
         environment.check_environment()
+        if command.first:
+            _find_target(command.first)(rest)
     except ValueError as error:
         print(f"mocov3: error: {error}", file=sys.stderr)
         return 2
@@ -124,12 +129,11 @@ def _run_function(name: str, function: Any, arguments: Sequence[str]) -> int:
     """Exit status of a command whose function takes options: 0, or 2 after one error sentence."""
     import tyro  # a fifth of a second
 
-    from mocov3_ds.distributed import ranks
-
     try:
         tyro.cli(function, prog=f"mocov3 {name}", args=arguments)
     except ValueError as error:
-        if ranks.is_first():
+        ranks = sys.modules.get("mocov3_ds.distributed.ranks")
+        if ranks is None or ranks.is_first():
             print(f"mocov3: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -139,7 +143,8 @@ def _run_function(name: str, function: Any, arguments: Sequence[str]) -> int:
         print(f"mocov3: error: {message}", file=sys.stderr)
         return 2
     finally:
-        ranks.stop()
+        if "mocov3_ds.distributed.ranks" in sys.modules:
+            sys.modules["mocov3_ds.distributed.ranks"].stop()
     return 0
 
 

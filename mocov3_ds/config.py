@@ -16,9 +16,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.layer_groups import group_names
-from mocov3_ds.model.vit import Positions, VitShape
+from mocov3_ds.model.shapes import EncoderShape, Positions, VitShape
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,11 @@ import tyro
 
 from mocov3_ds.checks import equivalence, machine, network, restart, run_disk, storage_access
 from mocov3_ds.checks.finding import Finding, merge_findings
+from mocov3_ds.data.storage import StorageError
 from mocov3_ds.distributed import ranks
 from mocov3_ds.recipes import find_recipe, without_launcher_flags
 from mocov3_ds.settings.environment import check_environment
+from mocov3_ds.settings.paths import expand_home
 
 _TIMEOUT_S = 120.0
 _MARKS = {"pass": "pass", "note": "note", "skip": "skip", "fail": "FAIL"}
@@ -208,10 +210,10 @@ def main() -> int:
     """Exit status: 0 = nothing failed, 1 = something did (on rank 0 only), 2 = bad options."""
     try:
         check_environment()
-        arguments = without_launcher_flags(sys.argv[1:])
+        arguments = expand_home(without_launcher_flags(sys.argv[1:]))
         options = tyro.cli(DoctorOptions, args=arguments, prog="doctor.py", description=__doc__)
         good = examine_machines(options)
-    except ValueError as error:
+    except (ValueError, StorageError) as error:
         if ranks.is_first():
             print(f"doctor.py: error: {error}", file=sys.stderr)
         return 2

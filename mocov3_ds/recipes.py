@@ -25,8 +25,10 @@ from mocov3_ds.config import (
     check_batch,
     check_config,
 )
+from mocov3_ds.data import storage
 from mocov3_ds.distributed.engine_keys import read_settings
-from mocov3_ds.model.vit import PAPER_SHAPES
+from mocov3_ds.model.shapes import PAPER_SHAPES
+from mocov3_ds.settings.paths import check_text, expand_home
 from mocov3_ds.settings.spelling import did_you_mean
 
 
@@ -146,9 +148,11 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
             malformed `--ds`, or a key or value that DeepSpeed's settings cannot have.
         SystemExit: tyro has printed a message of its own (unknown flag, wrong type, --help).
     """
-    arguments = without_launcher_flags(list(sys.argv[1:] if argv is None else argv))
+    arguments = expand_home(without_launcher_flags(list(sys.argv[1:] if argv is None else argv)))
+    check_text(arguments)
     recipe = find_recipe(_recipe_name(arguments))
     config = tyro.cli(Config, default=recipe.config, args=arguments, prog="train.py")
+    config = _anchor_paths(config)
     check_config(config)
     check_batch(config.batch)
     engine = dict(recipe.engine)
@@ -168,6 +172,17 @@ def without_launcher_flags(arguments: list[str]) -> list[str]:
         elif not argument.startswith(("--local_rank=", "--local-rank=")):
             remaining.append(argument)
     return remaining
+
+
+def _anchor_paths(config: Config) -> Config:
+    """The settings with absolute paths to data, which config.json keeps for any working folder."""
+    data, save = config.data, config.save
+    shards, probes, cache, mirror = (
+        str(storage.local_path(url).absolute()) if url and storage.is_local(url) else url
+        for url in (data.shards, data.probe_shards, data.cache, save.mirror)
+    )
+    data = dataclasses.replace(data, shards=shards, probe_shards=probes, cache=cache)
+    return dataclasses.replace(config, data=data, save=dataclasses.replace(save, mirror=mirror))
 
 
 def _recipe_name(arguments: list[str]) -> str:

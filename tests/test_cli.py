@@ -71,12 +71,26 @@ def test_the_front_door_imports_nothing_heavy() -> None:
         (["--version"], f"mocov3-ds {__version__}", 0),
         (["knnn"], "no command 'knnn' (did you mean knn?)", 2),
         (["--hlep"], "no option '--hlep'", 2),
+        (["help", "nothing"], "no command 'nothing'", 2),
     ]:
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
         )
         assert words in done.stdout + done.stderr
         assert done.stdout.splitlines()[-1] == f"{status} []", done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["train", "--batch", "1"], ["plan", "--nodes", "x"]])
+def test_what_is_wrong_with_flags_is_told_before_torch_is_imported(arguments: list[str]) -> None:
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+        "from mocov3_ds import cli; sys.exit(cli._run_command(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (2, ["False"]), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

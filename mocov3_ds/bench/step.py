@@ -265,10 +265,12 @@ class QueriesOfEitherWay(QueriesToLoss):
 
     joint = False
 
-    def features(self, x1_BCHW: Tensor, x2_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def features(
+        self, x1_BCHW: Tensor, x2_BCHW: Tensor, factors_VBM: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Backbone features (B, D) of both views."""
         if not self.joint:
-            return super().features(x1_BCHW, x2_BCHW)
+            return super().features(x1_BCHW, x2_BCHW, factors_VBM)
         features1_BD, features2_BD = self.base.backbone(torch.cat([x1_BCHW, x2_BCHW])).chunk(2)
         return features1_BD, features2_BD
 

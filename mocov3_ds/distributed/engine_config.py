@@ -1,6 +1,7 @@
 """The DeepSpeed config of a run: the user's JSON, checked, and what follows from batch and ranks.
 
-DeepSpeed itself is not imported, which takes seconds: planner and launcher check configs, too.
+Neither DeepSpeed nor torch is imported, which takes seconds: planner and launcher check configs,
+too.
 
 Facts about DeepSpeed 0.19 that this file encodes, each met in practice: `gradient_clipping` is 1.0
 when it is left out; an optimizer block is ignored without a word once an optimizer object is given;
@@ -9,11 +10,12 @@ its trace for minutes unless the reuse distance is 0.
 """
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mocov3_ds.distributed.engine_keys import read_settings
+
+if TYPE_CHECKING:
+    import torch
 
 REDUCE_BUCKET = 50_000_000
 """Numbers of the gradient that are reduced at once, unless the JSON sets `reduce_bucket_size`.
@@ -55,8 +57,10 @@ def engine_config(
     return config
 
 
-def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
+def compute_dtype(config: Mapping[str, Any]) -> "torch.dtype":
     """Dtype that the network's weights and views have under this DeepSpeed config."""
+    import torch  # a second, which those that check a config alone need not wait
+
     if config.get("bf16", {}).get("enabled"):
         return torch.bfloat16
     if config.get("fp16", {}).get("enabled"):

@@ -7,31 +7,14 @@ Shape suffixes: B = images, C H W = image, D = backbone features, P = projector 
 output.
 """
 
-from dataclasses import dataclass
-
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_predictor, build_projector
+from mocov3_ds.model.shapes import EncoderShape as EncoderShape
 from mocov3_ds.model.stochastic_depth import replace_drop_paths
-from mocov3_ds.model.vit import Positions, VitShape, build_vit
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderShape:
-    """All that fixes the architecture of base and momentum encoder; see `vit.build_vit`."""
-
-    vit: VitShape
-    hidden: int = 4096
-    """hidden width of projector and predictor"""
-    out: int = 256
-    """width of queries and keys"""
-    positions: Positions = "sincos"
-    train_patch_projection: bool = False
-    drop_path: float = 0.0
-    """stochastic depth rate of the base encoder's last block; the momentum encoder has none"""
-    qk_norm: bool = False
+from mocov3_ds.model.vit import build_vit
 
 
 def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> VisionTransformer:

@@ -12,9 +12,8 @@ import math
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.layers.attention import Attention
@@ -22,28 +21,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mocov3_ds.model.cpu_ops import attend
-
-Positions = Literal["sincos", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VitShape:
-    """Size of a Vision Transformer; the MLP is four times as wide as the embedding."""
-
-    image_size: int = 224
-    patch_size: int = 16
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-
-
-# Table 2 of the paper; ViT-S has 12 heads there (6 in DeiT).
-PAPER_SHAPES = {
-    "vit_s16": VitShape(dim=384, depth=12, heads=12),
-    "vit_b16": VitShape(dim=768, depth=12, heads=12),
-    "vit_l16": VitShape(dim=1024, depth=24, heads=16),
-    "vit_h14": VitShape(patch_size=14, dim=1280, depth=32, heads=16),
-}
+from mocov3_ds.model.shapes import PAPER_SHAPES as PAPER_SHAPES
+from mocov3_ds.model.shapes import Positions as Positions
+from mocov3_ds.model.shapes import VitShape as VitShape
 
 
 def build_vit(
@@ -53,6 +33,7 @@ def build_vit(
     train_patch_projection: bool = False,
     drop_path: float = 0.0,
     qk_norm: bool = False,
+    norm_eps: float = 1e-6,
     class_token_only: bool = False,
 ) -> VisionTransformer:
     """Make the backbone; `backbone(x_BCHW)` gives class-token features (B, D) after the last norm.
@@ -65,6 +46,7 @@ def build_vit(
         drop_path: stochastic depth rate of the last block (0 in the paper's pretraining).
         qk_norm: LayerNorm on the queries and keys of each attention head (arXiv 2302.05442), which
             bounds the attention logits; another architecture than the paper's.
+        norm_eps: epsilon of all norms (1e-6 in the paper's code, 1e-12 in transformers).
         class_token_only: the last block computes the class token alone, which is all that MoCo v3
             uses; `backbone(x)` and its gradients stay the same, the other tokens are not there.
 
@@ -83,7 +65,7 @@ def build_vit(
         pos_embed="learn" if positions == "sincos" else "none",
         drop_path_rate=drop_path,
         qk_norm=qk_norm,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         weight_init="skip",
         block_fn=partial(_build_block, shape.depth - 1) if class_token_only else Block,  # type: ignore[arg-type]
     )

@@ -1,14 +1,13 @@
-"""`mocov3 plan`: from a command line to a plan."""
+"""From the flags of `mocov3 plan` to a plan."""
 
 import dataclasses
 import json
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
 from mocov3_ds.config import check_batch, encoder_shape
 from mocov3_ds.distributed.engine_config import engine_config
@@ -17,6 +16,7 @@ from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.planning import plan_text, tables
 from mocov3_ds.planning.calibrate import calibrate
+from mocov3_ds.planning.flags import PlanOptions
 from mocov3_ds.planning.hardware import Cluster, format_presets, read_cluster, read_rates
 from mocov3_ds.planning.options import STAGES, Option, PlannedRun
 from mocov3_ds.planning.plan_picture import draw_plan
@@ -28,60 +28,14 @@ _TABLE_RECIPES = ("vit_b16", "vit_l16", "vit_h14")
 _TABLE_BATCHES = (4096, 8192, 16384)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """Flags of `mocov3 plan`."""
-
-    recipe: str = "vit_b16"
-    """what to train"""
-    gpus: str = ""
-    """COUNTxCARD: a preset (--list) or a memory, e.g. 8xH100-80GB, 16x24GB; 1 to 1024 cards"""
-    batch: int = 0
-    """global batch; 0 = the recipe's"""
-    epochs: float = 0.0
-    """length of the run; 0 = the recipe's"""
-    nodes: int = 0
-    """machines; 0 = as few as hold the cards, the same number each"""
-    interconnect: float = 0.0
-    """GB/s each way between two cards of a machine; 0 = the preset's"""
-    network: float = 0.0
-    """Gbit/s each way of a machine; 0 = the preset's"""
-    reach: float = 0.0
-    """share of the peak that matrix products reach; 0 = the preset's, see --list"""
-    stage: int | None = None
-    """ZeRO stage; without it all are compared"""
-    deepspeed_config: Path | None = None
-    """DeepSpeed JSON of the run; without it the recipe's, with each stage"""
-    ds: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """one value of that JSON, as in training, e.g. --ds optimizer.type=Lamb (repeatable)"""
-    price_per_gpu_hour: float = 0.0
-    """price of a card and hour, in any currency"""
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
-    """print JSON instead of text"""
-    picture: Path | None = None
-    """PNG of what fills a card"""
-    write_json: Path | None = None
-    """write the DeepSpeed JSON of the best option"""
-    rates: Path | None = None
-    """rates of this machine, for the card cpu (--gpus 1xcpu) and no other"""
-    calibrate: Path | None = None
-    """measure those rates in some seconds (products, attention, copies) to a file"""
-    presets: Annotated[bool, tyro.conf.arg(name="list")] = False
-    """list the cards that are known, with the source of each number"""
-    what_fits: bool = False
-    """table of what fits where, for ViT-B, L and H"""
-    recipes: bool = False
-    """table of the recipes with command, hours and the paper's accuracy"""
-
-
-def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")] = PlanOptions()) -> None:
-    """Say what fits, how fast it runs and what it costs. Arithmetic alone: nothing is trained.
-
-        mocov3 plan --recipe vit_l16 --batch 4096 --gpus 16x24GB
-        mocov3 plan --recipe vit_h14 --gpus 64xH100-80GB --price_per_gpu_hour 2.5 --picture plan.png
+def run_plan(options: PlanOptions) -> None:
+    """Print what the flags ask for.
 
     Args:
         options: run and cluster, and what to tell of them.
+
+    Raises:
+        ValueError: flags that cannot be, or not together.
     """
     _check_alone(options)
     if options.calibrate is not None:

@@ -1,4 +1,4 @@
-"""Paths as a user types them: `~` is the home folder, also where no shell has replaced it."""
+"""Words of a command line: `~` is the home folder where no shell has replaced it, text is UTF-8."""
 
 import re
 from collections.abc import Iterable
@@ -16,6 +16,27 @@ def expand_home(arguments: Iterable[str]) -> list[str]:
         arguments: words of the command line; those of a user who does not exist stay as they are.
     """
     return [_expand_word(argument) for argument in arguments]
+
+
+def check_text(arguments: Iterable[str]) -> None:
+    """Refuse words that are no text, which no file of a run could hold.
+
+    Args:
+        arguments: words of the command line.
+
+    Raises:
+        ValueError: a word has bytes that are not UTF-8, or a NUL.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{argument!a} of the command line is not UTF-8 text; write it in UTF-8, or set "
+                "LC_ALL=C.UTF-8 if it is and the locale hides it."
+            ) from None
+        if "\0" in argument:
+            raise ValueError(f"{argument!a} of the command line has a NUL character; remove it.")
 
 
 def _expand_word(argument: str) -> str:

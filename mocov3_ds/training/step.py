@@ -115,7 +115,9 @@ class QueriesToLoss(nn.Module):
             features_bD: Tensor = self.base.backbone(x_bCHW)
         if features_bD.requires_grad:
             # blocks that run again in the backward of this pass need its factors, not the last ones
-            features_bD.register_hook(lambda _: set_factors(branches, factors_bM))
+            features_bD.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: set_factors(branches, factors_bM)
+            )
         return features_bD
 
     def _pair_loss(self, q_BP: Tensor, k_BP: Tensor) -> Tensor:

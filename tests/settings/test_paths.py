@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mocov3_ds.settings.paths import expand_home
+from mocov3_ds.settings.paths import check_text, expand_home
 
 
 def test_home_is_expanded_where_a_path_begins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +20,11 @@ def test_other_words_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["a~b", "--x", "s3://bucket/~x", "", "=~/x", "~nobody_of_this_name/x", "--ds", "a.b=1"]
     assert expand_home(words) == words
     assert expand_home(["~root/x"])[0] in (str(Path("~root/x").expanduser()), "~root/x")
+
+
+@pytest.mark.parametrize("word", ["caf\udce9", "a\0b"])
+def test_what_no_file_can_hold_is_refused(word: str) -> None:
+    check_text(["müller", "--x=1", "a\nb"])
+    with pytest.raises(ValueError, match="of the command line") as refused:
+        check_text(["--name", word])
+    assert str(refused.value).isascii()

@@ -1,0 +1,67 @@
+"""`mocov3 plan`: its flags, which are read before torch is imported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Flags of `mocov3 plan`."""
+
+    recipe: str = "vit_b16"
+    """what to train"""
+    gpus: str = ""
+    """COUNTxCARD: a preset (--list) or a memory, e.g. 8xH100-80GB, 16x24GB; 1 to 1024 cards"""
+    batch: int = 0
+    """global batch; 0 = the recipe's"""
+    epochs: float = 0.0
+    """length of the run; 0 = the recipe's"""
+    nodes: int = 0
+    """machines; 0 = as few as hold the cards, the same number each"""
+    interconnect: float = 0.0
+    """GB/s each way between two cards of a machine; 0 = the preset's"""
+    network: float = 0.0
+    """Gbit/s each way of a machine; 0 = the preset's"""
+    reach: float = 0.0
+    """share of the peak that matrix products reach; 0 = the preset's, see --list"""
+    stage: int | None = None
+    """ZeRO stage; without it all are compared"""
+    deepspeed_config: Path | None = None
+    """DeepSpeed JSON of the run; without it the recipe's, with each stage"""
+    ds: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """one value of that JSON, as in training, e.g. --ds optimizer.type=Lamb (repeatable)"""
+    price_per_gpu_hour: float = 0.0
+    """price of a card and hour, in any currency"""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """print JSON instead of text"""
+    picture: Path | None = None
+    """PNG of what fills a card"""
+    write_json: Path | None = None
+    """write the DeepSpeed JSON of the best option"""
+    rates: Path | None = None
+    """rates of this machine, for the card cpu (--gpus 1xcpu) and no other"""
+    calibrate: Path | None = None
+    """measure those rates in some seconds (products, attention, copies) to a file"""
+    presets: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """list the cards that are known, with the source of each number"""
+    what_fits: bool = False
+    """table of what fits where, for ViT-B, L and H"""
+    recipes: bool = False
+    """table of the recipes with command, hours and the paper's accuracy"""
+
+
+def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")] = PlanOptions()) -> None:
+    """Say what fits, how fast it runs and what it costs. Arithmetic alone: nothing is trained.
+
+        mocov3 plan --recipe vit_l16 --batch 4096 --gpus 16x24GB
+        mocov3 plan --recipe vit_h14 --gpus 64xH100-80GB --price_per_gpu_hour 2.5 --picture plan.png
+
+    Args:
+        options: run and cluster, and what to tell of them.
+    """
+    from mocov3_ds.planning.command import run_plan  # torch takes seconds
+
+    run_plan(options)
