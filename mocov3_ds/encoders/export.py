@@ -25,7 +25,6 @@ from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.data.storage.atomic import sync_to_disk
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.encoders.foreign_names import (
-    EncoderRole,
     Format,
     architecture_names,
     has_qk_norm,
@@ -36,6 +35,7 @@ from mocov3_ds.encoders.foreign_names import (
 )
 from mocov3_ds.encoders.load import Weights, build_encoder, read_weights
 from mocov3_ds.encoders.model_card import write_card
+from mocov3_ds.encoders.networks import EncoderRole
 from mocov3_ds.model.vit import VitShape
 
 Forward = Callable[[Tensor], Tensor]

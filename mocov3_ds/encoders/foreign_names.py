@@ -11,26 +11,41 @@ Shape suffixes: N = tokens (class token first), D = embedding.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mocov3_ds.encoders.networks import (
+    CLASS_TOKEN,
+    EncoderRole,
+    Tensors,
+    choose_prefix,
+    find_prefixes,
+    is_head,
+    summarise_names,
+)
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 
-EncoderRole = Literal["base", "momentum"]
-"""the encoder that gradients train, or its moving average"""
 Format = Literal["timm", "deit", "hf", "moco-v3"]
 """program that weights are written for"""
-Tensors = Mapping[str, Tensor]
 
-_CLASS_TOKEN = "cls_token"
 _PROJECTIONS = ("query", "key", "value")
-_AVERAGE_WORDS = ("momentum", "ema", "teacher", "target")
+_REASONS = {  # what the plain ViT lacks, by a word of the tensor's name
+    r"(^|\.)(ls\d?|gamma\w*|layer_?scale\w*|lambda\d*)(\.|$)": "LayerScale",
+    r"reg(ister)?_tokens?": "register tokens",
+    r"dist(illation)?_token": "a distillation token",
+    r"rope|freqs": "rotary positions",
+    r"rel(ative)?_pos": "relative positions",
+    r"attn_pool": "attention pooling",
+    r"fc_norm": "the mean of the patches as features",
+    r"mlp\.(w\d+|fc1_\w+|gate\w*|weights_in)": "a gated MLP",
+    r"norm": "norms in places where it has none",
+}
 
 # Modules by timm's name, "#" for the number of a block.
 _TRANSFORMERS = {
-    _CLASS_TOKEN: "embeddings.cls_token",
+    CLASS_TOKEN: "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "blocks.#.norm1": "encoder.layer.#.layernorm_before",
@@ -59,35 +74,98 @@ _TO_TIMM = {
 }
 
 
+class Backbone(NamedTuple):
+    """One encoder out of the tensors of a file."""
+
+    tensors: dict[str, Tensor]
+    """in timm's names, fp32"""
+    prefix: str
+    """text in front of its names in the file"""
+    left_out: str
+    """groups of tensors that have no part in its features, with their counts; may be empty"""
+
+
 def to_timm(tensors: Tensors, role: EncoderRole = "base") -> dict[str, Tensor]:
+    """The backbone in timm's names; see `take_backbone`."""
+    return take_backbone(tensors, role).tensors
+
+
+def take_backbone(
+    tensors: Tensors, role: EncoderRole = "base", *, qkv_bias: bool = True
+) -> Backbone:
     """The backbone in timm's names, fp32, without heads, optimizer and other networks.
 
     Args:
         tensors: state dict of any program that is read.
         role: encoder to take from a file that holds two.
+        qkv_bias: False where the settings beside the weights say that queries, keys and values
+            have no bias: it is zero then.
 
     Raises:
-        ValueError: no Vision Transformer among the names, not this encoder, a convolutional stem,
-            or missing weights.
+        ValueError: no Vision Transformer among the names, not this encoder, tensors that a plain
+            Vision Transformer has no place for, or missing weights.
     """
-    prefix = _find_prefix(tensors, role)
-    backbone = replace_prefix(tensors, prefix, "")
-    if any(name.startswith("patch_embed.proj.0.") for name in backbone):
+    prefix = choose_prefix(tensors, role)
+    network = replace_prefix(tensors, prefix, "")
+    if any(name.startswith("patch_embed.proj.0.") for name in network):
         raise ValueError("its patches come from a convolutional stem, which has no counterpart.")
-    renamed = {_rename(name, _TO_TIMM): tensor for name, tensor in backbone.items()}
-    backbone = _join_attention(renamed)
+    inner = [p.removeprefix(prefix) for p in find_prefixes(tensors) if p.startswith(prefix)]
+    inner_networks = tuple(p for p in inner if p)
+    own_tensors = {
+        name: t
+        for name, t in network.items()
+        if not (name.startswith(inner_networks) or is_head(name))
+    }
+    backbone = _join_attention({_rename(name, _TO_TIMM): t for name, t in own_tensors.items()})
     blocks = (re.match(r"blocks\.(\d+)\.", name) for name in backbone)
     depth = 1 + max((int(match[1]) for match in blocks if match), default=-1)
     if not depth:
         raise ValueError(f"it holds no transformer blocks below {prefix!r}.")
-    required = _backbone_names(depth)
+    if not qkv_bias:
+        _add_zero_biases(backbone)
+    required = _backbone_names(min(depth, len(backbone)))
+    used = required | {n for n in backbone if n == "pos_embed" or has_qk_norm([n])}
+    if homeless := [name for name in own_tensors if _timm_name(name) not in used]:
+        raise ValueError(_explain_homeless(homeless, prefix))
     if missing := sorted(required - {*backbone}):
         raise ValueError(
             f"{len(missing)} weights of a {depth}-block Vision Transformer are missing below "
             f"{prefix!r}: {', '.join(missing[:6])}{' ...' * (len(missing) > 6)}."
         )
-    names = required | {n for n in backbone if n == "pos_embed" or has_qk_norm([n])}
-    return {name: backbone[name].detach().float().contiguous() for name in sorted(names)}
+    unused = [name for name in tensors if not name.startswith(prefix)]
+    unused += [prefix + name for name in network if name not in own_tensors]
+    return Backbone(
+        {name: backbone[name].detach().float().contiguous() for name in sorted(used)},
+        prefix,
+        summarise_names(unused, prefix),
+    )
+
+
+def _timm_name(name: str) -> str:
+    """The tensor's name in timm, where q, k and v are one."""
+    renamed = _rename(name, _TO_TIMM)
+    return re.sub(r"\.attn\.(query|key|value)\.", ".attn.qkv.", renamed)
+
+
+def _explain_homeless(names: list[str], prefix: str) -> str:
+    """Why a backbone with these tensors is not loaded, each kind of them named once or twice."""
+    kinds = {re.sub(r"\d+", "#", name): name for name in reversed(names)}
+    examples = [*reversed(kinds.values())]
+    lacking = (next((words for p, words in _REASONS.items() if re.search(p, n)), "") for n in names)
+    reasons = ", ".join(dict.fromkeys(filter(None, lacking)))
+    return (
+        f"{len(names)} tensors below {prefix!r} have no place in the plain Vision Transformer here "
+        f"and would change its features: {', '.join(examples[:6])}{' ...' * (len(examples) > 6)}"
+        + (f" ({reasons})." if reasons else ".")
+    )
+
+
+def _add_zero_biases(backbone: dict[str, Tensor]) -> None:
+    """Give queries, keys and values the bias of zero that is the same as none."""
+    for name, weight in [*backbone.items()]:
+        if name.endswith(".attn.qkv.weight"):
+            bias = torch.zeros(len(weight), dtype=weight.dtype)
+            backbone.setdefault(name.replace("weight", "bias"), bias)
 
 
 def has_qk_norm(names: Iterable[str]) -> bool:
@@ -153,30 +231,6 @@ def replace_prefix(tensors: Tensors, prefix: str, replacement: str) -> dict[str,
     }
 
 
-def _find_prefix(tensors: Tensors, role: EncoderRole) -> str:
-    """The text in front of all names of an encoder."""
-    prefixes = [
-        name.removesuffix(_CLASS_TOKEN).removesuffix("embeddings.")
-        for name in tensors
-        if name == _CLASS_TOKEN or name.endswith("." + _CLASS_TOKEN)
-    ]
-    if not prefixes:
-        raise ValueError(
-            f"no Vision Transformer with a class token is in it; its {len(tensors)} tensors are "
-            f"{', '.join(list(tensors)[:4])} ..."
-            if tensors
-            else "it holds no tensors."
-        )
-    averages = [p for p in prefixes if any(word in p.lower() for word in _AVERAGE_WORDS)]
-    candidates = averages if role == "momentum" else [p for p in prefixes if p not in averages]
-    if len(candidates) != 1:
-        raise ValueError(
-            f"it holds {len(candidates) or 'no'} {role} encoder{'s' * (len(candidates) > 1)}; "
-            f"class tokens stand below {', '.join(map(repr, prefixes))}."
-        )
-    return candidates[0]
-
-
 def _rename(name: str, modules: Mapping[str, str]) -> str:
     """The tensor's name with its module as `modules` calls it; other names stay as they are."""
     module = re.sub(r"\.(weight|bias)$", "", name)
@@ -201,7 +255,7 @@ def _backbone_names(depth: int) -> set[str]:
     """Tensors that every ViT of so many blocks has, with q, k and v as one."""
     modules = {name.replace("#", f"{i}") for name in _MMPRETRAIN for i in range(depth)}
     names = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
-    return names | {_CLASS_TOKEN}
+    return names | {CLASS_TOKEN}
 
 
 _ARCHITECTURES = {  # names of the same sizes in timm, and in the published code where it has them

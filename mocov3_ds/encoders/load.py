@@ -1,21 +1,20 @@
 """How does a trained encoder become a plain module, outside any engine?
 
 Read are runs of this package and single checkpoints of them, exported folders, the published MoCo
-v3 files (`.pth.tar`), the ViTs of mmpretrain, DeiT, timm and transformers, and folders that
-DeepSpeed's `save_checkpoint` wrote at any ZeRO stage. Nothing is unpickled but tensors and plain
-containers.
+v3 files (`.pth.tar`), the ViTs of mmpretrain, DINO, DeiT, timm and transformers, and folders that
+DeepSpeed's `save_checkpoint` and `ds_to_universal` wrote. Each tensor of the backbone is used, or
+the file is refused; so is a setting beside the weights that this network cannot obey. Nothing is
+unpickled but tensors and plain containers.
 """
 
-import argparse
 import json
-import pickle
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -23,13 +22,22 @@ from torch import Tensor
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.config import Config, from_json
-from mocov3_ds.encoders.foreign_names import EncoderRole, has_qk_norm, infer_shape, to_timm
+from mocov3_ds.encoders.foreign_names import has_qk_norm, infer_shape, take_backbone, to_timm
+from mocov3_ds.encoders.networks import EncoderRole, choose_prefix
+from mocov3_ds.encoders.owner_settings import (
+    OwnerSettings,
+    read_settings_beside,
+    read_settings_inside,
+)
+from mocov3_ds.encoders.torch_file import first_sentence
+from mocov3_ds.encoders.weight_files import FoundWeights, check_readable, find_weights
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.tensor_differences import differing_tensors
 from mocov3_ds.model.vit import Positions, VitShape, build_vit, sincos_positions
 from mocov3_ds.recipes import read_json
 
-_WRAPPERS = ("state_dict", "model", "module")
+_log = logging.getLogger("mocov3_ds")
+
 _LOW_PRECISION = 2e-2  # positions between -1 and 1, perhaps stored in fp16 or bf16
 
 
@@ -47,6 +55,12 @@ class Weights:
     """the backbone in timm's names, fp32"""
     shape: VitShape
     positions: Positions = "sincos"
+    settings: OwnerSettings = OwnerSettings()  # noqa: RUF009 - frozen
+    """what lies beside the weights: epsilon of the norms, mean and deviation of the images"""
+    left_out: str = ""
+    """tensors of the file that have no part in the features, in groups; empty = none"""
+    guess: str = ""
+    """a guess that decides the features, in a sentence; empty = none was needed"""
     config: Config | None = None
     """settings of the run; None = the weights are not from a run of this package"""
     saved: Checkpoint | None = None
@@ -57,6 +71,21 @@ class Weights:
         """Name of the encoder in tables and model cards."""
         step = f", step {self.saved.step}" if self.saved is not None else ""
         return f"{self.path.name} ({self.role} encoder{step})"
+
+    def describe(self) -> str:
+        """What was understood, in one line: sizes, source, what was left out, what was guessed."""
+        shape, settings = self.shape, self.settings
+        parts = [
+            f"{self.path}: {self.kind}, {self.role} encoder, {shape.dim} wide, {shape.depth} "
+            f"blocks, {shape.heads} heads, patch {shape.patch_size}, {shape.image_size} px"
+        ]
+        if settings.source:
+            parts.append(f"settings from {settings.source}")
+        if (settings.mean, settings.std) != (OwnerSettings.mean, OwnerSettings.std):
+            parts.append(f"images normalised by mean {settings.mean}, std {settings.std}")
+        if self.left_out:
+            parts.append(f"left out: {self.left_out}")
+        return "; ".join([*parts, self.guess] if self.guess else parts) + "."
 
 
 def load_encoder(
@@ -114,21 +143,68 @@ def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0
     Raises:
         ValueError: no such file, nothing usable in it, or weights that are missing.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    if heads < 0:
+        raise ValueError(f"--heads {heads} is no number of attention heads.")
     if not path.exists():
         raise ValueError(f"there is no {path}.")
+    check_readable(path)
     run = _find_run(path)
     if run is not None:
         return _read_run_weights(path, run, role, heads)
     try:
-        tensors, saved_heads, kind = _read_folder(path) if path.is_dir() else _read_file(path)
-        backbone = to_timm(tensors, role)
-        shape = infer_shape(backbone, heads or saved_heads)
+        weights = _interpret_tensors(path, find_weights(path), role, heads)
     except ValueError as error:
         raise ValueError(f"{path} gives no encoder: {error}") from None
-    positions: Positions = "sincos" if "pos_embed" in backbone else "none"
+    level = logging.WARNING if weights.guess or weights.left_out else logging.INFO
+    _log.log(level, "%s", weights.describe())
+    return weights
+
+
+def _interpret_tensors(path: Path, found: FoundWeights, role: EncoderRole, heads: int) -> Weights:
+    """The encoder among the tensors of a file, by the settings within and beside it."""
+    settings = read_settings_beside(found.folder) if found.folder is not None else OwnerSettings()
+    options = read_settings_inside(found.tree, choose_prefix(found.tensors, role), heads)
+    biased = settings.qkv_bias and options.qkv_bias
+    backbone = take_backbone(found.tensors, role, qkv_bias=biased)
+    claims = {s.heads: s.source for s in (settings, options) if s.heads}
+    if heads:
+        claims.setdefault(heads, "--heads")
+    if len(claims) > 1:
+        sentence = ", ".join(f"{source} says {count}" for count, source in claims.items())
+        raise ValueError(f"the number of attention heads is not clear: {sentence}.")
+    shape = infer_shape(backbone.tensors, next(iter(claims), 0))
+    if contradiction := settings.contradiction_of(shape) or options.contradiction_of(shape):
+        raise ValueError(
+            f"{contradiction}; they do not belong together. Move the weights alone to a folder, or "
+            "save them alone in a file."
+        )
+    if options.source and not settings.source:
+        settings = replace(options, mean=settings.mean, std=settings.std)
     return Weights(
-        path=path, kind=kind, role=role, tensors=backbone, shape=shape, positions=positions
+        path=path,
+        kind=found.kind,
+        role=role,
+        tensors=backbone.tensors,
+        shape=shape,
+        positions="sincos" if "pos_embed" in backbone.tensors else "none",
+        settings=settings,
+        left_out=backbone.left_out,
+        guess="" if claims else explain_guess(shape),
+    )
+
+
+def explain_guess(shape: VitShape) -> str:
+    """Which number of heads was assumed, and what else it might be.
+
+    Args:
+        shape: sizes whose heads are those of the paper for the width.
+    """
+    usual = shape.dim // 64
+    alternative = f", {usual} (DeiT, DINO, timm) is as likely" if usual != shape.heads else ""
+    return (
+        f"nothing tells the number of attention heads: {shape.heads} assumed, MoCo v3's for width "
+        f"{shape.dim}{alternative}; --heads decides"
     )
 
 
@@ -145,6 +221,8 @@ def build_encoder(
     Raises:
         ValueError: shapes that do not fit together, or an impossible image size.
     """
+    if image_size < 0:
+        raise ValueError(f"image size {image_size} is no side of an image; 0 = as trained.")
     shape = replace(weights.shape, image_size=image_size or weights.shape.image_size)
     try:
         with torch.device("meta"):  # saves the time of an initialisation that is thrown away
@@ -153,6 +231,7 @@ def build_encoder(
                 positions=weights.positions,
                 drop_path=drop_path,
                 qk_norm=has_qk_norm(weights.tensors),
+                norm_eps=weights.settings.norm_eps,
             )
     except ValueError as error:
         raise ValueError(f"{weights.path} gives no encoder: {error}") from None
@@ -217,7 +296,7 @@ def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> W
         try:
             saved = Checkpoint(path)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ValueError(f"{path} is a damaged checkpoint ({_first_line(error)}).") from None
+            raise ValueError(f"{path} is a damaged checkpoint ({first_sentence(error)}).") from None
     else:
         newest = checkpoint.find_newest(run)
         if newest is None:
@@ -237,80 +316,3 @@ def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> W
         config=config,
         saved=saved,
     )
-
-
-def _read_folder(folder: Path) -> tuple[Mapping[str, Tensor], int, str]:
-    """Tensors, number of heads (0 = unknown) and kind of a folder that is no run."""
-    if (folder / "latest").is_file() or any(folder.glob("*_model_states.pt")):
-        from mocov3_ds.distributed.zero_folder import merge_weights  # DeepSpeed takes seconds
-
-        return merge_weights(folder), 0, "DeepSpeed checkpoint"
-    for name in ("model.safetensors", "model.pth", "model.pth.tar", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            tensors, heads, kind = _read_file(folder / name)
-            config = folder / "config.json"
-            if not heads and config.is_file():
-                heads = _as_int(read_json(config).get("num_attention_heads"))
-            return tensors, heads, kind
-    raise ValueError(
-        "it is no run (config.json and checkpoints/), no DeepSpeed checkpoint (latest, "
-        "*_model_states.pt) and no exported folder (model.safetensors)."
-    )
-
-
-def _read_file(path: Path) -> tuple[Mapping[str, Tensor], int, str]:
-    """Tensors, number of heads (0 = unknown) and kind of a safetensors file or a torch file."""
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                heads = int((file.metadata() or {}).get("num_heads", 0))
-                return {n: file.get_tensor(n) for n in file.keys()}, heads, "safetensors file"  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"it is no complete safetensors file ({error}).") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data; DeiT saves one
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise ValueError(
-                "it holds pickled objects besides tensors, which could run code and are not opened "
-                f"({_refused_class(str(error))}); save its weights alone where you trust it: "
-                "torch.save({'state_dict': ...})."
-            ) from None
-        raise ValueError(f"it is no torch file ({_first_line(error)}).") from None
-    except Exception as error:  # a damaged archive can raise almost anything
-        raise ValueError(
-            f"it is no torch file, or a truncated one ({_first_line(error)})."
-        ) from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"it holds a {type(loaded).__name__}, not weights by name.")
-    return _find_state_dict(loaded), _as_int(loaded.get("num_heads")), "torch file"
-
-
-def _as_int(value: object) -> int:
-    """An integer from a foreign file; 0 where it is anything else."""
-    return value if isinstance(value, int) else 0
-
-
-def _find_state_dict(loaded: dict[Any, Any]) -> Mapping[str, Tensor]:
-    """The state dict in a file of `torch.save`, which other entries may surround."""
-    for name in _WRAPPERS:
-        inner = loaded.get(name)
-        if isinstance(inner, dict) and any(isinstance(v, Tensor) for v in inner.values()):
-            loaded = inner
-            break
-    return {str(n): t for n, t in loaded.items() if isinstance(t, Tensor)}
-
-
-def _refused_class(text: str) -> str:
-    """Name of the class that torch refused to unpickle, from its message."""
-    for line in text.splitlines():
-        if "GLOBAL" in line:
-            return line.partition("GLOBAL")[2].split()[0]
-    return "unknown class"
-
-
-def _first_line(error: BaseException) -> str:
-    """Type and first sentence of an error."""
-    sentence = (str(error).strip().splitlines() or [""])[0].partition(". ")[0]
-    return f"{type(error).__name__}: {sentence}"

@@ -24,8 +24,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.encoders.foreign_names import EncoderRole
 from mocov3_ds.encoders.load import build_encoder, read_weights
+from mocov3_ds.encoders.networks import EncoderRole
 from mocov3_ds.evaluation.features import make_inputs, split_features
 from mocov3_ds.evaluation.knn import find_nearest
 from mocov3_ds.evaluation.labelled_images import (

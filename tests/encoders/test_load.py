@@ -263,6 +263,8 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     refuses(whole, "32 must be a multiple of the 5 heads", heads=5)
     refuses(whole, "no momentum encoder; class tokens stand below ''", which="momentum")
     refuses(whole, "image size 18 is not a multiple", heads=4, image_size=18)
+    refuses(whole, "image size -4 is no side of an image", heads=4, image_size=-4)
+    refuses(whole, "--heads -2 is no number", heads=-2)
     cut = tmp_path / "cut.pth"
     cut.write_bytes(whole.read_bytes()[:5000])
     refuses(cut, "no torch file, or a truncated one")
@@ -306,3 +308,47 @@ def test_a_built_encoder_has_its_own_weights(tmp_path: Path) -> None:
     weights = read_weights(tmp_path / "a.pth", heads=HEADS)
     build_encoder(weights).norm.weight.data.zero_()
     assert build_encoder(weights).norm.weight.any()
+
+
+HOMELESS = {
+    "blocks.0.ls1.gamma": "LayerScale",
+    "blocks.1.attn.norm.weight": "norms in places",
+    "blocks.1.mlp.norm.weight": "norms in places",
+    "blocks.0.mlp.w12.weight": "a gated MLP",
+    "blocks.0.attn.q_bias": "",
+    "blocks.0.attn.relative_position_bias_table": "relative positions",
+    "reg_token": "register tokens",
+    "dist_token": "a distillation token",
+    "rope.freqs": "rotary positions",
+    "norm_pre.weight": "norms in places",
+    "fc_norm.weight": "mean of the patches",
+    "attn_pool.latent": "attention pooling",
+    "anything.else": "",
+}
+
+
+@pytest.mark.parametrize("name", HOMELESS)
+@pytest.mark.parametrize("prefix", ["", "module.base_encoder."])
+def test_no_tensor_of_the_backbone_is_dropped(tmp_path: Path, name: str, prefix: str) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": prefixed(prefix, BASE) | {prefix + name: torch.ones(DIM)}}, path)
+    with pytest.raises(ValueError, match=f"have no place .*: {name}") as caught:
+        load_encoder(path, heads=HEADS)
+    assert HOMELESS[name] in str(caught.value)
+
+
+def test_what_is_left_out_and_guessed_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(published(), tmp_path / "a.pth")
+    load_encoder(tmp_path / "a.pth", heads=HEADS)
+    for words in ("left out: ", "module.base_encoder.head (2)", "module.momentum_encoder (32)",
+                  "module.predictor (2)", "optimizer (1)"):  # fmt: skip
+        assert words in caplog.text
+    assert "nothing tells" not in caplog.text
+    caplog.clear()
+    vit = build_vit(VitShape(image_size=16, patch_size=8, dim=384, depth=1, heads=12))
+    torch.save(vit.state_dict(), tmp_path / "s.pth")
+    load_encoder(tmp_path / "s.pth")
+    assert "12 assumed, MoCo v3's for width 384, 6 (DeiT, DINO, timm) is as likely" in caplog.text
+    assert "--heads decides" in caplog.text

@@ -1,0 +1,105 @@
+"""Folders of other programs: shards, universal checkpoints; what is there is said."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mocov3_ds.encoders.load import load_encoder
+from mocov3_ds.encoders.weight_files import check_readable, find_weights
+from tests.encoders.test_load import BASE, HEADS, MOMENTUM, prefixed, same
+
+
+def refuses(path: Path, sentence: str, **options: Any) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_encoder(path, heads=HEADS, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_shards(tmp_path: Path, kind: str) -> None:
+    tensors, places = dict(BASE.state_dict()), dict[str, str]()
+    stem, ending = kind.split(".")
+    names = [f"{stem}-0000{i}-of-00002.{ending}" for i in (1, 2)]
+    for number, name in enumerate(names):
+        part = {n: t for i, (n, t) in enumerate(sorted(tensors.items())) if i % 2 == number}
+        places |= dict.fromkeys(part, name)
+        save_file(part, tmp_path / name) if ending == "safetensors" else torch.save(
+            part, tmp_path / name
+        )
+    index = tmp_path / f"{kind}.index.json"
+
+    def write(places: Any) -> None:
+        index.write_text(json.dumps({"weight_map": places}))
+
+    write(places)
+    same(tmp_path, BASE)
+    refuses(tmp_path / names[0], r"missing below ''|have no place")
+    write({**places, "gone": names[1]})
+    refuses(tmp_path, f"{names[1]} lacks 'gone'")
+    write({**places, "a": "../a.bin"})
+    refuses(tmp_path, r"names the file '\.\./a\.bin', which is not beside it")
+    write([1])
+    refuses(tmp_path, "no weight_map")
+    write(places)
+    (tmp_path / names[1]).unlink()
+    refuses(tmp_path, f"names the file '{names[1]}', which is not beside it")
+
+
+def write_universal(folder: Path) -> None:
+    """As ds_to_universal does: fp32 masters by name, and a bf16 copy at ZeRO-1."""
+    for name, tensor in BASE.state_dict().items():
+        place = folder / "zero" / f"base_encoder.{name}"
+        place.mkdir(parents=True)
+        torch.save({"cat_dim": 0, "param": tensor} if "norm" in name else tensor, place / "fp32.pt")
+        torch.save(torch.zeros(2), place / "exp_avg.pt")
+    module = {n: t.bfloat16() for n, t in prefixed("base_encoder.", BASE).items()}
+    torch.save({"module": module, "epoch": 3}, folder / "mp_rank_00_model_states.pt")
+
+
+def test_universal_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "step_universal"
+    write_universal(folder)
+    loaded = load_encoder(folder, heads=HEADS).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in BASE.state_dict().items())
+    (tmp_path / "latest_universal").write_text("step_universal\n")
+    same(tmp_path, BASE)
+    (folder / "mp_rank_00_model_states.pt").unlink()  # stage 3: a file for each rank
+    frozen = prefixed("momentum_encoder.", MOMENTUM)
+    for rank in (0, 1):
+        fragments = {}
+        for name, tensor in frozen.items():
+            flat = torch.cat([tensor.flatten(), torch.zeros(tensor.numel() % 2)])
+            fragments[name] = flat.chunk(2)[rank].clone()
+        states = {"module": {"m.count": torch.ones(1)}, "buffer_names": ["m.count"],
+                  "frozen_param_shapes": {n: t.shape for n, t in frozen.items()},
+                  "frozen_param_fragments": fragments}  # fmt: skip
+        torch.save(states, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    same(folder, BASE)
+    same(folder, MOMENTUM, "momentum")
+    assert "m.count" in find_weights(folder).tensors
+    (folder / "zero/base_encoder.norm.bias/fp32.pt").unlink()
+    refuses(folder, r"zero/base_encoder\.norm\.bias holds no fp32\.pt; .* not whole")
+    (tmp_path / "latest_universal").write_text("../elsewhere")
+    refuses(tmp_path, r"names '\.\./elsewhere', which is no folder in it")
+
+
+def test_what_is_there_is_said(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "args": {"a": 1}}, tmp_path / "empty.pth")
+    refuses(tmp_path / "empty.pth", r"no tensors, but 'epoch' \(int\), 'args' \(mapping of 1\)")
+    refuses(tmp_path, r"it holds 'empty\.pth'; give a file of it, e\.g\. '.*/empty\.pth'")
+    (tmp_path / "fsdp").mkdir()
+    (tmp_path / "fsdp/__0_0.distcp").write_text("")
+    refuses(tmp_path / "fsdp", "format_utils dcp_to_torch '.*/fsdp' weights.pth")
+
+
+def test_another_users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(BASE.state_dict(), path)
+    monkeypatch.setattr(os, "access", lambda name, mode: Path(name) != path)  # root may read all
+    refuses(path, r"a\.pth may not be read by this user \(permission denied\)")
+    check_readable(tmp_path)
