@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from mocov3_ds.data.storage.atomic import replace_when_whole
 from mocov3_ds.distributed import ranks
-from mocov3_ds.encoders.foreign_names import EncoderRole
 from mocov3_ds.encoders.load import read_weights
+from mocov3_ds.encoders.networks import EncoderRole
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.features import Batch, show_progress
 from mocov3_ds.evaluation.labelled_images import (
