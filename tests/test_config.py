@@ -2,10 +2,20 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from mocov3_ds.config import Bounds, Config, MocoConfig, ModelConfig, check_config, from_json
+from mocov3_ds.config import (
+    Bounds,
+    Config,
+    DataConfig,
+    MocoConfig,
+    ModelConfig,
+    anchor_to_run,
+    check_config,
+    from_json,
+)
 from mocov3_ds.recipes import parse
 
 
@@ -75,3 +85,38 @@ def test_a_damaged_config_of_a_run_is_refused() -> None:
         }
         with pytest.raises(ValueError, match=r"config\.json was written by version .* not"):
             from_json(damaged)
+
+
+def test_new_runs_keep_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ann")
+    flags = [
+        "--data.shards",
+        "sets/train",
+        "--data.probe_shards=~/probes",
+        "--save.mirror",
+        "s3://b",
+    ]
+    config = parse(flags).config
+    assert config.data.shards == str(tmp_path / "sets/train")
+    assert config.data.probe_shards == "/home/ann/probes"
+    assert config.save.mirror == "s3://b"
+    assert (config.data.cache, config.folder) == ("", Path("runs/tiny"))
+
+
+def test_relative_paths_of_an_earlier_run_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, shards = tmp_path / "runs/old", tmp_path / "sets/train"
+    for folder in (run, shards, tmp_path / "elsewhere/sets/near"):
+        folder.mkdir(parents=True)
+    data = DataConfig(shards="sets/train", probe_shards="s3://bucket/x")
+    config = Config(name="old", data=data)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert anchor_to_run(config, Path("../runs/old")).data.shards == str(shards)
+    assert anchor_to_run(config, Path("../runs/old")).data.probe_shards == "s3://bucket/x"
+    assert anchor_to_run(config, tmp_path / "moved/away") == config  # it lay elsewhere
+    near = dataclasses.replace(config, data=DataConfig(shards="sets/near"))
+    assert anchor_to_run(near, run) == near  # found from here
+    gone = dataclasses.replace(config, data=DataConfig(shards="sets/gone"))
+    assert anchor_to_run(gone, run) == gone

@@ -253,6 +253,24 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return typed
 
 
+def drop_idle_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a run that an earlier version started, without keys that had no effect in it.
+
+    Args:
+        settings: the JSON object, as the run's config.json holds it.
+    """
+    idle = {*_REFUSED, *_HARMLESS, *_NEED_INFO} - {"gradient_allreduce_op"}
+
+    def drop_inside(prefix: str, node: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: drop_inside(f"{prefix}{key}.", value) if isinstance(value, Mapping) else value
+            for key, value in node.items()
+            if f"{prefix}{key}" not in idle
+        }
+
+    return drop_inside("", settings)
+
+
 def _read_object(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for key, value in settings.items():
@@ -263,6 +281,8 @@ def _read_object(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"the DeepSpeed config has {name} twice, with and without stage3_; keep one."
             )
+        if "." in key:  # a path of --ds, which means nothing as one key of a file
+            raise _unknown_key(prefix, key)
         if name == "optimizer":
             typed[leaf] = _read_optimizer(value)
         elif name in _HARMLESS and value in (_HARMLESS[name], None):

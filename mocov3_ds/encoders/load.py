@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
-from mocov3_ds.config import Config, from_json
+from mocov3_ds.config import Config, anchor_to_run, from_json
 from mocov3_ds.encoders.foreign_names import has_qk_norm, infer_shape, take_backbone, to_timm
 from mocov3_ds.encoders.networks import EncoderRole, choose_prefix
 from mocov3_ds.encoders.owner_settings import (
@@ -127,7 +127,7 @@ def read_run_config(run: Path) -> Config:
     if not path.exists():
         raise ValueError(f"{run} is no run folder: it holds no config.json.")
     try:
-        return from_json(read_json(path))
+        return anchor_to_run(from_json(read_json(path)), run)
     except ValueError as error:
         raise ValueError(f"{run}: {error}") from None
 
@@ -295,6 +295,8 @@ def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> W
     if (path / "state.json").is_file():
         try:
             saved = Checkpoint(path)
+        except PermissionError as error:
+            raise ValueError(f"checkpoint {path} cannot be read: {error}.") from None
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ValueError(f"{path} is a damaged checkpoint ({first_sentence(error)}).") from None
     else:

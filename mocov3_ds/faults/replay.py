@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from mocov3_ds.checkpoints import checkpoint
-from mocov3_ds.config import Config, Settings, from_json
+from mocov3_ds.config import Config, Settings, anchor_to_run, from_json
 from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.engine_keys import drop_idle_keys
 from mocov3_ds.faults.bad_step_policy import (
     RECORDS,
     record_path,
@@ -61,7 +62,9 @@ def replay_step(folder: Path, step: int) -> list[str]:
     start = ranks.run_on_first(partial(nearest_checkpoint, folder, step))
     copy: Path = ranks.run_on_first(partial(_copy_run, folder, step, start))
     try:
-        run = build_run(Settings(_config_of_copy(from_json(tree), copy), tree["deepspeed"]), device)
+        config = anchor_to_run(from_json(tree), folder)
+        engine = drop_idle_keys(tree["deepspeed"])
+        run = build_run(Settings(_config_of_copy(config, copy), engine), device)
         try:
             return [f"from {start or 'the seed'}", *_replay_in(run, folder, step)]
         finally:

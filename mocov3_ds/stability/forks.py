@@ -14,6 +14,7 @@ from typing import Any
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.config import from_json
 from mocov3_ds.data.storage import atomic
+from mocov3_ds.distributed.engine_keys import drop_idle_keys
 from mocov3_ds.monitoring.run_log import drop_rows_after, read_rows
 from mocov3_ds.recipes import RECIPES
 from mocov3_ds.stability.cell_flags import config_flag, flatten_config
@@ -44,7 +45,8 @@ class ForkFolder:
         self._folder, self._settings = folder, settings
         for inner in ("logs", "outcomes"):
             (folder / inner).mkdir(exist_ok=True)
-        atomic.write_text(folder / _ENGINE, json.dumps(settings["deepspeed"], indent=1))
+        engine = drop_idle_keys(settings["deepspeed"])
+        atomic.write_text(folder / _ENGINE, json.dumps(engine, indent=1))
         self._stops: dict[str, int] = {}
         self._tree: dict[str, Any] = {
             "name": "replay",

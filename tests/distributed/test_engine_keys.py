@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mocov3_ds.distributed import engine_keys
-from mocov3_ds.distributed.engine_keys import READERS, read_settings
+from mocov3_ds.distributed.engine_keys import READERS, drop_idle_keys, read_settings
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
@@ -101,6 +101,7 @@ def test_no_key_takes_what_is_not_of_its_kind(name: str) -> None:
             {"zero_optimization": {"max_reuse_distance": 1, "stage3_max_reuse_distance": 1}},
             "stage3_max_reuse_distance twice",
         ),
+        ({"zero_optimization.stage": 2}, "unknown key 'zero_optimization.stage' (did you mean"),
         ({"a\x1b[8m": 1}, "unknown key 'a\\x1b[8m'"),
     ],
 )
@@ -133,6 +134,22 @@ def test_reading_twice_changes_nothing_and_leaves_the_given_object() -> None:
     once = read_settings(given)
     assert read_settings(once) == once
     assert json.dumps(given) == before
+
+
+def test_the_json_of_an_earlier_run_is_still_read() -> None:
+    """Keys that were taken before and did nothing go; what decides a number stays."""
+    earlier = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {"stage": 1, "cpu_offload": True, "overlap_comm": False},
+        "steps_per_print": 100,
+        "wandb": {"enabled": True, "project": "x"},
+        "gradient_clipping": 3.0,
+    }
+    assert read_settings(drop_idle_keys(earlier)) == {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {"stage": 1, "overlap_comm": False},
+        "gradient_clipping": 3.0,
+    }
 
 
 def test_every_key_of_deepspeeds_own_schema_is_known() -> None:
