@@ -3,6 +3,7 @@
 A new place is a class with the methods of `Sink`, given to `RunLog` as one more of its `sinks`.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +41,7 @@ class TensorBoardSink:
     """
 
     def __init__(self, run: Path, steps_done: int) -> None:
+        _hide_writer_tracebacks()
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=steps_done + 1)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
@@ -55,3 +57,17 @@ class TensorBoardSink:
     def close(self) -> None:
         """Write what is still in memory."""
         self._writer.close()
+
+
+def _hide_writer_tracebacks() -> None:
+    """Let TensorBoard's thread fail without a traceback: the next `row` raises the same error."""
+    show = threading.excepthook
+    if getattr(show, "hides_writer", False):
+        return
+
+    def show_others(failure: threading.ExceptHookArgs) -> None:
+        if type(failure.thread).__module__.partition(".")[0] != "tensorboard":
+            show(failure)
+
+    show_others.hides_writer = True  # type: ignore[attr-defined]
+    threading.excepthook = show_others

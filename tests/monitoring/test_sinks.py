@@ -1,5 +1,7 @@
 """Sinks of a run's rows: the curves that TensorBoard reads."""
 
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,22 @@ def test_curves_of_a_resumed_run_are_those_of_an_unbroken_one(tmp_path: Path) ->
     assert events.Tags()["scalars"] == ["loss", "lr"]
     points = [(event.step, event.value) for event in events.Scalars("loss")]
     assert points == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0)]
+
+
+def test_a_folder_that_is_moved_away_costs_the_curves_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard's thread dies of it; the sink's next row says so, where it is caught."""
+    shown: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    sink = TensorBoardSink(tmp_path / "run", 0)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FileNotFoundError):
+        for step in range(100_000):
+            sink.row(step, {"loss": 1.0})
+            sink._writer.flush()
+    assert shown == []
+    failing = threading.Thread(target=shutil.rmtree, args=(tmp_path / "nothing",))
+    failing.start()
+    failing.join()
+    assert len(shown) == 1
