@@ -132,7 +132,7 @@ def _check_settings(settings: LaunchSettings) -> None:
     for host in hosts:
         if not _HOST.fullmatch(host):
             raise ValueError(f"--hosts {host!r} is no name or address of a machine.")
-    if not re.fullmatch(r"[\w.:/@-]+", settings.image):
+    if not re.fullmatch(r"[a-zA-Z0-9](?:[\w.:/@-]*[a-zA-Z0-9_])?", settings.image):
         raise ValueError(f"--image {settings.image!r} is no name of a container image.")
 
 
@@ -152,11 +152,13 @@ def _template_values(
         "node_cores": settings.gpus * settings.cores,
         "hours": settings.hours,
         "image": settings.image,
+        "image_text": json.dumps(settings.image),
         "folder": shlex.quote(str(folder)),
         "gpu_line": "# no GPUs" if settings.cpu else f"#SBATCH --gpus-per-node={settings.gpus}",
         "host_lines": "\n".join(f"{host} slots={settings.gpus}" for host in hosts),
         "host_list": ",".join(hosts),
         "first_host": hosts[0],
+        "first_host_text": json.dumps(hosts[0]),
         "limits": json.dumps(limits),
         "train": shlex.join(["python", "-m", "mocov3_ds.train", *train_arguments]),
         "module_train": shlex.join(["mocov3_ds.train", *train_arguments]),

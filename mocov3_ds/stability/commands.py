@@ -73,9 +73,10 @@ def run(
     folder = options.runs_folder / f"{study.name}-{study.scale}"
     if options.dry_run:
         print(f"{study.title} at scale {study.scale}: {len(study.cells)} cells in {folder}")
+        launcher = options.launcher or cells.default_launcher()
         for cell in study.cells:
-            command = shlex.join(["train.py", *cell.flags(), *extra])
-            print(options.launcher or "LAUNCHER", command)
+            command = shlex.join([str(cells.TRAIN), *cell.flags(), *extra])
+            print(launcher.replace("{port}", "29500"), command)
         return
     cells.prepare_folder(
         folder, study, launcher=options.launcher or cells.default_launcher(), extra=extra
@@ -94,7 +95,7 @@ def run(
             folder, names, at_once=options.workers, options=options.sbatch
         )
         print(f"{script}: an array of {len(names)} tasks; {executors.submit_script(script)}")
-        print(f"when they have ended: mocov3 stability report {folder}")
+        print(f"when they have ended: {_report_command(folder)}")
         return
     _train_cells(folder, names, len(study.cells), options)
 
@@ -109,7 +110,11 @@ def _train_cells(folder: Path, names: list[str], total: int, options: GridOption
         executors.collect_outcomes(outcomes, total, total - len(names))
     table = write_cell_table(folder)
     print(format_cells(tabulate_cells(folder)))
-    print(f"{table}\nreport:   mocov3 stability report {folder}")
+    print(f"{table}\nreport:   {_report_command(folder)}")
+
+
+def _report_command(folder: Path) -> str:
+    return shlex.join(["mocov3", "stability", "report", str(folder)])
 
 
 def _data_flags(grid: Grid, options: GridOptions) -> list[str]:
@@ -248,7 +253,7 @@ def main(arguments: list[str]) -> int:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="mocov3 stability", args=_join_values(arguments)
         )
-    except ValueError as error:
+    except (ValueError, storage.StorageError) as error:
         print(f"mocov3: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

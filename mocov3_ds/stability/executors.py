@@ -1,6 +1,7 @@
 """Where do the cells of a grid run: on this machine, as a Slurm array, or on a Ray cluster?"""
 
 import importlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -81,14 +82,18 @@ def write_slurm_script(folder: Path, names: Sequence[str], *, at_once: int, opti
         names: names of the cells.
         at_once: tasks that may run at a time; 0 = as many as Slurm grants.
         options: options of sbatch, e.g. `--partition gpu --gpus-per-node 8 --time 24:00:00`.
+
+    Raises:
+        ValueError: folder or options hold what no line of a batch script can say.
     """
     path = folder / "submit.sh"
+    literal = str(folder.absolute()).replace("%", "%%")  # a % begins a pattern of Slurm's
     limit = f"%{at_once}" if at_once else ""
     lines = [
         "#!/bin/bash",
-        f"#SBATCH --job-name=stability-{folder.name}",
+        f"#SBATCH --job-name={_sbatch_word(f'stability-{folder.name}')}",
         f"#SBATCH --array=0-{len(names) - 1}{limit}",
-        f"#SBATCH --output={folder.absolute()}/logs/slurm-%A_%a.log",
+        f"#SBATCH --output={_sbatch_word(f'{literal}/logs/slurm-%A_%a.log')}",
         "#SBATCH --signal=B:TERM@120",
         *_sbatch_lines(options),
         f"cells=({' '.join(map(shlex.quote, names))})",
@@ -101,13 +106,31 @@ def write_slurm_script(folder: Path, names: Sequence[str], *, at_once: int, opti
 
 
 def _sbatch_lines(options: str) -> list[str]:
+    try:
+        words = shlex.split(options)
+    except ValueError as error:
+        raise ValueError(f"--sbatch {options!r} cannot be read: {error}.") from None
     lines: list[str] = []
-    for word in shlex.split(options):
+    for word in words:
         if word.startswith("-") or not lines:
-            lines.append(f"#SBATCH {word}")
+            lines.append(f"#SBATCH {_sbatch_word(word)}")
         else:
-            lines[-1] += f" {word}"
+            lines[-1] += f" {_sbatch_word(word)}"
     return lines
+
+
+def _sbatch_word(word: str) -> str:
+    """A word as sbatch reads it in a line of a script: in double quotes where it must be.
+
+    Raises:
+        ValueError: the word holds a quote, a backslash or a control character.
+    """
+    if not word.isprintable() or set(word) & {'"', "\\"}:
+        raise ValueError(
+            f"{word!r} cannot stand in an #SBATCH line; use a folder or an option without quotes, "
+            "backslashes and line ends."
+        )
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else f'"{word}"'
 
 
 def submit_script(script: Path) -> str:
@@ -116,11 +139,12 @@ def submit_script(script: Path) -> str:
     Raises:
         ValueError: sbatch refused the script.
     """
+    command = shlex.join(["sbatch", str(script)])
     if shutil.which("sbatch") is None:
-        return f"there is no sbatch on this machine; on the cluster: sbatch {script}"
+        return f"there is no sbatch on this machine; on the cluster: {command}"
     result = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
     if result.returncode:
-        raise ValueError(f"sbatch {script} failed: {result.stderr.strip()}")
+        raise ValueError(f"{command} failed: {result.stderr.strip()}")
     return result.stdout.strip()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,9 @@ def _read_grid(folder: Path) -> Study:
     for cell in list_cells(tree):
         if cell.name in runs:
             arms.setdefault(cell.label, []).append(runs[cell.name])
-    command = f"mocov3 stability run {tree['name']} --scale {tree['scale']}"
+    command = shlex.join(
+        ["mocov3", "stability", "run", str(tree["name"]), "--scale", str(tree["scale"])]
+    )
     return Study(tree["title"], tree["about"], tree["scale"], command, arms, tuple(unseen))
 
 

@@ -146,6 +146,18 @@ def test_a_pod_without_gpus_asks_for_none(tmp_path: Path) -> None:
     assert job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"] == {}
 
 
+@pytest.mark.parametrize("word", ["1.0", "true", "null", "0x10", "1e3", "on"])
+def test_names_that_yaml_would_retype_stay_text(word: str, tmp_path: Path) -> None:
+    write_kit("kubernetes", LaunchSettings(image=word), tmp_path / "pods", ["--name", word])
+    _, job = manifests(tmp_path / "pods")
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == word
+    assert container["command"][-1] == word
+    write_kit("accelerate", LaunchSettings(hosts=(word,)), tmp_path / "kit", [])
+    read = yaml.safe_load((tmp_path / "kit" / "accelerate.yaml").read_text())
+    assert read["main_process_ip"] == word
+
+
 def test_the_container_file_has_no_faults(tmp_path: Path) -> None:
     write_kit("container", CLUSTER, tmp_path / "kit", ["--name", "it's $HOME"])
     path = tmp_path / "kit" / "Containerfile"
@@ -175,6 +187,8 @@ def test_no_kit_leaves_a_gap(kind: Kind, tmp_path: Path) -> None:
         ("--hosts a a --nodes 2", "--hosts names a machine twice; more ranks on one are --gpus."),
         ("--hosts a;b", "--hosts 'a;b' is no name or address of a machine."),
         ("--image x;y", "--image 'x;y' is no name of a container image."),
+        ("--image foo:", "--image 'foo:' is no name of a container image."),
+        ("-- --name caf\udce9", "'caf\\udce9' of the command line is not UTF-8 text"),
         ("-- --recipe vit_b6", "no recipe 'vit_b6' (did you mean vit_b16?)"),
         ("-- --ds optimiser.type=Lamb", "unknown key 'optimiser' (did you mean optimizer?)"),
         ("--out .", ". exists; remove it or choose another --out."),

@@ -61,3 +61,27 @@ def test_a_line_for_each_outcome(capsys: pytest.CaptureFixture[str]) -> None:
     assert executors.collect_outcomes(iter(outcomes), 3, 1) == outcomes
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["done after 12 s: a", "failed after 4 s: b: no memory"]
+
+
+def test_lines_of_sbatch_quote_what_has_spaces(tmp_path: Path) -> None:
+    folder = tmp_path / "a grid 50%"
+    folder.mkdir()
+    options = "--comment 'two words' --time 24:00:00 --partition=gpu"
+    script = executors.write_slurm_script(folder, ["a b"], at_once=0, options=options)
+    lines = [line[8:] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
+    assert lines == [
+        '--job-name="stability-a grid 50%"',
+        "--array=0-0",
+        f'--output="{tmp_path}/a grid 50%%/logs/slurm-%A_%a.log"',
+        "--signal=B:TERM@120",
+        '--comment "two words"',
+        "--time 24:00:00",
+        "--partition=gpu",
+    ]
+    for bad in ("--comment 'a\nb'", "--comment 'a\"b'", "--comment 'open"):
+        with pytest.raises(ValueError, match=r"cannot stand in an #SBATCH line|cannot be read"):
+            executors.write_slurm_script(folder, ["a"], at_once=0, options=bad)
+    broken = tmp_path / "x\nscancel"
+    broken.mkdir()
+    with pytest.raises(ValueError, match="cannot stand in an #SBATCH line"):
+        executors.write_slurm_script(broken, ["a"], at_once=0, options="")
