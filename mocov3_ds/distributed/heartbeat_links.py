@@ -1,14 +1,19 @@
 """The connections that heartbeats go through: one TCP connection from each rank to rank 0.
 
 Messages are JSON objects, one per line. Rank 0 tells all ranks its port and a secret by a broadcast
-of the process group; whoever else finds the port does not know the secret and is sent away.
+of the process group. A greeting begins with the secret, and nothing behind it is looked at before
+the secret is right; whoever else finds the port is sent away, and holds up nobody. Where the ranks
+meet at an address of this machine alone (127.0.0.1), the port is open to this machine alone.
 """
 
 import contextlib
 import json
 import os
 import secrets
+import selectors
 import socket
+import time
+from dataclasses import dataclass
 from typing import Any
 
 from mocov3_ds.distributed import host_memory, ranks
@@ -16,7 +21,9 @@ from mocov3_ds.distributed.heartbeat_rules import Member
 
 _ACCEPT_S = 60.0  # that rank 0 waits for the next rank
 _CONNECT_S = 30.0
-_GREETING_S = 10.0
+_GREETING_S = 10.0  # for a whole greeting
+_GREETING_BYTES = 4096
+_GREETERS = 64  # strangers at the door, beside the ranks
 _SEND_S = 1.0  # longest time that a heartbeat waits for one connection
 
 
@@ -35,21 +42,17 @@ def connect_ranks(me: Member) -> dict[socket.socket, Member]:
     if ranks.world_size() == 1:
         return {}
     token = secrets.token_hex(16)
-    server = _open_server(backlog=ranks.world_size()) if ranks.is_first() else None
+    address = os.environ.get("MASTER_ADDR", "")
+    server = _open_server(address, ranks.world_size()) if ranks.is_first() else None
     port = server.getsockname()[1] if server is not None else 0
     host, port, token = ranks.broadcast_object((me.host, port, token))
     members: dict[socket.socket, Member] = {}
     if server is not None:
         with server:
-            while len(members) < ranks.world_size() - 1:
-                connection = _accept_connection(server, me.host, len(members))
-                member = _exchange_greetings(connection, me, token)
-                if member is not None:
-                    members[connection] = member
+            members = welcome_ranks(server, me, token, ranks.world_size() - 1)
     else:
-        connection = _connect_to_first([os.environ.get("MASTER_ADDR", host), host], port)
-        hello = {"token": token, "member": [me.rank, *_identity(me)]}
-        connection.sendall(encode_message(hello))
+        connection = _connect_to_first([address or host, host], port)
+        connection.sendall(encode_greeting(me, token))
         members[connection] = Member(0, *json.loads(_read_line(connection))["member"])
     for connection, member in members.items():
         connection.settimeout(_SEND_S)
@@ -61,31 +64,110 @@ def _identity(member: Member) -> tuple[str, int, float]:
     return member.host, member.pid, member.born
 
 
-def _accept_connection(server: socket.socket, host: str, connected: int) -> socket.socket:
-    try:
-        connection, _ = server.accept()
-    except TimeoutError:
-        raise ValueError(
-            f"{ranks.world_size() - 1 - connected} ranks did not reach rank 0 at port "
-            f"{server.getsockname()[1]} of {host} within {_ACCEPT_S:.0f} s; TCP connections "
-            "between the hosts must be allowed."
-        ) from None
-    connection.settimeout(_GREETING_S)
-    return connection
+def encode_greeting(me: Member, token: str) -> bytes:
+    """Return the first line that a rank sends to rank 0.
+
+    Args:
+        me: The rank.
+        token: Secret of the run.
+    """
+    return token.encode() + encode_message({"member": [me.rank, *_identity(me)]})
 
 
-def _exchange_greetings(connection: socket.socket, me: Member, token: str) -> Member | None:
-    """Return who is at the other end; None for a stranger, whose connection is closed."""
+@dataclass
+class _Greeter:
+    """Somebody at the door who has not yet said all."""
+
+    deadline: float
+    said: bytes = b""
+
+    def read(self, connection: socket.socket, token: str) -> Member | None:
+        """Take in what has come; return who it is once that is known.
+
+        Raises:
+            OSError: It is a stranger, or has gone.
+        """
+        data = connection.recv(_GREETING_BYTES)
+        self.said += data
+        secret = self.said[: len(token)]
+        if not data or len(self.said) > _GREETING_BYTES:
+            raise OSError("no greeting")
+        if len(secret) == len(token) and not secrets.compare_digest(secret, token.encode()):
+            raise OSError("not of this run")
+        if not self.said.endswith(b"\n") or len(secret) < len(token):
+            return None
+        return Member(*json.loads(self.said[len(token) :])["member"])
+
+
+def welcome_ranks(
+    server: socket.socket, me: Member, token: str, count: int
+) -> dict[socket.socket, Member]:
+    """Let all other ranks in, in whatever order they come, and no stranger.
+
+    Args:
+        server: Socket that they connect to.
+        me: Rank 0.
+        token: Secret of the run.
+        count: Number of the other ranks.
+
+    Raises:
+        ValueError: For a minute none has come, and some are missing.
+    """
+    members: dict[socket.socket, Member] = {}
+    greeters: dict[socket.socket, _Greeter] = {}
+    last = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        while len(members) < count:
+            for key, _ in selector.select(0.5):
+                if key.fileobj is server:
+                    connection, _ = server.accept()
+                    connection.setblocking(False)
+                    selector.register(connection, selectors.EVENT_READ, connection)
+                    greeters[connection] = _Greeter(time.monotonic() + _GREETING_S)
+                elif (member := _hear_greeter(key.data, greeters[key.data], me, token)) is None:
+                    continue
+                else:
+                    members[key.data], last = member, time.monotonic()
+                    selector.unregister(key.data)
+                    del greeters[key.data]
+            _send_away(selector, greeters, count)
+            if time.monotonic() - last > _ACCEPT_S:
+                raise ValueError(
+                    f"{count - len(members)} ranks did not reach rank 0 at port "
+                    f"{server.getsockname()[1]} of {me.host} within {_ACCEPT_S:.0f} s; TCP "
+                    "connections between the hosts must be allowed."
+                )
+        for connection in greeters:
+            connection.close()
+    return members
+
+
+def _hear_greeter(
+    connection: socket.socket, greeter: _Greeter, me: Member, token: str
+) -> Member | None:
+    """Return who is at the other end once it has said so; a stranger's time is over at once."""
     try:
-        hello = json.loads(_read_line(connection))
-        if not secrets.compare_digest(hello["token"], token):
-            raise ValueError("not of this run")
-        member = Member(*hello["member"])
+        member = greeter.read(connection, token)
+        if member is not None:
+            connection.settimeout(_SEND_S)
+            connection.sendall(encode_message({"member": _identity(me)}))
     except (OSError, ValueError, KeyError, TypeError):
-        connection.close()
+        greeter.deadline = 0.0
         return None
-    connection.sendall(encode_message({"member": _identity(me)}))
     return member
+
+
+def _send_away(
+    selector: selectors.BaseSelector, greeters: dict[socket.socket, _Greeter], ranks_at_most: int
+) -> None:
+    """Close the connections of those whose time is over, and of the oldest if there are many."""
+    crowd = len(greeters) - ranks_at_most - _GREETERS
+    for number, (connection, greeter) in enumerate([*greeters.items()]):
+        if number < crowd or time.monotonic() > greeter.deadline:
+            selector.unregister(connection)
+            connection.close()
+            del greeters[connection]
 
 
 def encode_message(message: dict[str, Any]) -> bytes:
@@ -108,17 +190,16 @@ def _read_line(connection: socket.socket) -> bytes:
     return line
 
 
-def _open_server(backlog: int) -> socket.socket:
-    """Listen at a free port of all addresses of this machine."""
-    server: socket.socket | None = None
+def _open_server(address: str, backlog: int) -> socket.socket:
+    """Listen at a free port: of this machine alone where the ranks meet at such an address."""
+    if address == "localhost" or address.startswith("127."):
+        return socket.create_server(("127.0.0.1", 0), backlog=backlog)
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
-            server = socket.create_server(
+            return socket.create_server(
                 ("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
             )
-    server = server or socket.create_server(("", 0), backlog=backlog)
-    server.settimeout(_ACCEPT_S)
-    return server
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 def _connect_to_first(hosts: list[str], port: int) -> socket.socket:

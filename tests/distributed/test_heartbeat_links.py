@@ -10,7 +10,12 @@ import psutil
 import pytest
 
 from mocov3_ds.distributed import heartbeat_links, ranks
-from mocov3_ds.distributed.heartbeat_links import connect_ranks, encode_message
+from mocov3_ds.distributed.heartbeat_links import (
+    connect_ranks,
+    encode_greeting,
+    encode_message,
+    welcome_ranks,
+)
 from mocov3_ds.distributed.heartbeat_rules import Member
 from tests.ranks_pool import run_ranks
 
@@ -22,7 +27,14 @@ def me() -> Member:
 
 def greet_as_a_stranger(port: int) -> None:
     """Say nonsense, a wrong secret, and nothing at all, before any rank has connected."""
-    for words in (b"GET / HTTP/1.1\n", encode_message({"token": "guess", "member": []}), b""):
+    greetings = (
+        b"GET / HTTP/1.1\n",
+        encode_greeting(Member(1, "here", 7, 0.0), "0" * 32),
+        b"[" * 4000 + b"\n",  # no JSON is read before the secret
+        b"x" * 100_000,
+        b"",
+    )
+    for words in greetings:
         with (
             socket.create_connection(("127.0.0.1", port)) as stranger,
             contextlib.suppress(OSError),
@@ -81,3 +93,39 @@ def test_an_address_that_nobody_listens_on_is_named(monkeypatch: pytest.MonkeyPa
     words = rf"rank 1 does not reach rank 0 at port {port} of 127\.0\.0\.1 or localhost \(.*refused"
     with pytest.raises(ValueError, match=words):
         connect_ranks(Member(1, "here", 7, 0.0))
+
+
+def test_those_who_drip_hold_up_nobody_and_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat_links, "_GREETERS", 3)
+    first, token = Member(0, "here", 6, 0.0), "a" * 32
+    with contextlib.ExitStack() as closing:
+        server = closing.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = server.getsockname()
+        strangers = [
+            closing.enter_context(socket.create_connection(address)) for _ in range(5)
+        ]  # more than may wait at the door
+        for stranger in strangers:
+            stranger.sendall(b"a")
+        rank = closing.enter_context(socket.create_connection(address))
+        greeting = encode_greeting(Member(1, "there", 7, 2.0), token)
+        rank.sendall(greeting[:40])
+        sender = threading.Timer(0.5, rank.sendall, [greeting[40:]])
+        sender.start()
+        members = welcome_ranks(server, first, token, 1)
+        sender.join()
+        ((connection, member),) = members.items()
+        closing.enter_context(connection)
+        assert (member.rank, member.host, member.pid, member.born) == (1, "there", 7, 2.0)
+        assert json.loads(rank.recv(100)) == {"member": ["here", 6, 0.0]}
+        for stranger in strangers:
+            with contextlib.suppress(ConnectionError):
+                assert stranger.recv(1) == b""
+
+
+def test_ranks_that_do_not_come_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat_links, "_ACCEPT_S", 0.0)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(ValueError, match=r"^2 ranks did not reach rank 0 at port \d+ of here"),
+    ):
+        welcome_ranks(server, Member(0, "here", 6, 0.0), "a" * 32, 2)
