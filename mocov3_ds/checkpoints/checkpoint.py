@@ -14,10 +14,12 @@ No file depends on the world size, the ZeRO stage or the precision of the run th
 none holds a pickle. `checkpoint_writer` writes these folders.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -63,6 +65,7 @@ class Checkpoint:
         self._files: dict[str, dict[str, Any]] = {}  # group -> tensor name -> open file
         for name in self.state["files"]:
             group = name.rpartition("-")[0]
+            check_access(folder / name)
             try:
                 file: Any = safe_open(str(folder / name), framework="pt")
             except SafetensorError as error:
@@ -219,6 +222,20 @@ def step_in_name(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def check_access(path: Path) -> None:
+    """Tell what another user keeps for himself from what is not there, which looks the same.
+
+    Args:
+        path: File or folder that need not exist.
+
+    Raises:
+        PermissionError: It exists, and this user may not read it.
+    """
+    needed = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+    if path.exists() and not os.access(path, needed):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 def find_newest(run: Path, before: float = math.inf) -> Checkpoint | None:
     """Find the newest undamaged checkpoint of a run.
 
@@ -236,6 +253,10 @@ def find_newest(run: Path, before: float = math.inf) -> Checkpoint | None:
         ValueError: The newest may be undamaged but is of a later version or may not be read
             (`CheckpointRefusedError`).
     """
+    try:
+        check_access(run / "checkpoints")
+    except PermissionError as error:
+        raise CheckpointRefusedError(f"the checkpoints of {run} cannot be read: {error}.") from None
     damaged: set[str] = set()
     while paths := [
         path

@@ -32,6 +32,7 @@ from mocov3_ds.checkpoints.checkpoint import (
     step_in_name,
 )
 from mocov3_ds.data.storage.atomic import digest_file, sync_to_disk, write_text
+from mocov3_ds.data.storage.tensor_file import mode_of_umask
 from mocov3_ds.distributed import ranks
 from mocov3_ds.version import __version__
 
@@ -141,7 +142,8 @@ def write_checkpoint(
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file(tensors, str(path))
+        with mode_of_umask(path):
+            save_file(tensors, str(path))
     except SafetensorError as error:  # what safetensors raises when the disk fails
         raise OSError(f"{path}: {error}") from None
 

@@ -7,7 +7,6 @@ FOLDER/latest, *_model_states.pt           what DeepSpeed's save_checkpoint wrot
 FOLDER/zero/NAME/fp32.pt                   what DeepSpeed's ds_to_universal made of that
 """
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mocov3_ds.checkpoints.checkpoint import check_access
 from mocov3_ds.encoders.networks import describe_tree, flatten_tensors
 from mocov3_ds.encoders.torch_file import read_torch_file
 from mocov3_ds.recipes import read_json
@@ -59,9 +59,10 @@ def check_readable(path: Path) -> None:
     Raises:
         ValueError: this user may not read it.
     """
-    needed = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
-    if path.exists() and not os.access(path, needed):
-        raise ValueError(f"{path} may not be read by this user (permission denied).")
+    try:
+        check_access(path)
+    except PermissionError:
+        raise ValueError(f"{path} may not be read by this user (permission denied).") from None
 
 
 def _find_in_folder(folder: Path) -> FoundWeights:

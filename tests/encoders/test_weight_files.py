@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from mocov3_ds.encoders.load import load_encoder
 from mocov3_ds.encoders.weight_files import check_readable, find_weights
 from tests.encoders.test_load import BASE, HEADS, MOMENTUM, prefixed, same
+from tests.evaluation.runs import make_run
 
 
 def refuses(path: Path, sentence: str, **options: Any) -> None:
@@ -103,3 +104,19 @@ def test_another_users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "access", lambda name, mode: Path(name) != path)  # root may read all
     refuses(path, r"a\.pth may not be read by this user \(permission denied\)")
     check_readable(tmp_path)
+
+
+def test_a_colleagues_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    previous = os.umask(0o022)
+    try:
+        run = make_run(tmp_path / "run")
+    finally:
+        os.umask(previous)
+    step = run / "checkpoints/step-00000007"
+    assert {path.stat().st_mode & 0o777 for path in step.iterdir()} == {0o644}
+    forbidden = step / "base-0.safetensors"
+    monkeypatch.setattr(os, "access", lambda name, mode: Path(name) != forbidden)
+    refuses(run, r"step-00000007 cannot be read: .*Permission denied.*base-0\.safetensors")
+    refuses(step, r"step-00000007 cannot be read: .*Permission denied.*base-0\.safetensors")
+    forbidden = run / "checkpoints"
+    refuses(run, r"the checkpoints of .*run cannot be read: .*Permission denied")
