@@ -50,8 +50,9 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "plan": Command(
         "what fits, how fast it runs and what it costs",
-        "mocov3_ds.planning.flags:plan",
+        "mocov3_ds.planning.command:run_plan",
         "options",
+        first="mocov3_ds.planning.flags:read_flags",
     ),
     "launch": Command(
         "files that start a run on a cluster", "mocov3_ds.launch.kit:write_launch_files", "options"
@@ -89,12 +90,12 @@ def main() -> int:
 
 
 def _run_command(arguments: Sequence[str]) -> int:
-    name, *rest = arguments or ["--help"]
+    name, *words = arguments or ["--help"]
     if name in ("-h", "--help", "help"):
-        if not rest:
+        if not words:
             print(describe_commands())
             return 0
-        name, rest = rest[0], ["--help"]
+        name, words = words[0], ["--help"]
     if name in ("-V", "--version"):
         print(f"mocov3-ds {__version__}")
         return 0
@@ -112,16 +113,16 @@ def _run_command(arguments: Sequence[str]) -> int:
     try:
         environment.check_environment()
         if command.first:
-            _find_target(command.first)(rest)
+            _find_target(command.first)(words)
     except ValueError as error:
         print(f"mocov3: error: {error}", file=sys.stderr)
         return 2
     run = _find_target(command.target)
     if command.takes == "options":
-        return _run_function(name, run, rest)
+        return _run_function(name, run, words)
     if command.takes == "arguments":
-        return int(run(rest or ["--help"]))
-    sys.argv = [f"mocov3 {name}", *rest]
+        return int(run(words or ["--help"]))
+    sys.argv = [f"mocov3 {name}", *words]
     return int(run())
 
 

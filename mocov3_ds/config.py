@@ -18,39 +18,15 @@ import tyro
 
 from mocov3_ds.model.layer_groups import group_names
 from mocov3_ds.model.shapes import EncoderShape, Positions, VitShape
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The numbers that a field may have, from `low` to `high`."""
-
-    low: float
-    high: float = math.inf
-    exclusive: bool = False
-    """the ends themselves are refused"""
-
-    def check_value(self, flag: str, value: float) -> None:
-        """Refuse a number outside of the bounds.
-
-        Args:
-            flag: name of the setting without its dashes, such as "model.depth".
-            value: the number that the user gave.
-
-        Raises:
-            ValueError: the number is outside of the bounds, or not a number.
-        """
-        if self.exclusive and not self.low < value < self.high:
-            raise ValueError(f"--{flag} {value} cannot be; it must be above {self.low}.")
-        if not self.low <= value <= self.high:
-            span = f"{self.low} to {self.high:g}" if self.high < math.inf else f"{self.low} or more"
-            raise ValueError(f"--{flag} {value} cannot be; it must be {span}.")
-
-
-Count = Annotated[int, Bounds(0)]
-PositiveCount = Annotated[int, Bounds(1)]
-Share = Annotated[float, Bounds(0, 1)]
-NonNegative = Annotated[float, Bounds(0)]
-Positive = Annotated[float, Bounds(0, exclusive=True)]
+from mocov3_ds.settings.bounds import (
+    Bounds,
+    Count,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    Share,
+    check_bounds,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,26 +341,6 @@ def check_batch(batch: int) -> None:
         )
 
 
-def check_bounds(settings: object, prefix: str = "") -> None:
-    """Check each number of a dataclass against the `Bounds` of its field.
-
-    Args:
-        settings: an instance of a dataclass of this module; inner dataclasses are checked as well.
-        prefix: what stands before a field's name in its flag, such as "model.".
-
-    Raises:
-        ValueError: a number is outside of its bounds.
-    """
-    assert dataclasses.is_dataclass(settings)
-    for entry in dataclasses.fields(settings):
-        value = getattr(settings, entry.name)
-        if dataclasses.is_dataclass(value):
-            check_bounds(value, f"{prefix}{entry.name}.")
-        for bounds in getattr(entry.type, "__metadata__", ()):
-            if isinstance(bounds, Bounds):
-                bounds.check_value(f"{prefix}{entry.name}", value)
-
-
 def group_rates(model: ModelConfig) -> dict[str, float]:
     """Learning rate of each layer group relative to the others, from input to output.
 
@@ -432,35 +388,6 @@ def from_json(tree: Mapping[str, Any]) -> Config:
             f"config.json was written by version {tree.get('version')} of mocov3-ds and is not "
             f"understood by this one ({error})."
         ) from None
-
-
-def anchor_to_run(config: Config, run: Path) -> Config:
-    """Settings of a run whose relative paths to shards are found from any working folder.
-
-    Runs of today keep absolute paths; earlier ones kept those that were given, from the folder in
-    which `runs` lay. A path that is found from the present folder stays.
-
-    Args:
-        config: settings as `from_json` read them.
-        run: folder of the run.
-    """
-    kept = config.folder
-    origin = run.resolve()
-    if kept.is_absolute() or origin.parts[-len(kept.parts) :] != kept.parts:
-        return config
-    origin = Path(*origin.parts[: -len(kept.parts)])
-
-    def anchor_path(url: str) -> str:
-        is_relative = url and "://" not in url and not Path(url).is_absolute()
-        moved = origin / url
-        return str(moved) if is_relative and not Path(url).exists() and moved.exists() else url
-
-    data = dataclasses.replace(
-        config.data,
-        shards=anchor_path(config.data.shards),
-        probe_shards=anchor_path(config.data.probe_shards),
-    )
-    return dataclasses.replace(config, data=data)
 
 
 def _with_values(default: Any, tree: Mapping[str, Any]) -> Any:

@@ -7,33 +7,13 @@ from pathlib import Path
 import pytest
 
 from mocov3_ds.config import (
-    Bounds,
     Config,
-    DataConfig,
     MocoConfig,
     ModelConfig,
-    anchor_to_run,
     check_config,
     from_json,
 )
 from mocov3_ds.recipes import parse
-
-
-@pytest.mark.parametrize(
-    ("bounds", "good", "bad", "allowed"),
-    [
-        (Bounds(1), 1, 0, "must be 1 or more"),
-        (Bounds(0, 1), 1, 1.5, "must be 0 to 1"),
-        (Bounds(0, 255), 0, -1, "must be 0 to 255"),
-        (Bounds(0, exclusive=True), 0.1, 0, "must be above 0"),
-        (Bounds(0, exclusive=True), 0.1, float("inf"), "must be above 0"),
-        (Bounds(0), float("inf"), float("nan"), "must be 0 or more"),
-    ],
-)
-def test_bounds(bounds: Bounds, good: float, bad: float, allowed: str) -> None:
-    bounds.check_value("model.depth", good)
-    with pytest.raises(ValueError, match=f"--model.depth {bad} cannot be; it {allowed}"):
-        bounds.check_value("model.depth", bad)
 
 
 @pytest.mark.parametrize(
@@ -102,21 +82,3 @@ def test_new_runs_keep_absolute_paths(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config.data.probe_shards == "/home/ann/probes"
     assert config.save.mirror == "s3://b"
     assert (config.data.cache, config.folder) == ("", Path("runs/tiny"))
-
-
-def test_relative_paths_of_an_earlier_run_are_found_from_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, shards = tmp_path / "runs/old", tmp_path / "sets/train"
-    for folder in (run, shards, tmp_path / "elsewhere/sets/near"):
-        folder.mkdir(parents=True)
-    data = DataConfig(shards="sets/train", probe_shards="s3://bucket/x")
-    config = Config(name="old", data=data)
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert anchor_to_run(config, Path("../runs/old")).data.shards == str(shards)
-    assert anchor_to_run(config, Path("../runs/old")).data.probe_shards == "s3://bucket/x"
-    assert anchor_to_run(config, tmp_path / "moved/away") == config  # it lay elsewhere
-    near = dataclasses.replace(config, data=DataConfig(shards="sets/near"))
-    assert anchor_to_run(near, run) == near  # found from here
-    gone = dataclasses.replace(config, data=DataConfig(shards="sets/gone"))
-    assert anchor_to_run(gone, run) == gone

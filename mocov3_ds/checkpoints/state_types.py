@@ -110,11 +110,11 @@ def check_types(state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: A value is of another kind; the sentence names key and value.
     """
-    for key, (is_of_kind, words) in _KINDS.items():
+    for key, (is_of_kind, kind) in _KINDS.items():
         if key not in state:
             continue
         value = state[key]
-        whole = isinstance(value, Mapping) and all(k in value for k in _REQUIRED.get(key, ()))
-        if not is_of_kind(value) or (key in _REQUIRED and not whole):
-            shown = repr(value) if len(repr(value)) <= 60 else f"{value!r:.57}..."
-            raise ValueError(f"state.json has {key!r} = {shown}, which is not {words}")
+        has_all = isinstance(value, Mapping) and all(k in value for k in _REQUIRED.get(key, ()))
+        if not is_of_kind(value) or (key in _REQUIRED and not has_all):
+            text = repr(value) if len(repr(value)) <= 60 else f"{value!r:.57}..."
+            raise ValueError(f"state.json has {key!r} = {text}, which is not {kind}")

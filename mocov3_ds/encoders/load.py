@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
-from mocov3_ds.config import Config, anchor_to_run, from_json
+from mocov3_ds.checkpoints.run_paths import anchor_to_run
+from mocov3_ds.config import Config, from_json
 from mocov3_ds.encoders.foreign_names import has_qk_norm, infer_shape, take_backbone, to_timm
 from mocov3_ds.encoders.networks import EncoderRole, choose_prefix
 from mocov3_ds.encoders.owner_settings import (

@@ -14,7 +14,7 @@ Shape suffixes: L = learning rates, B = images of a pass, C = classes, D = featu
 import math
 import sys
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -26,6 +26,8 @@ from mocov3_ds.encoders.load import build_encoder
 from mocov3_ds.evaluation.features import make_inputs
 from mocov3_ds.evaluation.labelled_images import CentreCrop, RandomCrop
 from mocov3_ds.evaluation.supervised_run import SupervisedConfig, SupervisedRun, run_command
+from mocov3_ds.settings.bounds import Bounds, Coefficient, Share
+from mocov3_ds.settings.paths import expand_home
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +45,13 @@ class LinearConfig(SupervisedConfig):
     """images of a rank in one forward pass; changes nothing but memory"""
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """base rates, per 256 images, all trained at once; the best is reported"""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """momentum of SGD"""
-    weight_decay: float = 0.0
+    weight_decay: Coefficient = 0.0
     """weight decay of SGD"""
-    crop_min: float = 0.08
+    anneal: Literal["step", "epoch"] = "step"
+    """when the rate follows the cosine; the published MoCo v3 code changes it at each epoch"""
+    crop_min: Share = 0.08
     """smallest random crop, as a share of the image area"""
 
 
@@ -143,6 +147,18 @@ def cosine_share(step: int, total: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * step / total))
 
 
+def annealed_step(anneal: str, epoch: int, steps: int, index: int) -> int:
+    """Step whose place on the cosine gives the rate.
+
+    Args:
+        anneal: "step", or "epoch" for that of the epoch's first step.
+        epoch: epochs done before this one.
+        steps: steps of each epoch.
+        index: number of the step within its epoch, from 0.
+    """
+    return epoch * steps + (index if anneal == "step" else 0)
+
+
 class LinearProbe(SupervisedRun[LinearConfig]):
     """A linear probe in training: the frozen backbone and a head for each learning rate."""
 
@@ -163,6 +179,8 @@ class LinearProbe(SupervisedRun[LinearConfig]):
             raise ValueError(
                 f"learning rates {config.learning_rates} must be positive, one at least."
             )
+        for rate in config.learning_rates:
+            Bounds(0, exclusive=True).check_value("learning_rates", rate)
         return config
 
     @torch.no_grad()
@@ -190,7 +208,7 @@ class LinearProbe(SupervisedRun[LinearConfig]):
                 labels_B = labels_B.to(self.device)
                 features_BD = self.compute_features(crops_BCHW)
                 losses_L += self.bank.add_gradient(features_BD, labels_B, grad_LCD, grad_LC)
-            step = self.epochs_done * steps + index
+            step = annealed_step(config.anneal, self.epochs_done, steps, index)
             self.bank.step(
                 ranks.all_reduce_sum(grad_LCD) / images,
                 ranks.all_reduce_sum(grad_LC) / images,
@@ -245,7 +263,13 @@ def main() -> int:
     """Command line; bad input ends with one sentence and status 2."""
     return run_command(
         "linear",
-        lambda: train_probe(tyro.cli(LinearConfig, prog="python -m mocov3_ds.evaluation.linear")),
+        lambda: train_probe(
+            tyro.cli(
+                LinearConfig,
+                prog="python -m mocov3_ds.evaluation.linear",
+                args=expand_home(sys.argv[1:]),
+            )
+        ),
     )
 
 

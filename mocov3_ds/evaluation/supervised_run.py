@@ -19,11 +19,12 @@ import torch
 import tyro
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from mocov3_ds.data.storage import StorageError
 from mocov3_ds.data.storage.atomic import replace_when_whole
+from mocov3_ds.data.storage.tensor_file import save_tensors
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import read_weights
 from mocov3_ds.encoders.networks import EncoderRole
@@ -38,7 +39,9 @@ from mocov3_ds.evaluation.labelled_images import (
     read_batches,
     split_into_passes,
 )
+from mocov3_ds.settings.bounds import Count, check_bounds
 from mocov3_ds.settings.comparison import differences
+from mocov3_ds.settings.environment import check_environment
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -67,17 +70,17 @@ class SupervisedConfig:
     epochs: int
     batch: int
     micro_batch: int
-    image_size: int = 0
+    image_size: Count = 0
     """side of a crop, pixels; 0 = as pretrained"""
-    heads: int = 0
+    heads: Count = 0
     """attention heads where the weights cannot tell; 0 = the paper's for their width"""
     seed: int = 0
     """seed of the initialisation, of the order and of all random draws"""
-    workers: int = 4
+    workers: Count = 4
     """reading processes of each rank; 0 = the rank reads by itself"""
     precision: Precision = "auto"
     """arithmetic of the encoder; auto = bf16 on a GPU that has it, else fp32"""
-    stop_after_epochs: int = 0
+    stop_after_epochs: Count = 0
     """end early, as a kill would; 0 = run to the end"""
     out: Path | None = None
     """folder of results.json and of the state; empty = RUN, or FILE-evaluation"""
@@ -115,6 +118,7 @@ class SupervisedRun(ABC, Generic[ConfigT]):
                 f"batch {config.batch}, micro_batch {config.micro_batch} and epochs "
                 f"{config.epochs} must be 1 at least."
             )
+        check_bounds(config)
         self.image_size = config.image_size or self.weights.shape.image_size
         self.splits = open_splits(*choose_split_urls(self.weights, config.train, config.val))
         self.folder = config.out or results.results_folder(self.weights.path)
@@ -195,7 +199,7 @@ class SupervisedRun(ABC, Generic[ConfigT]):
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         with replace_when_whole(self.state_file) as temporary:
-            save_file(tensors, str(temporary), metadata=metadata)
+            save_tensors(tensors, temporary, metadata)
 
     def _resume(self, settings: dict[str, Any]) -> None:
         """Continue from the state file, if there is one.
@@ -311,11 +315,12 @@ def run_command(program: str, evaluate: Callable[[], object]) -> int:
         evaluate: trains and judges, on each rank.
     """
     try:
+        check_environment()
         evaluate()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, StorageError, FloatingPointError) as error:
         if ranks.is_first() or isinstance(error, UnreadableSample):
             print(f"{program}: error: {error}", file=sys.stderr)  # noqa: T201
-        return 2 if isinstance(error, ValueError) else 3
+        return 3 if isinstance(error, FloatingPointError) else 2
     finally:
         ranks.stop()
     return 0

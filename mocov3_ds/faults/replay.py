@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from mocov3_ds.checkpoints import checkpoint
-from mocov3_ds.config import Config, Settings, anchor_to_run, from_json
+from mocov3_ds.checkpoints.run_paths import anchor_to_run
+from mocov3_ds.config import Config, Settings, from_json
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine_keys import drop_idle_keys
 from mocov3_ds.faults.bad_step_policy import (

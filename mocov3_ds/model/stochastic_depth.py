@@ -77,8 +77,8 @@ def draw_factors(
         for branch, rate in enumerate(rates):
             words_B = hash_words(0, images_B + np.uint64(view * len(rates) + branch))
             uniform_B = (words_B >> np.uint64(11)) * 2.0**-53
-            kept = 1.0 / (1.0 - rate) if rate < 1 else 0.0
-            factors_VBM[view, :, branch] = np.where(uniform_B < rate, 0.0, kept)
+            scale = 1.0 / (1.0 - rate) if rate < 1 else 0.0
+            factors_VBM[view, :, branch] = np.where(uniform_B < rate, 0.0, scale)
     return torch.from_numpy(factors_VBM)
 
 

@@ -5,9 +5,10 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from mocov3_ds.config import check_batch, encoder_shape
 from mocov3_ds.distributed.engine_config import engine_config
@@ -16,8 +17,9 @@ from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.planning import plan_text, tables
 from mocov3_ds.planning.calibrate import calibrate
+from mocov3_ds.planning.cards import format_presets, read_rates
 from mocov3_ds.planning.flags import PlanOptions
-from mocov3_ds.planning.hardware import Cluster, format_presets, read_cluster, read_rates
+from mocov3_ds.planning.hardware import Cluster, read_cluster
 from mocov3_ds.planning.options import STAGES, Option, PlannedRun
 from mocov3_ds.planning.plan_picture import draw_plan
 from mocov3_ds.planning.plan_text import Plan
@@ -28,7 +30,7 @@ _TABLE_RECIPES = ("vit_b16", "vit_l16", "vit_h14")
 _TABLE_BATCHES = (4096, 8192, 16384)
 
 
-def run_plan(options: PlanOptions) -> None:
+def run_plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> None:
     """Print what the flags ask for.
 
     Args:
@@ -180,7 +182,8 @@ def _read_cluster(options: PlanOptions) -> Cluster:
     if reach:
         if not 0 < reach <= 1:
             raise ValueError(f"--reach {reach} cannot be; it is a share of the peak, 0 to 1.")
-        card = replace(cluster.card, reachable_share=reach, reachable_source="given by --reach")
+        given = replace(cluster.card.reach, products=reach, source="given by --reach", spread=1.0)
+        card = replace(cluster.card, reach=given)
         cluster = replace(cluster, card=card)
     return cluster
 

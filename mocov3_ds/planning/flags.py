@@ -1,5 +1,6 @@
 """`mocov3 plan`: its flags, which are read before torch is imported."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,11 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Flags of `mocov3 plan`."""
+    """Say what fits, how fast it runs and what it costs. Arithmetic alone: nothing is trained.
+
+    mocov3 plan --recipe vit_l16 --batch 4096 --gpus 16x24GB
+    mocov3 plan --recipe vit_h14 --gpus 64xH100-80GB --price_per_gpu_hour 2.5 --picture plan.png
+    """
 
     recipe: str = "vit_b16"
     """what to train"""
@@ -53,15 +58,13 @@ class PlanOptions:
     """table of the recipes with command, hours and the paper's accuracy"""
 
 
-def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")] = PlanOptions()) -> None:
-    """Say what fits, how fast it runs and what it costs. Arithmetic alone: nothing is trained.
-
-        mocov3 plan --recipe vit_l16 --batch 4096 --gpus 16x24GB
-        mocov3 plan --recipe vit_h14 --gpus 64xH100-80GB --price_per_gpu_hour 2.5 --picture plan.png
+def read_flags(arguments: Sequence[str]) -> PlanOptions:
+    """The flags of a command line.
 
     Args:
-        options: run and cluster, and what to tell of them.
-    """
-    from mocov3_ds.planning.command import run_plan  # torch takes seconds
+        arguments: what follows `mocov3 plan`.
 
-    run_plan(options)
+    Raises:
+        SystemExit: tyro has printed help, or what is wrong.
+    """
+    return tyro.cli(PlanOptions, prog="mocov3 plan", args=arguments)

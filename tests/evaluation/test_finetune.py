@@ -218,6 +218,8 @@ def test_a_diverged_run_stops_and_keeps_its_state(tmp_path: Path) -> None:
         ({"batch": 64}, "holds 61 samples, fewer than one global batch of 64; lower --batch"),
         ({"layer_decay": 0.0}, r"layer_decay 0\.0 must lie in"),
         ({"repeats": 0}, "repeats 0 must be 1 at least"),
+        ({"learning_rate": float("nan")}, "--learning_rate nan cannot be"),
+        ({"drop_path": 2.0}, "--drop_path 2.0 cannot be; it must be -1 to 1"),
         ({"micro_batch": 0}, "micro_batch 0"),
         ({"image_size": 15}, "image size 15 is not a multiple of the patch size 4"),
     ],

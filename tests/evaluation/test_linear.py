@@ -22,7 +22,13 @@ from mocov3_ds.evaluation.labelled_images import (
     draw_epoch_order,
     read_batches,
 )
-from mocov3_ds.evaluation.linear import HeadBank, LinearConfig, cosine_share, train_probe
+from mocov3_ds.evaluation.linear import (
+    HeadBank,
+    LinearConfig,
+    annealed_step,
+    cosine_share,
+    train_probe,
+)
 from tests.evaluation.runs import make_labelled_run
 
 RATES = (0.1, 3.0, 40.0)
@@ -170,6 +176,13 @@ def test_a_rate_that_diverges_hurts_no_other(tmp_path: Path) -> None:
     assert both["top1"] >= alone["top1"]
 
 
+def test_the_rate_of_an_epoch_stays_where_it_is_asked_to() -> None:
+    assert [annealed_step("step", 2, 5, index) for index in range(5)] == [10, 11, 12, 13, 14]
+    assert {annealed_step("epoch", 2, 5, index) for index in range(5)} == {10}
+    # what the published code has at the start of epoch 30 of 90
+    assert cosine_share(annealed_step("epoch", 30, 5, 4), 90 * 5) == pytest.approx(0.75)
+
+
 def test_cosine_ends() -> None:
     assert cosine_share(0, 10) == 1.0
     assert cosine_share(5, 10) == pytest.approx(0.5)
@@ -182,6 +195,10 @@ def test_cosine_ends() -> None:
         ({"batch": 0}, "batch 0, micro_batch 5 and epochs 3 must be 1 at least"),
         ({"learning_rates": ()}, "must be positive, one at least"),
         ({"learning_rates": (1.0, -1.0)}, "must be positive"),
+        ({"learning_rates": (float("nan"),)}, "--learning_rates nan cannot be"),
+        ({"momentum": 1.5}, "--momentum 1.5 cannot be; it must be 0 to 1"),
+        ({"weight_decay": float("inf")}, "--weight_decay inf cannot be"),
+        ({"workers": -1}, "--workers -1 cannot be; it must be 0 or more"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"image_size": 15}, "image size 15 is not a multiple of the patch size 4"),
         ({"run": Path("nowhere")}, "there is no nowhere"),

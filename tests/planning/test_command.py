@@ -12,8 +12,9 @@ from PIL import Image
 from mocov3_ds import cli
 from mocov3_ds.config import Settings
 from mocov3_ds.distributed.engine_config import engine_config
+from mocov3_ds.planning.cards import PRESETS
 from mocov3_ds.planning.command import launch_command, plan_run
-from mocov3_ds.planning.hardware import PRESETS, read_cluster
+from mocov3_ds.planning.hardware import read_cluster
 from mocov3_ds.planning.options import rank_options
 from mocov3_ds.recipes import RECIPES, parse
 from tests.ds_configs import CONFIGS as DS_CONFIGS
@@ -185,7 +186,7 @@ def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
             ],
             "fp16 has no stage 0",
         ),
-        (["--gpus", "8xH100", "--deepspeed_config", FOLDER], f"{FOLDER}: Is a directory."),
+        (["--gpus", "8xH100", "--deepspeed_config", FOLDER], "cannot be read: Is a directory."),
         (["--gpus", "8xH100", "--picture", "/proc/x.png"], "/proc/x.png: No such file"),
         (["--gpus", "8xH100", "--write_json", FOLDER], f"{FOLDER}: Is a directory."),
         (["--calibrate", "/proc/foo/x.json"], "/proc/foo: No such file"),

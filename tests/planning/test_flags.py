@@ -1,22 +1,18 @@
-"""Flags of the planner, as tyro reads them."""
+"""Flags of the planner, as they are read before torch is imported."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tyro
 
-from mocov3_ds.planning import command, flags
+from mocov3_ds.planning.flags import PlanOptions, read_flags
 
 
-def test_flags_reach_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    monkeypatch.setattr(command, "run_plan", given.append)
+def test_flags_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--gpus", "8xT4", "--json", "--ds", "a.b=1", "--ds", "c=2", "--picture", "p.png"]
-    tyro.cli(flags.plan, args=arguments)
-    [options] = given
-    assert options == flags.PlanOptions(
+    assert read_flags(arguments) == PlanOptions(
         gpus="8xT4", as_json=True, ds=("a.b=1", "c=2"), picture=Path("p.png")
     )
-    with pytest.raises(SystemExit):
-        tyro.cli(flags.plan, args=["--gpuss", "1"])
+    with pytest.raises(SystemExit) as ended:
+        read_flags(["--gpuss", "1"])
+    assert ended.value.code == 2
+    assert "--gpus" in capsys.readouterr().err
