@@ -45,6 +45,7 @@ def engine_config(
     stage = zero.setdefault("stage", 1)
     _check_precision(config, stage)
     _check_zero(zero, stage)
+    _check_scaling(config, zero, stage)
     config |= _batch_sizes(config, global_batch, world_size)
     config.setdefault("gradient_clipping", 0.0)
     config.setdefault("steps_per_print", 10**9)
@@ -85,11 +86,12 @@ def _check_precision(config: Mapping[str, Any], stage: int) -> None:
             "bf16.check_grad_overflow is false, under which DeepSpeed computes no gradient norm at "
             "ZeRO stages 1 and 2, so that no bad step could be dropped; remove it."
         )
-    weights, given = enabled[0] if enabled else "fp32", config.get("data_types", {})
-    if given.get("param_dtype", weights) != weights:
+    weights = enabled[0] if enabled else "fp32"
+    param_dtype = config.get("data_types", {}).get("param_dtype", weights)
+    if param_dtype != weights:
         raise ValueError(
-            f"data_types.param_dtype is {given['param_dtype']}, but the weights are {weights}; "
-            f"remove it, and use --ds {given['param_dtype']}.enabled=true for that precision."
+            f"data_types.param_dtype is {param_dtype}, but the weights are {weights}; remove it "
+            "(bf16.enabled and fp16.enabled set the precision)."
         )
 
 
@@ -117,6 +119,18 @@ def _check_zero(zero: Mapping[str, Any], stage: int) -> None:
             f"zero_optimization.offload_optimizer.ratio is {ratio}, under which DeepSpeed updates "
             "part of the weights with an AdamW of its own; remove it."
         )
+
+
+def _check_scaling(config: Mapping[str, Any], zero: Mapping[str, Any], stage: int) -> None:
+    """Refuse what DeepSpeed itself refuses, once the run folder is there."""
+    if stage < 2 or not zero.get("reduce_scatter", True):
+        return
+    for key, default in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+        if config.get(key, default) != default:
+            raise ValueError(
+                f"the DeepSpeed config's {key} is for ZeRO stages 0 and 1 (DeepSpeed reduces and "
+                f"scatters at once at stage {stage}); remove it."
+            )
 
 
 def _batch_sizes(config: Mapping[str, Any], global_batch: int, world_size: int) -> dict[str, int]:

@@ -322,8 +322,8 @@ def _inner_keys(name: str) -> list[str]:
     """Names of the keys directly inside an object; for an empty name those of the whole JSON."""
     prefix = f"{name}." if name else ""
     all_keys = (*READERS, *_REFUSED, *_HARMLESS, *_NEED_INFO, *_ALIASES, "optimizer")
-    below = (key.removeprefix(prefix) for key in all_keys if key.startswith(prefix))
-    return list(dict.fromkeys(key.partition(".")[0] for key in below))
+    tails = (key.removeprefix(prefix) for key in all_keys if key.startswith(prefix))
+    return list(dict.fromkeys(key.partition(".")[0] for key in tails))
 
 
 def _example_object(name: str) -> str:
@@ -334,12 +334,12 @@ def _example_object(name: str) -> str:
 
 
 def _unknown_key(prefix: str, key: str) -> ValueError:
-    place = f" in {prefix[:-1]}" if prefix else ""
+    where = f" in {prefix[:-1]}" if prefix else ""
     hint = did_you_mean(key, _inner_keys(prefix[:-1]))
     if not hint:
         elsewhere = [name for name in READERS if name.rpartition(".")[2] == key]
         hint = f" (did you mean {elsewhere[0]}?)" if elsewhere else ""
-    return ValueError(f"the DeepSpeed config has an unknown key {key!r}{place}{hint}.")
+    return ValueError(f"the DeepSpeed config has an unknown key {key!r}{where}{hint}.")
 
 
 def _refuse_effect(name: str, instead: str) -> ValueError:

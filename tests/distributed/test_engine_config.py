@@ -45,6 +45,10 @@ def test_agreeing_and_auto_values_pass() -> None:
         ({"zero_optimization": 3}, "zero_optimization is 3; it must be an object"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": "true"}}, "enables fp16 and bf16"),
         ({"data_types": {"param_dtype": "bf16"}}, "param_dtype is bf16, but the weights are fp32"),
+        (
+            {"zero_optimization": {"stage": 2}, "prescale_gradients": True},
+            "for ZeRO stages 0 and 1",
+        ),
         ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm is false"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
