@@ -3,6 +3,8 @@
 import shlex
 from collections.abc import Sequence
 
+import torch
+
 from mocov3_ds.checkpoints.checkpoint import checkpoint_folder
 from mocov3_ds.data.views import decode
 from mocov3_ds.distributed import ranks
@@ -25,7 +27,22 @@ def describe_start(run: Run) -> str:
         f"ZeRO-{run.engine.zero_optimization_stage()}, "
         f"{str(run.dtype).removeprefix('torch.')} on {run.device}, "
         f"{describe_chunks(run.model.chunks)}, views by {decode.describe_decoder()}, "
-        f"steps {run.step} to {run.total_steps}"
+        f"steps {run.step} to {run.total_steps}{describe_idle_devices(world_size)}"
+    )
+
+
+def describe_idle_devices(world_size: int) -> str:
+    """How to use the other GPUs of this machine, where a run of one rank leaves them idle.
+
+    Args:
+        world_size: number of ranks of the run.
+    """
+    devices = torch.cuda.device_count()
+    if world_size > 1 or devices < 2:
+        return ""
+    return (
+        f"; {devices - 1} of {devices} GPUs stay idle: deepspeed --module mocov3_ds.train "
+        "and the same flags start a rank on each"
     )
 
 

@@ -4,12 +4,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from mocov3_ds.config import Config
 from mocov3_ds.model.chunking import Chunks
-from mocov3_ds.training.run_text import describe_chunks, describe_end, describe_start
+from mocov3_ds.training.run_text import (
+    describe_chunks,
+    describe_end,
+    describe_idle_devices,
+    describe_start,
+)
 
 
 def stopped_run(step: int) -> Any:
@@ -40,6 +46,25 @@ def test_the_start_in_one_paragraph() -> None:
     ):
         assert fact in text
     assert "\n" not in text
+
+
+def test_idle_devices_are_named_with_the_command_that_uses_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert "3 of 4 GPUs stay idle: deepspeed --module" in describe_start(stopped_run(0))
+    assert describe_idle_devices(4) == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert describe_idle_devices(1) == ""
+
+
+def test_what_can_be_pasted_is_quoted() -> None:
+    run = stopped_run(5)
+    run.config = Config(recipe="tiny", name="my run", runs=Path("a b"))
+    lines = describe_end(run).splitlines()
+    assert lines[2] == "k-NN:     mocov3 knn 'a b/my run'"
+    assert lines[3] == "export:   mocov3 export 'a b/my run'"
+    assert lines[4].startswith("curves:   tensorboard --logdir 'a b/my run/tensorboard'   (or")
 
 
 def test_chunks() -> None:
