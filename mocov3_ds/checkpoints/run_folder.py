@@ -4,11 +4,10 @@ Reading needs neither: k-NN, probes and export look into a run while it trains.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mocov3_ds.config import Config
-from mocov3_ds.data.storage.atomic import write_text
+from mocov3_ds.data.storage.address import hide_secrets
+from mocov3_ds.data.storage.atomic import open_own, remove_abandoned, write_text
+from mocov3_ds.data.storage.locks import take_lock
 from mocov3_ds.settings.comparison import differences
 from mocov3_ds.version import __version__
 
@@ -25,8 +26,8 @@ LOCK_WAIT_S = 30.0
 """Seconds to wait for a process that holds the lock and may be about to end."""
 
 _LOCK, _CONFIG = "lock", "config.json"
-_LEFTOVERS = {_LOCK, "config.json.tmp"}
-"""Files that a start which was killed early leaves in a folder that is nobody's yet."""
+_LEFTOVERS = re.compile(r"lock|config\.json(\.\d+-[0-9a-f]{8})?\.tmp")
+"""Names of files that a start which was killed early leaves in a folder that is nobody's yet."""
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -76,12 +77,15 @@ def lock_folder(run: Path, wait_s: float = LOCK_WAIT_S) -> None:
     if run.resolve() in _descriptors:
         return
     run.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    with open_own(run / _LOCK, os.O_RDWR) as file:
+        descriptor = os.dup(file.fileno())
     try:
         _wait_for_lock(descriptor, run, wait_s)
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %Z")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(me).encode(), 0)
+        remove_abandoned(run)
+        remove_abandoned(run / "checkpoints")
     except BaseException:
         os.close(descriptor)
         raise
@@ -96,6 +100,28 @@ def unlock_folder(run: Path) -> None:
     """
     descriptor = _descriptors.pop(run.resolve(), None)
     if descriptor is not None:
+        os.close(descriptor)
+
+
+def find_holder(run: Path, wait_s: float) -> str:
+    """Return who works on a run, in words, once a time has passed; empty as soon as nobody does.
+
+    Args:
+        run: Folder of the run.
+        wait_s: Seconds to wait for the end of a process that works on the run.
+    """
+    try:
+        descriptor = os.open(run / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:  # nobody has ever worked on it
+        return ""
+    deadline = time.monotonic() + wait_s
+    try:
+        while not take_lock(descriptor, run):
+            if time.monotonic() >= deadline:
+                return _describe_holder(descriptor)[0]
+            time.sleep(0.1)
+        return ""
+    finally:
         os.close(descriptor)
 
 
@@ -132,19 +158,8 @@ os.register_at_fork(after_in_child=_close_locks)
 
 def _wait_for_lock(descriptor: int, run: Path, wait_s: float) -> None:
     deadline, warned = time.monotonic() + wait_s, False
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            holder, remedy = _describe_holder(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            _log.warning(
-                "%s: no locks here (%s); start no second process on it", run, error.strerror
-            )
-            return
+    while not take_lock(descriptor, run):
+        holder, remedy = _describe_holder(descriptor)
         if time.monotonic() > deadline:
             raise ValueError(
                 f"{run} is in use by {holder}. Wait for its end or end it ({remedy}; a killed "
@@ -188,6 +203,12 @@ _DECIDING = (
 )
 
 
+_ABOUT_EPOCHS = (
+    " Other epochs are another schedule from the first step on: under a new name they start from "
+    "random weights, as no run can start from the weights of another yet."
+)
+
+
 def claim_folder(run: Path, resolved: Mapping[str, Any], data_digest: str) -> None:
     """Write `config.json` of a new run, or check that the folder belongs to the same run.
 
@@ -203,8 +224,17 @@ def claim_folder(run: Path, resolved: Mapping[str, Any], data_digest: str) -> No
     if _is_claimed(run, resolved, data_digest):
         return
     run.mkdir(parents=True, exist_ok=True)
-    content = {**resolved, "data_digest": data_digest, "version": __version__}
+    content = {**_without_secrets(resolved), "data_digest": data_digest, "version": __version__}
     write_text(run / _CONFIG, json.dumps(content, indent=1))
+
+
+def _without_secrets(value: Any) -> Any:
+    """Return settings in which no address has a user, a password or a signature."""
+    if isinstance(value, str):
+        return hide_secrets(value) if "://" in value else value
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(entry) for key, entry in value.items()}
+    return [_without_secrets(entry) for entry in value] if isinstance(value, list) else value
 
 
 def check_same_run(text: str, owner: str, resolved: Mapping[str, Any], data_digest: str) -> None:
@@ -229,9 +259,10 @@ def check_same_run(text: str, owner: str, resolved: Mapping[str, Any], data_dige
         raise ValueError(f"config.json of {owner} is damaged; move the folder away.")
     differing = list(_deciding_differences(earlier, {**resolved, "data_digest": data_digest}))
     if differing:
+        longer = any(sentence.startswith("epochs is ") for sentence in differing)
         raise ValueError(
             f"{owner} holds another run: {'; '.join(differing[:6])}. Give --name another name, "
-            "or repeat the settings it was started with."
+            f"or repeat the settings it was started with.{_ABOUT_EPOCHS * longer}"
         )
 
 
@@ -241,7 +272,7 @@ def _is_claimed(run: Path, resolved: Mapping[str, Any], data_digest: str) -> boo
     if path.exists():
         check_same_run(path.read_text(errors="replace"), str(run), resolved, data_digest)
         return True
-    if run.exists() and any(item.name not in _LEFTOVERS for item in run.iterdir()):
+    if run.exists() and any(not _LEFTOVERS.fullmatch(item.name) for item in run.iterdir()):
         raise ValueError(
             f"{run} is not empty and holds no config.json, so it is no run of ours; give --name."
         )
