@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from mocov3_ds.checks import plain_step
 from mocov3_ds.checks.finding import Finding, judge_errors, judge_problem
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import Engine, full_gradients, full_tensors, start_engine
+from mocov3_ds.distributed.engine import Engine, full_tensors, start_engine
 from mocov3_ds.distributed.engine_config import engine_config
+from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.heads import BatchNormOverRanks
 from mocov3_ds.model.loss import ContrastiveLoss

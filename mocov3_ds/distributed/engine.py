@@ -14,10 +14,7 @@ from typing import Any, Protocol, TypeVar
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
-
-from mocov3_ds.distributed.segments import full_shape
 
 Model = TypeVar("Model", bound=nn.Module)
 Model_co = TypeVar("Model_co", bound=nn.Module, covariant=True)
@@ -34,6 +31,10 @@ class Engine(Protocol[Model_co]):
     mpu: Any
     """the model-parallel unit, None without one"""
     dp_world_size: int
+    global_steps: int
+    """steps made, dropped ones included; it goes up at the end of `step`"""
+    micro_steps: int
+    """micro-batches gone through; it goes up at the end of `step`"""
 
     @property
     def module(self) -> Model_co:
@@ -53,6 +54,12 @@ class Engine(Protocol[Model_co]):
 
     def fp16_enabled(self) -> bool:
         """Whether the weights are fp16, under a loss scale."""
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of a step."""
+
+    def gradient_clipping(self) -> float:
+        """Largest norm of the whole gradient; longer ones are shortened, 0 for never."""
 
     def zero_optimization_stage(self) -> int:
         """ZeRO stage, 0 to 3."""
@@ -126,15 +133,3 @@ def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach().clone()
     for name, buffer in module.named_buffers():
         yield name, buffer.detach().clone()
-
-
-def full_gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole reduced gradient, fp32, of each trained parameter; all ranks must iterate.
-
-    Between `engine.backward` and `engine.step`. One without a gradient counts as zero.
-    """
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            shape, gradient = full_shape(parameter), safe_get_full_grad(parameter)
-            missing = gradient is None
-            yield name, torch.zeros(shape) if missing else gradient.detach().float().view(shape)

@@ -103,7 +103,11 @@ def whole_flat(name: str, tensor: Tensor) -> Flat:
         ValueError: Its elements do not lie in order (a transposed view, channels_last).
     """
     if not tensor.is_contiguous():
-        raise ValueError(f"{name!r} is not contiguous; make it so before training.")
+        raise ValueError(
+            f"{name!r} is not contiguous (strides {tuple(tensor.stride())} for shape "
+            f"{tuple(tensor.shape)}: channels_last, or a transposed view); make it so before "
+            "training: model.to(memory_format=torch.contiguous_format), or .contiguous()."
+        )
     shape = tuple(tensor.shape)
     segment = Segment(name, index=0, start=0, length=tensor.numel(), offset=0)
     return Flat(tensor, (name,), (shape,), (segment,))

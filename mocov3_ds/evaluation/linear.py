@@ -186,7 +186,9 @@ class LinearProbe(SupervisedRun[LinearConfig]):
     @torch.no_grad()
     def compute_features(self, crops_BCHW: Tensor) -> Tensor:
         """Class-token features (B, D), fp32, of uint8 crops."""
-        images_BCHW = make_inputs(crops_BCHW, self.device)
+        images_BCHW = make_inputs(
+            crops_BCHW, self.device, self.weights.settings.mean, self.weights.settings.std
+        )
         with self.accelerator.autocast():
             features_BD = self.backbone(images_BCHW)
         return features_BD.float()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks, zero
-from mocov3_ds.distributed.engine import full_gradients
+from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.distributed.guarded_step import DROP, step_within
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.momentum_encoder import ViewKeys

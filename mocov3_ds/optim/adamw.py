@@ -14,7 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mocov3_ds.optim.arguments import NamedParameters, check_betas, check_number, check_switch
+from mocov3_ds.optim.arguments import (
+    NamedParameters,
+    check_betas,
+    check_number,
+    check_switch,
+    refuse_keywords,
+)
 from mocov3_ds.optim.kernel_types import NORMS, NORMS_AND_RMS, FlatStep
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
@@ -34,6 +40,7 @@ class AdamW(ShardedOptimizer):
         update_clip: Whether each tensor's rate is divided by max(1, RMS of g / √v̂).
         rule: Function of a tensor's name and full shape that gives its `Rule`.
         backend: Which kernels do the arithmetic; see `kernels`.
+        unknown: Anything else is refused, with what to use instead.
 
     Raises:
         ValueError: An impossible value, or tensors it cannot train.
@@ -56,7 +63,9 @@ class AdamW(ShardedOptimizer):
         update_clip: bool = False,
         rule: RuleFor = vit_rule,
         backend: str = "auto",
+        **unknown: Any,
     ) -> None:
+        refuse_keywords(type(self), unknown)
         defaults = {
             "lr": check_number("lr", lr, 0),
             "betas": check_betas(betas),

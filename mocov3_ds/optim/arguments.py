@@ -1,12 +1,15 @@
 """Checks of what a user gives to an optimizer; each failure is one sentence with the remedy."""
 
+import inspect
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
 from mocov3_ds.distributed.segments import full_shape
+from mocov3_ds.settings.spelling import did_you_mean
 
 NamedParameters = Iterable[tuple[str, Tensor]]
 
@@ -36,17 +39,78 @@ def select_trained(named_parameters: NamedParameters) -> dict[str, Tensor]:
     return trained
 
 
+INSTEAD = {
+    "max_grad_norm": "use the DeepSpeed config's gradient_clipping, or torch's clip_grad_norm_",
+    "clip_grad_norm": "use the DeepSpeed config's gradient_clipping, or torch's clip_grad_norm_",
+    "foreach": "give backend= (auto, plain, blocks, triton) instead; auto takes the fastest",
+    "fused": "give backend= (auto, plain, blocks, triton) instead; auto takes the fastest",
+    "capturable": "steps are not captured in CUDA graphs; remove it",
+    "differentiable": "the step is not differentiable; remove it",
+    "maximize": "the loss is minimised; negate it instead",
+    "amsgrad": "AMSGrad is not implemented; remove it",
+    "torch_adam": "there is one implementation; remove it",
+    "adam_w_mode": "decay is decoupled always (AdamW); remove it",
+    "eps_inside_sqrt": "eps is added outside the root; remove it",
+    "use_nvlamb": "it is called always_adapt here",
+    "set_grad_none": "zero_grad(set_to_none=...) decides that; remove it",
+    "dampening": "the momentum is not dampened; remove it",
+    "params": "give model.named_parameters() first; the tensors' names are needed",
+    "decoupled_decay": "give AdamW instead, whose decay is decoupled",
+    "caution": "cautious updates are not implemented; remove it",
+    "beta1": "give betas=(first, second)",
+    "beta2": "give betas=(first, second)",
+}
+"""Keywords that other libraries' optimizers have -> what to do instead"""
+
+
+def refuse_keywords(optimizer_class: type, unknown: Iterable[str]) -> None:
+    """Say of a constructor's unknown keywords what to use instead.
+
+    Args:
+        optimizer_class: The optimizer; its `hints` come before those that hold for all.
+        unknown: Keywords that the constructor has not.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for keyword in unknown:
+        raise ValueError(f"{optimizer_class.__name__} {explain_keyword(optimizer_class, keyword)}")
+
+
+def explain_keyword(optimizer_class: type, keyword: str) -> str:
+    """What is to be said of a keyword that an optimizer has not."""
+    hint = getattr(optimizer_class, "hints", {}).get(keyword) or INSTEAD.get(keyword)
+    known = list_keywords(optimizer_class)
+    if hint:
+        return f"has no {keyword!r}; {hint}."
+    return f"has no {keyword!r}{did_you_mean(keyword, known)}; known: {', '.join(known)}."
+
+
+def list_keywords(optimizer_class: type) -> tuple[str, ...]:
+    """Names of the keywords of an optimizer's constructor, `rule` and `backend` among them."""
+    parameters = inspect.signature(optimizer_class).parameters.values()
+    return tuple(
+        p.name for p in parameters if p.name != "named_parameters" and p.kind != p.VAR_KEYWORD
+    )
+
+
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     """Return `value` as a float, if it is a number within [low, high).
 
     Raises:
         ValueError: It is no number, or outside.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} is a tensor; it must be a number, as the kernels read it on the host. Give "
+            f"{name}.item(), and change the rate between steps with set_lr or a scheduler."
+        )
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
-    if not low <= value < high:
+    number = float(value)
+    if not low <= number < high:
         raise ValueError(f"{name} is {value}; it must be at least {low} and below {high}.")
-    return float(value)
+    return number
 
 
 def check_switch(name: str, value: Any) -> bool:

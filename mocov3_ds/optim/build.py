@@ -7,12 +7,16 @@ DeepSpeed compares types without regard for case, and so do we. Its "Adam" is Ad
 would be ignored. The params are the keywords of the optimizer's constructor.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from mocov3_ds.optim.adamw import AdamW
-from mocov3_ds.optim.arguments import NamedParameters, check_number
+from mocov3_ds.optim.arguments import (
+    INSTEAD,
+    NamedParameters,
+    check_number,
+    list_keywords,
+)
 from mocov3_ds.optim.lamb import Lamb
 from mocov3_ds.optim.lars import Lars
 from mocov3_ds.optim.rules import RuleFor, vit_rule
@@ -21,12 +25,6 @@ from mocov3_ds.settings.spelling import did_you_mean
 
 OptimizerClass = TypeVar("OptimizerClass", bound=type[ShardedOptimizer])
 
-_HINTS = {
-    "max_grad_norm": "use the DeepSpeed config's gradient_clipping",
-    "torch_adam": "there is one implementation; remove it",
-    "amsgrad": "AMSGrad is not implemented; remove it",
-    "eps_inside_sqrt": "eps is added outside the root; remove it",
-}
 _classes: dict[str, type[ShardedOptimizer]] = {}
 """lower-case type of a JSON -> class"""
 
@@ -58,8 +56,7 @@ def list_types() -> str:
 
 def list_params(optimizer_class: type[ShardedOptimizer]) -> tuple[str, ...]:
     """Keywords that a block's params may give: those of the constructor, without `rule`."""
-    keywords = inspect.signature(optimizer_class).parameters
-    return tuple(name for name in keywords if name not in ("named_parameters", "rule"))
+    return tuple(name for name in list_keywords(optimizer_class) if name != "rule")
 
 
 def all_params() -> tuple[str, ...]:
@@ -125,7 +122,7 @@ def read_block(block: Mapping[str, Any] | None) -> tuple[type[ShardedOptimizer],
 
 
 def _refusal(key: str, optimizer_class: type[ShardedOptimizer]) -> str:
-    hint = optimizer_class.hints.get(key) or _HINTS.get(key)
+    hint = optimizer_class.hints.get(key) or INSTEAD.get(key)
     if hint:
         return f"the optimizer block's {key!r} has no effect here; {hint}."
     params = list_params(optimizer_class)

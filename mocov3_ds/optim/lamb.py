@@ -12,6 +12,7 @@ from mocov3_ds.optim.arguments import (
     check_number,
     check_switch,
     check_trust_clip,
+    refuse_keywords,
     translate_coefficients,
 )
 from mocov3_ds.optim.kernel_types import NORMS, FlatStep, Quantity
@@ -46,6 +47,7 @@ class Lamb(ShardedOptimizer):
         rule: Function of a tensor's name and full shape that gives its `Rule`. By default biases,
             norms and tokens neither decay nor adapt.
         backend: Which kernels do the arithmetic; see `kernels`.
+        unknown: Anything else is refused, with what to use instead.
 
     Raises:
         ValueError: An impossible value, or tensors it cannot train.
@@ -58,6 +60,9 @@ class Lamb(ShardedOptimizer):
     }
     has_trust_ratio: ClassVar[bool] = True
     measures_rms: ClassVar[bool] = True
+    counts_own_updates: ClassVar[bool] = (
+        False  # as timm and apex; torch's Adam counts each tensor's
+    )
 
     def __init__(
         self,
@@ -74,7 +79,9 @@ class Lamb(ShardedOptimizer):
         flat: bool = False,
         rule: RuleFor = vit_rule,
         backend: str = "auto",
+        **unknown: Any,
     ) -> None:
+        refuse_keywords(type(self), unknown)
         defaults = {
             "lr": check_number("lr", lr, 0),
             "betas": check_betas(betas),

@@ -11,10 +11,11 @@ from mocov3_ds.optim.arguments import (
     check_number,
     check_switch,
     check_trust_clip,
+    refuse_keywords,
     translate_coefficients,
 )
-from mocov3_ds.optim.kernel_types import FlatStep, Quantity
-from mocov3_ds.optim.rules import RuleFor, vit_rule
+from mocov3_ds.optim.kernel_types import FlatStep
+from mocov3_ds.optim.rules import RuleFor, by_dimensions, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.optim.signals import StepFactors, StepSums
 
@@ -28,6 +29,11 @@ class Lars(ShardedOptimizer):
         m <- momentum m + ratio (g + weight_decay w)
         w <- w - lr m
 
+    With `moco_v3` it is the LARS of the published MoCo v3 code (facebookresearch/moco-v3), whose
+    ratio is that of the direction, without eps, and whose class token is treated as a matrix:
+
+        ratio = clip(trust_coeff |w| / |g + weight_decay w|)            (1 where either is 0)
+
     The gradient is taken as it is given: clip it with DeepSpeed's `gradient_clipping`.
 
     Args:
@@ -40,9 +46,12 @@ class Lars(ShardedOptimizer):
         nesterov: Whether the step looks one momentum step ahead.
         trust_clip: Smallest and largest trust ratio; no bounds by default.
         always_adapt: Whether every tensor has a trust ratio, whatever its rule says.
+        moco_v3: Whether the ratio's denominator is |g + weight_decay w|, and all tensors of two
+            dimensions or more decay and adapt, tokens and tables too, whatever the rule says.
         rule: Function of a tensor's name and full shape that gives its `Rule`. By default biases,
             norms and tokens neither decay nor adapt.
         backend: Which kernels do the arithmetic; see `kernels`.
+        unknown: Anything else is refused, with what to use instead.
 
     Raises:
         ValueError: An impossible value, or tensors it cannot train.
@@ -53,6 +62,7 @@ class Lars(ShardedOptimizer):
         "update_clip": "the trust ratio sets the length of the step; use trust_clip, or AdamW"
     }
     has_trust_ratio: ClassVar[bool] = True
+    later_options: ClassVar[tuple[str, ...]] = ("moco_v3",)
 
     def __init__(
         self,
@@ -66,9 +76,12 @@ class Lars(ShardedOptimizer):
         nesterov: bool = False,
         trust_clip: tuple[float, float] | None = None,
         always_adapt: bool = False,
+        moco_v3: bool = False,
         rule: RuleFor = vit_rule,
         backend: str = "auto",
+        **unknown: Any,
     ) -> None:
+        refuse_keywords(type(self), unknown)
         defaults = {
             "lr": check_number("lr", lr, 0),
             "momentum": check_number("momentum", momentum, 0, 1),
@@ -78,7 +91,9 @@ class Lars(ShardedOptimizer):
             "nesterov": check_switch("nesterov", nesterov),
             "trust_clip": check_trust_clip(trust_clip),
             "always_adapt": check_switch("always_adapt", always_adapt),
+            "moco_v3": check_switch("moco_v3", moco_v3),
         }
+        rule = by_dimensions(rule) if moco_v3 else rule
         super().__init__(named_parameters, defaults, rule, backend)
 
     def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
@@ -91,14 +106,18 @@ class Lars(ShardedOptimizer):
 
     def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:
         """The local rate of each tensor that adapts."""
-        norms_3S, tables = sums.norms, sums.tables
-        weight_S, grad_S = norms_3S[Quantity.WEIGHT], norms_3S[Quantity.GRADIENT]
-        decay_S = tables.decay_S * group["weight_decay"]
-        ratio_S = group["trust_coeff"] * weight_S / (grad_S + decay_S * weight_S + group["eps"])
+        tables = sums.tables
+        weight_S, update_S, grad_S = sums.norms
+        length_S = update_S if group["moco_v3"] else grad_S
+        if group["moco_v3"]:
+            ratio_S = group["trust_coeff"] * weight_S / length_S
+        else:
+            decay_S = tables.decay_S * group["weight_decay"]
+            ratio_S = group["trust_coeff"] * weight_S / (grad_S + decay_S * weight_S + group["eps"])
         if group["trust_clip"] is not None:
             ratio_S = ratio_S.clamp(*group["trust_clip"])
         adapt_S = tables.adapt_S | group["always_adapt"]
-        ratio_S = torch.where((weight_S > 0) & (grad_S > 0) & adapt_S, ratio_S, 1.0)
+        ratio_S = torch.where((weight_S > 0) & (length_S > 0) & adapt_S, ratio_S, 1.0)
         return StepFactors(ratio_S, adapt_S)
 
     @classmethod

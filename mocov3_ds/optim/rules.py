@@ -7,7 +7,7 @@ by name and *full* shape, since under `deepspeed.zero.Init` each parameter looks
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _TOKENS = ("cls_token", "pos_embed", "reg_token", "dist_token", "mask_token")
 
@@ -34,6 +34,16 @@ def vit_rule(name: str, shape: tuple[int, ...]) -> Rule:
     """Default: matrices decay and adapt; biases, norms, tokens and position tables do neither."""
     matrix = len(shape) > 1 and not name.endswith(_TOKENS)
     return Rule(decay=matrix, adapt=matrix)
+
+
+def by_dimensions(rule: RuleFor) -> RuleFor:
+    """The same as `rule`, but exactly the tensors of two dimensions or more adapt; they decay."""
+
+    def rule_by_dimensions(name: str, shape: tuple[int, ...]) -> Rule:
+        given, matrix = rule(name, shape), len(shape) > 1
+        return replace(given, decay=given.decay or float(matrix), adapt=matrix)
+
+    return rule_by_dimensions
 
 
 def check_rule(rule: Rule, name: str) -> Rule:

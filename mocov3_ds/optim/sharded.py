@@ -16,41 +16,59 @@ with zero gradients while it is being built (stage 0, bf16); that last call chan
 Legend: S = tensors that one call of `step` updates; Q = quantities measured, see `kernel_types`.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from mocov3_ds.distributed.segments import Flat, full_shape
 from mocov3_ds.optim.arguments import NamedParameters, select_trained
-from mocov3_ds.optim.flat_step import describe_flats, flat_gradient, sum_over_ranks
+from mocov3_ds.optim.attachment import check_attachable, check_whole, tell_clipping
+from mocov3_ds.optim.contract import OptimizerContract
+from mocov3_ds.optim.flat_step import (
+    describe_flats,
+    flat_gradient,
+    measure_absent,
+    start_sums,
+    sum_over_ranks,
+    watch_engine,
+)
 from mocov3_ds.optim.full_state import check_state, gather_tensor, scatter_tensor
-from mocov3_ds.optim.kernel_types import BACKENDS, EVERYTHING, NORMS, FlatStep
+from mocov3_ds.optim.kernel_types import BACKENDS, EVERYTHING, FlatStep
 from mocov3_ds.optim.kernels import choose_kernels
 from mocov3_ds.optim.rules import RuleFor, check_rule, vit_rule
+from mocov3_ds.optim.saved_state import check_state_dict
 from mocov3_ds.optim.signals import (
     Signals,
-    StepFactors,
     StepRecord,
     StepSums,
     join_signals,
     mark_undefined,
 )
 from mocov3_ds.optim.step_tables import StepTables, build_tables
+from mocov3_ds.optim.update_counts import (
+    KEPT,
+    Parts,
+    count_step,
+    find_first_updates,
+    restore_counts,
+    split_by_updates,
+)
 
 if TYPE_CHECKING:
     from mocov3_ds.distributed.engine import Engine
+    from mocov3_ds.distributed.gradients import GradientWatch
+
+_COPIED = ("_names", "_shapes", "_rules", "_backend", "_measures_all")
+"""What a copy needs beside what PyTorch keeps of an optimizer"""
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(OptimizerContract):
     """Base of the optimizers that stay exact per tensor on any sharding.
 
-    A subclass must give `moments`, `measure_flat` and `move_flat`, and a constructor whose keywords
-    are those of its JSON block (`rule` and `backend` among them). With that it works everywhere:
-    steps under each ZeRO stage, signals, checkpoints, the planner, the stability grids. What else
-    is particular to it, it says by overriding the class attributes and methods below.
+    What a subclass gives is described by `contract.OptimizerContract`.
 
     Args:
         named_parameters: `model.named_parameters()`. Frozen and empty tensors are left out.
@@ -62,19 +80,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ValueError: Tensors without names, names given twice, nothing to train, complex tensors,
             an impossible rule or hyper-parameter.
     """
-
-    moments: ClassVar[tuple[str, ...]]
-    """names of the state tensors beside each weight, each as large as the weight; may be empty"""
-    aliases: ClassVar[tuple[str, ...]] = ()
-    """further types of a DeepSpeed JSON's optimizer block that mean this optimizer"""
-    hints: ClassVar[Mapping[str, str]] = {}
-    """keys that users try in vain in such a block -> what to do instead"""
-    has_trust_ratio: ClassVar[bool] = False
-    """whether a ratio of norms scales the step of each tensor whose rule adapts"""
-    measures_rms: ClassVar[bool] = False
-    """whether `measure_flat` fills the rows AFTER and BEFORE of the sums"""
-    accepts_update_clip: ClassVar[bool] = False
-    """whether the update clip can be switched between steps; `update_clip` is a keyword then"""
 
     def __init__(
         self,
@@ -93,71 +98,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         }
         self._backend = backend
         self._measures_all = False
-        self._flats: dict[Tensor, Flat] = {}
-        self._tables: dict[tuple[int, ...], StepTables] = {}
-        self._records: dict[tuple[int, ...], StepRecord] = {}
-        self._engine: Engine[nn.Module] | None = None
-        self._exchange_device: torch.device | None = None
+        self._detach()
         super().__init__(list(trained.values()), defaults)
 
-    # ---------------------------------------------------------------- what a subclass gives
-
-    @abstractmethod
-    def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
-        """First pass over one flat: update its state tensors and measure it.
-
-        Nothing may depend on other ranks here. An optimizer that needs to know no norm may move
-        the weights at once and do nothing in `move_flat`.
-
-        Args:
-            flat: The flat tensor with its gradient, state and hyper-parameters.
-            sums_QS: Sums so far, to which each segment's are added (see `plain_kernels.add_sums`).
-            rate_S: Learning rate of each tensor.
-        """
-
-    @abstractmethod
-    def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
-        """Second pass over one flat: move its weights.
-
-        Args:
-            flat: The flat tensor, as the first pass left it.
-            rate_S: Learning rate of each tensor.
-            factor_S: Factor of each tensor's step, as `compute_factors` gave it.
-        """
-
-    def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:
-        """Factor of each tensor's step beside the learning rate; by default there is none.
-
-        Args:
-            sums: What the first pass measured, over all ranks.
-            group: Hyper-parameters, as the constructor gave them.
-        """
-        adapt_S = sums.tables.adapt_S
-        return StepFactors(torch.ones_like(sums.tables.multiplier_S), torch.zeros_like(adapt_S))
-
-    def count_quantities(self, group: Mapping[str, Any]) -> int:
-        """Number Q of quantities that the step itself needs: `NORMS` or `NORMS_AND_RMS`."""
-        return NORMS
-
-    @classmethod
-    def bytes_moved(cls) -> int:
-        """Bytes that a step must move for each weight; by default those of a single pass.
-
-        One pass reads weight, gradient and state and writes weight and state, in fp32.
-        """
-        return 4 * (3 + 2 * len(cls.moments))
-
-    @classmethod
-    def translate_params(cls, params: dict[str, Any]) -> dict[str, Any]:
-        """Params of a JSON's optimizer block in this optimizer's own keywords.
-
-        Args:
-            params: The block's params; DeepSpeed's or another library's spellings may be in it.
-
-        Raises:
-            ValueError: The params contradict each other, or ask for another algorithm.
-        """
-        return params
+    def _detach(self) -> None:
+        """Know of no engine and no segments."""
+        self._flats: dict[Tensor, Flat] = {}
+        self._tables: dict[tuple[tuple[int, ...], frozenset[str]], StepTables] = {}
+        self._parts: Parts = {}
+        self._records: dict[tuple[int, ...], StepRecord] = {}
+        self._engine: Engine[nn.Module] | None = None
+        self._watch: GradientWatch | None = None
+        self._exchange_device: torch.device | None = None
 
     # -------------------------------------------------------------------------------- set up
 
@@ -184,6 +136,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: An engine of another optimizer, or one under which the step cannot be exact.
         """
+        check_attachable(engine)
+        if engine is None:
+            for parameter, name in self._names.items():
+                check_whole(name, parameter, self._shapes[name])
         flats = describe_flats(self, engine, self._names)
         missing = sorted({*self._shapes} - {name for flat in flats for name in flat.names})
         if missing:
@@ -196,7 +152,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._engine = engine
         self._exchange_device = None if engine is None else torch.device(engine.device)
         self._flats = {flat.tensor: flat for flat in flats}
-        self._tables, self._records = {}, {}
+        self._watch = watch_engine(engine, self._names, flats)
+        self._tables, self._parts, self._records = {}, {}, {}
         for flat in flats:
             # here and not at the first step: DeepSpeed links state fragments after the first
             # group's step and does not find those of the others otherwise
@@ -205,6 +162,55 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key in self.moments:
                 if key not in state:
                     state[key] = torch.zeros_like(flat.tensor, requires_grad=False)
+        if engine is not None:
+            tell_clipping(engine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle are made of.
+
+        Raises:
+            ValueError: An engine is attached, whose partitions no copy could have.
+        """
+        if self._engine is not None:
+            raise ValueError(
+                f"a {type(self).__name__} that is attached to a DeepSpeed engine cannot be copied "
+                "or pickled, as its tensors are the engine's; keep dict(optimizer.full_state()), "
+                "or use engine.save_checkpoint."
+            )
+        own = {key: self.__dict__[key] for key in _COPIED}
+        return super().__getstate__() | own | {"attached": bool(self._flats)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be a copy, or what a pickle holds; attached again if that was."""
+        copied = "attached" in state  # PyTorch's load_state_dict calls this, too
+        attached = state.pop("attached", False)
+        if copied:
+            self._detach()
+        super().__setstate__(state)
+        if attached:
+            self.attach()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave, on the same layout.
+
+        Raises:
+            ValueError: It is another optimizer's state, or another model's; nothing is changed.
+        """
+        keys = ("step", *self.moments)
+        shapes = [t.shape for g in self.param_groups for t in g["params"]] if self._whole else []
+        check_state_dict(state_dict, type(self).__name__, self._saved_options, keys, shapes)
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    @property
+    def _whole(self) -> bool:
+        return self._engine is None and not any(hasattr(t, "ds_id") for t in self._names)
+
+    @property
+    def _saved_options(self) -> list[str]:
+        return [key for key in self.defaults if key not in self.later_options]
 
     # ------------------------------------------------------------------------------ stepping
 
@@ -244,62 +250,93 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every tensor that DeepSpeed presents in `param_groups`.
+        """Update every tensor that has a gradient, of those that DeepSpeed presents.
 
-        The gradient buffers are used as scratch space. A tensor without a gradient counts as one
-        whose gradient is zero, at every stage: it took no part in the loss and still decays.
+        A tensor without a gradient, at whatever stage, stays as it is, with its moments: it took no
+        part in the loss, or is frozen. The gradient buffers are used as scratch space.
 
         Raises:
-            ValueError: `attach` was not called, or a gradient is sparse.
+            ValueError: `attach` was not called, a gradient is sparse, or a tensor has a gradient on
+                some ranks alone where the ranks share the tensors (ZeRO stages 1 to 3).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            tensors = group["params"]
-            if not self._flats:
-                if any(tensor.grad is not None and tensor.grad.any() for tensor in tensors):
-                    self._require_attached()  # DeepSpeed's own call with zero gradients is fine
-            elif any(tensor.grad is not None for tensor in tensors):
-                key = tuple(id(tensor) for tensor in tensors)
-                if key not in self._tables:
-                    flats = [self._flats[tensor] for tensor in tensors]
-                    self._tables[key] = build_tables(flats, self._rules)
-                self._records[key] = self._step_tensors(self._tables[key], group)
+        self._step_groups()
         return loss
 
+    @_disable_dynamo  # type: ignore[untyped-decorator]  # torch.compile(optimizer.step) works so
+    def _step_groups(self) -> None:
+        for group in self.param_groups:
+            tensors = group["params"]
+            if self._flats and tensors:
+                key = tuple(id(tensor) for tensor in tensors)
+                tables = self._find_tables(key, tensors)
+                self._records[key] = self._step_tensors(tables, group)
+            elif any(tensor.grad is not None and tensor.grad.any() for tensor in tensors):
+                self._require_attached()  # DeepSpeed's own call with zero gradients is fine
+
+    def _find_tables(self, key: tuple[int, ...], tensors: Sequence[Tensor]) -> StepTables:
+        if self._watch is not None:
+            absent = self._watch.absent()
+        else:
+            absent = frozenset(self._flats[t].names[0] for t in tensors if t.grad is None)
+        if (key, absent) not in self._tables:
+            if len(self._tables) >= KEPT:
+                self._tables.clear()
+            flats = [self._flats[tensor] for tensor in tensors]
+            self._tables[key, absent] = build_tables(flats, self._rules, absent)
+        return self._tables[key, absent]
+
     def _step_tensors(self, tables: StepTables, group: Mapping[str, Any]) -> StepRecord:
-        kernels = choose_kernels(self._backend, tables.device)
-        gradients = [flat_gradient(share.flat) for share in tables.shares]
-        flats = []
-        for share, gradient in zip(tables.shares, gradients, strict=True):
-            flat, state = share.flat, self.state[share.flat.tensor]
-            number = state["step"] = state["step"] + 1
-            moments = tuple(flat.view(state[key]) for key in self.moments)
-            flats.append(FlatStep(share, kernels, flat.view(), gradient, moments, group, number))
+        flat_steps = self._present_flats(tables, group)
         rate_S = tables.multiplier_S * group["lr"]
         quantities = EVERYTHING if self._measures_all else self.count_quantities(group)
-        local_QS = torch.zeros(quantities, len(tables.names), device=tables.device)
-        for flat_step in flats:
+        micro_batches = {} if self._watch is None else self._watch.micro_batches()
+        block_QS = start_sums(tables, quantities, micro_batches)
+        local_QS = block_QS[1:]
+        for flat_step in flat_steps:
             self.measure_flat(flat_step, local_QS, rate_S)
-        sums_QS = sum_over_ranks(tables.shares, local_QS, self._exchange_device)
+        for share in tables.shares if tables.absent else ():
+            measure_absent(share, self._flats[share.flat.tensor], tables.absent, local_QS)
+        sums_QS = sum_over_ranks(tables, block_QS, self._exchange_device)
         if self._measures_all:
-            sums_QS = mark_undefined(
-                sums_QS, measures_rms=self.measures_rms, first_step=self.step_count == 1
-            )
+            first_updates = find_first_updates(tables, self.state)
+            first_S = torch.tensor(first_updates, device=tables.device)
+            sums_QS = mark_undefined(sums_QS, measures_rms=self.measures_rms, first_S=first_S)
         sums = StepSums(tables, local_QS, sums_QS)
         factors = self.compute_factors(sums, group)
-        for flat_step in flats:
+        for flat_step in flat_steps:
             self.move_flat(flat_step, rate_S, factors.factor_S)
         return StepRecord(sums, factors, rate_S)
+
+    def _present_flats(self, tables: StepTables, group: Mapping[str, Any]) -> list[FlatStep]:
+        """Count the step, and put together what it is for each flat with a gradient."""
+        kernels, flat_steps = choose_kernels(self._backend, tables.device), []
+        present = [share for share in tables.shares if share.flat.segments]
+        gradients = {share: flat_gradient(share.flat) for share in present}
+        for share in tables.shares:
+            flat, state = share.flat, self.state[share.flat.tensor]
+            count_step(share, state, tables.absent)
+            if share not in gradients:
+                continue
+            moments = tuple(flat.view(state[key]) for key in self.moments)
+            tensors = (flat.view(), gradients[share], moments)
+            parts = [(share, state["step"])]
+            if self.counts_own_updates:
+                parts = split_by_updates(share, state, self._parts)
+            flat_steps += [FlatStep(part, kernels, *tensors, group, n) for part, n in parts]
+        return flat_steps
 
     def _require_attached(self) -> None:
         if not self._flats:
             raise ValueError(
                 f"{type(self).__name__} does not know its tensors' segments yet; call "
-                "optimizer.attach(engine) after deepspeed.initialize (or optimizer.attach() "
-                "without DeepSpeed)."
+                "optimizer.attach(engine) after deepspeed.initialize, or optimizer.attach() "
+                "without DeepSpeed; with Transformers' Trainer, "
+                "optimizer.attach(trainer.model_wrapped) in a callback's on_train_begin (the lines "
+                "are in mocov3_ds/optim/README.md)."
             )
 
     # --------------------------------------------------------------------- signals and state
@@ -322,7 +359,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Yields:
             The name, and key -> fp32 tensor of the full shape, on each rank. It needs no layout:
-            any world size and ZeRO stage can load it.
+            any world size and ZeRO stage can load it. A tensor that was without a gradient in some
+            steps has their number as "skipped", if no keys are given.
         """
         self._require_attached()
         positions = {
@@ -336,6 +374,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             state = {}
             for key in keys or self._keys:
                 state[key] = gather_tensor(flat, index, self._values(flat, key), device)
+            skipped = self.state[flat.tensor].get("skipped", {}).get(name)
+            if skipped and not keys:
+                state["skipped"] = torch.tensor(skipped)
             yield name, state
 
     @torch.no_grad()
@@ -359,11 +400,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 shape = flat.shapes[segment.index]
                 check_state(get(segment.name), segment.name, shape, self._keys)
         for flat in flats:
-            self.state[flat.tensor]["step"] = step_count
+            skipped = {}
             for segment in flat.segments:
                 saved = get(segment.name)
+                skipped[segment.name] = int(saved.get("skipped", 0))
                 for key in self._keys:
                     scatter_tensor(segment, saved[key], self._values(flat, key))
+            restore_counts(flat, self.state[flat.tensor], step_count, skipped)
         if self._engine is not None:
             from mocov3_ds.distributed import zero
 

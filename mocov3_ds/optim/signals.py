@@ -123,13 +123,13 @@ class Signals:
         }
 
 
-def mark_undefined(sums_QS: Tensor, *, measures_rms: bool, first_step: bool) -> Tensor:
+def mark_undefined(sums_QS: Tensor, *, measures_rms: bool, first_S: Tensor) -> Tensor:
     """Replace by NaN what has no meaning, where everything was measured.
 
     Args:
         sums_QS: Sums over all ranks.
         measures_rms: Whether the optimizer has a second moment, so that g / sqrt(v) exists.
-        first_step: Whether the second moment was still zero before this step.
+        first_S: Whether a tensor's second moment was still zero before this step; bool.
 
     Returns:
         A tensor of the same shape; `sums_QS` itself stays as it is.
@@ -137,8 +137,8 @@ def mark_undefined(sums_QS: Tensor, *, measures_rms: bool, first_step: bool) -> 
     marked_QS = sums_QS.clone()
     if not measures_rms:
         marked_QS[[Quantity.AFTER, Quantity.BEFORE]] = torch.nan
-    elif first_step:
-        marked_QS[Quantity.BEFORE] = torch.nan
+    else:
+        marked_QS[Quantity.BEFORE, first_S] = torch.nan
     return marked_QS
 
 

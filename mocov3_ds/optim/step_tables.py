@@ -4,8 +4,8 @@ Legend: S = tensors that one call of `step` updates.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class Share:
         """Multiple of the weight decay that holds for a segment's tensor."""
         return float(self.rules[segment.index].decay)
 
+    def only(self, segments: Iterable[Segment]) -> "Share":
+        """The same share with some of its segments alone."""
+        return replace(self, flat=replace(self.flat, segments=tuple(segments)))
+
     @property
     def rows(self) -> slice:
         """Rows of the flat's tensors among the S of the step."""
@@ -53,6 +57,8 @@ class StepTables:
         decay_S: Multiple of the weight decay of each tensor, fp32.
         multiplier_S: Multiple of the learning rate of each tensor, fp32.
         counts_S: Elements of each whole tensor, fp32.
+        absent: Tensors without a gradient, which stay as they are: their rows are there, but no
+            segment of theirs is in the shares.
     """
 
     shares: tuple[Share, ...]
@@ -61,6 +67,7 @@ class StepTables:
     decay_S: Tensor
     multiplier_S: Tensor
     counts_S: Tensor
+    absent: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -68,17 +75,22 @@ class StepTables:
         return self.adapt_S.device
 
 
-def build_tables(flats: Sequence[Flat], rules: Mapping[str, Rule]) -> StepTables:
+def build_tables(
+    flats: Sequence[Flat], rules: Mapping[str, Rule], absent: frozenset[str] = frozenset()
+) -> StepTables:
     """Make the tables of a step.
 
     Args:
         flats: Flat tensors that the step updates, on one device.
         rules: Name of each of their tensors -> its rule.
+        absent: Tensors without a gradient in this step.
     """
     shares: list[Share] = []
     names: list[str] = []
     for flat in flats:
-        shares.append(Share(flat, len(names), tuple(rules[name] for name in flat.names)))
+        share = Share(flat, len(names), tuple(rules[name] for name in flat.names))
+        present = [segment for segment in flat.segments if segment.name not in absent]
+        shares.append(share if len(present) == len(flat.segments) else share.only(present))
         names += flat.names
     rules_S = [rules[name] for name in names]
     sizes = [float(math.prod(shape)) for flat in flats for shape in flat.shapes]
@@ -90,4 +102,5 @@ def build_tables(flats: Sequence[Flat], rules: Mapping[str, Rule]) -> StepTables
         decay_S=torch.tensor([float(rule.decay) for rule in rules_S], device=device),
         multiplier_S=torch.tensor([float(rule.lr_multiplier) for rule in rules_S], device=device),
         counts_S=torch.tensor(sizes, device=device),
+        absent=absent & {*names},
     )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import full_gradients, full_tensors, gradient_bytes, start_engine
+from mocov3_ds.distributed.engine import full_tensors, gradient_bytes, start_engine
 from mocov3_ds.distributed.engine_config import engine_config
+from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.optim import AdamW
 from tests.optim import engines, plain
 from tests.optim.engines import BATCH, Case

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import full_gradients
+from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.distributed.guarded_step import DROP, step_within
 from tests.optim import engines
 from tests.optim.engines import Case

@@ -44,13 +44,12 @@ class Case:
     clip: float = 0.0
     accumulate: int = 1
     sharded_init: bool = False
-    unused: bool = False
 
     def __str__(self) -> str:
         parts = [f"stage {self.stage}", self.precision, self.optimizer]
         parts += [json.dumps(x) for x in (self.options, self.zero, self.config) if x]
         parts += ["clip"] * bool(self.clip) + ["accumulate"] * (self.accumulate > 1)
-        parts += ["zero.Init"] * self.sharded_init + ["unused"] * self.unused
+        parts += ["zero.Init"] * self.sharded_init
         return " ".join(parts)
 
 
@@ -101,9 +100,7 @@ def start(case: Case, rule_for: RuleFor = rule) -> tuple[Any, Any]:
 def start_unattached(case: Case, rule_for: RuleFor = rule) -> tuple[Any, Any]:
     quiet()
     config = ds_config(case)
-    model = (
-        sharded_model(case, config) if case.sharded_init else plain.odd_model(unused=case.unused)
-    )
+    model = sharded_model(case, config) if case.sharded_init else plain.odd_model()
     # rates at which 11 steps move each tensor far enough to stand out of fp32's rounding
     options = {"lr": RATES[case.optimizer], "weight_decay": 0.1} | case.options
     optimizer = OPTIMIZERS[case.optimizer](model.named_parameters(), rule=rule_for, **options)
@@ -114,7 +111,7 @@ def start_unattached(case: Case, rule_for: RuleFor = rule) -> tuple[Any, Any]:
 def sharded_model(case: Case, config: dict[str, Any]) -> torch.nn.Module:
     """The same model, cut over the ranks while it is made."""
     with deepspeed.zero.Init(config_dict_or_path=config):
-        model = plain.OddModel(unused=case.unused)
+        model = plain.OddModel()
     named = dict(model.named_parameters())
     values = plain.odd_values({name: tuple(p.ds_shape) for name, p in named.items()})
     for name, parameter in named.items():

@@ -88,7 +88,7 @@ def stable_adamw_step(
 class OddModel(nn.Module):
     """Sizes that no partition boundary respects, tensors over several ranks, scales far apart."""
 
-    def __init__(self, *, unused: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.frozen = nn.Linear(11, 7)
         self.token = nn.Parameter(torch.empty(1, 1, 7))
@@ -96,8 +96,6 @@ class OddModel(nn.Module):
         self.norm = nn.LayerNorm(301)
         self.narrow = nn.Linear(301, 3)
         self.scale = nn.Parameter(torch.empty(1))
-        if unused:
-            self.idle = nn.Linear(13, 3)
         self.out = nn.Linear(3, 5, bias=False)
         self.frozen.requires_grad_(False)
 
@@ -119,9 +117,9 @@ def odd_values(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     }
 
 
-def odd_model(*, unused: bool = False) -> OddModel:
+def odd_model() -> OddModel:
     """The model with its odd weights."""
-    model = OddModel(unused=unused)
+    model = OddModel()
     values = odd_values({name: tuple(p.shape) for name, p in model.named_parameters()})
     model.load_state_dict(values)
     return model

@@ -3,9 +3,12 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from mocov3_ds.optim import AdamW, Lamb, Lars
+from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.optim.build import build_optimizer
 
 
@@ -41,3 +44,25 @@ def test_the_coefficients_of_deepspeed_bound_the_ratio() -> None:
 def test_impossible_values(block: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(block["type"], **block["params"])
+
+
+@pytest.mark.parametrize(
+    ("keyword", "words"),
+    [
+        ("foreach", "has no 'foreach'; give backend="),
+        ("fused", "has no 'fused'; give backend="),
+        ("max_grad_norm", "has no 'max_grad_norm'; use the DeepSpeed config's gradient_clipping"),
+        ("amsgrad", "has no 'amsgrad'; AMSGrad is not implemented"),
+        ("wieght_decay", r"has no 'wieght_decay' \(did you mean weight_decay\?\); known: lr, "),
+    ],
+)
+@pytest.mark.parametrize("kind", [Lamb, AdamW, Lars])
+def test_keywords_of_other_libraries(kind: Any, keyword: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__} {words}"):
+        kind([("w", torch.nn.Parameter(torch.ones(2)))], **{keyword: True})
+
+
+def test_numbers_of_numpy_and_tensors() -> None:
+    assert check_number("lr", np.float32(0.5), 0) == 0.5
+    with pytest.raises(ValueError, match=r"lr is a tensor; .* lr\.item\(\), .* set_lr"):
+        Lamb([("w", torch.nn.Parameter(torch.ones(2)))], lr=torch.tensor(0.1))  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.optim import Lamb
-from tests.optim import engines, plain
+from tests.optim import absent, engines, plain
+from tests.optim.absent import AbsentCase
 from tests.optim.engines import BATCH, RATES, STEPS, Case, movement_error, rule
 from tests.ranks_pool import run_ranks
 
@@ -40,7 +41,6 @@ OFFLOADED = [Case(stage, p, zero=OFFLOAD) for stage in (1, 2, 3) for p in ("fp32
 OFFLOADED += [Case(3, "bf16", zero=OFFLOAD | {"offload_param": {"device": "cpu"}})]
 OTHERS = [Case(stage, "fp32", kind) for stage in range(4) for kind in ("adamw", "lars")]
 OTHERS += [Case(stage, "bf16", kind) for stage in range(4) for kind in ("adamw", "lars")]
-UNUSED = [Case(stage, unused=True) for stage in range(4)]
 OVERFLOW = [Case(stage, "fp16", config=TINY_SCALE) for stage in (1, 2, 3)]
 LAID_OUT = [
     Case(3, "fp32", zero={"sub_group_size": 500}),
@@ -57,7 +57,7 @@ LAID_OUT = [
 ]
 EVERYTHING = [
     *[*EVERY_STAGE, *ACCUMULATED, *CLIPPED, *ADAPTED, *OFFLOADED],
-    *[*OTHERS, *UNUSED, *OVERFLOW, *LAID_OUT],
+    *[*OTHERS, *OVERFLOW, *LAID_OUT],
 ]
 
 FEW: dict[int, list[Case]] = {
@@ -68,7 +68,7 @@ FEW: dict[int, list[Case]] = {
     ],
     3: [
         *[Case(0), Case(1), Case(2), Case(3, "bf16"), Case(1, "bf16", config=FP32_GRADIENTS)],
-        *[ADAPTED[3], UNUSED[2], LAID_OUT[0]],
+        *[ADAPTED[3], LAID_OUT[0]],
     ],
     4: [Case(1, "fp16"), Case(3, "bf16", sharded_init=True)],
 }
@@ -109,6 +109,29 @@ def test_equals_the_unsharded_optimizer_everywhere(world_size: int) -> None:
     results = run_ranks(world_size, engines.errors, cases, timeout=2400)[0]
     for case, result in zip(cases, results, strict=True):
         check(result, case)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_tensor_without_a_gradient_stays(world_size: int) -> None:
+    results = ranks_of(world_size)[0]["absent"]
+    for case, result in zip(ABSENT[world_size], results, strict=True):
+        check_absent(result, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_tensor_without_a_gradient_stays_everywhere(world_size: int) -> None:
+    cases = EACH_ABSENT[world_size - 1 :: 2] if world_size == 1 else EACH_ABSENT
+    results = run_ranks(world_size, absent.compare_all, cases, timeout=2400)[0]
+    for case, result in zip(cases, results, strict=True):
+        check_absent(result, case)
+
+
+def test_ranks_that_use_different_tensors() -> None:
+    for rank in ranks_of(2):
+        cut, whole = rank["unequal"]
+        assert "'layers.first.weight' has a gradient on some of the 2 ranks alone" in cut
+        assert whole == ["always", "first", "last"]  # stage 0 averages over both ranks
 
 
 @pytest.mark.slow
@@ -170,7 +193,35 @@ def readme_example() -> tuple[float, float, set[str]]:
 
 def both(cases: Sequence[Case], whole_runs: Sequence[Case]) -> dict[str, Any]:
     result = {"errors": engines.errors(cases), "runs": runs(whole_runs)}
+    result["absent"] = absent.compare_all(ABSENT.get(ranks.world_size(), ()))
+    if ranks.world_size() == 2:
+        result["unequal"] = absent.train_unequally(stage=2), absent.train_unequally(stage=0)
     return result | ({"readme": readme_example()} if ranks.world_size() == 1 else {})
+
+
+# Tensors without a gradient: in a step, in a micro-batch, never, or frozen on the way.
+
+ABSENT = {
+    1: [AbsentCase(0, 2), AbsentCase(3, optimizer="adamw")],
+    2: [
+        *[AbsentCase(1, 2, offload=True), AbsentCase(2, 2, offload=True, clip=0.05)],
+        *[AbsentCase(3, 2, clip=0.05), AbsentCase(3, 2, offload=True, optimizer="adamw")],
+        *[AbsentCase(3, 2, precision="bf16"), AbsentCase(0, precision="bf16")],
+    ],
+}
+EACH_ABSENT = [
+    AbsentCase(stage, accumulate, offload, optimizer, clip=clip)
+    for optimizer, clip in (("lamb", 0.05), ("adamw", 0.0))
+    for stage in range(4)
+    for accumulate in (1, 2)
+    for offload in (False, True)[: 1 + (stage > 0)]
+]
+
+
+def check_absent(result: dict[str, Any], case: AbsentCase) -> None:
+    assert result["moved"] == set(), (case, result)
+    if case.precision == "fp32":  # bf16 gradients are rounded: fp64 has others
+        assert result["worst"] < 4e-5, (case, result)
 
 
 @cache

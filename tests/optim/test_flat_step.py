@@ -6,16 +6,15 @@ from torch import nn
 
 from mocov3_ds.distributed.segments import whole_flat
 from mocov3_ds.optim import Lamb, Rule
-from mocov3_ds.optim.flat_step import describe_flats, flat_gradient, sum_over_ranks
-from mocov3_ds.optim.kernel_types import EVERYTHING
+from mocov3_ds.optim.flat_step import (
+    describe_flats,
+    flat_gradient,
+    measure_absent,
+    start_sums,
+    sum_over_ranks,
+)
+from mocov3_ds.optim.kernel_types import EVERYTHING, NORMS
 from mocov3_ds.optim.step_tables import build_tables
-
-
-def test_a_tensor_without_a_gradient_counts_as_one_of_zeros() -> None:
-    flat = whole_flat("w", torch.ones(2, 3))
-    gradient = flat_gradient(flat)
-    assert gradient.shape == (6,) and not gradient.any()
-    assert flat.tensor.grad is not None and flat.tensor.grad.shape == (2, 3)
 
 
 def test_a_transposed_gradient_is_read_in_order() -> None:
@@ -26,9 +25,23 @@ def test_a_transposed_gradient_is_read_in_order() -> None:
 
 def test_sums_of_whole_tensors_are_a_copy() -> None:
     tables = build_tables([whole_flat("w", torch.ones(2))], {"w": Rule()})
-    local_QS = torch.arange(float(EVERYTHING)).view(EVERYTHING, 1)
-    sums_QS = sum_over_ranks(tables.shares, local_QS, None)
-    assert torch.equal(sums_QS, local_QS) and sums_QS is not local_QS
+    block_QS = start_sums(tables, EVERYTHING, {})
+    assert block_QS[0].tolist() == [1] and not block_QS[1:].any()
+    block_QS[1:] = torch.arange(float(EVERYTHING)).view(EVERYTHING, 1)
+    sums_QS = sum_over_ranks(tables, block_QS, None)
+    assert torch.equal(sums_QS, block_QS[1:])
+    sums_QS += 1
+    assert block_QS[1] == 0
+
+
+def test_the_head_of_the_sums_says_which_tensors_have_a_gradient() -> None:
+    flats = [whole_flat(name, torch.ones(2)) for name in "abc"]
+    tables = build_tables(flats, dict.fromkeys("abc", Rule()), absent=frozenset("b"))
+    assert start_sums(tables, NORMS, {"c": 2})[0].tolist() == [1, 0, 3]
+    sums_QS = torch.zeros(NORMS, 3)
+    for share, flat in zip(tables.shares, flats, strict=True):
+        measure_absent(share, flat, tables.absent, sums_QS)
+    assert sums_QS.tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_without_an_engine_each_tensor_is_a_flat_of_its_own() -> None:

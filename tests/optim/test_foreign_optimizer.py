@@ -16,7 +16,7 @@ import torch
 
 from mocov3_ds import cli, train
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
-from mocov3_ds.distributed.engine import full_gradients
+from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.monitoring.alarm_response import check_response
 from mocov3_ds.optim.build import build_optimizer, find_optimizer
 from mocov3_ds.optim.sharded import ShardedOptimizer

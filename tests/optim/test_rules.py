@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mocov3_ds.optim import Rule
-from mocov3_ds.optim.rules import check_rule, vit_rule
+from mocov3_ds.optim.rules import by_dimensions, check_rule, vit_rule
 
 
 def test_matrices_adapt_and_the_rest_does_not() -> None:
@@ -18,6 +18,12 @@ def test_matrices_adapt_and_the_rest_does_not() -> None:
         ("backbone.pos_embed", (1, 5, 3), False),
     ]:
         assert vit_rule(name, shape) == Rule(decay=matrix, adapt=matrix), name
+
+
+def test_a_token_is_a_matrix_by_its_dimensions() -> None:
+    rule = by_dimensions(lambda name, shape: Rule(decay=0.5 * (name == "b"), lr_multiplier=2))
+    assert rule("cls_token", (1, 1, 3)) == Rule(decay=1, adapt=True, lr_multiplier=2)
+    assert rule("b", (3,)) == Rule(decay=0.5, adapt=False, lr_multiplier=2)
 
 
 @pytest.mark.parametrize(

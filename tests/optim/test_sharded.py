@@ -1,13 +1,17 @@
 """What all optimizers share, without an engine: signals, state, and what is refused."""
 
+import copy
+import io
+import pickle
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mocov3_ds.optim import AdamW, Lamb, Lars
-from tests.optim.one_process import make_gradients, make_model
+from tests.optim.one_process import decay_groups, make_gradients, make_model, movement_error
 
 
 @pytest.mark.parametrize("kind", [Lamb, AdamW, Lars])
@@ -136,3 +140,100 @@ def test_loading_names_what_does_not_fit_and_changes_nothing() -> None:
         optimizer.load_full_state(state.__getitem__, 3)
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
     assert optimizer.step_count == 0
+
+
+# What people do with an optimizer of PyTorch.
+
+
+def patterned(net: nn.Module, optimizer: Any, which: slice = slice(None)) -> dict[str, Tensor]:
+    """Steps in which some tensors have no gradient, and one is frozen half-way."""
+    for number, step in list(enumerate(make_gradients(net)))[which]:
+        for name, parameter in net.named_parameters():
+            missing = {"wide.weight": number % 2, "norm.weight": 1, "narrow.weight": number >= 4}
+            there = name in step and not missing.get(name, 0)
+            parameter.grad = step[name].clone() if there else None
+        optimizer.step()
+    return {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", [Lamb, AdamW, Lars])
+def test_no_gradient_is_not_gradient_zero(kind: Any) -> None:
+    """As timm and torch have it; the tensors in question neither move nor decay."""
+    options: dict[str, Any] = {"lr": 0.3 if kind is Lars else 0.03, "weight_decay": 0.1}
+    net, other = make_model(), make_model()
+    optimizer = kind(net.named_parameters(), backend="plain", **options)
+    optimizer.attach()
+    groups = decay_groups(other, 0.1)
+    library: Any = {
+        Lamb: lambda: timm.optim.Lamb(groups, lr=0.03, max_grad_norm=None, foreach=False),
+        AdamW: lambda: torch.optim.AdamW(groups, lr=0.03),
+        Lars: lambda: timm.optim.Lars(groups, lr=0.3, momentum=0.9),
+    }[kind]()
+    ours, theirs = patterned(net, optimizer), patterned(other, library)
+    first = dict(make_model().named_parameters())
+    assert torch.equal(ours["norm.weight"], first["norm.weight"])
+    for name in ours.keys() - {"norm.weight"}:
+        assert movement_error({name: ours[name]}, {name: theirs[name]}) < 1e-5, name
+    row = optimizer.signals().rows()["norm.weight"]
+    assert row["update_norm"] == row["grad_norm"] == 0 and row["trust_ratio"] == 1
+    assert row["weight_norm"] == pytest.approx(float(first["norm.weight"].detach().norm()))
+
+
+@pytest.mark.parametrize("backend", ["blocks", "plain"])
+@pytest.mark.parametrize("kind", [Lamb, AdamW, Lars])
+def test_copies_and_pickles_go_on_by_themselves(kind: Any, backend: str) -> None:
+    net = make_model()
+    optimizer = kind(net.named_parameters(), lr=0.02, backend=backend)
+    optimizer.attach()
+    patterned(net, optimizer, slice(0, 3))
+    copies = [copy.deepcopy((net, optimizer)), pickle.loads(pickle.dumps((net, optimizer)))]
+    file = io.BytesIO()
+    torch.save((net, optimizer), file)
+    file.seek(0)
+    copies.append(torch.load(file, weights_only=False))
+    full = dict(optimizer.full_state())
+    fresh = make_model()
+    fresh.load_state_dict(net.state_dict())
+    again = kind(fresh.named_parameters(), lr=0.02, backend=backend)
+    again.attach()
+    again.load_full_state(full.__getitem__, optimizer.step_count)
+    want = patterned(net, optimizer, slice(3, 8))
+    for other, its_optimizer in [*copies, (fresh, again)]:
+        got = patterned(other, its_optimizer, slice(3, 8))
+        assert all(torch.equal(got[name], want[name]) for name in want)
+        assert its_optimizer.step_count == 8
+
+
+def test_an_optimizer_of_an_engine_is_not_copied() -> None:
+    optimizer: Any = Lamb([("a", one())])
+    assert copy.deepcopy(optimizer).step_count == 0
+    optimizer._engine = object()
+    with pytest.raises(ValueError, match=r"attached to a DeepSpeed engine cannot be copied"):
+        copy.deepcopy(optimizer)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_step() -> None:
+    net, other = make_model(), make_model()
+    optimizer, compiled = Lamb(net.named_parameters()), Lamb(other.named_parameters())
+    optimizer.attach()
+    compiled.attach()
+    want = patterned(net, optimizer)
+    compiled.step = torch.compile(compiled.step)  # type: ignore[method-assign]
+    got = patterned(other, compiled)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_layouts_and_rates_of_all_kinds() -> None:
+    scalar, table = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(0, 3))
+    optimizer = Lamb([("scalar", scalar), ("table", table)], lr=0.1)
+    optimizer.attach()
+    scalar.square().backward()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)  # as schedulers of compiled code do
+    optimizer.step()
+    assert float(scalar.detach()) == pytest.approx(1.5, abs=1e-5)
+    optimizer.zero_grad()
+    assert scalar.grad is None
+    picture = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"'weight' is not contiguous .*contiguous_format"):
+        Lamb(picture.named_parameters()).attach()
