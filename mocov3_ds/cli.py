@@ -35,6 +35,9 @@ COMMANDS: Mapping[str, Command] = {
         "mocov3_ds.train:main",
         first="mocov3_ds.recipes:parse",
     ),
+    "status": Command(
+        "is a run finished? (status 0 = yes, 1 = no)", "mocov3_ds.checkpoints.run_status:main"
+    ),
     "knn": Command(
         "k-NN accuracy of an encoder", "mocov3_ds.evaluation.commands:evaluate_knn", "options"
     ),
@@ -46,6 +49,11 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command(
         "write an encoder for timm, DeiT, transformers, MoCo v3",
         "mocov3_ds.evaluation.commands:export_weights",
+        "options",
+    ),
+    "embed": Command(
+        "features of all images of a set, as parquet",
+        "mocov3_ds.evaluation.commands:write_features",
         "options",
     ),
     "plan": Command(

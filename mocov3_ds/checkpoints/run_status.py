@@ -7,6 +7,9 @@ import contextlib
 import json
 import logging
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from mocov3_ds.checkpoints.checkpoint import list_checkpoints, step_in_name
 from mocov3_ds.checkpoints.run_folder import find_holder
@@ -65,3 +68,23 @@ def describe_status(run: Path, wait_s: float) -> tuple[int, str]:
         UNFINISHED_STATUS,
         f"not finished: {run} goes on from step {step_in_name(saved[-1])} with the same command",
     )
+
+
+def report_status(run: Annotated[Path, tyro.conf.Positional], /, *, wait: float = 0.0) -> int:
+    """Say whether a run is finished: status 0 if it is, 1 if the same command has more to do.
+
+        until mocov3 status RUN --wait 600; do deepspeed mocov3_ds/train.py ...; done
+
+    Args:
+        run: run folder, which need not exist.
+        wait: seconds to wait for ranks that work on the run, as those do that save after their
+            launcher was killed.
+    """
+    status, sentence = describe_status(run, wait)
+    print(sentence)  # noqa: T201
+    return status
+
+
+def main() -> int:
+    """Command line of `mocov3 status`; returns the exit status."""
+    return tyro.cli(report_status)

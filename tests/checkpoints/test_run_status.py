@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+
 from mocov3_ds.checkpoints import run_folder
-from mocov3_ds.checkpoints.run_status import clear_finished, describe_status, mark_finished
+from mocov3_ds.checkpoints.run_status import (
+    clear_finished,
+    describe_status,
+    main,
+    mark_finished,
+)
 
 
 def test_a_run_is_finished_once_it_says_so(tmp_path: Path) -> None:
@@ -37,3 +44,18 @@ def test_a_run_that_somebody_works_on_is_not_finished(tmp_path: Path) -> None:
     assert status == 1
     assert words.startswith(f"in work: {tmp_path} is in use by process ")
     assert describe_status(tmp_path, 0)[0] == 0
+
+
+@pytest.mark.parametrize(("is_finished", "status"), [(True, 0), (False, 1)])
+def test_the_command_answers_by_its_exit_status(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_finished: bool,
+    status: int,
+) -> None:
+    if is_finished:
+        mark_finished(tmp_path, 12)
+    monkeypatch.setattr("sys.argv", ["mocov3 status", str(tmp_path), "--wait", "0.1"])
+    assert main() == status
+    assert capsys.readouterr().out.startswith("finished: " if is_finished else "not finished: ")
