@@ -9,16 +9,17 @@ Shape suffixes: N = samples of a set.
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mocov3_ds.data.manifest import Manifest
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,40}")
-_BLOCK = 1 << 24  # labels that are looked at in one go; a set may have 10^9
+_BLOCK = 1 << 22  # labels that are looked at in one go; a set may have 10^9
 _SHOWN = 3  # names in a message
 
 
@@ -44,11 +45,22 @@ def list_names(names: Iterable[str]) -> str:
 
 def labels_in_use(manifest: Manifest) -> list[int]:
     """Distinct labels of a set, ascending, without -1."""
+    blocks, top = _blocks_of_labels(manifest), manifest.top_label
+    if top < _BLOCK:  # a table by value is fastest, and small
+        is_used = np.zeros(top + 2, dtype=bool)
+        for block_N in blocks:
+            is_used[block_N.clip(min=-1)] = True  # -1 is the last place
+        return np.flatnonzero(is_used[:-1]).tolist()
     used: set[int] = set()
+    for block_N in blocks:
+        used.update(np.unique(block_N).tolist())
+    return sorted(label for label in used if label >= 0)
+
+
+def _blocks_of_labels(manifest: Manifest) -> Iterator[NDArray[np.int32]]:
     label_N = manifest.index_N["label"]
     for first in range(0, len(label_N), _BLOCK):
-        used.update(np.unique(label_N[first : first + _BLOCK]).tolist())
-    return sorted(label for label in used if label >= 0)
+        yield label_N[first : first + _BLOCK]
 
 
 class PairedSet(NamedTuple):
@@ -84,13 +96,7 @@ def pair_classes(train: Manifest, judged: Manifest) -> PairedSet:
         )
     number_of = {name: label for label, name in names_train.items()}
     used = labels_in_use(judged)
-    missing = [names_judged[label] for label in used if names_judged[label] not in number_of]
-    if missing:
-        raise ValueError(
-            f"{judged.url} holds images of {len(missing)} classes that {train.url} does not have: "
-            f"{list_names(missing)} (there: {list_names(number_of)}); both must have the same "
-            "classes."
-        )
+    _check_classes(train, judged, [names_judged[label] for label in used], number_of)
     absent = sorted({*number_of} - {names_judged[label] for label in used})
     if absent and used:
         notes.append(
@@ -111,6 +117,27 @@ def pair_classes(train: Manifest, judged: Manifest) -> PairedSet:
     return PairedSet(judged, tuple(notes))
 
 
+def _check_classes(
+    train: Manifest, judged: Manifest, names: Sequence[str], number_of: Mapping[str, int]
+) -> None:
+    """Refuse images of classes that training has no image of: they can never be right."""
+    missing = [name for name in names if name not in number_of]
+    if not missing:
+        unseen = {number_of[name]: name for name in names}
+        for block_N in _blocks_of_labels(train):  # the first one has all, as a rule
+            for label in np.unique(block_N).tolist():
+                unseen.pop(label, None)
+            if not unseen:
+                return
+        missing = [*unseen.values()]
+    if missing:
+        raise ValueError(
+            f"{judged.url} holds images of {len(missing)} classes of which {train.url} has none: "
+            f"{list_names(missing)} (there: {list_names(number_of)}); both must hold the same "
+            "classes."
+        )
+
+
 def renumber_labels(manifest: Manifest, labels: Sequence[int], numbers: Sequence[int]) -> Manifest:
     """The same samples with other labels, and without class names.
 
@@ -123,7 +150,7 @@ def renumber_labels(manifest: Manifest, labels: Sequence[int], numbers: Sequence
     label_N = manifest.index_N["label"]
     place_N = np.searchsorted(np.array(labels), label_N.clip(min=0))
     index_N["label"] = np.where(label_N < 0, label_N, np.array(numbers, dtype=np.int32)[place_N])
-    return replace(manifest, index_N=index_N, classes=())
+    return replace(manifest, index_N=index_N, classes=(), files=None)
 
 
 def _all_numbers(manifest: Manifest) -> bool:
@@ -132,10 +159,9 @@ def _all_numbers(manifest: Manifest) -> bool:
 
 def _names_by_position(named: Manifest, unnamed: Manifest) -> dict[int, str]:
     """Names of labels where one set has none: those of the other."""
-    highest = max(labels_in_use(unnamed), default=-1)
-    if highest >= len(named.classes):
+    if unnamed.top_label >= len(named.classes):
         raise ValueError(
-            f"label {highest} of {unnamed.url}, which names no classes, is beyond the "
+            f"label {unnamed.top_label} of {unnamed.url}, which names no classes, is beyond the "
             f"{len(named.classes)} classes of {named.url}; the two sets do not belong together."
         )
     return dict(enumerate(named.classes))
@@ -143,13 +169,12 @@ def _names_by_position(named: Manifest, unnamed: Manifest) -> dict[int, str]:
 
 def _class_names(manifest: Manifest) -> dict[int, str]:
     """Comparable name of each label; labels without names are named by their number."""
-    used = labels_in_use(manifest)
     if not manifest.classes:
-        return {label: str(label) for label in used}
-    if used and used[-1] >= len(manifest.classes):
+        return {label: str(label) for label in labels_in_use(manifest)}
+    if manifest.top_label >= len(manifest.classes):
         raise ValueError(
-            f"{manifest.url} holds label {used[-1]} and names {len(manifest.classes)} classes; "
-            "make its manifest again with a class file that names them all."
+            f"{manifest.url} holds label {manifest.top_label} and names "
+            f"{len(manifest.classes)} classes; make its manifest again with a class file for all."
         )
     names: dict[str, str] = {}
     for name in manifest.classes:

@@ -43,12 +43,16 @@ def find_nearest(
     return cosine_PK, label_PX.gather(1, index_PK)
 
 
-def vote_class(cosine_PK: Tensor, label_PK: Tensor, classes: int, temperature: float) -> Tensor:
-    """Class of each probe (P,): the one with the largest sum of exp(cosine / temperature)."""
+def vote_class(cosine_PK: Tensor, label_PK: Tensor, temperature: float) -> Tensor:
+    """Class of each probe (P,): the one with the largest sum of exp(cosine / temperature).
+
+    The table of votes has a column for each class that a neighbour has, whatever its number is.
+    """
+    label_C, column_PK = torch.unique(label_PK, return_inverse=True)
     shifted_PK = cosine_PK - cosine_PK[:, :1]  # cancels in the argmax, and exp cannot overflow
     weight_PK = (shifted_PK / temperature).exp()
-    score_PC = cosine_PK.new_zeros(len(cosine_PK), classes).scatter_add_(1, label_PK, weight_PK)
-    return score_PC.argmax(1)
+    score_PC = cosine_PK.new_zeros(len(cosine_PK), len(label_C))
+    return label_C[score_PC.scatter_add_(1, column_PK, weight_PK).argmax(1)]
 
 
 def knn_accuracy(
@@ -65,21 +69,27 @@ def knn_accuracy(
 
     Args:
         bank_ND: features of this rank's rows of the bank, of any length.
-        labels_N: label of each row of the bank, int64, >= 0.
+        labels_N: label of each row of the bank, int64; rows without one (-1) do not vote.
         probes_PD: features to classify, the same on each rank.
-        targets_P: true label of each probe, int64.
+        targets_P: true label of each probe, int64; probes without one (-1) do not count.
         k: number of neighbours that vote.
         temperature: a neighbour votes with exp(cosine / temperature).
         block: number of probes compared in one go; bounds the memory of the similarities.
+
+    Raises:
+        ValueError: no probe has a label.
     """
-    bank_ND = F.normalize(bank_ND.float(), dim=1)
-    classes = 1 + int(ranks.all_reduce_max(torch.stack([labels_N.max(), targets_P.max()]).max()))
+    bank_ND = F.normalize(bank_ND[labels_N >= 0].float(), dim=1)
+    labels_N = labels_N[labels_N >= 0]
+    probes_PD, targets_P = probes_PD[targets_P >= 0], targets_P[targets_P >= 0]
+    if not len(targets_P):
+        raise ValueError("no held-out image has a label, so that none can be classified rightly.")
     correct = 0
     for probes, targets in zip(
         torch.split(probes_PD, block), torch.split(targets_P, block), strict=True
     ):
         cosine_PK, label_PK = find_nearest(bank_ND, labels_N, F.normalize(probes.float(), dim=1), k)
-        correct += int((vote_class(cosine_PK, label_PK, classes, temperature) == targets).sum())
+        correct += int((vote_class(cosine_PK, label_PK, temperature) == targets).sum())
     return 100.0 * correct / len(targets_P)
 
 

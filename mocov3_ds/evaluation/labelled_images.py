@@ -9,9 +9,10 @@ range; several processes hide the latency of object storage.
 Shape suffixes: B = images of a batch, C H W = image, N = samples of an epoch.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
+from mocov3_ds.data.class_names import labels_in_use, pair_classes, renumber_labels
 from mocov3_ds.data.fetch import Unreadable, locate_sample, read_sample
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.views import decode
 from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.spec import ViewSpec
+from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import Weights
 
+_log = logging.getLogger("mocov3_ds")
+
+_DENSE = 1000  # class numbers below this may have gaps
 Ids = NDArray[np.int64]
 ImageMaker = Callable[[bytes, int, int, int], Tensor]
 """(image bytes, sample id, epoch, position in the epoch) -> one image, (C, H, W)"""
@@ -50,7 +56,7 @@ class Splits:
     @property
     def classes(self) -> int:
         """Number of classes in the training shards."""
-        return len(self.train.classes) or 1 + int(self.train.index_N["label"].max())
+        return len(self.train.classes) or 1 + self.train.top_label
 
 
 def choose_split_urls(weights: Weights, train: str, val: str) -> tuple[str, str]:
@@ -80,38 +86,43 @@ def choose_split_urls(weights: Weights, train: str, val: str) -> tuple[str, str]
 
 
 def open_splits(train: str, val: str) -> Splits:
-    """Open the training shards and the held-out shards, and compare what their labels mean.
+    """Open the training shards and the held-out shards, and pair their classes by name.
+
+    The held-out labels get the numbers that the same classes have in training. Numbers without
+    names that are far beyond the count of classes (ids) are closed up, and are then the names.
 
     Args:
         train: folder or URL of the training shards.
         val: folder or URL of the held-out shards.
 
     Raises:
-        ValueError: no shards there, samples without labels, or labels that differ in meaning.
+        ValueError: no shards there, samples without labels, or held-out classes that training has
+            not.
     """
-    splits = Splits(manifests.load(train), manifests.load(val))
-    for manifest in (splits.train, splits.val):
+    train_set, val_set = manifests.load(train), manifests.load(val)
+    for manifest in (train_set, val_set):
         if not manifest.has_labels:
             missing = int((manifest.index_N["label"] < 0).sum())
             raise ValueError(
                 f"{missing} of {manifest.samples} samples in {manifest.url} have no label, so "
                 "nothing can be classified by them; shard them from class folders."
             )
-    train_classes, val_classes = splits.train.classes, splits.val.classes
-    if train_classes and val_classes and train_classes != val_classes:
-        difference = f"{train} has {len(train_classes)} classes and {val} has {len(val_classes)}"
-        if len(train_classes) == len(val_classes):
-            pairs = enumerate(zip(train_classes, val_classes, strict=True))
-            label, (name, counterpart) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
-            difference = f"class {label} is {name!r} in {train} and {counterpart!r} in {val}"
-        raise ValueError(f"{difference}; both must come from the same set of class folders.")
-    highest = max(int(m.index_N["label"].max()) for m in (splits.train, splits.val))
-    if highest >= splits.classes:
-        raise ValueError(
-            f"label {highest} is beyond the {splits.classes} classes of {train}; the two sets do "
-            "not belong together."
-        )
-    return splits
+    train_set = _close_up(train_set)
+    val_set, notes = pair_classes(train_set, val_set)
+    for note in notes if ranks.is_first() else ():
+        _log.warning(note)
+    return Splits(train_set, val_set)
+
+
+def _close_up(train: Manifest) -> Manifest:
+    """The set with class numbers whose largest is in proportion to how many there are."""
+    if train.classes or train.top_label < _DENSE:
+        return train
+    labels = labels_in_use(train)
+    if train.top_label < 4 * len(labels):
+        return train
+    closed = renumber_labels(train, labels, range(len(labels)))
+    return replace(closed, classes=tuple(map(str, labels)))
 
 
 def draw_epoch_order(samples: int, seed: int, epoch: int, repeats: int = 1) -> Ids:

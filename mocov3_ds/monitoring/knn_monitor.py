@@ -11,6 +11,7 @@ Shape suffixes: B = rank batch, C H W = image, D = features, P = probes of this 
 this rank's queue or bank, C = classes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -125,11 +126,9 @@ class KnnMonitor:
 
     def chance_accuracy(self) -> float:
         """Return the accuracy in percent of always naming the most frequent class of the probes."""
-        targets_P = torch.cat([labels for _, labels, _ in self._probes])
-        classes = 1 + int(ranks.all_reduce_max(targets_P.max().to(self.queue.labels_N.device)))
-        counts_C = targets_P.bincount(minlength=classes).to(self.queue.labels_N.device)
-        ranks.all_reduce_sum(counts_C)
-        return 100.0 * float(counts_C.max()) / float(counts_C.sum())
+        labels = [label for _, labels_B, _ in self._probes for label in labels_B.tolist()]
+        counts = sum(ranks.gather_objects(Counter(labels)), Counter[int]())
+        return 100.0 * max(counts.values()) / counts.total()
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the queues of all ranks joined, oldest rows first; any world size can load them."""

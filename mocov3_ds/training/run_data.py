@@ -3,6 +3,7 @@
 Shape suffixes: V = the two views, B = rank batch, C H W = image.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.config import Config
+from mocov3_ds.data.class_names import pair_classes
 from mocov3_ds.data.evaluation_batches import evaluation_batches
 from mocov3_ds.data.loader import Batch, Loader, LoaderSettings
 from mocov3_ds.data.manifest import Manifest
@@ -20,6 +22,8 @@ from mocov3_ds.data.views.photometric import make_views, normalise_crops
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
 from mocov3_ds.monitoring.knn_monitor import KnnMonitor
+
+_log = logging.getLogger("mocov3_ds")
 
 
 def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
@@ -32,7 +36,8 @@ def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
         config: settings of the run.
 
     Raises:
-        ValueError: no shards, too few samples for a batch, or probes without labels.
+        ValueError: no shards, too few samples for a batch, probes without labels or of classes
+            that training has not.
     """
     train_url, probe_url = config.data.shards, config.data.probe_shards
     if not train_url:
@@ -48,21 +53,33 @@ def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
     cache = Path(config.data.cache).expanduser() if config.data.cache else None
     train = load_on_ranks(train_url, cache)
     probes = load_on_ranks(probe_url, cache) if probe_url else None
+    if probes is not None and config.knn.probes:
+        probes = _pair_probes(train, probes)
     if config.data.limit:
         train = train.first_samples(config.data.limit)
-    if probes is not None and config.knn.probes:
-        for manifest in (train, probes):
-            if not manifest.has_labels:
-                raise ValueError(
-                    f"{manifest.url} holds samples without labels, which the k-NN monitor needs; "
-                    "use --knn.probes 0 to run without it."
-                )
     if train.samples < config.batch:
         raise ValueError(
             f"{train.url} holds {train.samples} samples, fewer than one global "
             f"batch of {config.batch}; lower --batch."
         )
     return train, probes
+
+
+def _pair_probes(train: Manifest, probes: Manifest) -> Manifest:
+    """The probes with the class numbers of training, as the k-NN monitor compares them."""
+    for manifest in (train, probes):
+        if not manifest.has_labels:
+            raise ValueError(
+                f"{manifest.url} holds samples without labels, which the k-NN monitor needs; "
+                "use --knn.probes 0 to run without it."
+            )
+    try:
+        probes, notes = pair_classes(train, probes)
+    except ValueError as error:
+        raise ValueError(f"{error} --knn.probes 0 runs without the k-NN monitor.") from None
+    for note in notes if ranks.is_first() else ():
+        _log.warning(note)
+    return probes
 
 
 def view_spec(config: Config) -> ViewSpec:

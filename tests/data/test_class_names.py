@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from mocov3_ds.data.class_names import comparable_name, labels_in_use, pair_classes
-from mocov3_ds.data.manifest import ROW, Manifest
+from mocov3_ds.data.manifest import ROW, Manifest, Shard
 
 
 def make_set(url, labels, classes=()):
     index_N = np.zeros(len(labels), dtype=ROW)
-    index_N["label"] = labels
-    return Manifest(url, (), index_N, tuple(classes))
+    index_N["label"], index_N["offset"], index_N["size"] = labels, 512, 1
+    shard = Shard("t.tar", 1 << 20, len(labels), "0" * 64)
+    return Manifest(url, (shard,), index_N, tuple(classes))
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ def make_set(url, labels, classes=()):
         (([0, 1, 2], ["0", "1", "10"]), ([0, 10], []), [0, 2]),  # names that are numbers
         (([0, 1, 10], []), ([0, 1, 2], ["0", "1", "10"]), [0, 1, 10]),
         (([0, 2], ["0", "1", "10"]), ([0, 1], ["010", "0"]), [2, 0]),
+        (([0, 1, 10], []), ([2, 1], ["0", "1", "10"]), [10, 1]),
         (([0, 1], ["cat", "dog"]), ([1, 0], []), [1, 0]),  # positions
         (([5, 9_000_000], []), ([9_000_000], []), [9_000_000]),
         (([0, 1], ["cat", "dog"]), ([0, -1], ["dog", "wolf"]), [1, -1]),  # wolf has no image
@@ -38,10 +40,11 @@ def test_labels_become_those_of_the_training_set(train, judged, labels):
 @pytest.mark.parametrize(
     ("train", "judged", "match"),
     [
-        (([0, 1], ["cat", "dog"]), ([0, 1], ["cat", "fox"]), "1 classes that train .*'fox' "),
-        (([0, 1], []), ([0, 7], []), "1 classes that train does not have: '7'"),
+        (([0, 1], ["cat", "dog"]), ([0, 1], ["cat", "fox"]), "1 classes of which train .*'fox' "),
+        (([0, 1], []), ([0, 7], []), "1 classes of which train has none: '7'"),
         (([0, 1], ["cat", "dog"]), ([0, 2], []), "label 2 of judged, which names no classes, "),
         (([0, 3], ["cat", "dog"]), ([0], ["cat"]), "train holds label 3 and names 2 classes"),
+        (([0, 2], ["a", "b", "c"]), ([0, 1], ["a", "b"]), "of which train has none: 'b'"),
         (([0], ["caf\u00e9", "cafe\u0301"]), ([0], ["x"]), "two classes of one name"),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.evaluation.knn import FeatureQueue, knn_accuracy
+from mocov3_ds.evaluation.knn import FeatureQueue, knn_accuracy, vote_class
 from tests.ranks_pool import run_ranks
 
 
@@ -58,6 +58,19 @@ def test_three_ranks_equal_one() -> None:
     expected = [plain_accuracy(k, 0.07) for k in ks]
     for accuracies in run_ranks(3, several, ks):
         assert accuracies == pytest.approx(expected)
+
+
+def test_votes_cost_memory_by_the_count_of_classes_and_none_is_no_class() -> None:
+    ids = torch.tensor([48, 47, 2**40])
+    features, labels = torch.eye(3).repeat(20, 1), ids.repeat(20)
+    assert knn_accuracy(features, labels, features[:30], labels[:30], k=5) == 100.0
+    cosine_PK, label_PK = torch.ones(1000, 3), ids.repeat(1000, 1)
+    label_PK[:, 0] = label_PK[:, 1]
+    assert vote_class(cosine_PK, label_PK, 0.1).tolist() == [47] * 1000
+    labels[::2] = -1  # neither votes nor counts
+    assert knn_accuracy(features, labels, features, labels, k=5) == 100.0
+    with pytest.raises(ValueError, match="no held-out image has a label"):
+        knn_accuracy(features, labels, features[:1], labels[:1])
 
 
 def test_queue_is_first_in_first_out_and_can_be_rebuilt() -> None:

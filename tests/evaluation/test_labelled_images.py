@@ -1,6 +1,7 @@
 """Which samples an evaluation sees, in what order, as what pixels."""
 
 import io
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -127,15 +128,34 @@ def test_splits_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         manifests.write(copy, old.shards, old.index_N, classes=names)
         return copy
 
-    with pytest.raises(ValueError, match=r"has 3 classes and .* has 4; both must come"):
-        open_splits(named(train, "a", "b", "c"), named(val, "a", "b", "c", "d"))
-    with pytest.raises(ValueError, match=r"class 1 is 'b' in .* and 'x' in "):
-        open_splits(named(train, "a", "b", "c"), named(val, "a", "x", "c"))
+    abc = named(train, "a", "b", "c")
+    with pytest.raises(ValueError, match=r"1 classes of which .*a-b-c has none: 'x'"):
+        open_splits(abc, named(val, "a", "x", "c"))
     more = make_set(str(tmp_path / "more"), [9], coloured, 5)
-    with pytest.raises(ValueError, match="label 4 is beyond the 3 classes"):
+    with pytest.raises(ValueError, match=r"2 classes of which .* has none: '3', '4'"):
         open_splits(train, more.url)
+    labels = manifests.load(val).index_N["label"]
+    paired = open_splits(abc, named(val, "c", "a", "b", "d"))
+    assert paired.classes == 3
+    assert paired.val.index_N["label"].tolist() == ((labels + 2) % 3).tolist()
+    assert [*paired.val.shards] == [*manifests.load(val).shards]
     with pytest.raises(ValueError, match=r"holds no manifest\.json; make shards with"):
         open_splits(train, str(tmp_path))
+
+
+def test_ids_cost_classes_by_their_count(tmp_path: Path) -> None:
+    train, val = make_splits(tmp_path)
+    for url in (train, val):
+        old = manifests.load(url)
+        index = old.index_N.copy()
+        index["label"] = np.array([48460, 47126, 9_000_000])[index["label"]]
+        manifests.write(old.url, old.shards, index)
+    splits = open_splits(train, val)
+    assert splits.classes == 3 and splits.train.classes == ("47126", "48460", "9000000")
+    assert splits.train.index_N["label"][:3].tolist() == [1, 0, 2]
+    assert {*splits.val.index_N["label"].tolist()} == {0, 1, 2}
+    again = pickle.loads(pickle.dumps(splits.val))  # as reading processes get it
+    assert np.array_equal(again.index_N, splits.val.index_N)
 
 
 def test_where_the_shards_are_named(tmp_path: Path) -> None:

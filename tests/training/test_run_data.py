@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mocov3_ds.config import Config, DataConfig, KnnConfig, ViewConfig
+from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.loader import Batch
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.views.draw import draw_views
@@ -48,6 +49,19 @@ def test_the_monitor_needs_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         open_shards(config_of(tmp_path, probes=True))
     _, probes = open_shards(config_of(tmp_path, probes=True, knn=KnnConfig(probes=0)))
     assert probes is not None
+
+
+def test_probes_get_the_class_numbers_of_training(tmp_path: Path) -> None:
+    train, probes = (make_set(str(tmp_path / name), [20]) for name in ("train", "probes"))
+    config = config_of(tmp_path, probes=True)
+    manifests.write(train.url, train.shards, train.index_N, classes=[*"abcdefghij"])
+    manifests.write(probes.url, probes.shards, probes.index_N, classes=[*"bcdefghija"])
+    _, paired = open_shards(config)
+    wanted = [(label + 1) % 10 for label in probes.index_N["label"].tolist()]
+    assert paired is not None and paired.index_N["label"].tolist() == wanted
+    manifests.write(probes.url, probes.shards, probes.index_N, classes=[*"zcdefghija"])
+    with pytest.raises(ValueError, match=r"1 classes of which .* has none: 'z'.*--knn.probes 0 "):
+        open_shards(config)
 
 
 def test_views_of_the_settings() -> None:
