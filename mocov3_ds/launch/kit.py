@@ -104,7 +104,10 @@ def write_kit(
     if folder.exists():
         raise ValueError(f"{folder} exists; remove it or choose another --out.")
     name = run.config.name or run.config.recipe
-    values = _template_values(settings, folder.resolve(), train_arguments, name)
+    values = {
+        **_template_values(settings, folder.resolve(), train_arguments, name),
+        "run": shlex.quote(str(run.config.folder)),
+    }
     folder.mkdir(parents=True)
     sources = sorted((_KITS / kind).iterdir())
     if kind in ("slurm", "hostfile", "torchrun", "accelerate"):

@@ -26,8 +26,9 @@ def calls(script: Path, program: str, folder: Path, **environment: str) -> list[
     stand_ins = folder / "stand-ins"
     stand_ins.mkdir()
     body = f"#!{sys.executable}\nimport json, sys\nopen({str(folder / 'call')!r}, 'w')"
-    for name in (program, "scontrol"):
-        says = "print('alpha')" if name == "scontrol" else f"{body}.write(json.dumps(sys.argv[1:]))"
+    others = {"scontrol": "print('alpha')", "mocov3": "print('finished: the run')"}
+    for name in (program, *others):
+        says = others.get(name, f"{body}.write(json.dumps(sys.argv[1:]))")
         text = says if says.startswith("#!") else f"#!{sys.executable}\n{says}"
         (stand_ins / name).write_text(text)
         (stand_ins / name).chmod(0o755)
@@ -82,6 +83,32 @@ def test_scripts_hand_on_every_flag_as_it_was_given(
     )
     expected = [word.replace("HERE", str(folder)) for word in before.split()]
     assert called == [*expected, "mocov3_ds.train", *AWKWARD]
+
+
+@pytest.mark.parametrize(
+    ("srun_status", "is_finished", "status"), [(0, True, 0), (0, False, 75), (1, False, 1)]
+)
+def test_slurm_asks_the_folder_whether_the_run_is_finished(
+    srun_status: int, is_finished: bool, status: int, tmp_path: Path
+) -> None:
+    write_kit("slurm", CLUSTER, tmp_path / "kit", ["--name", "My run: 1"])
+    stand_ins = {
+        "scontrol": "echo alpha",
+        "srun": f"exit {srun_status}",
+        "mocov3": f'echo "$@" > {tmp_path}/asked; exit {int(not is_finished)}',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [str(tmp_path / "kit" / "train.sbatch")],
+        env={**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x"},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == status
+    assert (tmp_path / "asked").read_text() == "status runs/My run: 1 --wait 600\n"
 
 
 def test_slurm_asks_for_what_the_cluster_has(tmp_path: Path) -> None:
