@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mocov3_ds.settings import environment
@@ -163,11 +163,22 @@ def _print_completion(arguments: Sequence[str]) -> int:
 
     functions = {
         name: _find_target(command.target)
-        for name, command in COMMANDS.items()
         if command.takes == "options"
+        else _name_alone(command.about)
+        for name, command in COMMANDS.items()
     }
     tyro.extras.subcommand_cli_from_dict(functions, prog="mocov3", args=arguments)
     return 0
+
+
+def _name_alone(about: str) -> Callable[[], None]:
+    """A command whose name alone is completed, as its flags are read by a program of its own."""
+
+    def stand_in() -> None:
+        pass
+
+    stand_in.__doc__ = about
+    return stand_in
 
 
 def describe_commands() -> str:

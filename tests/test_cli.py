@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,18 @@ def test_a_bad_environment_is_told_before_anything_begins(
         monkeypatch.setattr(sys, "argv", ["program"])
         assert main() == 2
         assert "error: MOCOV3_STORAGE_PATIENCE_S='15min' is no number" in capsys.readouterr().err
+
+
+def test_completion_is_a_script_of_the_shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "--tyro-print-completion", "bash")
+    assert ended.value.code in (0, None)
+    script = capsys.readouterr().out
+    assert script.startswith("#")
+    assert {"plan", "train", "knn"} <= {*re.findall(r"'(\w+)': {'description'", script)}
+    assert "interconnect" in script
 
 
 def test_stdout_of_a_command_for_programs_is_json_and_nothing_else(tmp_path: Path) -> None:

@@ -89,6 +89,9 @@ def start_engine(
         model: Module to train; the engine calls it and reduces its gradients.
         optimizer: One of ours, which is attached to the engine's partitions before this returns.
         config: DeepSpeed config, as `engine_config` gave it.
+
+    Raises:
+        ValueError: DeepSpeed refuses the config.
     """
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
@@ -99,7 +102,11 @@ def start_engine(
         # skips a 75 s compilation of a collective that only inference uses
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine: Engine[Model]
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"DeepSpeed refuses its config: {reason}.") from error
     optimizer.attach(engine)
     return engine
 

@@ -101,6 +101,11 @@ def _check_zero(zero: Mapping[str, Any], stage: int) -> None:
             "zero_optimization.compute_grad_norm is false, without which no bad step could be "
             "dropped; remove it."
         )
+    if zero.get("allgather_bucket_size", 0) % 2:
+        raise ValueError(
+            f"zero_optimization.allgather_bucket_size is {zero['allgather_bucket_size']}; it must "
+            "be even."
+        )
     for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         device = zero.get(name, {}).get("device", "none")
         if device == "nvme":

@@ -21,7 +21,7 @@ from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.distributed.guarded_step import DROP, step_within
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.momentum_encoder import ViewKeys
-from mocov3_ds.training.advance import draw_depth
+from mocov3_ds.training.advance import draw_depth, seed_drawing
 from mocov3_ds.training.run import Run
 from mocov3_ds.training.step import ForwardResult
 
@@ -147,6 +147,7 @@ def _record_step(
         return view1, view2
 
     with _recorded_heads(run.base, tensors), _restored_buffers([run.model, encoder]):
+        seed_drawing(run)
         forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, factors_VBM)
         tensors[StageName.LOSS] = forward.loss
         engine.backward(forward.loss)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mocov3_ds.data.loader import Batch
@@ -72,6 +73,7 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
     run.recorder.prepare_step(run.step)
     lr, momentum = scheduled_rates(run)
     run.optimizer.set_lr(lr)
+    seed_drawing(run)
     result = train_step(
         run.engine,
         run.momentum_encoder,
@@ -137,3 +139,8 @@ def draw_depth(run: Run, sample_ids_B: Tensor) -> Tensor | None:
         step=run.step,
     )
     return factors_VBM.to(run.device)
+
+
+def seed_drawing(run: Run) -> None:
+    """A loss that draws does it from the step's own seed: a resumed run repeats an unbroken one."""
+    torch.manual_seed(hash((run.config.seed, run.step, ranks.rank())) % 2**63)

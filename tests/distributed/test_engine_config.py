@@ -49,6 +49,7 @@ def test_agreeing_and_auto_values_pass() -> None:
             {"zero_optimization": {"stage": 2}, "prescale_gradients": True},
             "for ZeRO stages 0 and 1",
         ),
+        ({"zero_optimization": {"allgather_bucket_size": 3}}, "bucket_size is 3; it must be even"),
         ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm is false"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},

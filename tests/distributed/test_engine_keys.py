@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mocov3_ds.distributed import engine_keys
 from mocov3_ds.distributed.engine_keys import READERS, drop_idle_keys, read_settings
@@ -19,10 +21,10 @@ def nested(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def value_of(settings: dict[str, Any], name: str) -> Any:
+def value_of(tree: dict[str, Any], name: str) -> Any:
     for key in name.split("."):
-        settings = settings[key]
-    return settings
+        tree = tree[key]
+    return tree
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,27 @@ def test_the_json_of_an_earlier_run_is_still_read() -> None:
         "zero_optimization": {"stage": 1, "overlap_comm": False},
         "gradient_clipping": 3.0,
     }
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=4,
+)
+
+
+@given(
+    name=st.sampled_from([*READERS, *engine_keys._REFUSED, "optimizer.params.lr"]), value=ANY_JSON
+)
+@settings(max_examples=300, deadline=None)
+def test_anything_is_read_or_refused_in_one_sentence(name: str, value: Any) -> None:
+    try:
+        typed = read_settings(nested(name, value))
+    except ValueError as refused:
+        assert len(str(refused).splitlines()) == 1
+        assert len(str(refused)) < 500
+    else:
+        assert read_settings(typed) == typed
 
 
 def test_every_key_of_deepspeeds_own_schema_is_known() -> None:

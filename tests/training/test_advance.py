@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from mocov3_ds.model.base_encoder import BaseEncoder
+from mocov3_ds.model.shapes import EncoderShape, VitShape
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.advance import (
     AdvancedStep,
     advance_run,
     batch_views,
+    draw_depth,
     next_batch,
     seed_drawing,
 )
@@ -59,6 +62,26 @@ def test_each_step_draws_from_a_seed_of_its_own() -> None:
         draws.append(float(torch.rand(())))
     assert draws[0] == draws[3]
     assert len({*draws}) == 3
+
+
+def test_stochastic_depth_draws_by_step_and_sample() -> None:
+    def draw(step: int, sample_ids: list[int], drop_path: float = 0.5) -> torch.Tensor | None:
+        vit = VitShape(image_size=16, patch_size=8, dim=16, depth=3, heads=2)
+        shape = EncoderShape(vit=vit, hidden=24, out=8, drop_path=drop_path)
+        run: Any = SimpleNamespace(
+            config=SimpleNamespace(seed=3),
+            step=step,
+            base=BaseEncoder(shape),
+            device=torch.device("cpu"),
+        )
+        return draw_depth(run, torch.tensor(sample_ids))
+
+    whole, part, later = draw(5, [*range(40)]), draw(5, [7, 8]), draw(6, [*range(40)])
+    assert whole is not None and part is not None and later is not None
+    assert whole.shape == (2, 40, 4)
+    assert torch.equal(part, whole[:, 7:9])
+    assert not torch.equal(later, whole)
+    assert draw(5, [1], drop_path=0.0) is None
 
 
 def steps_of_a_run(folder: Path) -> dict[str, Any]:
