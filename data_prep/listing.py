@@ -4,18 +4,22 @@ Shape suffixes: N = images.
 """
 
 import hashlib
+import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.class_numbers import ClassNames, Unlabelled, number_labels
+from data_prep.balance import NOT_READ, OUTSIDE, Balance, ending_reason
+from data_prep.class_numbers import ClassNames, NumberedLabels, Unlabelled, number_labels
 from data_prep.images import SUFFIXES
 from data_prep.labels import Label
+from data_prep.member_names import normalize_name
+from data_prep.wds_samples import Choices
 
 _LONGEST_KEY = 90  # with the ending it must fit in a ustar name
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
@@ -46,6 +50,15 @@ class Item(NamedTuple):
         return SUFFIXES[self.name.rpartition(".")[2].lower()]
 
 
+class FileIdentity(NamedTuple):
+    """What a file was when it was listed, by which a change is noticed."""
+
+    size: int
+    """bytes"""
+    changed_ns: int
+    """time of its last change, nanoseconds"""
+
+
 @dataclass(frozen=True, eq=False)
 class Listing:
     """All images of a source, by name; columns, because ImageNet has 1.3 million rows."""
@@ -64,10 +77,16 @@ class Listing:
     """names by label"""
     root: str = ""
     """folder of the files with `file_N` < 0"""
-    left_out: Sequence[str] = field(default=())
-    """names of files that are not images by their ending"""
+    balance: Balance = field(default_factory=Balance)
+    """what became of all files of the source"""
+    archives: Sequence[FileIdentity] = ()
+    """what the files were when they were listed"""
+    form: str = "images"
+    """what the source is, in a few words"""
+    class_origin: str = ""
+    """where the labels come from, in a few words; empty = there are none"""
     notes: tuple[str, ...] = ()
-    """how the labels were understood, where that is not plain to see"""
+    """what was guessed or not used, and how the labels were understood"""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -111,8 +130,24 @@ class UnsortedImages:
     offset: list[int] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
     label: list[Label] = field(default_factory=list)
+    """what the sample's own label file says; None = nothing"""
     json: list[tuple[int, int]] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    balance: Balance = field(default_factory=Balance)
+    folders: set[str] = field(default_factory=set)
+    """folders that are not hidden, without the prefix of their archive; '' = the top"""
+    other_folders: set[str] = field(default_factory=set)
+    """those of them that hold files of other kinds"""
+    repeated_folders: list[str] = field(default_factory=list)
+    """folders that links lead to again"""
+    prefix: dict[int, str] = field(default_factory=dict)
+    """path that is put before the names in an archive, by the archive's number"""
+    labels_read: int = 0
+    """label files that could be read"""
+    bad_rows: set[int] = field(default_factory=set)
+    """images whose label files could not, which stay without a label"""
+    bad_label: str = ""
+    """why the first of these could not, one sentence"""
+    choices: Choices = field(default_factory=Choices)
 
     def add_image(
         self,
@@ -139,21 +174,80 @@ class UnsortedImages:
         self.size.append(size)
         self.label.append(label)
         self.json.append(json)
+        self.balance.images += 1
 
-    def select_folder(self, prefix: str) -> "UnsortedImages":
-        """Return the images of an archive below one folder, as if it were the root.
+    def leave_out(self, name: str, inner: str) -> None:
+        """Count a file that is no image by its ending.
 
         Args:
-            prefix: Path of the folder in the archive, with a slash at the end.
+            name: Path in the source.
+            inner: Path in the archive, or in the source; its folder is no emptied class.
         """
-        selection = UnsortedImages()
+        reason = ending_reason(inner)
+        self.balance.leave_out(name, reason)
+        if NOT_READ not in reason:
+            self.other_folders.add(inner.rpartition("/")[0])
+
+    def note_bad_label(self, sentence: str) -> None:
+        """Note that the label file of the next image cannot be read: it stays without a label.
+
+        Args:
+            sentence: Why it cannot be read.
+        """
+        self.bad_rows.add(len(self.names))
+        self.bad_label = self.bad_label or sentence
+
+    def inner_name(self, row: int) -> str:
+        """Path of an image in its archive, or in the source."""
+        return self.names[row][len(self.prefix.get(self.file[row], "")) :]
+
+    def select_images(self, is_wanted: Callable[[int], str | None]) -> "UnsortedImages":
+        """Return some of the images, maybe by shorter names; the others count as left out.
+
+        Args:
+            is_wanted: Function of a row that gives the image's name; None = it is left out.
+        """
+        selection = replace(self, prefix={**self.prefix}, bad_rows=set())
+        selection.names, selection.file, selection.offset = [], [], []
+        selection.size, selection.label, selection.json = [], [], []
         for row, name in enumerate(self.names):
-            if name.startswith(prefix):
-                short, label = name[len(prefix) :], self.label[row]
-                if label == prefix.partition("/")[0]:
-                    label = folder_class(short)
+            wanted = is_wanted(row)
+            self.balance.images -= 1
+            if wanted is None:
+                self.balance.leave_out(name, OUTSIDE)
+            else:
+                if row in self.bad_rows:
+                    selection.bad_rows.add(len(selection.names))
                 where = self.file[row], self.offset[row], self.size[row]
-                selection.add_image(short, *where, label, self.json[row])
+                selection.add_image(wanted, *where, self.label[row], self.json[row])
+        return selection
+
+    def select_folder(self, folder: str) -> "UnsortedImages":
+        """Return the images of archives below one folder, as if it were the root of each archive.
+
+        Args:
+            folder: Path of the folder in each archive, or in the source if archives are folders.
+        """
+        beginning = normalize_name(folder + "/")
+        count = len(beginning.split("/")) - 1
+        whole: set[int] = set()  # archives that are folders of the path themselves
+
+        def shorten(row: int) -> str | None:
+            prefix, inner = self.prefix.get(self.file[row], ""), self.inner_name(row)
+            if normalize_name(inner).startswith(beginning):
+                return prefix + inner.split("/", count)[-1]
+            if prefix and normalize_name(prefix + inner).startswith(beginning):
+                whole.add(self.file[row])
+                return (prefix + inner).split("/", count)[-1]
+            return None
+
+        selection = self.select_images(shorten)
+        selection.prefix.update(dict.fromkeys(whole, ""))
+        selection.folders = {
+            path.split("/", count)[-1]
+            for path in self.folders
+            if normalize_name(path).startswith(beginning)
+        }
         return selection
 
     def to_listing(
@@ -163,6 +257,7 @@ class UnsortedImages:
         classes: ClassNames,
         source: str,
         unlabelled: Unlabelled = "refuse",
+        empty_classes: Sequence[str] = (),
     ) -> Listing:
         """Number the classes, give each image its key, and sort by name.
 
@@ -172,12 +267,13 @@ class UnsortedImages:
             classes: Class names in the order that numbers them; without readings = sorted.
             source: Name of the source, for messages.
             unlabelled: What to do with images without a label where others have one.
+            empty_classes: Class folders without images, which keep their place.
 
         Raises:
             ValueError: Labels that the class names do not cover, or names for some images only.
         """
-        numbers, class_names, notes = number_labels(
-            self.label, classes, source, self.names, unlabelled=unlabelled
+        numbers, class_names, notes = self._number_labels(
+            classes, source, unlabelled, empty_classes
         )
         order = sorted(
             range(len(self.names)),
@@ -196,19 +292,48 @@ class UnsortedImages:
             json_N2=np.array(self.json, dtype=np.int64).reshape(-1, 2)[rows],
             classes=class_names,
             root=root,
-            left_out=sorted(self.left_out),
+            balance=self.balance,
             notes=notes,
+            archives=[identify_file(file) for file in files],
         )
+
+    def _number_labels(
+        self,
+        classes: ClassNames,
+        source: str,
+        unlabelled: Unlabelled,
+        empty_classes: Sequence[str],
+    ) -> NumberedLabels:
+        """Number of each image's class and the names; images of bad label files have none."""
+        good = [row for row in range(len(self.names)) if row not in self.bad_rows]
+        numbered = number_labels(
+            [self.label[row] for row in good],
+            classes,
+            source,
+            [self.names[row] for row in good],
+            unlabelled=unlabelled,
+            empty_classes=empty_classes,
+        )
+        if not self.bad_rows:
+            return numbered
+        numbers = [-1] * len(self.names)
+        for row, number in zip(good, numbered.numbers, strict=True):
+            numbers[row] = int(number)
+        return numbered._replace(numbers=numbers)
+
+
+def identify_file(path: str) -> FileIdentity:
+    """Return by what a file is known again; zeros where there is none."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a path as text
+    except FileNotFoundError:
+        return FileIdentity(0, 0)
+    return FileIdentity(status.st_size, status.st_mtime_ns)
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file is an image by its ending."""
     return name.rpartition(".")[2].lower() in SUFFIXES and "." in name
-
-
-def folder_class(name: str) -> str | None:
-    """Class of an image by its path: the first folder; None without one."""
-    return name.partition("/")[0] if "/" in name else None
 
 
 def image_key(name: str) -> str:

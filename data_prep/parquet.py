@@ -11,6 +11,7 @@ decide; if these leave it open, the candidates are named and the user decides.
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,3 +281,42 @@ def _choose_name(name: str, image_bytes: bytes, stem: str) -> str:
         return name
     kinds = (kind for magic, kind in _MAGIC.items() if image_bytes.startswith(magic))
     return f"{name.partition('.')[0] or stem}.{next(kinds, 'jpg')}"
+
+
+def list_rows(path: Path, columns: Columns) -> list[Row]:
+    """List the rows of a parquet file by their labels alone; its images are not read.
+
+    Args:
+        path: Path of the parquet file.
+        columns: Columns of the images and labels.
+
+    Returns:
+        A row an image, of no size and with a name made of its number.
+
+    Raises:
+        ValueError: The file is damaged, or a label is neither a name nor a whole number.
+    """
+    file = _open_parquet(path)
+    values: list[Any] = [None] * file.metadata.num_rows
+    if columns.label:
+        values = file.read(columns=[columns.label]).column(columns.label).to_pylist()
+    return [
+        Row(
+            f"{path.stem}-{number:07d}.jpg",
+            0,
+            0,
+            convert_label(value, f"{columns.label!r} in row {number} of {path}"),
+        )
+        for number, value in enumerate(values)
+    ]
+
+
+def has_images(path: Path) -> bool:
+    """Whether a parquet file has a column of image bytes; where pyarrow is missing, it has none.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if find_spec("pyarrow") is None:
+        return False
+    return any(_holds_images(field.type) for field in _open_parquet(path).schema_arrow)

@@ -7,8 +7,19 @@ import hashlib
 import zlib
 from typing import NamedTuple
 
-from data_prep import images, labels, tar, tar_listing
+from data_prep import images, labels, tar
+from data_prep.balance import BEHIND_END, HIDDEN, Balance
 from data_prep.labels import Label
+from data_prep.listing import is_image_name
+from data_prep.member_names import is_hidden, quote_name
+from data_prep.wds_samples import (
+    NO_PICK,
+    Choices,
+    MemberPick,
+    TarSample,
+    group_samples,
+    read_label,
+)
 from mocov3_ds.data import storage
 from mocov3_ds.data.views import decode
 
@@ -89,7 +100,9 @@ class Sample(NamedTuple):
     digest: int
     """first 8 bytes of the image's SHA-256"""
     reason: str
-    """why image or label cannot be read; empty = they can"""
+    """why the image cannot be read; empty = it can"""
+    label_reason: str
+    """why the label cannot be read; empty = it can, or there is none"""
 
 
 class Scan(NamedTuple):
@@ -101,15 +114,20 @@ class Scan(NamedTuple):
     samples: list[Sample]
     damage: str
     """why the rest of the shard could not be read; empty = it could"""
+    balance: Balance
+    """what became of each member"""
+    choices: Choices
+    """samples in which several members may be the image or the label"""
 
 
-def scan_shard(name: str, *, url: str, decode_all: bool) -> Scan:
+def scan_shard(name: str, *, url: str, decode_all: bool, pick: MemberPick = NO_PICK) -> Scan:
     """Read one shard to its last byte.
 
     Args:
         name: File name of the shard.
         url: URL of the folder of the set.
         decode_all: Decode every image, not only its header and end.
+        pick: Members that the user wants for images and labels.
 
     Raises:
         FileNotFoundError: There is no such shard.
@@ -122,21 +140,27 @@ def scan_shard(name: str, *, url: str, decode_all: bool) -> Scan:
     facts: dict[int, ImageFacts] = {}  # by the member's offset
     label_bytes: dict[int, bytes] = {}
     damage = ""
+    balance, choices = Balance(), Choices()
     try:
-        for member in tar.read_members(stream, shard_url, size):
+        for member in tar.read_members(stream, quote_name(shard_url), size):
+            balance.see()
+            if is_hidden(member.name):
+                balance.leave_out(f"{name}/{member.name}", HIDDEN)
+                continue
             members.append(member)
-            suffix = member.name.rpartition(".")[2].lower()
-            if suffix in images.SUFFIXES and member.size <= images.MAX_BYTES:
+            if is_image_name(member.name) and member.size <= images.MAX_BYTES:
                 facts[member.offset] = _image_facts(stream.read(member.size), decode_all)
-            elif suffix in ("cls", "json") and member.size <= labels.LONGEST_JSON:
+            elif pick.is_label(member.name) and member.size <= labels.LONGEST_JSON:
                 label_bytes[member.offset] = stream.read(member.size)
+        if tar.has_rest(stream):
+            balance.see()
+            balance.leave_out(name, BEHIND_END)
     except tar.DamagedTar as error:
         damage = str(error)
-    samples = [
-        _describe_sample(sample, facts, label_bytes, shard_url)
-        for sample in tar_listing.group_samples(members)
-    ]
-    return Scan(name, size, stream.hash_all(), samples, damage)
+    groups = group_samples(members, pick, balance=balance, choices=choices)
+    samples = [_describe_sample(sample, facts, label_bytes, shard_url, pick) for sample in groups]
+    balance.images += len(samples)
+    return Scan(name, size, stream.hash_all(), samples, damage, balance, choices)
 
 
 def _image_facts(image_bytes: bytes, decode_all: bool) -> ImageFacts:
@@ -151,20 +175,21 @@ def _image_facts(image_bytes: bytes, decode_all: bool) -> ImageFacts:
 
 
 def _describe_sample(
-    sample: tar_listing.TarSample,
+    sample: TarSample,
     facts: dict[int, ImageFacts],
     label_bytes: dict[int, bytes],
     shard_url: str,
+    pick: MemberPick,
 ) -> Sample:
     """Put together what was read of a sample's members."""
     label: Label = None
-    reason = ""
+    label_reason = ""
     try:
-        label = tar_listing.read_label(sample, lambda m: label_bytes[m.offset], shard_url)
+        label = read_label(sample, lambda m: label_bytes[m.offset], quote_name(shard_url), pick)
     except ValueError as error:
-        reason = str(error)
+        label_reason = str(error)
     image = sample.image
     unread = ImageFacts(0, 0, 0, 0, f"{image.size} bytes are no image")
-    crc32, height, width, digest, unreadable = facts.get(image.offset, unread)
-    reason = unreadable or reason
-    return Sample(sample.key, image.offset, image.size, crc32, label, height, width, digest, reason)
+    crc32, height, width, digest, reason = facts.get(image.offset, unread)
+    where = image.offset, image.size, crc32
+    return Sample(sample.key, *where, label, height, width, digest, reason, label_reason)

@@ -28,8 +28,10 @@ import PIL
 from numpy.typing import NDArray
 
 from data_prep import engines, images, tar
+from data_prep.balance import Balance
 from data_prep.destination import check_arrivals, claim_folder, lock_folder, remove_leftovers
-from data_prep.listing import Item, Listing
+from data_prep.listing import FileIdentity, Item, Listing, identify_file
+from data_prep.member_names import quote_name
 from data_prep.progress import Progress
 from data_prep.receipts import REJECTS, Receipt, Reject, find_finished, write_receipt, write_rejects
 from data_prep.shard_options import ShardOptions, check_options, parse_shard_size
@@ -38,6 +40,9 @@ from mocov3_ds.data.manifest import Manifest, Shard
 from mocov3_ds.data.storage import Writer
 from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.version import __version__
+
+_MOST_OPEN = 64
+"""Archives that a worker keeps open; a source may have more of them than a process may open."""
 
 
 class Task(NamedTuple):
@@ -51,6 +56,8 @@ class Task(NamedTuple):
     """digest of the plan the shard belongs to"""
     items: list[Item]
     options: ShardOptions
+    archives: dict[str, FileIdentity]
+    """what the archives that hold the images were when they were listed"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ class Summary:
     rejects: tuple[Reject, ...]
     earlier_shards: int
     """shards that were finished before"""
-    left_out: tuple[str, ...]
-    """files that are not images by their names"""
+    balance: Balance
+    """what became of all files of the source"""
     seconds: float
 
     def __str__(self) -> str:
@@ -77,13 +84,9 @@ class Summary:
             reasons = Counter(reject.reason for reject in self.rejects).most_common(3)
             lines.append(
                 f"{len(self.rejects)} images rejected (all in {REJECTS}): "
-                + ", ".join(f"{count} x {reason}" for reason, count in reasons)
+                + ", ".join(f"{count} x {quote_name(reason)}" for reason, count in reasons)
             )
-        if self.left_out:
-            lines.append(
-                f"{len(self.left_out)} files are not images by their names and were left out, "
-                f"e.g. {self.left_out[0]}"
-            )
+        lines.append(self.balance.lines(len(self.rejects))[0])
         seconds = max(self.seconds, 1e-9)
         lines.append(
             f"{self.seconds:.1f} s, {shards.samples / seconds:.0f} images/s, "
@@ -138,10 +141,15 @@ def make_shards(
             [receipt.shard for receipt in receipts if len(receipt.rows)],
             np.concatenate([receipt.rows for receipt in receipts]),
             classes=listing.classes,
-            provenance={**plan, "source": source, "rejected": len(rejects)},
+            provenance={
+                **plan,
+                "source": source,
+                "rejected": len(rejects),
+                "balance": listing.balance.as_json(len(rejects)),
+            },
         )
     earlier = sum(receipt.is_earlier for receipt in receipts)
-    return Summary(finished, rejects, earlier, tuple(listing.left_out), seconds)
+    return Summary(finished, rejects, earlier, listing.balance, seconds)
 
 
 def _describe_plan(listing: Listing, options: ShardOptions) -> dict[str, Any]:
@@ -181,9 +189,12 @@ def _make_tasks(
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     order_N = draw_order(len(listing), options.seed)
     bounds_S = _cut_order(listing, order_N, options.shard_size)
+    identities = dict(zip(listing.files, listing.archives, strict=False))
     for number, (first, last) in enumerate(itertools.pairwise(bounds_S.tolist())):
         name = f"{options.split or 'shard'}-{number:06d}.tar"
-        yield Task(url, name, digest, listing.select_items(order_N[first:last]), options)
+        items = listing.select_items(order_N[first:last])
+        archives = {item.path: identities[item.path] for item in items if item.path in identities}
+        yield Task(url, name, digest, items, options, archives)
 
 
 def _collect_rejects(receipts: Sequence[Receipt]) -> tuple[Reject, ...]:
@@ -191,7 +202,7 @@ def _collect_rejects(receipts: Sequence[Receipt]) -> tuple[Reject, ...]:
     rejects = tuple(reject for receipt in receipts for reject in receipt.rejects)
     if not any(len(receipt.rows) for receipt in receipts):
         raise ValueError(
-            f"none of the {len(rejects)} images can be read, e.g. {rejects[0].name}: "
+            f"none of the {len(rejects)} images can be read, e.g. {quote_name(rejects[0].name)}: "
             f"{rejects[0].reason}."
         )
     return rejects
@@ -209,7 +220,7 @@ def write_shard(task: Task) -> Receipt:
         return earlier
     url = storage.join_url(task.url, task.name)
     rejects: list[Reject] = []
-    with storage.open_write(url) as out, _SourceFiles() as files:
+    with storage.open_write(url) as out, _SourceFiles(task.archives) as files:
         shard = _ShardWriter(out, len(task.items))
         for item in task.items:
             try:
@@ -304,11 +315,17 @@ def _make_member(name: str, data: bytes) -> bytes:
 
 
 class _SourceFiles(contextlib.ExitStack):
-    """Reads images of a source; archives stay open until the block ends."""
+    """Reads images of a source; the archives that were read last stay open until the block ends.
 
-    def __init__(self) -> None:
+    Args:
+        archives: What the archives were when they were listed.
+    """
+
+    def __init__(self, archives: Mapping[str, FileIdentity]) -> None:
         super().__init__()
-        self._descriptors: dict[str, int] = {}
+        self._archives = archives
+        self._descriptors: dict[str, int] = {}  # the one read last at the end
+        self.callback(self._close_all)
 
     def read_image(self, item: Item) -> bytes:
         """Read the bytes of an image: a file of its own, or a range of an archive.
@@ -323,8 +340,8 @@ class _SourceFiles(contextlib.ExitStack):
             data = os.pread(self._open_archive(item.path), item.size, item.offset)
         if len(data) != item.size:
             raise ValueError(
-                f"{item.name} ({item.path}) has {len(data)} bytes and had {item.size} when it was "
-                "listed; the source must not change while it is sharded."
+                f"{quote_name(item.name)} ({quote_name(item.path)}) has {len(data)} bytes and had "
+                f"{item.size} when it was listed; the source must not change while it is sharded."
             )
         return data
 
@@ -335,7 +352,24 @@ class _SourceFiles(contextlib.ExitStack):
         return os.pread(self._open_archive(item.path), item.json_size, item.json_offset)
 
     def _open_archive(self, path: str) -> int:
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
-            self.callback(os.close, self._descriptors[path])
-        return self._descriptors[path]
+        descriptor = self._descriptors.pop(path, None)
+        if descriptor is None:
+            if len(self._descriptors) >= _MOST_OPEN:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            self._check_identity(path)
+            descriptor = os.open(path, os.O_RDONLY)
+        self._descriptors[path] = descriptor
+        return descriptor
+
+    def _check_identity(self, path: str) -> None:
+        """Refuse an archive that is not the one that was listed."""
+        listed = self._archives.get(path)
+        if listed is not None and identify_file(path) != listed:
+            raise ValueError(
+                f"{quote_name(path)} has changed since it was listed; the source must not change "
+                "while it is sharded."
+            )
+
+    def _close_all(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)

@@ -3,28 +3,37 @@
     folder of class folders     labels by sorted folder name, as torchvision's ImageFolder
     ILSVRC2012_img_train.tar    a tar of one tar a class: only headers are read, nothing is unpacked
     another tar, or several     webdataset samples (KEY.jpg, KEY.cls or KEY.json), or class folders
-    compressed tar, parquet     by way of a scratch file (`scratch`, `parquet`)
+    compressed tar, parquet     by way of a scratch file (`scratch`)
 
 Names, labels and order come out the same whichever form the images have, so the shards do too.
 Classes may also be given by a file: one name a line (`classes`), or one label an image (`labels`).
 """
 
-import os
+import contextlib
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from data_prep import parquet, scratch
+from data_prep import class_levels, parquet, scratch
 from data_prep.class_files import read_class_names
 from data_prep.class_numbers import ClassNames, Unlabelled
 from data_prep.images import SUFFIXES
 from data_prep.label_files import read_image_labels
-from data_prep.listing import Listing, UnsortedImages, folder_class, is_image_name
+from data_prep.listing import Listing, UnsortedImages
+from data_prep.member_names import normalize_name, quote_name
+from data_prep.source_files import SourceFiles, find_source_files, select_names
+from data_prep.source_labels import label_images, path_facts
+from data_prep.source_options import SourceOptions
 from data_prep.tar_listing import list_tar
-from mocov3_ds.data import manifest, storage
+from data_prep.tree_listing import list_tree
+from data_prep.wds_samples import NO_LABEL, MemberPick
+from mocov3_ds.data import manifest
 
-_SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+PLAIN = SourceOptions()
+_NO_NOTES: tuple[str, ...] = ()
 
 
 def list_images(
@@ -37,97 +46,123 @@ def list_images(
     label: str = "",
     unlabelled: Unlabelled = "refuse",
     scratch_folder: Path | None = None,
+    options: SourceOptions = PLAIN,
+    is_look: bool = False,
 ) -> Listing:
     """List the images of a source without reading them.
 
     Args:
-        source: Folder of class folders, a tar or parquet file, or a folder of such files.
-        under: Folder of the source from which alone images are taken.
+        source: Folder of class folders, a tar or parquet file, or a folder of such files; patterns
+            and braces as in `source_files`.
+        under: Folder of the source, or of each of its archives, from which alone images are taken.
         classes: File with one class name a line, which numbers the classes; None = sorted names.
         labels: File with the label of each image; see `label_files.read_image_labels`.
-        image: Name of the column that holds the images; empty = the only one that can.
-        label: Name of the column that holds the class, of `labels` if that is given.
+        image: Name of what holds the image, where several can: column of a parquet file, or member
+            of a sample.
+        label: Name of what holds the class: column of `labels` or of a parquet file, member of a
+            sample, entry of its JSON; `-` = take images without labels.
         unlabelled: What to do with images without a label where others have one.
         scratch_folder: Folder for copies of compressed tars and parquet files; None = refuse them.
+        options: How the source is read.
+        is_look: Write nothing: compressed tars are read from front to back, and the images in them
+            cannot be read afterwards.
 
     Raises:
-        ValueError: There is no such source, it is none, or names and labels do not fit.
+        ValueError: There is no such source, it is none, names and labels do not fit, or more than
+            one reading is possible.
     """
-    path = _find_source(source)
-    under = under.strip("/")
-    images, root = UnsortedImages(), ""
-    names = ClassNames() if classes is None else read_class_names(classes)
-    notes: tuple[str, ...] = ()
-    files = _find_archives(path)
-    if files and files[0].suffix == ".parquet":
-        column = label if labels is None else parquet.NO_LABEL
-        files, columns = _list_parquet(images, files, scratch_folder, image, column)
-        names, notes = names if names.readings else columns.classes, columns.notes
-    elif files:
-        names = names if names.readings else _find_class_names(path)
-        files = [
-            _list_archive(images, file, number, scratch_folder, use_prefix=len(files) > 1)
-            for number, file in enumerate(files)
-        ]
-        if under:
-            images = images.select_folder(under + "/")
-    else:
-        root = str(path / under)
-        if not (path / under).is_dir():
-            raise ValueError(f"there is no folder {under} in {source}.")
-        _list_tree(images, path / under)
-    _check_images(images, source, under)
+    class_levels.check_level(options.class_level)
+    found = find_source_files(source, options.files)
+    pick = MemberPick(image, label if labels is None else NO_LABEL)
+    listed = _list_files(found, source, under.strip("/"), scratch_folder, pick, is_look)
+    images = listed.images
+    names = listed.classes if classes is None else read_class_names(classes)
+    notes = listed.notes + _describe_oddities(images)
+    empty: Sequence[str] = ()
     if labels is not None:
-        images.label, names, label_notes = read_image_labels(
+        if not options.class_level:
+            class_levels.check_splits({folders for _, folders in listed.facts().folders}, source)
+        images.label, names, more = read_image_labels(
             labels, images.names, names, label=label, unlabelled=unlabelled
         )
-        notes += label_notes
-    listing = images.to_listing([str(file) for file in files], root, names, source, unlabelled)
-    return replace(listing, notes=notes + listing.notes)
-
-
-def _find_source(source: str) -> Path:
-    """Path of a source, which must be on this machine."""
-    if not storage.is_local(source):
-        raise ValueError(
-            f"{source}: sources are files of this machine (or a mounted file system); destinations "
-            "can be object storage."
-        )
-    path = storage.local_path(source)
-    if not path.exists():
-        raise ValueError(f"there is no {source}; the source is a folder of class folders or a tar.")
-    return path
-
-
-def _find_archives(path: Path) -> list[Path]:
-    """Find the tars or parquet files that a source is made of; [] = a folder of images."""
-    if path.is_file():
-        if not _is_archive(path):
-            raise ValueError(
-                f"{path} is neither a tar (.tar, .tar.gz, ...) nor a parquet file, nor a folder."
-            )
-        return [path]
-    with os.scandir(path) as scan:
-        entries = list(scan)
-    files = sorted(
-        Path(entry.path) for entry in entries if _is_archive(Path(entry.name)) and entry.is_file()
+        origin, notes = f"the file {quote_name(str(labels))}", notes + more
+    elif label == NO_LABEL:
+        origin = ""
+    else:
+        origin, empty = label_images(images, listed.facts(), names, source, options)
+    listing = images.to_listing(
+        [str(file) for file in listed.files], listed.root, names, source, unlabelled, empty
     )
-    # a set of ours has a folder of receipts
-    images = [
-        entry
-        for entry in entries
-        if files and (is_image_name(entry.name) or (entry.is_dir() and entry.name != "receipts"))
-    ]
-    if images:
-        raise ValueError(
-            f"{path} holds archives ({files[0].name}) beside images or folders ({images[0].name}); "
-            "shard each by itself."
-        )
-    return files
+    form = _describe_form(found)
+    return replace(listing, form=form, class_origin=origin, notes=notes + listing.notes)
 
 
-def _is_archive(path: Path) -> bool:
-    return path.suffix in (".tar", ".parquet") or scratch.is_compressed_tar(path)
+class _Listed(NamedTuple):
+    """The images of a source, before their classes are numbered."""
+
+    images: UnsortedImages
+    files: Sequence[Path]
+    """files that hold the bytes of archives"""
+    root: str
+    """folder of images that are files of their own"""
+    stems: Sequence[str]
+    """names of the archives without their endings"""
+    classes: ClassNames
+    """class names that the source states itself"""
+    notes: tuple[str, ...]
+
+    def facts(self) -> class_levels.PathFacts:
+        """Folders of the images, each with its archive."""
+        return path_facts(self.images, self.stems)
+
+
+def _list_files(
+    found: SourceFiles,
+    source: str,
+    under: str,
+    scratch_folder: Path | None,
+    pick: MemberPick,
+    is_look: bool,
+) -> _Listed:
+    """List the images of archives or of a folder, those below `under` alone."""
+    images, root, files = UnsortedImages(), "", list(found.archives)
+    images.balance.add(found.balance)
+    classes, notes = ClassNames(), _NO_NOTES
+    if files and files[0].suffix == ".parquet":
+        columns = parquet.choose_columns(files, pick.image, pick.label)
+        classes, notes = columns.classes, columns.notes
+        files = _list_tables(images, files, scratch_folder, columns, is_look)
+    elif files:
+        classes = _find_class_names(found.folder)
+        reader = _TarReader(images, scratch_folder, pick, len(files) > 1, is_look)
+        files = [reader.list_archive(file, number) for number, file in enumerate(files)]
+    else:
+        root = str(_find_folder(found.folder, under, source))
+        list_tree(images, Path(root))
+        images = _select_files(images, found)
+    if files and under:
+        images = images.select_folder(under)
+    _check_images(images, source, under)
+    if pick.label == NO_LABEL:
+        images.label = [None] * len(images.names)
+    stems = [scratch.archive_stem(file) for file in found.archives]
+    return _Listed(images, files, root, stems, classes, notes)
+
+
+def _find_folder(root: Path, under: str, source: str) -> Path:
+    """Folder of a source below which images are taken, whichever form of Unicode its name has."""
+    folder = root / under
+    if not folder.is_dir() and under:
+        folder = root
+        for part in under.split("/"):
+            with contextlib.suppress(OSError):
+                folder = next(
+                    (p for p in folder.iterdir() if normalize_name(p.name) == normalize_name(part)),
+                    folder / part,
+                )
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {quote_name(under)} in {quote_name(source)}.")
+    return folder if under else root
 
 
 def _find_class_names(path: Path) -> ClassNames:
@@ -142,74 +177,125 @@ def _find_class_names(path: Path) -> ClassNames:
     return ClassNames()
 
 
-def _list_archive(
-    images: UnsortedImages, file: Path, number: int, folder: Path | None, *, use_prefix: bool
-) -> Path:
-    """List one archive; returns the file that holds the bytes."""
-    if file.suffix == ".tar":
+class _TarReader(NamedTuple):
+    """Lists tars, compressed ones by way of a scratch folder."""
+
+    images: UnsortedImages
+    folder: Path | None
+    pick: MemberPick
+    use_prefix: bool
+    is_look: bool
+
+    def list_archive(self, file: Path, number: int) -> Path:
+        """List one tar; returns the file that holds the bytes."""
+        prefix = f"{scratch.archive_stem(file)}/" if self.use_prefix else ""
         plain = file
-    elif folder is None:
-        raise ValueError(f"{file} needs a scratch folder to be read.")
-    else:
-        plain = scratch.decompress_tar(file, folder)
-    list_tar(images, plain, number, prefix=f"{plain.stem}/" if use_prefix else "")
+        if scratch.find_compression(file):
+            if self.is_look:
+                with contextlib.closing(scratch.CompressedTar(file)) as stream:
+                    list_tar(self.images, file, number, prefix, pick=self.pick, stream=stream)
+                return file
+            plain = scratch.decompress_tar(file, _own_folder(file, number, self.folder))
+        list_tar(self.images, plain, number, prefix, pick=self.pick)
+        return plain
+
+
+def _own_folder(file: Path, number: int, folder: Path | None) -> Path:
+    """Make a folder for an archive's copy: names may differ in their endings alone."""
+    if folder is None:
+        raise ValueError(f"{quote_name(str(file))} needs a scratch folder to be read.")
+    return Path(tempfile.mkdtemp(prefix=f"{number:06d}-", dir=folder))
+
+
+def _list_tables(
+    images: UnsortedImages,
+    files: Sequence[Path],
+    folder: Path | None,
+    columns: parquet.Columns,
+    is_look: bool,
+) -> list[Path]:
+    """List parquet files; returns the files that hold the bytes."""
+    plain = []
+    for number, file in enumerate(files):
+        if is_look:
+            path, rows = file, parquet.list_rows(file, columns)
+        else:
+            own = _own_folder(file, number, folder)
+            path, rows = parquet.copy_images(file, own, columns)
+        plain.append(path)
+        for row in rows:
+            images.balance.see()
+            images.add_image(row.name, number, row.offset, row.size, row.label)
     return plain
 
 
-def _list_parquet(
-    images: UnsortedImages, files: Sequence[Path], folder: Path | None, image: str, label: str
-) -> tuple[list[Path], parquet.Columns]:
-    """List parquet files; returns the files that hold the bytes, and what was taken of them."""
-    if folder is None:
-        raise ValueError(f"{files[0]} needs a scratch folder to be read.")
-    if tars := [file for file in files if file.suffix != ".parquet"]:
-        raise ValueError(f"{tars[0]} is a tar beside {files[0].name}; shard each by itself.")
-    columns = parquet.choose_columns(files, image, label)
-    plain = []
-    for number, file in enumerate(files):
-        path, rows = parquet.copy_images(file, folder, columns)
-        plain.append(path)
-        for row in rows:
-            images.add_image(row.name, number, row.offset, row.size, row.label)
-    return plain, columns
-
-
-def _list_tree(images: UnsortedImages, root: Path) -> None:
-    """Walk a folder; linked folders are followed as `ImageFolder` does, once each."""
-    visited: set[tuple[int, int]] = set()
-    waiting = [""]  # below the root, each with a slash at the end
-    while waiting:
-        folder = waiting.pop()
-        status = os.stat(f"{root}/{folder}")  # noqa: PTH116 - Path costs as much as the call
-        if (status.st_dev, status.st_ino) in visited:
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        with os.scandir(f"{root}/{folder}") as entries:
-            for entry in entries:
-                name = folder + entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    waiting.append(f"{name}/")
-                elif not is_image_name(entry.name):
-                    images.left_out.append(name)
-                elif not entry.is_file():
-                    raise ValueError(f"{root / name} is a link to nothing; remove or repair it.")
-                else:
-                    images.add_image(name, -1, 0, entry.stat().st_size, folder_class(name))
+def _select_files(images: UnsortedImages, found: SourceFiles) -> UnsortedImages:
+    """The images of a folder whose paths match the patterns of `--files`."""
+    patterns = found.image_patterns
+    if not patterns:
+        return images
+    wanted = {*select_names(images.names, patterns)}
+    return images.select_images(
+        lambda row: images.names[row] if images.names[row] in wanted else None
+    )
 
 
 def _check_images(images: UnsortedImages, source: str, under: str) -> None:
-    """Refuse a source without images, and a folder of splits."""
-    if not images.names:
-        searched = f"{source} (below {under})" if under else source
-        raise ValueError(
-            f"{searched} holds no images (files ending in {', '.join(SUFFIXES)}), "
-            f"but {len(images.left_out)} other files."
+    """Refuse a source without images, and samples with several images or labels."""
+    images.choices.check(source)
+    if images.names:
+        return
+    searched = f"{source} (below {under})" if under else source
+    archives = [
+        omission.example
+        for reason, omission in images.balance.left_out.items()
+        if ".tar," in reason or ".parquet," in reason
+    ]
+    advice = "."
+    if archives:
+        place = archives[0].rpartition("/")[0]
+        advice = (
+            f"; archives lie in its folders, e.g. {quote_name(archives[0])}: give that folder as "
+            f"the source, or add --files '{quote_name(place)}/*'."
         )
-    tops = {name.partition("/")[0] for name in images.names if name.count("/") > 1}
-    if tops and tops <= _SPLITS and not any(name.count("/") < 2 for name in images.names):
-        raise ValueError(
-            f"{source} holds splits ({', '.join(sorted(tops))}), not classes; shard each by itself "
-            f"with --under {min(tops)} --split {min(tops)}."
+    raise ValueError(
+        f"{quote_name(searched)} holds no images (files ending in {', '.join(SUFFIXES)}), "
+        f"but {images.balance.omitted} other files{advice}"
+    )
+
+
+def _describe_form(found: SourceFiles) -> str:
+    """What a source is, in a few words."""
+    if not found.archives:
+        return "folder of images"
+    kinds = Counter(
+        "parquet file" if file.suffix == ".parquet" else _tar_kind(file) for file in found.archives
+    )
+    return " and ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _tar_kind(file: Path) -> str:
+    kind = scratch.find_compression(file)
+    return f"tar compressed by {kind}" if kind else "tar"
+
+
+def _describe_oddities(images: UnsortedImages) -> tuple[str, ...]:
+    """What of the source was guessed or not used."""
+    notes = []
+    if images.bad_rows:
+        notes.append(
+            f"{len(images.bad_rows)} label files cannot be read, and their images have no label: "
+            f"{images.bad_label}"
         )
+    if images.choices.unused:
+        endings = sorted(images.choices.unused)
+        notes.append(
+            f"{sum(images.choices.unused.values())} label files are not used "
+            f"(.{', .'.join(endings)}); --label {endings[0]} reads them."
+        )
+    if images.repeated_folders:
+        notes.append(
+            f"{len(images.repeated_folders)} folders are links to one that is listed as well, e.g. "
+            f"{quote_name(min(images.repeated_folders))}; their images occur in both."
+        )
+    return tuple(notes)

@@ -6,7 +6,7 @@ mark or it is an error. Nothing is ever extracted to a path.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -17,8 +17,11 @@ END = bytes(2 * BLOCK)
 MAX_EXTENSION = 1 << 20
 """Largest pax or GNU long-name header that is read, bytes; names are far shorter."""
 
+_REST_BLOCK = 1 << 18
 _FILE_TYPES = (b"0", b"\0", b"7")
 _EXTENSIONS = (b"x", b"g", b"L", b"K")
+_SPARSE = ("GNU.sparse.", "GNU.volume.", "SCHILY.realsize", "SCHILY.filetype", "SUN.holesdata")
+"""Beginnings of pax keys that say that a member's bytes are not its file's bytes."""
 _REFUSED = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe"}
 
 
@@ -84,7 +87,13 @@ def padding_after(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-def read_members(source: ByteSource, where: str, end: int | None = None) -> Iterator[Member]:
+def read_members(
+    source: ByteSource,
+    where: str,
+    end: int | None = None,
+    *,
+    add_folder: Callable[[str], object] | None = None,
+) -> Iterator[Member]:
     """Yield the regular files of an archive in order; directories are skipped.
 
     Args:
@@ -92,10 +101,12 @@ def read_members(source: ByteSource, where: str, end: int | None = None) -> Iter
             member's bytes from it (they come next) or leave them.
         where: Name of the archive, for messages.
         end: Bytes of the archive; None = up to the end mark.
+        add_folder: Function that gets the name of each directory; None = nobody asks.
 
     Raises:
         DamagedTar: No end mark, a header whose checksum is wrong, a member that runs past the end,
-            a link or device, a name that leaves the folder, an oversized extension header.
+            a link or device, a sparse file, a name that leaves the folder, an oversized extension
+            header.
     """
     position = 0
     extension = _NO_EXTENSION
@@ -130,9 +141,19 @@ def read_members(source: ByteSource, where: str, end: int | None = None) -> Iter
             extension = _NO_EXTENSION
         else:
             _check_folder(head, kind, where, position)
+            if add_folder is not None:
+                add_folder((extension.name or _header_name(head)).strip("/").removeprefix("./"))
             extension = _NO_EXTENSION
         position = body + size + -size % BLOCK
         source.seek(position)
+
+
+def has_rest(source: ByteSource) -> bool:
+    """Whether something but zeros lies behind the end mark that `read_members` came to.
+
+    Another archive may have been appended, whose members no reader of tars finds.
+    """
+    return any(block.strip(b"\0") for block in iter(lambda: source.read(_REST_BLOCK), b""))
 
 
 class _Extension(NamedTuple):
@@ -162,13 +183,30 @@ def _read_extension(
     if kind == b"L":
         name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
         return extension._replace(name=name)
-    if kind == b"x":
+    if kind in b"xg":
         records = _parse_pax(data, f"{where} at byte {position}")
+        _check_records(records, kind, f"{where} at byte {position}")
+    if kind == b"x":
         extension = extension._replace(name=records.get("path", extension.name))
         if "size" in records:
             long_size = _parse_number(records["size"], f"{where} at byte {position}")
             extension = extension._replace(size=long_size)
     return extension
+
+
+def _check_records(records: Mapping[str, str], kind: bytes, where: str) -> None:
+    """Refuse a pax header that gives the members behind it another meaning than a plain one's."""
+    sparse = next((key for key in records if key.startswith(_SPARSE)), None)
+    if sparse is not None:
+        name = records.get("GNU.sparse.name", records.get("path", ""))
+        raise DamagedTar(
+            f"{where} holds a sparse file or a part of one ({name!r}, {sparse}), which is not "
+            "read; make the archive again without -S (--sparse)."
+        )
+    if kind == b"g" and ("path" in records or "size" in records):
+        raise DamagedTar(
+            f"{where} has a global header that names all files alike; make the archive again."
+        )
 
 
 def _check_folder(head: bytes, kind: bytes, where: str, position: int) -> None:
@@ -230,8 +268,10 @@ def _parse_pax(data: bytes, where: str) -> dict[str, str]:
 
 
 def _parse_number(text: str, where: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise DamagedTar(f"{where}: {text!r} is no number in its extension header; it is damaged.")
+    if not text.isascii() or not text.isdigit() or len(text) > 20:
+        raise DamagedTar(
+            f"{where}: {text[:40]!r} is no number in its extension header; it is damaged."
+        )
     return int(text)
 
 

@@ -1,22 +1,27 @@
 """Which images does a tar hold? Only headers and labels are read, nothing is unpacked.
 
-Three kinds of archives are told apart by their member names: webdataset samples (KEY.jpg with
-KEY.cls or KEY.json), an archive of one archive a class (ILSVRC2012_img_train.tar), and class
-folders.
+A tar may hold webdataset samples (KEY.jpg with KEY.cls or KEY.json), class folders, or one archive
+a class (ILSVRC2012_img_train.tar), whose names are the first folder of the path then. An image's
+label is what its own label file says; whether folders are classes is decided for the whole source
+(`class_levels`), so that one stray member changes nothing.
 """
 
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep import labels, tar
-from data_prep.images import SUFFIXES
-from data_prep.labels import Label
-from data_prep.listing import UnsortedImages, folder_class, is_image_name
-
-_SYNSET = re.compile(r"n\d{8}")
+from data_prep import balance, labels, tar
+from data_prep.images import MAX_BYTES
+from data_prep.listing import UnsortedImages, is_image_name
+from data_prep.member_names import is_hidden, name_ending, quote_name
+from data_prep.wds_samples import (
+    LABEL_ENDINGS,
+    NO_PICK,
+    Choices,
+    MemberPick,
+    group_samples,
+    read_label,
+)
 
 
 class FileWindow:
@@ -47,7 +52,56 @@ class FileWindow:
         return os.pread(self._descriptor, member.size, self._start + member.offset)
 
 
-def list_tar(images: UnsortedImages, path: Path, number: int, prefix: str) -> None:
+class _Window:
+    """A member of an archive that is an archive itself, read from front to back.
+
+    Args:
+        source: The outer archive, at the member's first byte.
+        start: Position of that byte.
+        size: Bytes of the member.
+    """
+
+    def __init__(self, source: tar.ByteSource, start: int, size: int) -> None:
+        self._source, self._start, self._size, self._position = source, start, size, 0
+
+    def read(self, size: int, /) -> bytes:
+        """Read the next bytes, fewer than `size` at the end of the member."""
+        data = self._source.read(max(0, min(size, self._size - self._position)))
+        self._position += len(data)
+        return data
+
+    def seek(self, position: int, /) -> None:
+        """Go to a byte further on."""
+        self._position = min(position, self._size)
+        self._source.seek(self._start + self._position)
+
+
+class _Place(NamedTuple):
+    """An archive that is being listed, or one in it."""
+
+    where: str
+    """name for messages"""
+    number: int
+    """number among the source's files"""
+    prefix: str
+    """path that is put before the names of its members"""
+    folder: str
+    """the part of it that counts as folders of the images"""
+    offset: int
+    """position of its first byte in the file"""
+    descriptor: int
+    """of the file, to read in any order; -1 = a stream, whose members are read when they come"""
+
+
+def list_tar(
+    images: UnsortedImages,
+    path: Path,
+    number: int,
+    prefix: str = "",
+    *,
+    pick: MemberPick = NO_PICK,
+    stream: tar.ByteSource | None = None,
+) -> None:
     """Add the images of an archive, and of the archives in it.
 
     Args:
@@ -55,129 +109,139 @@ def list_tar(images: UnsortedImages, path: Path, number: int, prefix: str) -> No
         path: Path of the archive.
         number: Number of the archive among the source's files.
         prefix: Path that is put before the names of the images.
+        pick: Members that the user wants for images and labels.
+        stream: What the archive is read from; None = the file at `path`.
 
     Raises:
-        ValueError: The archive is damaged, or a label cannot be read.
+        ValueError: The archive is damaged.
     """
-    size = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        window = FileWindow(file.fileno(), 0, size)
-        members = list(tar.read_members(window, str(path), size))
-        if any(member.name.endswith(".tar") for member in members):
-            _list_nested(images, file.fileno(), members, path, number)
-        elif any(member.name.endswith((".cls", ".json")) for member in members):
-            for sample in group_samples(members):
-                image, name = sample.image, f"{prefix}{sample.image.name}"
-                label = read_label(sample, window.read_member, path)
-                json = (sample.json.offset, sample.json.size) if sample.json else (0, 0)
-                images.add_image(name, number, image.offset, image.size, label, json)
+    images.prefix[number] = prefix
+    if stream is not None:
+        place = _Place(quote_name(str(path)), number, prefix, "", 0, -1)
+        holds_archives = _list_members(images, stream, None, place, pick)
+    else:
+        size = path.stat().st_size
+        with path.open("rb", buffering=0) as file:
+            place = _Place(quote_name(str(path)), number, prefix, "", 0, file.fileno())
+            window = FileWindow(file.fileno(), 0, size)
+            holds_archives = _list_members(images, window, size, place, pick)
+    if holds_archives:
+        images.prefix[number] = ""
+
+
+def _list_members(
+    images: UnsortedImages,
+    source: tar.ByteSource,
+    size: int | None,
+    place: _Place,
+    pick: MemberPick,
+) -> bool:
+    """Add the images of one archive; returns whether it holds archives."""
+    members: list[tar.Member] = []
+    label_bytes: dict[int, bytes] = {}  # by the member's offset, where they cannot be read later
+    holds_archives = False
+
+    def add_folder(name: str) -> None:
+        if name and not is_hidden(name):
+            images.folders.add(place.folder + name)
+
+    for member in tar.read_members(source, place.where, size, add_folder=add_folder):
+        if is_hidden(member.name):
+            images.balance.see()
+            images.balance.leave_out(place.prefix + member.name, balance.HIDDEN)
+            add_folder(member.name.rpartition("/")[0])
+        elif member.name.lower().endswith(".tar"):
+            holds_archives = True
+            _list_inner(images, source, member, place, pick)
         else:
-            _list_folders(images, members, path, number, prefix)
+            members.append(member)
+            if place.descriptor < 0 and _is_short_label(member, pick):
+                label_bytes[member.offset] = source.read(member.size)
+    if tar.has_rest(source):
+        images.balance.see()
+        images.balance.leave_out(place.where, balance.BEHIND_END)
+    images.balance.see(len(members))
+    images.folders.update(
+        place.folder + folder for folder in {m.name.rpartition("/")[0] for m in members} if folder
+    )
+    if not _add_samples(images, members, label_bytes, place, pick):
+        _add_single_images(images, members, place)
+    return holds_archives
 
 
-def _list_folders(
-    images: UnsortedImages, members: Sequence[tar.Member], path: Path, number: int, prefix: str
+def _is_short_label(member: tar.Member, pick: MemberPick) -> bool:
+    return pick.is_label(member.name) and member.size <= labels.LONGEST_JSON
+
+
+def _list_inner(
+    images: UnsortedImages,
+    source: tar.ByteSource,
+    outer: tar.Member,
+    place: _Place,
+    pick: MemberPick,
 ) -> None:
-    """Add the images of an archive of class folders, or of one class."""
+    """Add the images of an archive in an archive: its name is the first folder of their paths."""
+    name = outer.name.rpartition("/")[2][: -len(".tar")]
+    inner = place._replace(
+        where=f"{quote_name(outer.name)} in {place.where}",
+        prefix=f"{name}/",
+        folder=f"{name}/",
+        offset=place.offset + outer.offset,
+    )
+    images.folders.add(name)
+    window = _Window(source, outer.offset, outer.size)
+    _list_members(images, window, outer.size, inner, pick)
+
+
+def _add_samples(
+    images: UnsortedImages,
+    members: list[tar.Member],
+    label_bytes: dict[int, bytes],
+    place: _Place,
+    pick: MemberPick,
+) -> bool:
+    """Add the images of webdataset samples; returns False where no image has a file beside it."""
+    if not pick.image and not any(pick.is_label(member.name) for member in members):
+        return False
+    tally, choices = balance.Balance(), Choices()
+    samples = [*group_samples(members, pick, balance=tally, choices=choices)]
+    if not pick.image and not any(sample.cls or sample.json for sample in samples):
+        return False
+
+    def read_member(member: tar.Member) -> bytes:
+        if place.descriptor < 0:
+            return label_bytes.get(member.offset, b"")
+        return os.pread(place.descriptor, member.size, place.offset + member.offset)
+
+    for sample in samples:
+        label = None
+        try:
+            label = read_label(sample, read_member, place.where, pick)
+            images.labels_read += bool(sample.cls or sample.json)
+        except ValueError as error:
+            images.note_bad_label(str(error))
+        json = (0, 0)
+        if sample.json and sample.json.size <= MAX_BYTES:
+            json = (place.offset + sample.json.offset, sample.json.size)
+        where = place.number, place.offset + sample.image.offset, sample.image.size
+        images.add_image(place.prefix + sample.image.name, *where, label, json)
+    images.balance.add(tally)
+    images.choices.add(choices)
+    return True
+
+
+def _add_single_images(images: UnsortedImages, members: list[tar.Member], place: _Place) -> None:
+    """Add images that have no files of their own beside them: of class folders, or of none."""
+    stems = {m.name.rpartition(".")[0] for m in members if is_image_name(m.name)}
     for member in members:
-        name = prefix + member.name
-        if not is_image_name(member.name) or _is_hidden(member.name):
-            images.left_out.append(name)
-            continue
-        label = folder_class(member.name)
-        if label is None and _SYNSET.fullmatch(path.stem):
-            label = path.stem  # the archive of one class, taken out of the large one
-        images.add_image(name, number, member.offset, member.size, label)
-
-
-def _list_nested(
-    images: UnsortedImages, descriptor: int, members: Sequence[tar.Member], path: Path, number: int
-) -> None:
-    """Add the images of ILSVRC2012_img_train.tar: each member is the archive of one class."""
-    for outer in members:
-        if not outer.name.endswith(".tar"):
-            images.left_out.append(outer.name)
-            continue
-        label = outer.name.rpartition("/")[2].removesuffix(".tar")
-        window = FileWindow(descriptor, outer.offset, outer.offset + outer.size)
-        for inner in tar.read_members(window, f"{outer.name} in {path}", outer.size):
-            name = f"{label}/{inner.name}"
-            if not is_image_name(inner.name) or _is_hidden(inner.name):
-                images.left_out.append(name)
-            else:
-                images.add_image(name, number, outer.offset + inner.offset, inner.size, label)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")
-
-
-class TarSample(NamedTuple):
-    """Members of one webdataset sample."""
-
-    key: str
-    image: tar.Member
-    cls: tar.Member | None
-    json: tar.Member | None
-
-
-def group_samples(members: Sequence[tar.Member]) -> Iterator[TarSample]:
-    """Group the members of a webdataset tar; members of one sample follow each other.
-
-    The key ends at the first dot of the file name. Of several images the first with a plain ending
-    is the sample's (`a.jpg`, not `a.mask.png`). Where none has a plain ending, the names have dots
-    of their own (`img.0001.jpg`) and the key ends at the last one: each image is a sample. A group
-    without an image is left out.
-    """
-    group: dict[str, tar.Member] = {}
-    current = None
-    for member in members:
-        folder, slash, last = member.name.rpartition("/")
-        stem, _, suffix = last.partition(".")
-        if not stem:
-            continue
-        key = folder + slash + stem
-        if key != current or suffix.lower() in group:
-            if current is not None:
-                yield from _split_group(current, group)
-            current, group = key, {}
-        group[suffix.lower()] = member
-    if current is not None:
-        yield from _split_group(current, group)
-
-
-def _split_group(key: str, group: dict[str, tar.Member]) -> Iterator[TarSample]:
-    """Samples among the members with one key, given by the rest of their names."""
-    image = next((member for suffix, member in group.items() if suffix in SUFFIXES), None)
-    if image is not None:
-        yield TarSample(key, image, group.get("cls"), group.get("json"))
-        return
-    for suffix, member in group.items():
-        stem, _, ending = suffix.rpartition(".")
-        if ending in SUFFIXES:
-            cls, json = (group.get(f"{stem}.{kind}", group.get(kind)) for kind in ("cls", "json"))
-            yield TarSample(f"{key}.{stem}", member, cls, json)
-
-
-def read_label(
-    sample: TarSample, read_member: Callable[[tar.Member], bytes], archive: object
-) -> Label:
-    """Read the label of a webdataset sample: its `.cls`, or `label` or `cls` in its `.json`.
-
-    Args:
-        sample: Members of the sample.
-        read_member: Function that returns the bytes of a member.
-        archive: Name of the archive, for messages.
-
-    Raises:
-        ValueError: A label file that is too large or says nothing that can be a label.
-    """
-    member = sample.cls or sample.json
-    if member is None:
-        return None
-    limit = labels.LONGEST_CLS if sample.cls else labels.LONGEST_JSON
-    name = f"{member.name} in {archive}"
-    if member.size > limit:
-        raise ValueError(f"{name} has {member.size} bytes, a label file at most {limit}.")
-    parse = labels.parse_cls if sample.cls else labels.parse_json_label
-    return parse(read_member(member), name)
+        name, ending = place.prefix + member.name, name_ending(member.name)
+        if is_image_name(member.name):
+            images.add_image(name, place.number, place.offset + member.offset, member.size, None)
+        elif ending not in LABEL_ENDINGS and ending != "json":
+            images.leave_out(name, place.folder + member.name)
+        elif member.name.rpartition(".")[0] in stems:
+            images.balance.leave_out(name, balance.UNUSED_LABEL)
+            images.choices.unused[ending] += 1
+        else:
+            images.other_folders.add((place.folder + member.name).rpartition("/")[0])
+            images.balance.leave_out(name, balance.LABEL_WITHOUT_IMAGE)

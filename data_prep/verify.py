@@ -8,14 +8,21 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import engines
+from data_prep.balance import Balance, check_balance
+from data_prep.index import list_tars
+from data_prep.labels import Label
+from data_prep.member_names import join_names, quote_name
 from data_prep.progress import Progress
 from data_prep.scan import Scan, scan_shard
+from data_prep.wds_samples import MemberPick
 from mocov3_ds.data import manifest, storage
+from mocov3_ds.data.class_names import comparable_name
 from mocov3_ds.data.manifest import Manifest, Shard
 
 _SHOWN = 20  # repeated images, repeated keys, or problems that are listed
@@ -48,6 +55,8 @@ class Verdict:
     repeated_keys: list[str] = field(default_factory=list)
     """the first ones"""
     repeated_key_count: int = 0
+    is_listed: bool = True
+    """whether tars that the manifest does not name were looked for"""
 
     @property
     def is_sound(self) -> bool:
@@ -64,7 +73,8 @@ class Verdict:
     def __str__(self) -> str:
         counts = sorted(self.labels.values())
         lines = [
-            f"{self.url}: {self.samples} samples in {self.shards} shards, {self.bytes / 1e6:.1f} MB"
+            f"{storage.hide_secrets(self.url)}: {self.samples} samples in {self.shards} shards, "
+            f"{self.bytes / 1e6:.1f} MB"
         ]
         if counts:
             lines.append(
@@ -74,16 +84,18 @@ class Verdict:
         else:
             lines.append("no labels")
         if self.repeated_image_groups:
-            example = ", ".join(self.repeated_images[0])
+            example = join_names(self.repeated_images[0])
             lines.append(
                 f"{self.repeated_image_groups} images occur more than once, e.g. {example}"
             )
         if self.repeated_key_count:
-            example = self.repeated_keys[0]
+            example = quote_name(self.repeated_keys[0])
             lines.append(f"{self.repeated_key_count} keys occur more than once, e.g. {example}")
+        if not self.is_listed:
+            lines.append("the server cannot list files: what the manifest does not name is not seen")
         for problem in self.problems[:_SHOWN]:
             name = f"{problem.shard}/{problem.sample}" if problem.sample else problem.shard
-            lines.append(f"WRONG {name}: {problem.message}")
+            lines.append(f"WRONG {quote_name(name)}: {quote_name(problem.message)}")
         if len(self.problems) > _SHOWN:
             lines.append(f"... and {len(self.problems) - _SHOWN} more (--json lists all)")
         lines.append("sound" if self.is_sound else f"NOT sound: {len(self.problems)} problems")
@@ -104,6 +116,7 @@ def verify_set(url: str, *, workers: int, decode_all: bool = True, quiet: bool =
     """
     checked = manifest.load(url)
     scans = _scan_shards(checked, workers, decode_all, quiet)
+    unlisted = _scan_unlisted(checked)
     names, counts = np.unique(checked.index_N["label"], return_counts=True)
     labels = dict(zip(names.tolist(), counts.tolist(), strict=True))
     image_groups, repeated_keys = _find_repeats([*scans.values()])
@@ -112,12 +125,13 @@ def verify_set(url: str, *, workers: int, decode_all: bool = True, quiet: bool =
         shards=len(checked.shards),
         samples=checked.samples,
         bytes=checked.bytes,
-        problems=[*_find_problems(checked, scans)],
+        problems=[*_find_problems(checked, scans, unlisted)],
         labels={class_name(checked, label): n for label, n in labels.items() if label >= 0},
         repeated_images=image_groups[:_SHOWN],
         repeated_image_groups=len(image_groups),
         repeated_keys=repeated_keys[:_SHOWN],
         repeated_key_count=len(repeated_keys),
+        is_listed=storage.can_list(checked.url),
     )
 
 
@@ -132,30 +146,99 @@ def _scan_shards(checked: Manifest, workers: int, decode_all: bool, quiet: bool)
     present = [name for name in samples if storage.exists(storage.join_url(checked.url, name))]
     scans: dict[str, Scan] = {}
     with Progress("verify", checked.samples, quiet=quiet) as progress:
-        work = partial(scan_shard, url=checked.url, decode_all=decode_all)
+        pick = _members_of(checked)
+        work = partial(scan_shard, url=checked.url, decode_all=decode_all, pick=pick)
         for scan in engines.process_pool(work, present, workers):
             scans[scan.name] = scan
             progress.update(samples[scan.name], scan.bytes)
     return {name: scans[name] for name in present}
 
 
-def _find_problems(checked: Manifest, scans: Mapping[str, Scan]) -> Iterator[Problem]:
-    """All that is wrong: missing shards, differences, and tars that are too many."""
-    names = {shard.name for shard in checked.shards}
+def _members_of(checked: Manifest) -> MemberPick:
+    """Members that the set was described by."""
+    members = checked.provenance.get("members")
+    members = members if isinstance(members, dict) else {}
+    return MemberPick(str(members.get("image", "")), str(members.get("label", "")))
+
+
+def _scan_unlisted(checked: Manifest) -> dict[str, Scan]:
+    """Scans of the tars beside the manifest that it does not name, and might have."""
+    if not storage.can_list(checked.url):
+        return {}
+    patterns = checked.provenance.get("files")
+    patterns = [str(pattern) for pattern in patterns] if isinstance(patterns, list) else []
+    listed = {shard.name for shard in checked.shards}
+    names = [name for name in list_tars(checked.url, patterns) if name not in listed]
+    pick = _members_of(checked)
+    return {name: scan_shard(name, url=checked.url, decode_all=False, pick=pick) for name in names}
+
+
+def _find_problems(
+    checked: Manifest, scans: Mapping[str, Scan], unlisted: Mapping[str, Scan]
+) -> Iterator[Problem]:
+    """All that is wrong: missing shards, differences, tars that are too many, lost files."""
     for shard in checked.shards:
         if shard.name not in scans:
             yield Problem(shard.name, "", "is missing")
+    numbers = _label_numbers(checked)
     for number, shard in enumerate(checked.shards):
         if shard.name in scans:
             rows = checked.index_N[checked.first_S[number] : checked.first_S[number + 1]]
-            yield from _compare_shard(shard, rows, scans[shard.name])
-    for entry in storage.list_files(checked.url):
-        if entry.name.endswith(".tar") and entry.name not in names:
-            yield Problem(entry.name, "", "is not in the manifest")
+            yield from _compare_shard(shard, rows, scans[shard.name], checked, numbers)
+    for name, scan in unlisted.items():
+        # a tar without readable images holds nothing that the manifest could name
+        if scan.damage or any(not sample.reason for sample in scan.samples):
+            yield Problem(name, "", "is not in the manifest")
+    balance = checked.provenance.get("balance")
+    if balance is not None:
+        wrong = check_balance(balance, checked.samples, checked.provenance.get("rejected"))
+        is_described = checked.provenance.get("source") == "index"
+        if not wrong and is_described and len(scans) == len(checked.shards):
+            wrong = _compare_balance(balance, [*scans.values(), *unlisted.values()])
+        if wrong:
+            yield Problem(manifest.NAME, "", wrong)
 
 
-def _compare_shard(shard: Shard, rows: NDArray[np.void], scan: Scan) -> Iterator[Problem]:
+def _compare_balance(balance: Mapping[str, Any], scans: Sequence[Scan]) -> str:
+    """Say in what the members of the tars differ from the balance of a described set."""
+    found = Balance()
+    for scan in scans:
+        if scan.damage:
+            return ""  # that is said of the tar itself
+        found.add(scan.balance)
+    tree = found.as_json(0)
+    tree["kept"], tree["rejected"] = balance["kept"], found.images - balance["kept"]
+    wrong = [
+        f"{key} {tree[key]}, {balance.get(key)} in the manifest"
+        for key in tree
+        if tree[key] != balance.get(key)
+    ]
+    return f"the tars hold other files than were described: {'; '.join(wrong)}" if wrong else ""
+
+
+def _label_numbers(checked: Manifest) -> dict[str, int]:
+    """Number of each label that is text, or an id, as the set was described."""
+    return {comparable_name(name): number for number, name in enumerate(checked.classes)}
+
+
+def _number_of(label: Label, numbers: Mapping[str, int], checked: Manifest) -> int | None:
+    """Number of a sample's label; None = it cannot be said."""
+    if isinstance(label, int) and checked.provenance.get("labels") != "ids":
+        return label
+    return None if label is None else numbers.get(comparable_name(str(label)))
+
+
+def _compare_shard(
+    shard: Shard, rows: NDArray[np.void], scan: Scan, checked: Manifest, numbers: Mapping[str, int]
+) -> Iterator[Problem]:
     """What is wrong with one shard."""
+    # before there was a balance, a bad label file left its image out
+    is_old = "balance" not in checked.provenance
+    readable = {
+        sample.offset
+        for sample in scan.samples
+        if not sample.reason and not (is_old and sample.label_reason)
+    }
     name = shard.name
     if scan.damage:
         yield Problem(name, "", scan.damage)
@@ -165,7 +248,8 @@ def _compare_shard(shard: Shard, rows: NDArray[np.void], scan: Scan) -> Iterator
         yield Problem(name, "", f"has SHA-256 {scan.sha256}, the manifest says {shard.sha256}")
     by_offset = {sample.offset: sample for sample in scan.samples}
     indexed = {*rows["offset"].tolist()}
-    count = sum(sample.offset in indexed or not sample.reason for sample in scan.samples)
+    counted = indexed | readable
+    count = sum(sample.offset in counted for sample in scan.samples)
     if count != shard.samples:
         yield Problem(name, "", f"holds {count} samples, the manifest says {shard.samples}")
     for row in rows:
@@ -175,15 +259,14 @@ def _compare_shard(shard: Shard, rows: NDArray[np.void], scan: Scan) -> Iterator
             continue
         if sample.reason:
             yield Problem(name, sample.key, sample.reason)
-        for column in ("size", "crc32", "label"):
-            value, indexed_value = getattr(sample, column), int(row[column])
-            if column == "label" and not isinstance(value, int):
-                continue
-            if value != indexed_value:
+        label = _number_of(sample.label, numbers, checked)
+        for column, value in (("size", sample.size), ("crc32", sample.crc32), ("label", label)):
+            indexed_value = int(row[column])
+            if value is not None and value != indexed_value:
                 message = f"{column} {value}, the index says {indexed_value}"
                 yield Problem(name, sample.key, message)
     for sample in by_offset.values():
-        if not sample.reason:  # unreadable ones are left out on purpose
+        if sample.offset in readable:  # others are left out on purpose
             yield Problem(name, sample.key, "is not in the index")
 
 

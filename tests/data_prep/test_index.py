@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from data_prep import tar
 from data_prep.class_numbers import ClassNames
 from data_prep.index import index_tars
 from data_prep.verify import verify_set
+from data_prep.wds_samples import MemberPick
 from mocov3_ds.data import manifest, storage
 from tests.data_prep import forms
 from tests.data_prep.making import find_problems
@@ -109,7 +111,7 @@ def test_an_archive_in_pieces_reads_like_a_whole_one(tmp_path, monkeypatch):
     assert index_tars(str(tmp_path), workers=1, quiet=True, replace=True).digest == wanted.digest
 
 
-def test_a_sample_with_a_bad_label_file_is_left_out(tmp_path):
+def test_a_bad_label_file_costs_the_label_and_not_the_image(tmp_path):
     members = {
         "a.jpg": forms.picture(1),
         "a.json": b"{",
@@ -117,6 +119,78 @@ def test_a_sample_with_a_bad_label_file_is_left_out(tmp_path):
         "b.json": b'{"label": 3}',
     }
     forms.write_tar(tmp_path / "0.tar", members)
+    lines = []
+    made = index_tars(str(tmp_path), workers=1, quiet=True, say=lines.append)
+    assert made.index_N["label"].tolist() == [-1, 3]
+    assert any("1 label files cannot be read" in line and "a.json in" in line for line in lines)
+    assert not (tmp_path / "rejects.jsonl").exists() and not find_problems(tmp_path)
+
+
+def test_some_tars_of_a_folder_are_described(tmp_path):
+    for number, name in enumerate(("im-train-0", "im-train-1", "im-val-0", ".hidden")):
+        members = {"a.jpg": forms.picture(number), "a.cls": b"%d" % number}
+        forms.write_tar(tmp_path / f"{name}.tar", members)
+    with pytest.raises(ValueError, match=r"several splits .*--files 'im-train-\*.tar' or 'im-val"):
+        index_tars(str(tmp_path), workers=1, quiet=True)
+    for url, files in (
+        (str(tmp_path), "im-train-*.tar"),
+        (f"{tmp_path}/im-train-{{0..1}}.tar", ""),
+        (f"{tmp_path}/im-train-0.tar::{tmp_path}/im-train-1.tar", ""),
+        (f"{tmp_path}/im-tr*.tar", ""),
+    ):
+        made = index_tars(url, workers=1, quiet=True, files=files, replace=True)
+        assert [shard.name for shard in made.shards] == ["im-train-0.tar", "im-train-1.tar"]
+        assert not find_problems(tmp_path), "tars that were not asked for are no problem"
+    with pytest.raises(ValueError, match=r"holds no im-train-2.tar, one of 3 tars .*1 are missing"):
+        index_tars(f"{tmp_path}/im-train-{{0..2}}.tar", workers=1, quiet=True, replace=True)
+    with pytest.raises(ValueError, match="names tars of 2 folders"):
+        index_tars(f"{tmp_path}/a.tar::{tmp_path}/b/a.tar", workers=1, quiet=True, replace=True)
+
+
+def test_tars_without_images_belong_to_the_set(tmp_path):
+    forms.write_tar(tmp_path / "0.tar", {"a.jpg": forms.picture(1), "a.cls": b"0"})
+    forms.write_tar(tmp_path / "1.tar", {})
+    forms.write_tar(tmp_path / "2.tar", {"b.jpg": b"broken"})
+    made = index_tars(str(tmp_path), workers=1, quiet=True, unlabelled="keep")
+    assert made.provenance["balance"]["rejected"] == 1 and not find_problems(tmp_path)
+    forms.write_tar(tmp_path / "1.tar", {"c.jpg": forms.picture(2)})
+    assert ("1.tar", "", "is not in the manifest") in find_problems(tmp_path)
+    forms.write_tar(tmp_path / "1.tar", {"c.txt": b"x"})
+    ((_, _, message),) = find_problems(tmp_path)
+    assert "other files than were described: seen 4, 3 in the manifest" in message
+
+
+def test_what_this_program_did_not_write_stays(tmp_path):
+    others(tmp_path)
+    (tmp_path / "index.bin").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"holds index.bin and no manifest.json"):
+        index_tars(str(tmp_path), workers=1, quiet=True)
+    (tmp_path / "manifest.json").write_text('{"name": "an app"}')
+    for again in (False, True):
+        with pytest.raises(ValueError, match=r"manifest.json is not of this program"):
+            index_tars(str(tmp_path), workers=1, quiet=True, replace=again)
+    assert (tmp_path / "index.bin").read_bytes() == b"mine"
+
+
+def test_a_set_described_by_member_names_is_verified_by_them(tmp_path):
+    members = {}
+    for key in "ab":
+        members |= {f"{key}.left.png": forms.picture(1, form="PNG"), f"{key}.class": b"dog"}
+        members |= {f"{key}.right.png": forms.picture(2, form="PNG")}
+    forms.write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(ValueError, match=r"2 samples of .* several images: left.png, right.png"):
+        index_tars(str(tmp_path), workers=1, quiet=True)
+    pick = MemberPick("right", "class")
+    made = index_tars(str(tmp_path), workers=1, quiet=True, pick=pick)
+    assert made.classes == ("dog",) and made.samples == 2 and not find_problems(tmp_path)
+
+
+def test_manifests_from_before_the_balance_stay_sound(tmp_path):
+    """They left out the images of bad label files, and had no balance."""
+    members = {"a.jpg": forms.picture(1), "a.json": b"{", "b.jpg": forms.picture(2)}
+    forms.write_tar(tmp_path / "0.tar", members | {"b.json": b'{"label": 3}'})
     made = index_tars(str(tmp_path), workers=1, quiet=True)
-    assert made.index_N["label"].tolist() == [3]
-    assert "a.json in" in (tmp_path / "rejects.jsonl").read_text()
+    shards = [replace(shard, samples=1) for shard in made.shards]
+    old = {"program": "mocov3-ds 0", "rejected": 1, "source": "index"}
+    manifest.write(str(tmp_path), shards, made.index_N[1:], provenance=old)
+    assert not find_problems(tmp_path)

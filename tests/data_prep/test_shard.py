@@ -222,3 +222,56 @@ def test_object_storage_holds_the_same_set(tree, tmp_path, s3):
     assert storage.read(f"{s3}/set/manifest.json") == wanted["manifest.json"]
     with pytest.raises(ValueError, match="another plan"):
         make(tree, f"{s3}/set", seed=9)
+
+
+def test_few_archives_are_open_at_a_time(tmp_path, monkeypatch):
+    for number in range(12):
+        images_of = {f"n{number:08d}_{n}.JPEG": forms.picture(10 * number + n) for n in range(2)}
+        forms.write_tar(tmp_path / "src" / f"n{number:08d}.tar", images_of)
+    wanted = make(tmp_path / "src", tmp_path / "wanted", shard_size="1000").manifest.digest
+    opened, limit = set(), 3
+    plain_open, plain_close = os.open, os.close
+
+    def count_open(path, *flags, **rest):
+        descriptor = plain_open(path, *flags, **rest)
+        if str(path).startswith(str(tmp_path / "src")):
+            opened.add(descriptor)
+            assert len(opened) <= limit
+        return descriptor
+
+    def count_close(descriptor):
+        opened.discard(descriptor)
+        plain_close(descriptor)
+
+    listing = list_images(str(tmp_path / "src"))
+    monkeypatch.setattr("data_prep.shard._MOST_OPEN", limit)
+    monkeypatch.setattr(os, "open", count_open)
+    monkeypatch.setattr(os, "close", count_close)
+    options = ShardOptions(shard_size="1000")
+    made = make_shards(listing, str(tmp_path / "out"), options, workers=1, quiet=True).manifest
+    assert made.digest == wanted and not opened and len(made.classes) == 12
+
+
+def test_an_archive_that_changes_stops_the_run(tmp_path):
+    tar = forms.write_tar(tmp_path / "t.tar", IMAGES)
+    listing = list_images(str(tar))
+    os.utime(tar, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"t.tar has changed since it was listed"):
+        make_shards(listing, str(tmp_path / "out"), ShardOptions(), workers=1, quiet=True)
+
+
+def test_the_balance_closes_and_stands_in_the_manifest(tree, tmp_path):
+    forms.write_tree(tree, {"n01440764/bad.jpg": b"x", "n01440764/a.txt": b"", ".x/1.jpg": b""})
+    made = make(tree, tmp_path / "out")
+    assert made.manifest.provenance["balance"] == {
+        "seen": 24,
+        "kept": 21,
+        "rejected": 1,
+        "side_files": 0,
+        "left_out": {
+            "ends in .txt, so no image by its name": 1,
+            "hidden (or a system's own)": 1,
+        },
+    }
+    assert "24 files seen = 21 images kept + 1 rejected + 0 label" in str(made)
+    assert "balance" not in (tmp_path / "out" / "plan.json").read_text()

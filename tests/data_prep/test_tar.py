@@ -152,3 +152,33 @@ def test_names_and_sizes_that_fit_no_header_are_refused():
         tar.make_header("é" * 50 + "a", 0)
     with pytest.raises(ValueError, match="8 GiB"):
         tar.make_header("a", 8 << 30)
+
+
+@pytest.mark.parametrize(
+    ("kind", "records", "word"),
+    [
+        (b"x", {"GNU.sparse.major": "1", "GNU.sparse.name": "a.jpg"}, "sparse file .*'a.jpg'"),
+        (b"x", {"SCHILY.realsize": "5"}, "sparse file"),
+        (b"g", {"path": "all.jpg"}, "global header that names all files alike"),
+        (b"x", {"size": "9" * 5000}, "no number in its extension header"),
+    ],
+)
+def test_extension_records_that_change_what_a_member_is_are_refused(kind, records, word):
+    text = b""
+    for key, value in records.items():
+        rest = f" {key}={value}\n".encode()
+        length = len(rest) + len(str(len(rest) + 4))
+        text += b"%d" % length + rest
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = kind, len(text)
+    archive = info.tobuf(tarfile.USTAR_FORMAT) + text + tar.padding_after(len(text))
+    archive += tarfile.TarInfo("a.jpg").tobuf(tarfile.USTAR_FORMAT) + tar.END
+    with pytest.raises(tar.DamagedTar, match=word):
+        names_sizes(archive)
+
+
+def test_something_behind_the_end_mark_is_noticed():
+    for rest, wanted in ((b"", False), (bytes(300_000), False), (bytes(300_000) + b"x", True)):
+        source = io.BytesIO(tar_bytes(MEMBERS, tarfile.USTAR_FORMAT) + rest)
+        assert len(list(tar.read_members(source, "t.tar"))) == len(MEMBERS)
+        assert tar.has_rest(source) is wanted

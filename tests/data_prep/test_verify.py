@@ -116,3 +116,48 @@ def test_a_set_in_object_storage(made, s3):
     whole = storage.read(f"{s3}/v/shard-000002.tar")
     storage.write(f"{s3}/v/shard-000002.tar", whole[:-1] + b"x")
     assert any("SHA-256" in what for _, _, what in find_problems(f"{s3}/v"))
+
+
+def test_a_balance_that_does_not_close_is_a_problem(made):
+    loaded = manifest.load(str(made))
+    balance = {**loaded.provenance["balance"], "seen": 16}
+    changed = {**loaded.provenance, "balance": balance}
+    manifest.write(
+        str(made), loaded.shards, loaded.index_N, classes=loaded.classes, provenance=changed
+    )
+    assert find_problems(made) == [
+        ("manifest.json", "", "the balance does not close: 16 files seen, 15 accounted for")
+    ]
+
+
+def test_labels_that_are_names_or_ids_are_compared(tmp_path):
+    for folder, first, second in (("names", b"cat", b"dog"), ("ids", b"5", b"9999999999")):
+        members = {"a.jpg": forms.picture(1), "a.cls": first, "b.jpg": forms.picture(2)}
+        forms.write_tar(tmp_path / folder / "0.tar", members | {"b.cls": second})
+        made = index_tars(str(tmp_path / folder), workers=1, quiet=True)
+        assert made.index_N["label"].tolist() == [0, 1] and not find_problems(tmp_path / folder)
+        rows = made.index_N[[1, 0]].copy()
+        rows["label"] = 0, 1
+        rows = rows[[1, 0]]
+        manifest.write(
+            str(tmp_path / folder),
+            made.shards,
+            rows,
+            classes=made.classes,
+            provenance=made.provenance,
+        )
+        found = [what for _, _, what in find_problems(tmp_path / folder)]
+        assert found == ["label 0, the index says 1", "label 1, the index says 0"]
+
+
+def test_a_hostile_name_does_not_speak_for_the_verdict(tmp_path):
+    key = "k\nsound\n\x1b]0;owned\x07\x1b[8m"
+    members = {f"{key}.jpg": forms.picture(1), "x.jpg": forms.picture(2)}
+    forms.write_tar(tmp_path / "0.tar", members)
+    made = index_tars(str(tmp_path), workers=1, quiet=True)
+    rows = made.index_N.copy()
+    rows["crc32"] ^= 1
+    manifest.write(str(tmp_path), made.shards, rows, provenance=made.provenance)
+    lines = str(verify_set(str(tmp_path), workers=1, quiet=True)).splitlines()
+    assert lines[-1] == "NOT sound: 2 problems" and "sound" not in lines
+    assert "\x1b" not in "".join(lines) and any(r"k\nsound\n\x1b" in line for line in lines)

@@ -1,0 +1,251 @@
+"""Which members of a webdataset tar make one sample, and which of them are its image and label?
+
+Members of one sample follow each other, and the key ends at the first dot of the file name: that is
+webdataset's own rule (`base_plus_ext`, `group_by_keys`), against which this one is tested.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from data_prep import labels, tar
+from data_prep.balance import (
+    FURTHER_IMAGE,
+    LABEL_WITHOUT_IMAGE,
+    UNUSED_LABEL,
+    Balance,
+    ending_reason,
+)
+from data_prep.images import SUFFIXES
+from data_prep.labels import Label
+from data_prep.member_names import join_names
+
+LABEL_ENDINGS = {"cls", "cls2", "class", "index", "inx", "id", "label", "target"}
+"""Endings of members that hold a label by webdataset's decoders or by custom; `cls` alone is read
+unasked."""
+
+NO_LABEL = "-"
+"""`--label -` takes images without labels."""
+
+
+class MemberPick(NamedTuple):
+    """Which member of a sample the user wants, by its ending or the word before it; "" = decide."""
+
+    image: str = ""
+    label: str = ""
+
+    def is_label(self, name: str) -> bool:
+        """Whether a member is read for a label."""
+        suffix = name.rpartition("/")[2].partition(".")[2].lower()
+        ending = suffix.rpartition(".")[2]
+        return ending in ("cls", "json") or _fits(suffix, self.label)
+
+
+NO_PICK = MemberPick()
+
+
+class TarSample(NamedTuple):
+    """Members of one webdataset sample."""
+
+    key: str
+    image: tar.Member
+    cls: tar.Member | None
+    json: tar.Member | None
+
+
+@dataclass
+class Choices:
+    """Samples in which several members may be the image or the label, by their endings."""
+
+    images: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    labels: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    """endings of label members that were not used"""
+
+    def add(self, other: "Choices") -> None:
+        """Count the samples of another archive, too."""
+        self.images.update(other.images)
+        self.labels.update(other.labels)
+        self.unused.update(other.unused)
+
+    def check(self, source: str) -> None:
+        """Refuse samples with several images or labels of one kind, in one sample after another.
+
+        Args:
+            source: Name of the source, for messages.
+
+        Raises:
+            ValueError: There are such samples.
+        """
+        for title, flag, counts, least in (
+            ("images", "--image", self.images, 2),
+            ("labels", "--label", self.labels, 1),
+        ):
+            endings, count = max(counts.items(), key=lambda item: item[1], default=((), 0))
+            if count >= least:
+                raise ValueError(
+                    f"{count} samples of {source} hold several {title}: {join_names([*endings])}; "
+                    f"{flag} {endings[0]} (or another of them) says which one is meant."
+                )
+
+
+def group_samples(
+    members: Sequence[tar.Member],
+    pick: MemberPick = NO_PICK,
+    *,
+    balance: Balance | None = None,
+    choices: Choices | None = None,
+) -> Iterator[TarSample]:
+    """Group the members of a webdataset tar; members of one sample follow each other.
+
+    The key ends at the first dot of the file name. Of several images the first with a plain ending
+    is the sample's (`a.jpg`, not `a.mask.png`). Where none has a plain ending, the names have dots
+    of their own (`img.0001.jpg`) and the key ends at the last one: each image is a sample. A group
+    without an image is left out.
+
+    Args:
+        members: Members of the tar in order, without hidden ones.
+        pick: Members that the user wants.
+        balance: Counts what becomes of each member but the images, which whoever takes them counts.
+        choices: Counts samples in which several members may be meant.
+    """
+    sorter = _Sorter(
+        pick,
+        Balance() if balance is None else balance,
+        Choices() if choices is None else choices,
+    )
+    group: dict[str, tar.Member] = {}
+    current = None
+    for member in members:
+        folder, slash, last = member.name.rpartition("/")
+        stem, dot, suffix = last.partition(".")
+        if not dot or not stem:
+            sorter.balance.leave_out(member.name, ending_reason(member.name))
+            continue
+        key = folder + slash + stem
+        if key != current or suffix.lower() in group:
+            if current is not None:
+                yield from sorter.split_group(current, group)
+            current, group = key, {}
+        group[suffix.lower()] = member
+    if current is not None:
+        yield from sorter.split_group(current, group)
+
+
+class _Sorter(NamedTuple):
+    """Finds images and labels among the members with one key."""
+
+    pick: MemberPick
+    balance: Balance
+    choices: Choices
+
+    def split_group(self, key: str, group: dict[str, tar.Member]) -> Iterator[TarSample]:
+        """Samples among members given by the rest of their names; the others are left out."""
+        images = [suffix for suffix in group if suffix.rpartition(".")[2] in SUFFIXES]
+        taken = self._choose_images(images)
+        used: set[str] = set()
+        for suffix in taken:
+            cls = self._choose_side(group, suffix, "cls", taken)
+            json = self._choose_side(group, suffix, "json", taken)
+            used |= {name for name in (suffix, cls, json) if name}
+            stem = suffix.rpartition(".")[0]
+            is_plain = len(taken) == 1 and (not stem or bool(self.pick.image))
+            yield TarSample(
+                key if is_plain else f"{key}.{stem}",
+                group[suffix],
+                group[cls] if cls else None,
+                group[json] if json else None,
+            )
+        self.balance.side_files += len(used) - len(taken)
+        for suffix, member in group.items():
+            if suffix not in used:
+                self._leave_out(suffix, member, images, bool(taken))
+
+    def _choose_images(self, images: Sequence[str]) -> list[str]:
+        """Suffixes of the images that are samples."""
+        if self.pick.image:
+            return [suffix for suffix in images if _fits(suffix, self.pick.image)][:1]
+        plain = [suffix for suffix in images if suffix in SUFFIXES]
+        if len(plain) > 1:
+            self.choices.images[tuple(sorted(plain))] += 1
+        elif not plain and len(images) > 1 and any(_is_word(suffix) for suffix in images):
+            self.choices.images[tuple(sorted(images))] += 1
+        return plain[:1] or [*images]
+
+    def _choose_side(
+        self, group: dict[str, tar.Member], image: str, ending: str, taken: Sequence[str]
+    ) -> str:
+        """Suffix of the label or JSON that belongs to an image; empty = there is none."""
+        wanted = self.pick.label
+        if wanted == NO_LABEL and ending == "cls":
+            return ""
+        if wanted and ending == "cls":
+            if wanted == "json":
+                return ""
+            return next((suffix for suffix in group if _fits(suffix, wanted)), "")
+        stem = image.rpartition(".")[0]
+        for suffix in (f"{stem}.{ending}", ending):
+            if suffix in group:
+                return suffix
+        others = [suffix for suffix in group if suffix.rpartition(".")[2] == ending]
+        if len(others) > 1 and ending == "cls":
+            self.choices.labels[tuple(sorted(others))] += 1
+        return others[0] if len(others) == 1 and len(taken) == 1 else ""
+
+    def _leave_out(
+        self, suffix: str, member: tar.Member, images: Sequence[str], has_image: bool
+    ) -> None:
+        """Count a member that belongs to no sample, by reason."""
+        ending = suffix.rpartition(".")[2]
+        if suffix in images:
+            reason = FURTHER_IMAGE
+        elif ending in LABEL_ENDINGS or ending == "json":
+            reason = UNUSED_LABEL if has_image else LABEL_WITHOUT_IMAGE
+            if has_image and ending not in ("cls", "json"):
+                self.choices.unused[ending] += 1
+        else:
+            reason = ending_reason(member.name)
+        self.balance.leave_out(member.name, reason)
+
+
+def _is_word(suffix: str) -> bool:
+    """Whether a member is called by a word (`left.png`) and not by a number (`0001.png`)."""
+    return any(letter.isalpha() for letter in suffix.rpartition(".")[0])
+
+
+def _fits(suffix: str, wanted: str) -> bool:
+    """Whether a member's suffix is the one that a flag names, or begins or ends with it."""
+    wanted = wanted.lower().lstrip(".")
+    stem, _, ending = suffix.rpartition(".")
+    return bool(wanted) and wanted in (suffix, stem, ending)
+
+
+def read_label(
+    sample: TarSample,
+    read_member: Callable[[tar.Member], bytes],
+    archive: object,
+    pick: MemberPick = NO_PICK,
+) -> Label:
+    """Read the label of a webdataset sample: its `.cls`, or `label` or `cls` in its `.json`.
+
+    Args:
+        sample: Members of the sample.
+        read_member: Function that returns the bytes of a member.
+        archive: Name of the archive, for messages.
+        pick: Members that the user wants.
+
+    Raises:
+        ValueError: A label file that is too large or says nothing that can be a label.
+    """
+    member = sample.cls or sample.json
+    if member is None or pick.label == NO_LABEL:
+        return None
+    limit = labels.LONGEST_CLS if sample.cls else labels.LONGEST_JSON
+    name = f"{member.name} in {archive}"
+    if member.size > limit:
+        raise ValueError(f"{name} has {member.size} bytes, a label file at most {limit}.")
+    if sample.cls:
+        return labels.parse_cls(read_member(member), name)
+    entry = pick.label if pick.label != "json" else ""
+    return labels.parse_json_label(read_member(member), name, entry)

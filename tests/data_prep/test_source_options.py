@@ -1,0 +1,7 @@
+"""Options of sources decide nothing unless they are given."""
+
+from data_prep.source_options import SourceOptions
+
+
+def test_nothing_is_decided_beforehand():
+    assert vars(SourceOptions()) == {"files": "", "class_level": "", "empty_classes": "refuse"}
