@@ -98,12 +98,12 @@ def main() -> int:
 
 
 def _run_command(arguments: Sequence[str]) -> int:
-    name, *words = arguments or ["--help"]
+    name, *flags = arguments or ["--help"]
     if name in ("-h", "--help", "help"):
-        if not words:
+        if not flags:
             print(describe_commands())
             return 0
-        name, words = words[0], ["--help"]
+        name, flags = flags[0], ["--help"]
     if name in ("-V", "--version"):
         print(f"mocov3-ds {__version__}")
         return 0
@@ -121,16 +121,16 @@ def _run_command(arguments: Sequence[str]) -> int:
     try:
         environment.check_environment()
         if command.first:
-            _find_target(command.first)(words)
+            _find_target(command.first)(flags)
     except ValueError as error:
         print(f"mocov3: error: {error}", file=sys.stderr)
         return 2
     run = _find_target(command.target)
     if command.takes == "options":
-        return _run_function(name, run, words)
+        return _run_function(name, run, flags)
     if command.takes == "arguments":
-        return int(run(words or ["--help"]))
-    sys.argv = [f"mocov3 {name}", *words]
+        return int(run(flags or ["--help"]))
+    sys.argv = [f"mocov3 {name}", *flags]
     return int(run())
 
 

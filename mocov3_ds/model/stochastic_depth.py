@@ -86,7 +86,7 @@ def set_factors(branches: Sequence[StochasticDepth], factors_bM: Tensor) -> None
     """Give each branch its factors for the pass that comes next.
 
     Args:
-        branches: what `find_branches` gave.
+        branches: all branches of the network, as `find_branches` gave them.
         factors_bM: factors of the images of that pass, on its device.
     """
     for branch, factors_b in zip(branches, factors_bM.unbind(1), strict=True):

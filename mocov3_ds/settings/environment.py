@@ -19,7 +19,7 @@ class Number:
     default: float
     low: float = 0.0
     high: float = math.inf
-    whole: bool = False
+    is_whole: bool = False
     """whether it counts something: 2.5 is refused"""
 
     def read(self, name: str, text: str) -> float:
@@ -29,9 +29,9 @@ class Number:
             ValueError: It stands for none, or for one that is out of bounds or not finite.
         """
         try:
-            number: float = int(text) if self.whole else float(text)
+            number: float = int(text) if self.is_whole else float(text)
         except ValueError:
-            kind = "whole number" if self.whole else "number"
+            kind = "whole number" if self.is_whole else "number"
             raise ValueError(f"{name}={text!r} is no {kind}; {self._describe_remedy()}.") from None
         if not (math.isfinite(number) and self.low <= number <= self.high):
             raise ValueError(f"{name}={text!r} cannot be; {self._describe_remedy()}.")
@@ -47,7 +47,7 @@ class Number:
 class Choice:
     """A variable that holds one of a few words."""
 
-    words: tuple[str, ...]
+    choices: tuple[str, ...]
 
     def read(self, name: str, text: str) -> str:
         """Return `text`, the value of variable `name`, if it is one of the words.
@@ -55,10 +55,10 @@ class Choice:
         Raises:
             ValueError: It is none of them.
         """
-        if text not in self.words:
+        if text not in self.choices:
             raise ValueError(
-                f"{name}={text!r} is none of {', '.join(self.words)}"
-                f"{did_you_mean(text, self.words)}; correct it or unset it."
+                f"{name}={text!r} is none of {', '.join(self.choices)}"
+                f"{did_you_mean(text, self.choices)}; correct it or unset it."
             )
         return text
 
@@ -73,16 +73,16 @@ NUMBERS: Mapping[str, Number] = {
     "MOCOV3_STORAGE_LOW_BYTES_S": Number(16 << 10, high=2.0**40),
     "MOCOV3_STORAGE_CONNECT_S": Number(10, high=_MONTH_S),
     # of launchers: deepspeed, torchrun, accelerate, Slurm
-    "RANK": Number(0, high=_MOST_RANKS, whole=True),
-    "LOCAL_RANK": Number(0, high=_MOST_RANKS, whole=True),
-    "WORLD_SIZE": Number(1, low=1, high=_MOST_RANKS, whole=True),
-    "LOCAL_WORLD_SIZE": Number(1, low=1, high=_MOST_RANKS, whole=True),
-    "MASTER_PORT": Number(29500, low=1, high=65535, whole=True),
-    "TORCHELASTIC_RESTART_COUNT": Number(0, high=_MOST_RANKS, whole=True),
-    "SLURM_PROCID": Number(0, high=_MOST_RANKS, whole=True),
-    "SLURM_NTASKS": Number(1, low=1, high=_MOST_RANKS, whole=True),
-    "SLURM_LOCALID": Number(0, high=_MOST_RANKS, whole=True),
-    "SLURM_STEP_NUM_TASKS": Number(1, low=1, high=_MOST_RANKS, whole=True),
+    "RANK": Number(0, high=_MOST_RANKS, is_whole=True),
+    "LOCAL_RANK": Number(0, high=_MOST_RANKS, is_whole=True),
+    "WORLD_SIZE": Number(1, low=1, high=_MOST_RANKS, is_whole=True),
+    "LOCAL_WORLD_SIZE": Number(1, low=1, high=_MOST_RANKS, is_whole=True),
+    "MASTER_PORT": Number(29500, low=1, high=65535, is_whole=True),
+    "TORCHELASTIC_RESTART_COUNT": Number(0, high=_MOST_RANKS, is_whole=True),
+    "SLURM_PROCID": Number(0, high=_MOST_RANKS, is_whole=True),
+    "SLURM_NTASKS": Number(1, low=1, high=_MOST_RANKS, is_whole=True),
+    "SLURM_LOCALID": Number(0, high=_MOST_RANKS, is_whole=True),
+    "SLURM_STEP_NUM_TASKS": Number(1, low=1, high=_MOST_RANKS, is_whole=True),
 }
 """Variables that hold a number; one that is empty counts as unset."""
 

@@ -107,11 +107,11 @@ def write_slurm_script(folder: Path, names: Sequence[str], *, at_once: int, opti
 
 def _sbatch_lines(options: str) -> list[str]:
     try:
-        words = shlex.split(options)
+        option_words = shlex.split(options)
     except ValueError as error:
         raise ValueError(f"--sbatch {options!r} cannot be read: {error}.") from None
     lines: list[str] = []
-    for word in words:
+    for word in option_words:
         if word.startswith("-") or not lines:
             lines.append(f"#SBATCH {_sbatch_word(word)}")
         else:
