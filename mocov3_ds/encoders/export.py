@@ -1,6 +1,7 @@
 """How do other programs get an encoder? A folder in their layout, checked before it gets its name.
 
-    timm      model.safetensors, timm.json (sizes)    timm.create_model(..., checkpoint_path=...)
+    timm      model.safetensors, config.json          timm.create_model("local-dir:FOLDER", ...)
+              timm.json (sizes)                       timm.create_model(..., checkpoint_path=...)
     deit      model.pth {"model": ...}                DeiT's and MAE's --finetune / --resume
     hf        model.safetensors, config.json, ...     transformers.ViTModel.from_pretrained(...)
     moco-v3   model.pth.tar {"state_dict": ...}       the published code's --pretrained
@@ -10,6 +11,7 @@ Fixed positions are written out as weights, for the image size that is asked for
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -18,12 +20,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.data.storage.atomic import sync_to_disk
-from mocov3_ds.data.views.spec import ViewSpec
+from mocov3_ds.data.storage.tensor_file import save_tensors
 from mocov3_ds.encoders.foreign_names import (
     Format,
     architecture_names,
@@ -36,7 +37,10 @@ from mocov3_ds.encoders.foreign_names import (
 from mocov3_ds.encoders.load import Weights, build_encoder, read_weights
 from mocov3_ds.encoders.model_card import write_card
 from mocov3_ds.encoders.networks import EncoderRole
+from mocov3_ds.encoders.picture_settings import timm_config, transformers_preprocessor
 from mocov3_ds.model.vit import VitShape
+
+_log = logging.getLogger("mocov3_ds")
 
 Forward = Callable[[Tensor], Tensor]
 """images (B, C, H, W) -> class-token features (B, D)"""
@@ -92,9 +96,11 @@ def export_encoder(
     weights = replace(weights, shape=replace(weights.shape, image_size=size))
     with _replace_folder(out) as temporary:
         exported = (writers or WRITERS)[to](weights, _state_dict(encoder, weights.shape), temporary)
-        difference = _compare_features(encoder, exported, size, out)
+        difference = _compare_features(encoder, exported, size, out, weights.settings.norm_eps)
         table = describe_results(weights) if describe_results is not None else ""
         (temporary / "README.md").write_text(write_card(weights, to, difference, table))
+    if left_out := weights.left_out_of(to):
+        _log.warning("%s holds the %s encoder; left out: %s", out, role, left_out)
     return difference
 
 
@@ -124,16 +130,23 @@ def _state_dict(encoder: nn.Module, shape: VitShape) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _compare_features(encoder: nn.Module, exported: Forward, size: int, out: Path) -> float:
+def _compare_features(
+    encoder: nn.Module, exported: Forward, size: int, out: Path, norm_eps: float
+) -> float:
     """Largest difference between the features of two networks; more than rounding is refused."""
     generator = torch.Generator().manual_seed(0)
     images_BCHW = torch.randn(1, 3, size, size, generator=generator)
     features_BD, exported_BD = encoder(images_BCHW), exported(images_BCHW)
     difference, largest = (float(x.abs().max()) for x in (features_BD - exported_BD, features_BD))
     if not difference <= TOLERANCE * max(largest, 1.0):
+        cause = (
+            ""
+            if norm_eps == 1e-6
+            else (f" (its norms have the epsilon {norm_eps:g}, for which only --to hf has a place)")
+        )
         raise ValueError(
             f"the exported encoder's features differ by {difference:.2g} where rounding is "
-            f"below {TOLERANCE:.0e} of {largest:.2g}; nothing was written to {out}."
+            f"below {TOLERANCE:.0e} of {largest:.2g}{cause}; nothing was written to {out}."
         )
     return difference
 
@@ -144,9 +157,12 @@ def _compare_features(encoder: nn.Module, exported: Forward, size: int, out: Pat
 def _write_timm(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forward:
     file = out / "model.safetensors"
     sizes = timm_sizes(weights.shape, qk_norm=has_qk_norm(tensors))
-    save_file(tensors, str(file), metadata={"format": "pt", "num_heads": f"{weights.shape.heads}"})
+    save_tensors(tensors, file, {"format": "pt", "num_heads": f"{weights.shape.heads}"})
     (out / "timm.json").write_text(json.dumps(sizes, indent=1) + "\n")
-    return timm.create_model("vit_base_patch16_224", checkpoint_path=str(file), **sizes).eval()
+    config = timm_config(weights.shape, weights.settings, sizes)
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    model: nn.Module = timm.create_model(f"local-dir:{out}", pretrained=True)
+    return model.eval()
 
 
 def _write_deit(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forward:
@@ -189,23 +205,12 @@ def _write_hf(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forwar
         intermediate_size=4 * shape.dim,
         image_size=shape.image_size,
         patch_size=shape.patch_size,
-        layer_norm_eps=1e-6,
+        layer_norm_eps=weights.settings.norm_eps,
         architectures=["ViTModel"],
     )
     config.save_pretrained(out)
-    save_file(to_transformers(tensors), str(out / "model.safetensors"), metadata={"format": "pt"})
-    side = {"height": shape.image_size, "width": shape.image_size}
-    preprocessor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": side,
-        "resample": 2,  # bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": ViewSpec.mean,
-        "image_std": ViewSpec.std,
-    }
+    save_tensors(to_transformers(tensors), out / "model.safetensors", {"format": "pt"})
+    preprocessor = transformers_preprocessor(shape.image_size, weights.settings)
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
     loaded: Any = transformers.ViTModel.from_pretrained(
         out, add_pooling_layer=False, output_loading_info=True

@@ -151,7 +151,7 @@ def _explain_homeless(names: list[str], prefix: str) -> str:
     """Why a backbone with these tensors is not loaded, each kind of them named once or twice."""
     kinds = {re.sub(r"\d+", "#", name): name for name in reversed(names)}
     examples = [*reversed(kinds.values())]
-    lacking = (next((words for p, words in _REASONS.items() if re.search(p, n)), "") for n in names)
+    lacking = [next((r for p, r in _REASONS.items() if re.search(p, n)), "") for n in names]
     reasons = ", ".join(dict.fromkeys(filter(None, lacking)))
     return (
         f"{len(names)} tensors below {prefix!r} have no place in the plain Vision Transformer here "

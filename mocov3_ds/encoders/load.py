@@ -23,8 +23,9 @@ from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.checkpoints.run_paths import anchor_to_run
 from mocov3_ds.config import Config, from_json
+from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.foreign_names import has_qk_norm, infer_shape, take_backbone, to_timm
-from mocov3_ds.encoders.networks import EncoderRole, choose_prefix
+from mocov3_ds.encoders.networks import EncoderRole, choose_prefix, summarise_names
 from mocov3_ds.encoders.owner_settings import (
     OwnerSettings,
     read_settings_beside,
@@ -72,6 +73,17 @@ class Weights:
         """Name of the encoder in tables and model cards."""
         step = f", step {self.saved.step}" if self.saved is not None else ""
         return f"{self.path.name} ({self.role} encoder{step})"
+
+    def left_out_of(self, layout: str) -> str:
+        """What an export in a layout lacks of the run or file, in groups; empty = nothing.
+
+        Args:
+            layout: program that is written for; the published layout of MoCo v3 holds a whole run.
+        """
+        if layout != "moco-v3" or self.saved is None:
+            hint = "; --to moco-v3 keeps them" if self.saved is not None else ""
+            return f"{self.left_out}{hint}" if self.left_out else ""
+        return "the base encoder and its predictor" if self.role == "momentum" else ""
 
     def describe(self) -> str:
         """What was understood, in one line: sizes, source, what was left out, what was guessed."""
@@ -157,8 +169,9 @@ def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0
         weights = _interpret_tensors(path, find_weights(path), role, heads)
     except ValueError as error:
         raise ValueError(f"{path} gives no encoder: {error}") from None
-    level = logging.WARNING if weights.guess or weights.left_out else logging.INFO
-    _log.log(level, "%s", weights.describe())
+    if ranks.is_first():
+        level = logging.WARNING if weights.guess or weights.left_out else logging.INFO
+        _log.log(level, "%s", weights.describe())
     return weights
 
 
@@ -309,6 +322,8 @@ def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> W
         tensors = to_timm(saved.read_group(role))
     except ValueError as error:
         raise ValueError(f"checkpoint {saved.folder} gives no encoder: {error}") from None
+    names = [f"{group}.{n}" for group in ("base", "momentum") for n in saved.tensor_names(group)]
+    unused = [name for name in names if not name.startswith(f"{role}.backbone.")]
     return Weights(
         path=run,
         kind="mocov3-ds run",
@@ -318,4 +333,5 @@ def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> W
         positions=config.model.positions,
         config=config,
         saved=saved,
+        left_out=summarise_names(unused, f"{role}.backbone."),
     )

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.encoders.foreign_names import Format, architecture_names, has_qk_norm, timm_sizes
 from mocov3_ds.encoders.load import Weights
 
@@ -20,12 +19,13 @@ def write_card(weights: Weights, to: Format, difference: float, results_table: s
     shape = weights.shape
     return "\n\n".join(
         [
-            f"# {weights.title}: MoCo v3 features",
+            _FRONT_MATTER[to] + f"# {weights.title}: MoCo v3 features",
             "Class-token features of a Vision Transformer pretrained without labels "
             "([MoCo v3](https://arxiv.org/abs/2104.02057)), exported with mocov3-ds.",
             "## Load it",
             _explain_loading(weights, to),
-            f"Input: RGB in [0, 1], normalised by mean {ViewSpec.mean} and std {ViewSpec.std}, "
+            f"Input: RGB in [0, 1], normalised by mean {weights.settings.mean} and std "
+            f"{weights.settings.std}, "
             f"{shape.image_size} x {shape.image_size} pixels. Evaluation resizes the shorter side "
             f"to {round(shape.image_size * 256 / 224)} (bilinear) and crops the centre. Output: "
             f"{shape.dim} features.",
@@ -33,12 +33,29 @@ def write_card(weights: Weights, to: Format, difference: float, results_table: s
             "(fp32, checked when it was exported).",
             "## What it is",
             _describe_encoder(weights),
+            f"Not in this folder: {weights.left_out_of(to) or 'nothing that was there'}.",
             "## How good it is",
             results_table
             or "Not evaluated (`mocov3 knn`, `python -m mocov3_ds.evaluation.linear`).",
             "",
         ]
     )
+
+
+_FRONT_MATTER = {
+    to: "---\n"
+    + (f"library_name: {library}\n" if library else "")
+    + "pipeline_tag: image-feature-extraction\ntags:\n- mocov3-ds\n- moco-v3\n---\n\n"
+    for to, library in (("timm", "timm"), ("deit", ""), ("hf", "transformers"), ("moco-v3", ""))
+}
+"""what a Hub reads of a card"""
+
+
+_LOCAL_DIR = """import timm
+from timm.data import create_transform, resolve_model_data_config
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # or "hf-hub:USER/NAME"
+transform = create_transform(**resolve_model_data_config(model), is_training=False)"""
 
 
 def _explain_loading(weights: Weights, to: Format) -> str:
@@ -60,7 +77,10 @@ def _explain_loading(weights: Weights, to: Format) -> str:
         '["state_dict"]\n# module.base_encoder.*, as in the published files; in the published code:'
         "\n# main_lincls.py --pretrained model.pth.tar",
     }[to]
-    return f"```python\n{code}\n```"
+    text = f"```python\n{code}\n```"
+    if to == "timm":
+        text += f"\n\nWith the preprocessing that belongs to it:\n\n```python\n{_LOCAL_DIR}\n```"
+    return text
 
 
 def _describe_encoder(weights: Weights) -> str:

@@ -1,4 +1,4 @@
-"""What `mocov3 knn`, `export` and `look` do with an encoder; the front door `cli` imports this."""
+"""What `mocov3 knn`, `export`, `embed` and `look` do; the front door `cli` imports this."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +8,11 @@ import tyro
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.export import export_encoder
 from mocov3_ds.encoders.foreign_names import Format
+from mocov3_ds.encoders.hub import check_repository, push_folder
 from mocov3_ds.encoders.load import Weights, build_encoder, read_weights
 from mocov3_ds.encoders.networks import EncoderRole
 from mocov3_ds.evaluation import results
+from mocov3_ds.evaluation.embed import EmbedOptions, embed_images
 from mocov3_ds.evaluation.features import split_features
 from mocov3_ds.evaluation.knn import knn_accuracy
 from mocov3_ds.evaluation.labelled_images import Splits, choose_split_urls, open_splits
@@ -62,7 +64,15 @@ def evaluate_knn(
     size = image_size or weights.shape.image_size
     encoder = build_encoder(weights, image_size=size).to(device)
     (bank_ND, labels_N, _), (probes_PD, targets_P, _) = (
-        split_features(encoder, split, image_size=size, batch=batch, threads=threads)
+        split_features(
+            encoder,
+            split,
+            image_size=size,
+            batch=batch,
+            threads=threads,
+            mean=weights.settings.mean,
+            std=weights.settings.std,
+        )
         for split in (splits.train, splits.val)
     )
     first, step = ranks.rank(), ranks.world_size()
@@ -105,6 +115,8 @@ def export_weights(
     out: Path | None = None,
     image_size: int = 0,
     heads: int = 0,
+    push: str = "",
+    private: bool = False,
 ) -> None:
     """Write an encoder for another program, with a model card, and check its features there.
 
@@ -115,7 +127,12 @@ def export_weights(
         out: folder to make; empty = RUN-TO-WHICH beside the run.
         image_size: side of an image, pixels; 0 = as pretrained.
         heads: attention heads, if the weights cannot tell; 0 = the paper's for their width.
+        push: repository USER/NAME of a Hub (HF_ENDPOINT, with the token of HF_TOKEN or of
+            `hf auth login`) that gets the folder, too; empty = none.
+        private: whether a repository that is made for it is seen by its owner alone.
     """
+    if push:
+        check_repository(push)
     folder = out or run.parent / f"{run.resolve().name}-{to}-{which}"
     difference = export_encoder(
         run,
@@ -129,6 +146,32 @@ def export_weights(
     print(
         f"{folder}: same features within {difference:.1e}; {folder / 'README.md'} says how to load"
     )
+    if push:
+        print(f"pushed to {push_folder(folder, push, private=private)}")
+
+
+def write_features(
+    run: RunFolder,
+    images: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    out: Path,
+    options: Annotated[EmbedOptions, tyro.conf.arg(name="")] = EmbedOptions(),  # noqa: B008
+) -> None:
+    """Write the features of all images of a set, with ids and labels, for other programs.
+
+    Works on all ranks: `torchrun --nproc-per-node 8 -m mocov3_ds.cli embed RUN IMAGES --out FILE`.
+
+    Args:
+        run: run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder).
+        images: folder or URL of shards, or a folder of images.
+        out: file to write: .parquet, .npz or .safetensors.
+        options: encoder, size and type of the features.
+    """
+    ranks.start()
+    line = embed_images(run, images, out, options)
+    if ranks.is_first():
+        print(line)
 
 
 def show_encoder(

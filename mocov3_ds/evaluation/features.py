@@ -6,6 +6,7 @@ G = samples of all ranks.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from mocov3_ds.distributed import ranks
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """images or crops (B, C, H, W), labels (B,) and sample ids (B,)"""
+Colour = tuple[float, float, float]
 InputTransform = Callable[[Tensor], Tensor]
 """uint8 crops (B, C, H, W) on the CPU -> normalised images on the device in the network's dtype"""
 
@@ -94,6 +96,8 @@ def split_features(
     batch: int = 256,
     threads: int = 4,
     limit: int | None = None,
+    mean: Colour = ViewSpec.mean,
+    std: Colour = ViewSpec.std,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of the centre crops of a whole split, the same on each rank.
 
@@ -104,6 +108,8 @@ def split_features(
         batch: images per forward pass of a rank.
         threads: number of decoding threads of a rank.
         limit: number of samples in a fixed subset, spread evenly over the set; None = all samples.
+        mean: what the backbone's owner subtracts from RGB in [0, 1].
+        std: what RGB is divided by after that.
 
     Returns:
         (G, D) features fp32, (G,) labels and (G,) sample ids, in the order of the ids.
@@ -129,9 +135,8 @@ def split_features(
     device = next(backbone.parameters()).device
     total = math.ceil(math.ceil(samples / world) / batch)
     batches = show_progress(batches, total, f"features of {samples} images")
-    return join_ranks(
-        *extract_features(backbone, batches, lambda crops_BCHW: make_inputs(crops_BCHW, device))
-    )
+    transform = partial(make_inputs, device=device, mean=mean, std=std)
+    return join_ranks(*extract_features(backbone, batches, transform))
 
 
 def show_progress(batches: Iterable[Batch], total: int, title: str) -> Iterator[Batch]:
@@ -140,8 +145,19 @@ def show_progress(batches: Iterable[Batch], total: int, title: str) -> Iterator[
     return iter(tqdm(batches, title, total, unit="batch", disable=hidden, leave=False))
 
 
-def make_inputs(crops_BCHW: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 crops (B, C, H, W) as fp32 network inputs on a device, by the ImageNet statistics."""
-    spec = ViewSpec()
+def make_inputs(
+    crops_BCHW: Tensor,
+    device: torch.device | str = "cpu",
+    mean: Colour = ViewSpec.mean,
+    std: Colour = ViewSpec.std,
+) -> Tensor:
+    """uint8 crops (B, C, H, W) as fp32 network inputs on a device, by default ImageNet's.
+
+    Args:
+        crops_BCHW: crops on the CPU.
+        device: where the inputs are made.
+        mean: what is subtracted from RGB in [0, 1].
+        std: what RGB is divided by after that.
+    """
     crops_BCHW = crops_BCHW.to(device, non_blocking=True)
-    return normalise_crops(crops_BCHW, spec.mean, spec.std, torch.float32)
+    return normalise_crops(crops_BCHW, mean, std, torch.float32)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import Weights, build_encoder
+from mocov3_ds.encoders.owner_settings import OwnerSettings
 from mocov3_ds.evaluation.labelled_images import SeededTransform, seed_generators
 from mocov3_ds.evaluation.supervised_run import SupervisedConfig, SupervisedRun, run_command
 from mocov3_ds.settings.bounds import Bounds, Coefficient, Count, Positive, PositiveCount, Share
@@ -189,12 +190,17 @@ def mean_loss(logits_BK: Tensor, target: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(logits_BK, target, label_smoothing=smoothing)
 
 
-def build_transform(config: FinetuneConfig, size: int) -> Callable[[Image.Image], Tensor]:
-    """Augmentation of a training image, which ends normalised by the ImageNet mean and deviation.
+def build_transform(
+    config: FinetuneConfig,
+    size: int,
+    settings: OwnerSettings = OwnerSettings(),  # noqa: B008
+) -> Callable[[Image.Image], Tensor]:
+    """Augmentation of a training image, which ends normalised as the encoder's owner does.
 
     Args:
         config: crop, augmentation policy and erasing are taken from it.
         size: side of the crop, pixels.
+        settings: mean and deviation; by default ImageNet's.
     """
     transform: Callable[[Image.Image], Tensor] = create_transform(
         input_size=size,
@@ -206,6 +212,8 @@ def build_transform(config: FinetuneConfig, size: int) -> Callable[[Image.Image]
         re_prob=config.erase,
         re_mode="pixel",
         re_count=1,
+        mean=settings.mean,
+        std=settings.std,
     )
     for step in getattr(transform, "transforms", ()):
         for op in getattr(step, "ops", ()):
@@ -258,7 +266,7 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
     def train_epoch(self, *, final: bool) -> str:
         """Train one epoch; mean loss over steps and ranks, and the accuracy if it is due."""
         config, epoch = self.config, self.epochs_done + 1
-        transform = build_transform(config, self.image_size)
+        transform = build_transform(config, self.image_size, self.weights.settings)
         passes_per_step, batches = self.open_epoch(
             SeededTransform(transform, config.seed),
             images_per_pass=config.batch // ranks.world_size(),
@@ -347,6 +355,8 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
             is_training=False,
             interpolation="bicubic",
             crop_pct=224 / 256,
+            mean=self.weights.settings.mean,
+            std=self.weights.settings.std,
         )
 
         def classify(images_BCHW: Tensor) -> Tensor:

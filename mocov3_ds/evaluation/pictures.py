@@ -67,6 +67,7 @@ def class_attention(vit: VisionTransformer, images_BCHW: Tensor) -> Tensor:
     batch, tokens, dim = x_BND.shape
     heads = attention.num_heads
     q, k, _ = attention.qkv(x_BND).view(batch, tokens, 3, heads, dim // heads).unbind(2)
+    q, k = attention.q_norm(q), attention.k_norm(k)
     q_BHD, k_BHND = q[:, 0], k.transpose(1, 2)
     score_BHN = torch.einsum("bhd,bhnd->bhn", q_BHD, k_BHND) * (dim // heads) ** -0.5
     grid = round((tokens - 1) ** 0.5)
@@ -112,12 +113,15 @@ def draw_pictures(run: Path, out: Path, options: LookOptions) -> list[Path]:
     weights = read_weights(run, options.which, heads=options.heads)
     vit, size = build_encoder(weights), weights.shape.image_size
     splits = open_splits(*choose_split_urls(weights, options.train, options.val))
-    extract = partial(split_features, vit, image_size=size, threads=options.threads)
+    mean, std = weights.settings.mean, weights.settings.std
+    extract = partial(
+        split_features, vit, image_size=size, threads=options.threads, mean=mean, std=std
+    )
     bank_split = extract(splits.train, limit=bank)
     probes_PD, labels_P, ids_P = extract(splits.val, limit=_PROBES)
     rows = np.linspace(0, len(ids_P) - 1, min(images, len(ids_P))).round().astype(int).tolist()
     shown_BCHW = read_crops(splits.val, ids_P[rows], size)
-    attention_BHGG = class_attention(vit, make_inputs(shown_BCHW))
+    attention_BHGG = class_attention(vit, make_inputs(shown_BCHW, mean=mean, std=std))
     pictures = {
         "attention.png": attention_picture(shown_BCHW, attention_BHGG),
         "neighbours.png": _draw_neighbours(
