@@ -45,6 +45,9 @@ def step_within(engine: "Engine[nn.Module]", limit: float = math.inf) -> float:
     """
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         return _step_without_wrapper(engine, limit)
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False  # dropped like any other; `scale_is_exhausted`
     check = _NormCheck(engine, limit)
     with _norm_checked(sys.modules[type(engine.optimizer).__module__], check):
         engine.step()
@@ -56,6 +59,23 @@ def step_within(engine: "Engine[nn.Module]", limit: float = math.inf) -> float:
             )
         return math.inf  # DeepSpeed met an overflow before it computed the norm
     return check.norm
+
+
+def scale_is_exhausted(engine: "Engine[nn.Module]") -> bool:
+    """Whether an fp16 gradient that is not finite cannot be cured by a smaller loss scale.
+
+    That is so for a scale that does not follow overflows, and for one that has reached its floor
+    (fp16.min_loss_scale), where DeepSpeed by itself would end the run with a bare Exception. Ask
+    before the step; False where nothing is scaled.
+    """
+    if not engine.fp16_enabled():
+        return False
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return True
+    assert scaler is not None
+    is_patient = scaler.delayed_shift > 1 and scaler.cur_hysteresis > 1
+    return bool(scaler.cur_scale <= scaler.min_scale) and not is_patient
 
 
 class _NormCheck:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import Engine
-from mocov3_ds.distributed.guarded_step import DROP, step_within
+from mocov3_ds.distributed.guarded_step import DROP, scale_is_exhausted, step_within
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import Chunks, chunked_features, count_kept_chunks
 from mocov3_ds.model.loss import PairLoss
@@ -143,7 +143,8 @@ class StepResult:
     gradient_norm: float
     """norm of the whole gradient before clipping; not finite where the gradient is not"""
     bad_reason: str = ""
-    """why the step was dropped, in words; empty where it was not, and for an fp16 overflow"""
+    """why the step was dropped, in words; empty where it was not, and for an fp16 overflow that a
+    smaller loss scale can cure"""
 
 
 def train_step(
@@ -192,20 +193,23 @@ def train_step(
         engine.backward(forward.loss)
     with phase(StepPhase.OPTIMIZER):
         bad_loss = not loss <= loss_limit or not math.isfinite(loss)
+        scale_can_shrink = engine.fp16_enabled() and not scale_is_exhausted(engine)
         norm = step_within(engine, DROP if bad_loss else norm_limit)
     applied, reason = engine.was_step_applied(), ""
     if not applied:
-        reason = _bad_reason(loss, loss_limit, norm, norm_limit, engine.fp16_enabled())
+        reason = _bad_reason(loss, loss_limit, norm, norm_limit, scale_can_shrink)
     features, pair = forward.features_BD, (forward.queries_BP, forward.keys_BP)
     return StepResult(loss, features, forward.momentum_features_BD, pair, applied, norm, reason)
 
 
-def _bad_reason(loss: float, loss_limit: float, norm: float, norm_limit: float, fp16: bool) -> str:
-    """Why a step was dropped, in words; empty for an overflow of fp16."""
+def _bad_reason(
+    loss: float, loss_limit: float, norm: float, norm_limit: float, scale_can_shrink: bool
+) -> str:
+    """Why a step was dropped, in words; empty for an overflow that a smaller loss scale cures."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if loss > loss_limit:
         return f"the loss {loss:.4g} is above {loss_limit:.4g}"
     if not math.isfinite(norm):
-        return "" if fp16 else "the gradient is not finite"
+        return "" if scale_can_shrink else "the gradient is not finite"
     return f"the gradient's norm {norm:.4g} is above {norm_limit:.4g}"

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.gradients import full_gradients
-from mocov3_ds.distributed.guarded_step import DROP, step_within
+from mocov3_ds.distributed.guarded_step import DROP, scale_is_exhausted, step_within
 from tests.optim import engines
 from tests.optim.engines import Case
 from tests.ranks_pool import run_ranks
@@ -44,8 +45,23 @@ def run_case(case: Case) -> dict[str, Any]:
         moved = any(not torch.equal(w, weights[n]) for n, w in engines.weights(optimizer).items())
         result[name] = (norm, expected, moved, engine.was_step_applied())
     result["count"] = optimizer.step_count
+    if case.precision == "fp16":
+        result["exhausted"] = exhaust_scale(case, engine, parameters["out.weight"])
     engines.stop(engine)
     return result
+
+
+def exhaust_scale(case: Case, engine: Any, parameter: torch.nn.Parameter) -> list[Any]:
+    """A scale at its floor, and steps that overflow there; then the floor is far away again."""
+    scaler = engine.optimizer.loss_scaler
+    scaler.cur_hysteresis, floor, scaler.min_scale = 1, scaler.min_scale, scaler.cur_scale
+    seen: list[Any] = []
+    for ((x, y),) in engines.batches(case, 2):
+        poison_gradient(parameter)
+        engines.backward(engine, x, y)
+        seen += [scale_is_exhausted(engine), step_within(engine), engine.was_step_applied()]
+    scaler.min_scale = floor
+    return [*seen, scale_is_exhausted(engine)]
 
 
 def run_cases() -> dict[str, dict[str, Any]]:
@@ -70,3 +86,32 @@ def test_limits_decide_alike_on_all_ranks(world_size: int) -> None:
             norm, _, moved, applied = result["nan"]
             assert not math.isfinite(norm) and not moved and not applied, case
             assert result["count"] == 2, case
+            if "fp16" in case:
+                assert result["exhausted"] == [True, math.inf, False] * 2 + [False], case
+
+
+class Scaled:
+    """What is asked of an engine and of DeepSpeed's scaler in it."""
+
+    def __init__(self, *, fp16: bool, **scaler: Any) -> None:
+        self.optimizer = SimpleNamespace(loss_scaler=SimpleNamespace(**scaler))
+        self.fp16_enabled = lambda: fp16
+
+
+@pytest.mark.parametrize(
+    ("engine", "exhausted"),
+    [
+        (Scaled(fp16=False), False),
+        (Scaled(fp16=True, dynamic=False), True),  # a fixed scale never shrinks
+        (Scaled(fp16=True, dynamic=True, cur_scale=2, min_scale=1, delayed_shift=1), False),
+        (Scaled(fp16=True, dynamic=True, cur_scale=1, min_scale=1, delayed_shift=1), True),
+        (
+            Scaled(
+                fp16=True, dynamic=True, cur_scale=1, min_scale=1, delayed_shift=2, cur_hysteresis=2
+            ),
+            False,
+        ),
+    ],
+)
+def test_which_overflows_a_smaller_scale_cures(engine: Any, exhausted: bool) -> None:
+    assert scale_is_exhausted(engine) is exhausted
