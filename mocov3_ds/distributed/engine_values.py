@@ -121,6 +121,17 @@ def read_names(name: str, value: Any) -> list[str]:
     return value
 
 
+def read_class_paths(name: str, value: Any) -> list[str]:
+    """A list of classes with their modules.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not all("." in path.strip(".") for path in read_names(name, value)):
+        raise refuse_value(name, value, "a list of classes such as torch.nn.Linear")
+    return read_names(name, value)
+
+
 def read_parameter(name: str, value: Any) -> Any:
     """A value of the optimizer's params: numbers and switches that are text are read.
 
@@ -145,7 +156,7 @@ def is_off(value: Any) -> bool:
         if "enabled" in value:
             return is_off(value["enabled"])
         return all(is_off(inner) for inner in value.values())
-    return value in (None, False, "", "auto") or str(value).strip().lower() == "false"
+    return value in (None, False, "", "auto", []) or str(value).strip().lower() == "false"
 
 
 def _parse_number(value: Any) -> int | float | None:

@@ -83,6 +83,11 @@ def test_no_key_takes_what_is_not_of_its_kind(name: str) -> None:
         ({"bf16": {"enabled": 2}}, "bf16.enabled is 2; it must be true or false"),
         ({"bf16": {"enable": True}}, "unknown key 'enable' in bf16 (did you mean enabled?)"),
         ({"bf16": None}, 'bf16 is null where it must be an object such as {"enabled": true}'),
+        (
+            {"torch_autocast": {"lower_precision_safe_modules": ["Linear"]}},
+            "a list of classes such as torch.nn.Linear",
+        ),
+        ({"zero_optimization": {"leaf_module": {"classes": ["Block"]}}}, "has no effect here"),
         ({"stage": 2}, "unknown key 'stage' (did you mean zero_optimization.stage?)"),
         ({"gradient_clipping": None}, "gradient_clipping is null where it must be a number of 0"),
         ({"gradient_clipping": True}, "gradient_clipping is true; it must be a number"),

@@ -10,7 +10,10 @@ from mocov3_ds.distributed.engine_values import is_off, number, show_value, whol
 @pytest.mark.parametrize(
     ("value", "off"),
     [
-        *((value, True) for value in (None, False, "", "auto", "False", {}, {"enabled": "false"})),
+        *(
+            (value, True)
+            for value in (None, False, "", "auto", "False", [], {}, {"enabled": "false"})
+        ),
         ({"a": False, "b": None}, True),
         ({"enabled": False, "job_name": "x"}, True),
         *((value, False) for value in (True, 1, "x", [1], {"enabled": True}, {"a": 1})),
