@@ -16,6 +16,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from mocov3_ds.distributed.engine_config import compute_dtype
+
 Model = TypeVar("Model", bound=nn.Module)
 Model_co = TypeVar("Model_co", bound=nn.Module, covariant=True)
 
@@ -109,6 +111,29 @@ def start_engine(
         raise ValueError(f"DeepSpeed refuses its config: {reason}.") from error
     optimizer.attach(engine)
     return engine
+
+
+def check_precision(config: Mapping[str, Any]) -> None:
+    """Refuse a precision that this rank's device does not have, before anything is built on it.
+
+    Args:
+        config: DeepSpeed config, as `engine_config` gave it.
+
+    Raises:
+        ValueError: The device has no fp16, or no bf16.
+    """
+    accelerator, precision = get_accelerator(), compute_dtype(config)
+    missing = {
+        torch.float16: not accelerator.is_fp16_supported(),
+        torch.bfloat16: not accelerator.is_bf16_supported(),
+    }
+    if missing.get(precision):
+        kind = "fp16" if precision == torch.float16 else "bf16"
+        raise ValueError(
+            f"{kind}.enabled is true, but {kind} is not for this device "
+            f"({accelerator.device_name()}); use --ds {kind}.enabled=false for fp32, or the other "
+            "of fp16 and bf16."
+        )
 
 
 def gradient_bytes(engine: Engine[nn.Module]) -> int:

@@ -15,7 +15,7 @@ from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.config import Config, Settings
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import Engine, gradient_bytes, start_engine
+from mocov3_ds.distributed.engine import Engine, check_precision, gradient_bytes, start_engine
 from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.layer_groups import layer_group
@@ -107,6 +107,7 @@ def _check_engine(settings: Settings) -> dict[str, Any]:
     engine_json = engine_config(
         settings.engine, global_batch=config.batch, world_size=ranks.world_size()
     )
+    check_precision(engine_json)
     if config.compile_blocks and engine_json["zero_optimization"]["stage"] == 3:
         raise ValueError(
             "--compile_blocks does not go with ZeRO stage 3, which gathers weights inside of a "

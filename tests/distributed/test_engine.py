@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import full_tensors, gradient_bytes, start_engine
+from mocov3_ds.distributed.engine import check_precision, full_tensors, gradient_bytes, start_engine
 from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.optim import AdamW
@@ -67,3 +68,15 @@ def test_tensors_and_gradients_are_whole_at_each_stage(world_size: int) -> None:
             shards = world_size if stage else 1
             buckets = 2 * 4 * numbers if stage else 0
             assert result["bytes"] == 4 * numbers + 4 * numbers // shards + buckets, stage
+
+
+def test_a_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = get_accelerator()
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: False)
+    monkeypatch.setattr(accelerator, "is_bf16_supported", lambda: True)
+    check_precision({})
+    check_precision({"bf16": {"enabled": True}, "fp16": {"enabled": False}})
+    with pytest.raises(
+        ValueError, match=r"fp16 is not for this device .*fp16\.enabled=false"
+    ):
+        check_precision({"fp16": {"enabled": True}})
