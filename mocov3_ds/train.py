@@ -82,6 +82,7 @@ def start_log(run: Run) -> RunLog:
         heartbeat.note_saved(checkpoint_folder(folder, run.step).name if run.step else "")
         if run.step < run.total_steps:
             run_status.clear_finished(folder)
+    heartbeat.explain_data(lambda: run.loader.describe_work())  # a rewound run has another loader
     log = RunLog(folder, steps_done=run.step, total_steps=run.total_steps, speaks=is_first)
     log.print_line(describe_start(run))
     return log

@@ -43,6 +43,7 @@ READERS = 8
 RING = 3
 """Batch buffers: two with the caller, one being filled."""
 
+_NAMED = 4  # samples in a message
 _ROWS = 8  # rows that a decoding thread takes at a time
 
 
@@ -166,11 +167,25 @@ class Loader:
         self._free: list[_Buffer] = []
         self._lent: deque[_Buffer] = deque()  # with the caller
         self._threads: list[threading.Thread] = []
+        self._at_work: dict[int, int] = {}  # decoding thread -> sample_id
 
     def _pool_bytes(self) -> int:
         """Encoded bytes of this rank's share of the shuffle pool, at the set's mean size."""
         samples = min(self.order.pool, self.order.samples) / self._settings.world_size
         return int(samples * self._manifest.mean_bytes)
+
+    def describe_work(self) -> str:
+        """Name the samples that are being decoded right now; empty where none is. Any thread."""
+        sample_ids = sorted({*self._at_work.copy().values()})
+        named = ", ".join(self._describe_place(sample_id) for sample_id in sample_ids[:_NAMED])
+        more = len(sample_ids) - _NAMED
+        return f"decoding {named}{f' and {more} more' if more > 0 else ''}" if named else ""
+
+    def _describe_place(self, sample_id: int) -> str:
+        """Where a sample lies, from memory alone: its key would have to be read."""
+        shard = int(np.searchsorted(self._manifest.first_S, sample_id, side="right")) - 1
+        offset = int(self._manifest.index_N["offset"][sample_id])
+        return f"sample {sample_id} (byte {offset} of {self._manifest.shards[shard].name!r})"
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -224,11 +239,10 @@ class Loader:
             _Buffer(self._rank_batch, settings.image_size, settings.pin) for _ in range(RING)
         ]
         stages = [self._read_stage] * settings.readers + [self._views_stage] * settings.threads
-        self._threads = [
-            threading.Thread(target=self._run_stage, args=(stage,), daemon=True) for stage in stages
-        ]
-        for thread in self._threads:
-            thread.start()
+        for stage in stages:
+            thread = threading.Thread(target=self._run_stage, args=(stage,), daemon=True)
+            thread.start()  # may raise; only those that run are waited for at the end
+            self._threads.append(thread)
 
     def _run_stage(self, stage: Callable[[], None]) -> None:
         """Run a thread's stage; what it raises is raised by `next`."""
@@ -327,6 +341,7 @@ class Loader:
         epoch = 0 if settings.fixed_views else batch.epoch
 
         def decode(sample_id: int, image_bytes: bytes) -> None:
+            self._at_work[threading.get_ident()] = sample_id
             make_crops(
                 image_bytes,
                 settings.views,
@@ -344,6 +359,7 @@ class Loader:
         batch.sample_ids_B[row] = sample_id = self.bad_samples.decode_or_replace(
             planned_id, image_bytes, decode, order=self.order, epoch=batch.epoch, stop=self._stop
         )
+        self._at_work.pop(threading.get_ident(), None)
         return sample_id != planned_id
 
     def _take_decoded(self) -> "_DecodingBatch | None":

@@ -26,6 +26,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,8 @@ class Heart:
         """what to say of a launcher that is gone, while this rank goes on to save"""
         self.saved: str | None = None
         """name of the newest checkpoint; empty = there is none, None = not yet known"""
+        self.describe_work: Callable[[], str] = str
+        """what other threads are at while the main thread waits for data"""
         self._lock = threading.Lock()  # guards what is sent and whether a sentence was written
         self._has_spoken = False
         self._outbox: list[dict[str, Any]] = []
@@ -184,6 +187,8 @@ class Heart:
         location, waits = "", False
         if seconds > _LONGEST_TICK_S:
             location, waits = locate_thread(self._main_thread)
+            if self.timer.stage == "data" and (work := self.describe_work()):
+                location = f"{location}, {work},"
         return Beat(
             step=self.timer.step,
             stage=self.timer.stage,
@@ -363,6 +368,16 @@ def note_saved(name: str) -> None:
     """
     if _heart is not None:
         _heart.saved = name
+
+
+def explain_data(describe_work: Callable[[], str]) -> None:
+    """Tell what a rank is at that hangs in the stage "data", where its main thread only waits.
+
+    Args:
+        describe_work: Names what its threads work on, from memory alone; empty for nothing.
+    """
+    if _heart is not None:
+        _heart.describe_work = describe_work
 
 
 def lost_launcher() -> str:

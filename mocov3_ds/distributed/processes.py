@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import sys
+import sysconfig
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ _LAUNCHER_MODULES = {
     "deepspeed.launcher.runner",
     "accelerate.commands.launch",
 }
+_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 
 
 def find_launchers(process: psutil.Process | None = None) -> list[tuple[str, psutil.Process]]:
@@ -77,15 +79,16 @@ def locate_thread(identifier: int | None) -> tuple[str, bool]:
         identifier: Number of the thread, its `ident`.
 
     Returns:
-        The innermost line of a program that is no installed package, as "FUNCTION (FILE:LINE)", or
-        an empty text; and whether the thread is in a collective.
+        The innermost line that is neither of an installed package nor of Python's own library, as
+        "FUNCTION (FILE:LINE)", or an empty text; and whether the thread is in a collective.
     """
     frame = sys._current_frames().get(identifier or 0)
     location, waits = "", False
     while frame is not None:
         path = frame.f_code.co_filename
         waits |= path.endswith(("distributed/ranks.py", "distributed_c10d.py"))
-        if not location and "site-packages" not in path and "<frozen" not in path:
+        is_own = not any(part in path for part in ("site-packages", "<frozen", _LIBRARY))
+        if not location and is_own:
             location = f"{frame.f_code.co_name} ({Path(path).name}:{frame.f_lineno})"
         frame = frame.f_back
     return location, waits

@@ -147,6 +147,42 @@ def test_threads_and_files_end_with_the_loader(small):
     assert open_files() <= files
 
 
+def test_samples_that_are_being_decoded_are_named(small, monkeypatch):
+    make_crops, said = loader_module.make_crops, []
+
+    def make(*args, **settings):
+        said.append(loader.describe_work())
+        make_crops(*args, **settings)
+
+    monkeypatch.setattr(loader_module, "make_crops", make)
+    with open_loader(small, threads=0) as loader:
+        assert loader.describe_work() == ""
+        batch = next(loader)
+        assert loader.describe_work() == ""
+        ids = batch.sample_ids_B.tolist()
+    names = [shard.name for shard in small.shards for _ in range(shard.samples)]
+    assert said == [
+        f"decoding sample {i} (byte {small.index_N['offset'][i]} of {names[i]!r})" for i in ids
+    ]
+
+
+def test_no_more_threads_is_said_and_not_what_follows(small, monkeypatch):
+    class Thread(threading.Thread):
+        count = 0
+
+        def start(self):
+            Thread.count += 1
+            if Thread.count > 2:
+                raise RuntimeError("can't start new thread")
+            super().start()
+
+    monkeypatch.setattr(loader_module.threading, "Thread", Thread)
+    loader = open_loader(small, threads=2)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        next(loader)
+    loader.close()
+
+
 def test_a_batch_stays_until_the_second_next(small):
     with open_loader(small, threads=3) as loader:
         one = next(loader)

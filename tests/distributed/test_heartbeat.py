@@ -47,6 +47,7 @@ def run_rank(
         heartbeat.start(LIMIT_S if trouble == "hang" else 0.0, silence_s)
         if rank == 0:
             heartbeat.note_saved("step-00000003")
+        heartbeat.explain_data(lambda: "decoding sample 17")
         for step in range(1, 500 if trouble != "none" else 9):
             heartbeat.enter_stage(step, "data")
             if step == STEP_OF_TROUBLE and rank == affected:
@@ -131,7 +132,8 @@ CASES = {
     "hangs": (
         "hang", 1, None, [75, 75, 75],
         r"no progress for \d+ s \(limit 10 s, --hang_timeout\) in step 5, data: "
-        r"rank 1 \(host \S+, pid \d+\) in meet \(test_heartbeat\.py:\d+\) hangs\.",
+        r"rank 1 \(host \S+, pid \d+\) in meet \(test_heartbeat\.py:\d+\), decoding sample 17, "
+        r"hangs\.",
     ),
     "data": ("unreadable", 1, None, [1, 1, 1], r"rank 1, step 5: shard-7\.tar is damaged"),
     "data of the first": ("unreadable", 0, None, [1, 1, 1], r"shard-7\.tar is damaged"),

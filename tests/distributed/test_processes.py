@@ -88,7 +88,7 @@ def test_a_thread_is_located_by_its_own_line() -> None:
     thread.start()
     try:
         deadline = time.monotonic() + 240
-        while "threading.py" not in (location := locate_thread(thread.ident)[0]):
+        while "wait_for (test_processes.py:" not in (location := locate_thread(thread.ident)[0]):
             assert time.monotonic() < deadline, location
     finally:
         event.set()

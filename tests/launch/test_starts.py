@@ -96,7 +96,7 @@ def test_a_signal_to_the_rank_of_one_node_saves_the_run_of_both(tmp_path: Path) 
                 process.send_signal(signal.SIGUSR1)
         ends = ended(nodes)
     assert [status for status, _ in ends] == [0, 0], "\n".join(said for _, said in ends)
-    assert "asked to stop by a signal: the state is saved" in ends[0][1], ends
+    assert "asked to stop by SIGUSR1: checkpoint " in ends[0][1], ends
     done = steps(tmp_path)
     latest = tmp_path / "runs" / "tiny" / "checkpoints" / "latest"
     assert int("".join(filter(str.isdigit, latest.read_text()))) == done[-1]
@@ -117,7 +117,7 @@ def test_a_pod_that_must_go_saves_and_counts_as_failed(tmp_path: Path) -> None:
         pod.send_signal(signal.SIGTERM)
         [(status, said)] = ended([pod])
     assert status != 0, said
-    assert "asked to stop by a signal: the state is saved" in said
+    assert "asked to stop by SIGTERM: checkpoint " in said
 
 
 @pytest.fixture
