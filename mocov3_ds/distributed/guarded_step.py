@@ -45,7 +45,7 @@ def step_within(engine: "Engine[nn.Module]", limit: float = math.inf) -> float:
     """
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         return _step_without_wrapper(engine, limit)
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # dropped like any other; `scale_is_exhausted`
     check = _NormCheck(engine, limit)
