@@ -39,7 +39,8 @@ class Omission:
 class Balance:
     """Files of a source by what became of them."""
 
-    seen: int = 0
+    files: int = 0
+    """files that were met"""
     images: int = 0
     """files that are taken for images; kept or rejected once they are read"""
     side_files: int = 0
@@ -49,7 +50,7 @@ class Balance:
 
     def see(self, count: int = 1) -> None:
         """Count files that were met, before it is known what becomes of them."""
-        self.seen += count
+        self.files += count
 
     def leave_out(self, name: str, reason: str) -> None:
         """Count a file that is left out.
@@ -67,13 +68,13 @@ class Balance:
 
     def add(self, other: "Balance") -> None:
         """Add what became of other files."""
-        self.seen += other.seen
+        self.files += other.files
         self.images += other.images
         self.side_files += other.side_files
         for reason, omission in other.left_out.items():
-            mine = self.left_out.setdefault(reason, Omission(0, omission.example))
-            mine.count += omission.count
-            mine.example = min(mine.example, omission.example)
+            total = self.left_out.setdefault(reason, Omission(0, omission.example))
+            total.count += omission.count
+            total.example = min(total.example, omission.example)
 
     @property
     def omitted(self) -> int:
@@ -86,9 +87,9 @@ class Balance:
         Args:
             rejected: Number of images that could not be read.
         """
-        assert self.seen == self.images + self.side_files + self.omitted, "a file was lost"
+        assert self.files == self.images + self.side_files + self.omitted, "a file was lost"
         return {
-            "seen": self.seen,
+            "seen": self.files,
             "kept": self.images - rejected,
             "rejected": rejected,
             "side_files": self.side_files,
@@ -103,12 +104,12 @@ class Balance:
         Args:
             rejected: Number of images that could not be read; None = not known yet.
         """
-        assert self.seen == self.images + self.side_files + self.omitted, "a file was lost"
-        kept = f"{self.images} images"
+        assert self.files == self.images + self.side_files + self.omitted, "a file was lost"
+        images = f"{self.images} images"
         if rejected is not None:
-            kept = f"{self.images - rejected} images kept + {rejected} rejected"
+            images = f"{self.images - rejected} images kept + {rejected} rejected"
         head = (
-            f"balance: {self.seen} files seen = {kept} + {self.side_files} label and side files "
+            f"balance: {self.files} files seen = {images} + {self.side_files} label and side files "
             f"+ {self.omitted} left out"
         )
         return [head, *self.omission_lines()]
@@ -143,14 +144,14 @@ def check_balance(balance: Mapping[str, Any], samples: int, rejected: object) ->
     """
     try:
         left_out = sum(int(count) for count in balance["left_out"].values())
-        kept, seen = int(balance["kept"]), int(balance["seen"])
-        total = kept + int(balance["rejected"]) + int(balance["side_files"]) + left_out
+        images, files = int(balance["kept"]), int(balance["seen"])
+        total = images + int(balance["rejected"]) + int(balance["side_files"]) + left_out
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         return f"the balance in the manifest cannot be read ({type(error).__name__})"
-    if seen != total:
-        return f"the balance does not close: {seen} files seen, {total} accounted for"
-    if kept != samples:
-        return f"the balance says {kept} images kept, the manifest holds {samples} samples"
+    if files != total:
+        return f"the balance does not close: {files} files seen, {total} accounted for"
+    if images != samples:
+        return f"the balance says {images} images kept, the manifest holds {samples} samples"
     if balance["rejected"] != rejected:
         return f"the balance says {balance['rejected']} rejected, the manifest {rejected}"
     return ""

@@ -49,7 +49,7 @@ def class_at_level(level: str, folders: Folders, archive: str) -> str | None:
     """Class of an image; None = it has none.
 
     Args:
-        level: One of `LEVELS`.
+        level: Level of the class, one of `LEVELS`.
         folders: Folders of the image's path.
         archive: Name of the archive that holds it, without endings; empty = none.
     """
@@ -93,8 +93,8 @@ def choose_level(facts: PathFacts, classes: Collection[str], source: str) -> str
     if named:
         return named
     if shared and any(len(folders) > shared for folders in paths):
-        below = _names_at(paths, shared + 1)
-        if len(below) > 1:
+        deeper_names = _names_at(paths, shared + 1)
+        if len(deeper_names) > 1:
             raise ValueError(_describe_choice(paths, source, [1, shared + 1], shared))
     elif not shared and depth > 1 and (_recur(paths) or _are_wrappers(facts)):
         raise ValueError(_describe_choice(paths, source, [1, 2], 0))
@@ -108,10 +108,10 @@ def check_splits(paths: Collection[Folders], source: str) -> None:
         ValueError: They are.
     """
     shared = _shared_folders(paths)
-    above = next(iter(paths))[:shared]
+    shared_path = next(iter(paths))[:shared]
     splits = sibling_splits(_names_at(paths, shared + 1))
     if splits:
-        root = "/".join([*above, splits[0]])
+        root = "/".join([*shared_path, splits[0]])
         raise ValueError(
             f"{source} holds splits ({join_names(splits)}), not classes; shard each by itself "
             f"with --under {_quote_flag(root)} --split {_quote_flag(splits[0])} (or, if they are "
@@ -124,7 +124,7 @@ def check_splits(paths: Collection[Folders], source: str) -> None:
     inner = {name for names in tops.values() for name in sibling_splits(names)}
     if inner:
         name = min(inner)
-        pattern = "/".join([*above, "*", name, "*"])
+        pattern = "/".join([*shared_path, "*", name, "*"])
         raise ValueError(
             f"{source} holds splits ({join_names(sorted(inner))}) in its folders "
             f"({join_names(sorted(tops))}); take one of them with --files '{pattern}' --split "
@@ -149,16 +149,16 @@ def find_empty_classes(
     if not level.isdigit():
         return []
     depth = int(level)
-    above = {path[: depth - 1] for path in used}
+    parents = {path[: depth - 1] for path in used}
     names = {path[depth - 1] for path in used if len(path) >= depth}
     names |= {normalize_name(name) for name in names}
     busy = {path[:depth] for path in others}
-    found = {
+    candidates = {
         path[depth - 1]
         for path in folders
-        if len(path) >= depth and path[: depth - 1] in above and path[:depth] not in busy
+        if len(path) >= depth and path[: depth - 1] in parents and path[:depth] not in busy
     }
-    return sorted(name for name in found if normalize_name(name) not in names)
+    return sorted(name for name in candidates if normalize_name(name) not in names)
 
 
 def _level_of_flat_images(facts: PathFacts, source: str) -> str:
@@ -178,12 +178,12 @@ def _level_of_flat_images(facts: PathFacts, source: str) -> str:
 def _level_of_names(names: Sequence[set[str]], classes: Collection[str]) -> str:
     """The first level whose names are known to be classes; empty = none is."""
     if classes:
-        known = {normalize_name(name) for name in classes}
-        for level, found in enumerate(names, 1):
-            if {normalize_name(name) for name in found} <= known:
+        class_names = {normalize_name(name) for name in classes}
+        for level, folders in enumerate(names, 1):
+            if {normalize_name(name) for name in folders} <= class_names:
                 return str(level)
-    for level, found in enumerate(names, 1):
-        if all(SYNSET.fullmatch(name) for name in found):
+    for level, folders in enumerate(names, 1):
+        if all(SYNSET.fullmatch(name) for name in folders):
             return str(level)
     return ""
 
@@ -216,11 +216,11 @@ def _recur(paths: Collection[Folders]) -> bool:
 
 def _are_wrappers(facts: PathFacts) -> bool:
     """Whether each of several archives holds one folder, and that several others."""
-    inside: dict[int, set[Folders]] = {}
+    folders_of: dict[int, set[Folders]] = {}
     for number, folders in facts.folders:
-        inside.setdefault(number, set()).add(folders[:2])
-    return len(inside) > 1 and all(
-        len({top for top, *_ in pairs}) == 1 and len(pairs) > 1 for pairs in inside.values()
+        folders_of.setdefault(number, set()).add(folders[:2])
+    return len(folders_of) > 1 and all(
+        len({top for top, *_ in pairs}) == 1 and len(pairs) > 1 for pairs in folders_of.values()
     )
 
 

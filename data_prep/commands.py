@@ -38,7 +38,7 @@ def say(line: str, stream: TextIO | None = None) -> None:
     """Print a line; a reader that has gone away does not decide how the work ends.
 
     Args:
-        line: What to print.
+        line: Text of one or more lines.
         stream: Where to; None = standard output.
     """
     stream = sys.stdout if stream is None else stream
@@ -307,9 +307,9 @@ def _end_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

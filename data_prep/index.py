@@ -1,6 +1,7 @@
 """How do tars that others made get a manifest, so that they can be streamed and verified?"""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -20,6 +21,10 @@ from data_prep.wds_samples import NO_PICK, Choices, MemberPick
 from mocov3_ds.data import manifest, storage
 from mocov3_ds.data.manifest import Manifest, Shard
 from mocov3_ds.version import __version__
+
+_PROVENANCE = {"program": f"mocov3-ds {__version__}", "source": "index"}
+"""Of each manifest made here. Beside it, `labels` says whether numbers are names, as ids are, or
+class numbers; `files` and `members` say which tars and members were meant."""
 
 
 def _ignore(line: str) -> None:
@@ -54,47 +59,34 @@ def index_tars(
         say: Function that is told what was understood, line by line, before anything is written.
 
     Raises:
-        ValueError: There are no tars or no images, a tar is damaged, labels do not fit the class
-            names, there are several splits, or there is a manifest already.
+        ValueError: There are no images, a tar is damaged, more than one reading is possible, labels
+            do not fit the class names, or there is a manifest already.
     """
     url, patterns = _find_patterns(url, files)
     _check_place(url, replace)
     scans = _scan_tars(url, patterns, pick, workers, quiet)
-    balance, choices = Balance(), Choices()
-    for scan in scans.values():
-        balance.add(scan.balance)
-        choices.add(scan.choices)
-    choices.check(url)
-    readable = {
-        name: [sample for sample in scan.samples if not sample.reason]
-        for name, scan in scans.items()
-    }
-    samples = [sample for samples in readable.values() for sample in samples]
+    balance, choices = _add_up([*scans.values()], url)
+    readable = {name: _readable_samples(scan) for name, scan in scans.items()}
+    samples = [sample for of_tar in readable.values() for sample in of_tar]
     if not samples:
         raise ValueError(f"the tars in {url} hold no readable images.")
     index_N = np.array([_index_row(sample) for sample in samples], dtype=manifest.ROW)
-    names = [f"{name}/{sample.key}" for name, kept in readable.items() for sample in kept]
     index_N["label"], class_names, notes = _number_samples(
-        samples, names, url, classes or ClassNames(), unlabelled
+        readable, url, classes or ClassNames(), unlabelled
     )
-    rejected = balance.images - len(samples)
+    rejects = _list_rejects(scans)
     lines = _describe(scans, index_N, class_names, (*notes, *_notes(samples, choices)))
-    for line in lines + balance.lines(rejected):
+    for line in [*lines, *_describe_rejects(rejects), *balance.lines(len(rejects))]:
         say(line)
-    _write_rejects(url, scans)
-    shards = [
-        Shard(name, scans[name].bytes, len(samples), scans[name].sha256)
-        for name, samples in readable.items()
-        if samples
-    ]
-    labels = [sample.label for sample in samples]
+    write_rejects(rejects, url)
+    shards = [_shard_entry(scan, len(readable[scan.name])) for scan in scans.values()]
+    shards = [shard for shard in shards if shard.samples]
+    are_ids = class_names and _are_ids([sample.label for sample in samples], index_N["label"])
     provenance = {
-        "program": f"mocov3-ds {__version__}",
-        "rejected": rejected,
-        "source": "index",
-        # of labels that are numbers: whether they are class names, as ids are, or class numbers
-        "labels": "ids" if class_names and _are_ids(labels, index_N["label"]) else "numbers",
-        "balance": balance.as_json(rejected),
+        **_PROVENANCE,
+        "rejected": len(rejects),
+        "labels": "ids" if are_ids else "numbers",
+        "balance": balance.as_json(len(rejects)),
         **({"files": patterns} if patterns else {}),
         **({"members": pick._asdict()} if any(pick) else {}),
     }
@@ -123,9 +115,10 @@ def _find_patterns(url: str, files: str) -> tuple[str, list[str]]:
 
 def _check_place(url: str, replace: bool) -> None:
     """Refuse to write over a manifest, unless it is one of this program that is to be replaced."""
-    place = storage.join_url(url, manifest.NAME)
+    storage.check_writable(url)
+    manifest_url = storage.join_url(url, manifest.NAME)
     try:
-        tree = json.loads(storage.read(place))
+        tree = json.loads(storage.read(manifest_url))
         is_ours = isinstance(tree, dict) and tree.get("format") == manifest.FORMAT
     except FileNotFoundError:
         for name in (manifest.INDEX_NAME, REJECTS):
@@ -141,7 +134,7 @@ def _check_place(url: str, replace: bool) -> None:
         is_ours = False
     if not is_ours:
         raise ValueError(
-            f"{place} is not of this program and is not written over; move it away first."
+            f"{manifest_url} is not of this program and is not written over; move it away first."
         )
     if not replace:
         raise ValueError(
@@ -150,13 +143,14 @@ def _check_place(url: str, replace: bool) -> None:
 
 
 def _number_samples(
-    samples: Sequence[Sample],
-    names: Sequence[str],
+    readable: Mapping[str, Sequence[Sample]],
     url: str,
     classes: ClassNames,
     unlabelled: Unlabelled,
 ) -> NumberedLabels:
     """Class numbers of all samples; those whose label files cannot be read have none."""
+    samples = [sample for of_tar in readable.values() for sample in of_tar]
+    names = [f"{name}/{sample.key}" for name, of_tar in readable.items() for sample in of_tar]
     good = [row for row, sample in enumerate(samples) if not sample.label_reason]
     if not any(samples[row].label is not None for row in good) and len(good) < len(samples):
         bad = next(sample for sample in samples if sample.label_reason)
@@ -272,12 +266,38 @@ def _index_row(sample: Sample) -> tuple[int, ...]:
     return sample.offset, sample.size, sample.crc32, -1, sample.width, sample.height, 0
 
 
-def _write_rejects(url: str, scans: Mapping[str, Scan]) -> None:
-    """List the unreadable images of all tars in a file, if there are any."""
-    rejects = [
+def _shard_entry(scan: Scan, samples: int) -> Shard:
+    return Shard(scan.name, scan.bytes, samples, scan.sha256)
+
+
+def _readable_samples(scan: Scan) -> list[Sample]:
+    return [sample for sample in scan.samples if not sample.reason]
+
+
+def _list_rejects(scans: Mapping[str, Scan]) -> list[Reject]:
+    """The unreadable images of all tars."""
+    return [
         Reject(f"{name}/{sample.key}", sample.reason)
         for name, scan in scans.items()
         for sample in scan.samples
         if sample.reason
     ]
-    write_rejects(rejects, url)
+
+
+def _describe_rejects(rejects: Sequence[Reject]) -> list[str]:
+    """How many images are rejected and why, if any are."""
+    if not rejects:
+        return []
+    reasons = Counter(reject.reason for reject in rejects).most_common(3)
+    listed = ", ".join(f"{count} x {quote_name(reason)}" for reason, count in reasons)
+    return [f"{len(rejects)} images rejected (all in {REJECTS}): {listed}"]
+
+
+def _add_up(scans: Sequence[Scan], url: str) -> tuple[Balance, Choices]:
+    """What became of the members of all tars; refuses samples with several images or labels."""
+    balance, choices = Balance(), Choices()
+    for scan in scans:
+        balance.add(scan.balance)
+        choices.add(scan.choices)
+    choices.check(url)
+    return balance, choices

@@ -211,15 +211,15 @@ class UnsortedImages:
         selection.names, selection.file, selection.offset = [], [], []
         selection.size, selection.label, selection.json = [], [], []
         for row, name in enumerate(self.names):
-            wanted = is_wanted(row)
+            short_name = is_wanted(row)
             self.balance.images -= 1
-            if wanted is None:
+            if short_name is None:
                 self.balance.leave_out(name, OUTSIDE)
             else:
                 if row in self.bad_rows:
                     selection.bad_rows.add(len(selection.names))
                 where = self.file[row], self.offset[row], self.size[row]
-                selection.add_image(wanted, *where, self.label[row], self.json[row])
+                selection.add_image(short_name, *where, self.label[row], self.json[row])
         return selection
 
     def select_folder(self, folder: str) -> "UnsortedImages":
@@ -230,19 +230,19 @@ class UnsortedImages:
         """
         beginning = normalize_name(folder + "/")
         count = len(beginning.split("/")) - 1
-        whole: set[int] = set()  # archives that are folders of the path themselves
+        matched: set[int] = set()  # archives that are folders of the path themselves
 
         def shorten(row: int) -> str | None:
             prefix, inner = self.prefix.get(self.file[row], ""), self.inner_name(row)
             if normalize_name(inner).startswith(beginning):
                 return prefix + inner.split("/", count)[-1]
             if prefix and normalize_name(prefix + inner).startswith(beginning):
-                whole.add(self.file[row])
+                matched.add(self.file[row])
                 return (prefix + inner).split("/", count)[-1]
             return None
 
         selection = self.select_images(shorten)
-        selection.prefix.update(dict.fromkeys(whole, ""))
+        selection.prefix.update(dict.fromkeys(matched, ""))
         selection.folders = {
             path.split("/", count)[-1]
             for path in self.folders

@@ -54,9 +54,9 @@ def describe_classes(listing: Listing) -> str:
     last = len(listing.classes) - 1
     names = [f"{number} = {quote_name(listing.classes[number])}" for number in (0, last)]
     empty = len(listing.classes) - len(labels)
-    rest = f" ({empty} of them without images)" if empty else ""
+    empty_text = f" ({empty} of them without images)" if empty else ""
     ends = names[0] if not last else f"{names[0]} ... {names[1]}"
-    return f"{len(listing.classes)}{rest}, {ends}, from {origin}"
+    return f"{len(listing.classes)}{empty_text}, {ends}, from {origin}"
 
 
 def count_endings(listing: Listing) -> dict[str, int]:

@@ -20,8 +20,8 @@ def is_hidden(name: str) -> bool:
     if "/." not in name and name[:1] != "." and "/" not in name:  # most names, at little cost
         return name in _SYSTEM_FOLDERS or name in _SYSTEM_FILES
     return any(
-        part.startswith(".") or part in _SYSTEM_FOLDERS or part in _SYSTEM_FILES
-        for part in name.split("/")
+        name_part.startswith(".") or name_part in _SYSTEM_FOLDERS or name_part in _SYSTEM_FILES
+        for name_part in name.split("/")
     )
 
 

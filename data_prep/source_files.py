@@ -58,20 +58,20 @@ def find_source_files(source: str, files: str = "") -> SourceFiles:
     paths = [Path(name) for name in _expand_source(source)]
     if len(paths) == 1:
         return _find_in(paths[0], patterns, source)
-    found = SourceFiles(Path(os.path.commonpath([path.parent.absolute() for path in paths])))
+    source_files = SourceFiles(Path(os.path.commonpath([path.parent.absolute() for path in paths])))
     for path in paths:
-        part = _find_in(path, patterns, source)
-        if not part.archives:
+        files_of_path = _find_in(path, patterns, source)
+        if not files_of_path.archives:
             raise ValueError(
                 f"{quote_name(str(path))} is a folder of images, one of {len(paths)} paths that "
                 f"{quote_name(source)} names; only archives are taken together."
             )
-        found.archives += part.archives
-        found.balance.add(part.balance)
-    _check_kinds(found, source)
+        source_files.archives += files_of_path.archives
+        source_files.balance.add(files_of_path.balance)
+    _check_kinds(source_files, source)
     if not patterns and "{" not in source and "::" not in source:
-        check_split_names([path.name for path in found.archives], source)
-    return found
+        check_split_names([path.name for path in source_files.archives], source)
+    return source_files
 
 
 def expand_names(text: str) -> list[str]:
@@ -83,7 +83,7 @@ def expand_names(text: str) -> list[str]:
     Raises:
         ValueError: It is a `pipe:`, or the braces name too many files or are not closed.
     """
-    if any(part.startswith("pipe:") for part in text.split("::")):
+    if any(url.startswith("pipe:") for url in text.split("::")):
         raise ValueError(
             f"{quote_name(text)} is a command (pipe:), whose output cannot be read in any order; "
             "name the files themselves, or write its output to files first."
@@ -136,8 +136,8 @@ def _expand_source(source: str) -> list[str]:
         path = str(storage.local_path(name))
         if Path(path).exists():
             paths.append(path)
-        elif found := sorted(glob.glob(path)):  # noqa: PTH207 - the root may be any
-            paths += found
+        elif matches := sorted(glob.glob(path)):  # noqa: PTH207 - the root may be any
+            paths += matches
         else:
             missing.append(name)
     if len(names) == 1 and missing:
@@ -165,55 +165,55 @@ def _find_in(path: Path, patterns: Sequence[str], source: str) -> SourceFiles:
         return SourceFiles(path, [path])
     with os.scandir(path) as scan:
         entries = sorted(scan, key=lambda entry: entry.name)
-    found = SourceFiles(path)
-    beside = []
+    source_files = SourceFiles(path)
+    other_entries = []
     for entry in entries:
         if is_hidden(entry.name):
-            found.balance.see()
-            found.balance.leave_out(entry.name, balance.HIDDEN)
+            source_files.balance.see()
+            source_files.balance.leave_out(entry.name, balance.HIDDEN)
         elif is_archive(Path(entry.name)) and entry.is_file():
-            found.archives.append(Path(entry.path))
+            source_files.archives.append(Path(entry.path))
         elif entry.name in _OURS:
-            found.balance.see()
-            found.balance.leave_out(entry.name, "part of a set's manifest")
+            source_files.balance.see()
+            source_files.balance.leave_out(entry.name, "part of a set's manifest")
         else:
-            beside.append(entry)
-    if not found.archives:
+            other_entries.append(entry)
+    if not source_files.archives:
         return _find_below(path, patterns)
-    _choose_archives(found, patterns, beside)
-    _check_kinds(found, source)
+    _choose_archives(source_files, patterns, other_entries)
+    _check_kinds(source_files, source)
     if not patterns:
-        check_split_names([file.name for file in found.archives], source)
-    return found
+        check_split_names([file.name for file in source_files.archives], source)
+    return source_files
 
 
 def _choose_archives(
-    found: SourceFiles, patterns: Sequence[str], beside: Sequence["os.DirEntry[str]"]
+    source_files: SourceFiles, patterns: Sequence[str], other_entries: Sequence["os.DirEntry[str]"]
 ) -> None:
     """Keep the archives that are asked for, and count the files beside them."""
-    folder, archives = found.folder, found.archives
-    images = [entry for entry in beside if is_image_name(entry.name) or entry.is_dir()]
+    folder, archives = source_files.folder, source_files.archives
+    images = [entry for entry in other_entries if is_image_name(entry.name) or entry.is_dir()]
     if images and not patterns:
         raise ValueError(
             f"{quote_name(str(folder))} holds archives ({quote_name(archives[0].name)}) beside "
             f"images or folders ({quote_name(images[0].name)}); shard each by itself, the archives "
             f"with --files '*{archives[0].suffix}'."
         )
-    wanted = {*select_names([file.name for file in archives], patterns)}
-    if not wanted:
+    chosen = {*select_names([file.name for file in archives], patterns)}
+    if not chosen:
         raise ValueError(
             f"none of the {len(archives)} archives in {quote_name(str(folder))} matches --files "
             f"{join_names([*patterns])}; there are {join_names([a.name for a in archives], 3)}."
         )
-    found.archives = [file for file in archives if file.name in wanted]
+    source_files.archives = [file for file in archives if file.name in chosen]
     for file in archives:
-        if file.name not in wanted:
-            found.balance.see()
-            found.balance.leave_out(file.name, balance.OUTSIDE)
-    for entry in beside:
-        found.balance.see()
+        if file.name not in chosen:
+            source_files.balance.see()
+            source_files.balance.leave_out(file.name, balance.OUTSIDE)
+    for entry in other_entries:
+        source_files.balance.see()
         reason = balance.OUTSIDE if entry in images else balance.ending_reason(entry.name)
-        found.balance.leave_out(entry.name, reason)
+        source_files.balance.leave_out(entry.name, reason)
 
 
 def _find_below(path: Path, patterns: Sequence[str]) -> SourceFiles:
@@ -230,10 +230,10 @@ def _find_below(path: Path, patterns: Sequence[str]) -> SourceFiles:
     return SourceFiles(path, image_patterns=[*patterns])
 
 
-def _check_kinds(found: SourceFiles, source: str) -> None:
+def _check_kinds(source_files: SourceFiles, source: str) -> None:
     """Leave parquet files without images out from beside tars; refuse those with images."""
-    tables = [file for file in found.archives if file.suffix == ".parquet"]
-    if not tables or len(tables) == len(found.archives):
+    tables = [file for file in source_files.archives if file.suffix == ".parquet"]
+    if not tables or len(tables) == len(source_files.archives):
         return
     with_images = [file for file in tables if parquet.has_images(file)]
     if with_images:
@@ -243,9 +243,9 @@ def _check_kinds(found: SourceFiles, source: str) -> None:
             "--files '*.parquet'."
         )
     for file in tables:
-        found.balance.see()
-        found.balance.leave_out(file.name, balance.NO_IMAGES)
-    found.archives = [file for file in found.archives if file.suffix != ".parquet"]
+        source_files.balance.see()
+        source_files.balance.leave_out(file.name, balance.NO_IMAGES)
+    source_files.archives = [file for file in source_files.archives if file.suffix != ".parquet"]
 
 
 def check_split_names(names: Sequence[str], source: str) -> None:
@@ -285,6 +285,6 @@ def split_pattern(name: str) -> str:
     `imagenet1k-train-0000.tar` gives `imagenet1k-train-*.tar`.
     """
     word = re.search("|".join(sorted(SPLIT_WORDS, key=len, reverse=True)), name.lower())
-    place = word.end() if word else 0
-    tail = re.sub(r"\d+(\D{1,4}\d+)*", "*", name[place:], count=1)
-    return name[:place] + tail
+    split_end = word.end() if word else 0
+    tail = re.sub(r"\d+(\D{1,4}\d+)*", "*", name[split_end:], count=1)
+    return name[:split_end] + tail

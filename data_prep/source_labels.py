@@ -48,8 +48,8 @@ def label_images(
             f"none of the {len(images.bad_rows)} label files of {quote_name(source)} can be read: "
             f"{images.bad_label.rstrip('.')} (--label - takes the images without labels)."
         )
-    known = {name for reading in classes.readings for name in reading}
-    level = options.class_level or class_levels.choose_level(facts, known, source)
+    stated_names = {name for reading in classes.readings for name in reading}
+    level = options.class_level or class_levels.choose_level(facts, stated_names, source)
     if not options.class_level and level.isdigit() and any(size for _, size in images.json):
         level = _level_of_samples(paths, int(level), source)
     _set_labels(images, facts.archives, level)
@@ -128,8 +128,8 @@ def _find_empty_classes(
     if classes.readings or choice == "drop":
         return ()
     folders = [_split(folder) for folder in images.folders if folder]
-    others = [_split(folder) for folder in images.other_folders]
-    empty = class_levels.find_empty_classes(level, folders, paths, others)
+    busy_folders = [_split(folder) for folder in images.other_folders]
+    empty = class_levels.find_empty_classes(level, folders, paths, busy_folders)
     if not empty or choice == "keep":
         return empty
     raise ValueError(

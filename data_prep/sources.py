@@ -72,9 +72,9 @@ def list_images(
             one reading is possible.
     """
     class_levels.check_level(options.class_level)
-    found = find_source_files(source, options.files)
+    source_files = find_source_files(source, options.files)
     pick = MemberPick(image, label if labels is None else NO_LABEL)
-    listed = _list_files(found, source, under.strip("/"), scratch_folder, pick, is_look)
+    listed = _list_files(source_files, source, under.strip("/"), scratch_folder, pick, is_look)
     images = listed.images
     names = listed.classes if classes is None else read_class_names(classes)
     notes = listed.notes + _describe_oddities(images)
@@ -82,10 +82,10 @@ def list_images(
     if labels is not None:
         if not options.class_level:
             class_levels.check_splits({folders for _, folders in listed.facts().folders}, source)
-        images.label, names, more = read_image_labels(
+        images.label, names, label_notes = read_image_labels(
             labels, images.names, names, label=label, unlabelled=unlabelled
         )
-        origin, notes = f"the file {quote_name(str(labels))}", notes + more
+        origin, notes = f"the file {quote_name(str(labels))}", notes + label_notes
     elif label == NO_LABEL:
         origin = ""
     else:
@@ -93,7 +93,7 @@ def list_images(
     listing = images.to_listing(
         [str(file) for file in listed.files], listed.root, names, source, unlabelled, empty
     )
-    form = _describe_form(found)
+    form = _describe_form(source_files)
     return replace(listing, form=form, class_origin=origin, notes=notes + listing.notes)
 
 
@@ -117,7 +117,7 @@ class _Listed(NamedTuple):
 
 
 def _list_files(
-    found: SourceFiles,
+    source_files: SourceFiles,
     source: str,
     under: str,
     scratch_folder: Path | None,
@@ -125,27 +125,27 @@ def _list_files(
     is_look: bool,
 ) -> _Listed:
     """List the images of archives or of a folder, those below `under` alone."""
-    images, root, files = UnsortedImages(), "", list(found.archives)
-    images.balance.add(found.balance)
+    images, root, files = UnsortedImages(), "", list(source_files.archives)
+    images.balance.add(source_files.balance)
     classes, notes = ClassNames(), _NO_NOTES
     if files and files[0].suffix == ".parquet":
         columns = parquet.choose_columns(files, pick.image, pick.label)
         classes, notes = columns.classes, columns.notes
         files = _list_tables(images, files, scratch_folder, columns, is_look)
     elif files:
-        classes = _find_class_names(found.folder)
+        classes = _find_class_names(source_files.folder)
         reader = _TarReader(images, scratch_folder, pick, len(files) > 1, is_look)
         files = [reader.list_archive(file, number) for number, file in enumerate(files)]
     else:
-        root = str(_find_folder(found.folder, under, source))
+        root = str(_find_folder(source_files.folder, under, source))
         list_tree(images, Path(root))
-        images = _select_files(images, found)
+        images = _select_files(images, source_files)
     if files and under:
         images = images.select_folder(under)
     _check_images(images, source, under)
     if pick.label == NO_LABEL:
         images.label = [None] * len(images.names)
-    stems = [scratch.archive_stem(file) for file in found.archives]
+    stems = [scratch.archive_stem(file) for file in source_files.archives]
     return _Listed(images, files, root, stems, classes, notes)
 
 
@@ -154,12 +154,10 @@ def _find_folder(root: Path, under: str, source: str) -> Path:
     folder = root / under
     if not folder.is_dir() and under:
         folder = root
-        for part in under.split("/"):
+        for folder_name in under.split("/"):
             with contextlib.suppress(OSError):
-                folder = next(
-                    (p for p in folder.iterdir() if normalize_name(p.name) == normalize_name(part)),
-                    folder / part,
-                )
+                names = {normalize_name(path.name): path for path in folder.iterdir()}
+                folder = names.get(normalize_name(folder_name), folder / folder_name)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {quote_name(under)} in {quote_name(source)}.")
     return folder if under else root
@@ -220,8 +218,8 @@ def _list_tables(
         if is_look:
             path, rows = file, parquet.list_rows(file, columns)
         else:
-            own = _own_folder(file, number, folder)
-            path, rows = parquet.copy_images(file, own, columns)
+            copy_folder = _own_folder(file, number, folder)
+            path, rows = parquet.copy_images(file, copy_folder, columns)
         plain.append(path)
         for row in rows:
             images.balance.see()
@@ -229,14 +227,14 @@ def _list_tables(
     return plain
 
 
-def _select_files(images: UnsortedImages, found: SourceFiles) -> UnsortedImages:
+def _select_files(images: UnsortedImages, source_files: SourceFiles) -> UnsortedImages:
     """The images of a folder whose paths match the patterns of `--files`."""
-    patterns = found.image_patterns
+    patterns = source_files.image_patterns
     if not patterns:
         return images
-    wanted = {*select_names(images.names, patterns)}
+    chosen = {*select_names(images.names, patterns)}
     return images.select_images(
-        lambda row: images.names[row] if images.names[row] in wanted else None
+        lambda row: images.names[row] if images.names[row] in chosen else None
     )
 
 
@@ -253,10 +251,10 @@ def _check_images(images: UnsortedImages, source: str, under: str) -> None:
     ]
     advice = "."
     if archives:
-        place = archives[0].rpartition("/")[0]
+        archive_folder = archives[0].rpartition("/")[0]
         advice = (
             f"; archives lie in its folders, e.g. {quote_name(archives[0])}: give that folder as "
-            f"the source, or add --files '{quote_name(place)}/*'."
+            f"the source, or add --files '{quote_name(archive_folder)}/*'."
         )
     raise ValueError(
         f"{quote_name(searched)} holds no images (files ending in {', '.join(SUFFIXES)}), "
@@ -264,17 +262,17 @@ def _check_images(images: UnsortedImages, source: str, under: str) -> None:
     )
 
 
-def _describe_form(found: SourceFiles) -> str:
+def _describe_form(source_files: SourceFiles) -> str:
     """What a source is, in a few words."""
-    if not found.archives:
+    if not source_files.archives:
         return "folder of images"
-    kinds = Counter(
-        "parquet file" if file.suffix == ".parquet" else _tar_kind(file) for file in found.archives
-    )
+    kinds = Counter(_archive_kind(file) for file in source_files.archives)
     return " and ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
 
 
-def _tar_kind(file: Path) -> str:
+def _archive_kind(file: Path) -> str:
+    if file.suffix == ".parquet":
+        return "parquet file"
     kind = scratch.find_compression(file)
     return f"tar compressed by {kind}" if kind else "tar"
 

@@ -26,10 +26,10 @@ def find_split(name: str) -> tuple[str, str]:
     Returns:
         The split (`train`, `val` or `test`; empty = none), and the other words of the name.
     """
-    words = _WORD.findall(name.lower())
-    split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
-    others = (word for word in words if word not in SPLIT_WORDS and word not in _FILLING)
-    return split, " ".join(others)
+    name_words = _WORD.findall(name.lower())
+    split = next((SPLIT_WORDS[word] for word in name_words if word in SPLIT_WORDS), "")
+    other_words = (word for word in name_words if word not in SPLIT_WORDS and word not in _FILLING)
+    return split, " ".join(other_words)
 
 
 def sibling_splits(names: Iterable[str]) -> list[str]:
@@ -40,9 +40,9 @@ def sibling_splits(names: Iterable[str]) -> list[str]:
     """
     by_rest: dict[str, dict[str, list[str]]] = {}
     for name in sorted({*names}):
-        split, rest = find_split(name)
+        split, skeleton = find_split(name)
         if split:
-            by_rest.setdefault(rest, {}).setdefault(split, []).append(name)
+            by_rest.setdefault(skeleton, {}).setdefault(split, []).append(name)
     return sorted(
         name
         for splits in by_rest.values()

@@ -117,14 +117,14 @@ def list_tar(
     """
     images.prefix[number] = prefix
     if stream is not None:
-        place = _Place(quote_name(str(path)), number, prefix, "", 0, -1)
-        holds_archives = _list_members(images, stream, None, place, pick)
+        archive = _Place(quote_name(str(path)), number, prefix, "", 0, -1)
+        holds_archives = _list_members(images, stream, None, archive, pick)
     else:
         size = path.stat().st_size
         with path.open("rb", buffering=0) as file:
-            place = _Place(quote_name(str(path)), number, prefix, "", 0, file.fileno())
+            archive = _Place(quote_name(str(path)), number, prefix, "", 0, file.fileno())
             window = FileWindow(file.fileno(), 0, size)
-            holds_archives = _list_members(images, window, size, place, pick)
+            holds_archives = _list_members(images, window, size, archive, pick)
     if holds_archives:
         images.prefix[number] = ""
 

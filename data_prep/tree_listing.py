@@ -20,7 +20,7 @@ def list_tree(images: UnsortedImages, root: Path) -> None:
 
     Args:
         images: List to which the images are added.
-        root: The folder.
+        root: Path of the folder.
 
     Raises:
         ValueError: A link leads to nothing, or links lead to the same folders over and over.
@@ -30,10 +30,10 @@ def list_tree(images: UnsortedImages, root: Path) -> None:
     # a folder below the root with a slash at its end, and the folders that it lies in
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
-        folder, above = waiting.pop()
+        folder, ancestors = waiting.pop()
         status = os.stat(f"{root}/{folder}")  # noqa: PTH116 - Path costs as much as the call
         identity = (status.st_dev, status.st_ino)
-        if identity in above:
+        if identity in ancestors:
             images.balance.see()
             images.balance.leave_out(folder.rstrip("/"), balance.LOOP)
             continue
@@ -47,7 +47,7 @@ def list_tree(images: UnsortedImages, root: Path) -> None:
             )
         met.add(identity)
         images.folders.add(folder.rstrip("/"))
-        inner = above | {identity}
+        inner = ancestors | {identity}
         with os.scandir(f"{root}/{folder}") as entries:
             waiting += [(name, inner) for name in _sort_entries(images, root, folder, entries)]
 

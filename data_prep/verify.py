@@ -92,7 +92,9 @@ class Verdict:
             example = quote_name(self.repeated_keys[0])
             lines.append(f"{self.repeated_key_count} keys occur more than once, e.g. {example}")
         if not self.is_listed:
-            lines.append("the server cannot list files: what the manifest does not name is not seen")
+            lines.append(
+                "the server cannot list files: what the manifest does not name is not seen"
+            )
         for problem in self.problems[:_SHOWN]:
             name = f"{problem.shard}/{problem.sample}" if problem.sample else problem.shard
             lines.append(f"WRONG {quote_name(name)}: {quote_name(problem.message)}")
@@ -201,13 +203,13 @@ def _find_problems(
 
 def _compare_balance(balance: Mapping[str, Any], scans: Sequence[Scan]) -> str:
     """Say in what the members of the tars differ from the balance of a described set."""
-    found = Balance()
+    balance_of_tars = Balance()
     for scan in scans:
         if scan.damage:
             return ""  # that is said of the tar itself
-        found.add(scan.balance)
-    tree = found.as_json(0)
-    tree["kept"], tree["rejected"] = balance["kept"], found.images - balance["kept"]
+        balance_of_tars.add(scan.balance)
+    tree = balance_of_tars.as_json(0)
+    tree["kept"], tree["rejected"] = balance["kept"], balance_of_tars.images - balance["kept"]
     wrong = [
         f"{key} {tree[key]}, {balance.get(key)} in the manifest"
         for key in tree

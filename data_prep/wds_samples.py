@@ -78,12 +78,12 @@ class Choices:
         Raises:
             ValueError: There are such samples.
         """
-        for title, flag, counts, least in (
+        for title, flag, counts, limit in (
             ("images", "--image", self.images, 2),
             ("labels", "--label", self.labels, 1),
         ):
             endings, count = max(counts.items(), key=lambda item: item[1], default=((), 0))
-            if count >= least:
+            if count >= limit:
                 raise ValueError(
                     f"{count} samples of {source} hold several {title}: {join_names([*endings])}; "
                     f"{flag} {endings[0]} (or another of them) says which one is meant."
@@ -143,24 +143,24 @@ class _Sorter(NamedTuple):
     def split_group(self, key: str, group: dict[str, tar.Member]) -> Iterator[TarSample]:
         """Samples among members given by the rest of their names; the others are left out."""
         images = [suffix for suffix in group if suffix.rpartition(".")[2] in SUFFIXES]
-        taken = self._choose_images(images)
+        chosen = self._choose_images(images)
         used: set[str] = set()
-        for suffix in taken:
-            cls = self._choose_side(group, suffix, "cls", taken)
-            json = self._choose_side(group, suffix, "json", taken)
+        for suffix in chosen:
+            cls = self._choose_side(group, suffix, "cls", chosen)
+            json = self._choose_side(group, suffix, "json", chosen)
             used |= {name for name in (suffix, cls, json) if name}
             stem = suffix.rpartition(".")[0]
-            is_plain = len(taken) == 1 and (not stem or bool(self.pick.image))
+            is_plain = len(chosen) == 1 and (not stem or bool(self.pick.image))
             yield TarSample(
                 key if is_plain else f"{key}.{stem}",
                 group[suffix],
                 group[cls] if cls else None,
                 group[json] if json else None,
             )
-        self.balance.side_files += len(used) - len(taken)
+        self.balance.side_files += len(used) - len(chosen)
         for suffix, member in group.items():
             if suffix not in used:
-                self._leave_out(suffix, member, images, bool(taken))
+                self._leave_out(suffix, member, images, bool(chosen))
 
     def _choose_images(self, images: Sequence[str]) -> list[str]:
         """Suffixes of the images that are samples."""
@@ -177,21 +177,21 @@ class _Sorter(NamedTuple):
         self, group: dict[str, tar.Member], image: str, ending: str, taken: Sequence[str]
     ) -> str:
         """Suffix of the label or JSON that belongs to an image; empty = there is none."""
-        wanted = self.pick.label
-        if wanted == NO_LABEL and ending == "cls":
+        picked = self.pick.label
+        if picked == NO_LABEL and ending == "cls":
             return ""
-        if wanted and ending == "cls":
-            if wanted == "json":
+        if picked and ending == "cls":
+            if picked == "json":
                 return ""
-            return next((suffix for suffix in group if _fits(suffix, wanted)), "")
+            return next((suffix for suffix in group if _fits(suffix, picked)), "")
         stem = image.rpartition(".")[0]
         for suffix in (f"{stem}.{ending}", ending):
             if suffix in group:
                 return suffix
-        others = [suffix for suffix in group if suffix.rpartition(".")[2] == ending]
-        if len(others) > 1 and ending == "cls":
-            self.choices.labels[tuple(sorted(others))] += 1
-        return others[0] if len(others) == 1 and len(taken) == 1 else ""
+        same_kind = [suffix for suffix in group if suffix.rpartition(".")[2] == ending]
+        if len(same_kind) > 1 and ending == "cls":
+            self.choices.labels[tuple(sorted(same_kind))] += 1
+        return same_kind[0] if len(same_kind) == 1 and len(taken) == 1 else ""
 
     def _leave_out(
         self, suffix: str, member: tar.Member, images: Sequence[str], has_image: bool
@@ -216,9 +216,9 @@ def _is_word(suffix: str) -> bool:
 
 def _fits(suffix: str, wanted: str) -> bool:
     """Whether a member's suffix is the one that a flag names, or begins or ends with it."""
-    wanted = wanted.lower().lstrip(".")
+    suffix_wanted = wanted.lower().lstrip(".")
     stem, _, ending = suffix.rpartition(".")
-    return bool(wanted) and wanted in (suffix, stem, ending)
+    return bool(suffix_wanted) and suffix_wanted in (suffix, stem, ending)
 
 
 def read_label(

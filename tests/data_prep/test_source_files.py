@@ -78,7 +78,7 @@ def test_hidden_things_and_manifests_beside_tars_are_left_out(folder):
     found = find_source_files(str(folder))
     assert names(found) == ["t-0.tar", "t-1.tar", "u-0.tar"]
     found.balance.images = 0
-    assert found.balance.seen == found.balance.omitted == 4
+    assert found.balance.files == found.balance.omitted == 4
     (folder / "cats").mkdir()
     with pytest.raises(ValueError, match=r"beside images or folders \(cats\).*--files '\*.tar'"):
         find_source_files(str(folder))
