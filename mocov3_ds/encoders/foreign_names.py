@@ -26,13 +26,14 @@ from mocov3_ds.encoders.networks import (
     summarise_names,
 )
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
+from mocov3_ds.settings.wording import count_noun
 
 Format = Literal["timm", "deit", "hf", "moco-v3"]
 """program that weights are written for"""
 
 _PROJECTIONS = ("query", "key", "value")
 _REASONS = {  # what the plain ViT lacks, by a word of the tensor's name
-    r"(^|\.)(ls\d?|gamma\w*|layer_?scale\w*|lambda\d*)(\.|$)": "LayerScale",
+    r"(^|\.)(ls\d?|gamma\w*|layer_?scale\w*|lambda\w*)(\.|$)": "LayerScale",
     r"reg(ister)?_tokens?": "register tokens",
     r"dist(illation)?_token": "a distillation token",
     r"rope|freqs": "rotary positions",
@@ -40,7 +41,7 @@ _REASONS = {  # what the plain ViT lacks, by a word of the tensor's name
     r"attn_pool": "attention pooling",
     r"fc_norm": "the mean of the patches as features",
     r"mlp\.(w\d+|fc1_\w+|gate\w*|weights_in)": "a gated MLP",
-    r"norm": "norms in places where it has none",
+    r"norm": "a norm that it has not",
 }
 
 # Modules by timm's name, "#" for the number of a block.
@@ -56,6 +57,14 @@ _TRANSFORMERS = {
     "blocks.#.mlp.fc2": "encoder.layer.#.output.dense",
     "norm": "layernorm",
 }
+_TRANSFORMERS_5 = {  # modules since its version 5; its folders keep the older names
+    "blocks.#.norm1": "layers.#.layernorm_before",
+    "blocks.#.norm2": "layers.#.layernorm_after",
+    **{f"blocks.#.attn.{x}": f"layers.#.attention.{x[0]}_proj" for x in _PROJECTIONS},
+    "blocks.#.attn.proj": "layers.#.attention.o_proj",
+    "blocks.#.mlp.fc1": "layers.#.mlp.fc1",
+    "blocks.#.mlp.fc2": "layers.#.mlp.fc2",
+}
 _MMPRETRAIN = {  # its predecessors write "norm" for "ln"
     "patch_embed.proj": "patch_embed.projection",
     "blocks.#.norm1": "layers.#.ln1",
@@ -68,7 +77,7 @@ _MMPRETRAIN = {  # its predecessors write "norm" for "ln"
 }
 _TO_TIMM = {
     foreign: timm
-    for table in (_TRANSFORMERS, _MMPRETRAIN)
+    for table in (_TRANSFORMERS, _TRANSFORMERS_5, _MMPRETRAIN)
     for timm, name in table.items()
     for foreign in (name, name.replace("ln", "norm"))
 }
@@ -119,14 +128,14 @@ def take_backbone(
     backbone = _join_attention({_rename(name, _TO_TIMM): t for name, t in own_tensors.items()})
     blocks = (re.match(r"blocks\.(\d+)\.", name) for name in backbone)
     depth = 1 + max((int(match[1]) for match in blocks if match), default=-1)
-    if not depth:
-        raise ValueError(f"it holds no transformer blocks below {prefix!r}.")
     if not qkv_bias:
         _add_zero_biases(backbone)
-    required = _backbone_names(min(depth, len(backbone)))
+    required = _backbone_names(min(max(depth, 1), len(backbone)))
     used = required | {n for n in backbone if n == "pos_embed" or has_qk_norm([n])}
     if homeless := [name for name in own_tensors if _timm_name(name) not in used]:
         raise ValueError(_explain_homeless(homeless, prefix))
+    if not depth:
+        raise ValueError(f"it holds no transformer blocks below {prefix!r}.")
     if missing := sorted(required - {*backbone}):
         raise ValueError(
             f"{len(missing)} weights of a {depth}-block Vision Transformer are missing below "
@@ -154,7 +163,8 @@ def _explain_homeless(names: list[str], prefix: str) -> str:
     lacking = [next((r for p, r in _REASONS.items() if re.search(p, n)), "") for n in names]
     reasons = ", ".join(dict.fromkeys(filter(None, lacking)))
     return (
-        f"{len(names)} tensors below {prefix!r} have no place in the plain Vision Transformer here "
+        f"{count_noun(len(names), 'tensor')} below {prefix!r} have no place in the plain Vision "
+        "Transformer here "
         f"and would change its features: {', '.join(examples[:6])}{' ...' * (len(examples) > 6)}"
         + (f" ({reasons})." if reasons else ".")
     )

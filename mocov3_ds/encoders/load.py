@@ -25,8 +25,9 @@ from mocov3_ds.checkpoints.run_paths import anchor_to_run
 from mocov3_ds.config import Config, from_json
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.foreign_names import has_qk_norm, infer_shape, take_backbone, to_timm
-from mocov3_ds.encoders.networks import EncoderRole, choose_prefix, summarise_names
+from mocov3_ds.encoders.networks import CLASS_TOKEN, EncoderRole, choose_prefix, summarise_names
 from mocov3_ds.encoders.owner_settings import (
+    TRANSFORMERS_EPS,
     OwnerSettings,
     read_settings_beside,
     read_settings_inside,
@@ -92,8 +93,12 @@ class Weights:
             f"{self.path}: {self.kind}, {self.role} encoder, {shape.dim} wide, {shape.depth} "
             f"blocks, {shape.heads} heads, patch {shape.patch_size}, {shape.image_size} px"
         ]
-        if settings.source:
-            parts.append(f"settings from {settings.source}")
+        parts.append(
+            f"settings from {settings.source}"
+            if settings.source
+            else f"nothing beside the weights tells more: gelu, norms of epsilon "
+            f"{settings.norm_eps:g} before attention and MLP assumed"
+        )
         if (settings.mean, settings.std) != (OwnerSettings.mean, OwnerSettings.std):
             parts.append(f"images normalised by mean {settings.mean}, std {settings.std}")
         if self.left_out:
@@ -170,15 +175,20 @@ def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0
     except ValueError as error:
         raise ValueError(f"{path} gives no encoder: {error}") from None
     if ranks.is_first():
-        level = logging.WARNING if weights.guess or weights.left_out else logging.INFO
+        is_plain = weights.settings.source and not weights.guess and not weights.left_out
+        level = logging.INFO if is_plain else logging.WARNING
         _log.log(level, "%s", weights.describe())
     return weights
 
 
 def _interpret_tensors(path: Path, found: FoundWeights, role: EncoderRole, heads: int) -> Weights:
     """The encoder among the tensors of a file, by the settings within and beside it."""
-    settings = read_settings_beside(found.folder) if found.folder is not None else OwnerSettings()
-    options = read_settings_inside(found.tree, choose_prefix(found.tensors, role), heads)
+    try:
+        settings = read_settings_beside(found.folder)
+        options = read_settings_inside(found.tree, choose_prefix(found.tensors, role), heads)
+    except ValueError:
+        take_backbone(found.tensors, role, qkv_bias=False)  # a tensor says it more plainly
+        raise
     biased = settings.qkv_bias and options.qkv_bias
     backbone = take_backbone(found.tensors, role, qkv_bias=biased)
     claims = {s.heads: s.source for s in (settings, options) if s.heads}
@@ -195,6 +205,8 @@ def _interpret_tensors(path: Path, found: FoundWeights, role: EncoderRole, heads
         )
     if options.source and not settings.source:
         settings = replace(options, mean=settings.mean, std=settings.std)
+    if not settings.source and f"{backbone.prefix}embeddings.{CLASS_TOKEN}" in found.tensors:
+        settings = replace(settings, norm_eps=TRANSFORMERS_EPS)
     return Weights(
         path=path,
         kind=found.kind,

@@ -31,7 +31,9 @@ Colour = tuple[float, float, float]
 _PLAIN_TRANSFORMERS = ("vit", "vit_mae", "vit_msn")
 """model types of transformers whose encoder is this one"""
 _GELU = ("gelu", "gelu_python")
-_TRANSFORMERS_DEFAULTS = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "qkv_bias": True}
+TRANSFORMERS_EPS = 1e-12
+"""epsilon of the norms of transformers' ViT where nothing tells another one"""
+_TRANSFORMERS_DEFAULTS = {"hidden_act": "gelu", "qkv_bias": True}
 _SIZES = {  # names in a config.json of transformers, and of the shape
     "hidden_size": "dim",
     "num_hidden_layers": "depth",
@@ -71,16 +73,18 @@ class OwnerSettings:
 # ----------------------------------------------------------------------------------- folders
 
 
-def read_settings_beside(folder: Path) -> OwnerSettings:
+def read_settings_beside(folder: Path | None) -> OwnerSettings:
     """Settings in the config.json and preprocessor_config.json of a folder with weights.
 
     Args:
-        folder: folder of the weights; without such files nothing is known.
+        folder: folder of the weights; None, or one without such files: nothing is known.
 
     Raises:
         ValueError: a file that is no JSON, or a setting that cannot be obeyed.
     """
     settings = OwnerSettings()
+    if folder is None:
+        return settings
     if (folder / "config.json").is_file():
         tree = read_json(folder / "config.json")
         if "architecture" in tree:
@@ -108,7 +112,8 @@ def _read_transformers(tree: Mapping[str, Any]) -> OwnerSettings:
             f"config.json says model_type {kind!r}, whose forward pass is another one; known are "
             f"{', '.join(_PLAIN_TRANSFORMERS)}."
         )
-    values = {**_TRANSFORMERS_DEFAULTS, **tree}
+    eps = 1e-6 if kind == "vit_msn" else TRANSFORMERS_EPS
+    values = {"layer_norm_eps": eps, **_TRANSFORMERS_DEFAULTS, **tree}
     if values["hidden_act"] not in _GELU:
         raise ValueError(
             f"config.json says hidden_act {values['hidden_act']!r}; the network here has exact "

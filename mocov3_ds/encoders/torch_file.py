@@ -2,7 +2,7 @@
 
 torch's own restricted unpickler builds tensors and plain containers. Checkpoints hold more besides
 their weights: the options of the program, numpy numbers, paths, the history of a log. None of it is
-needed, so each name of `_HARMLESS` is given an empty stand-in written here: the class or function
+needed, so each name of `HARMLESS` is given an empty stand-in written here: the class or function
 of that name is never imported and never called. Any other name is refused.
 """
 
@@ -111,7 +111,8 @@ def _make_stand_ins() -> Iterator[tuple[Any, str]]:
     yield _method_stand_in, "builtins.getattr"
 
 
-_HARMLESS: list[Any] = list(_make_stand_ins())
+HARMLESS: list[Any] = list(_make_stand_ins())
+"""pairs of a stand-in and the name that it stands for"""
 
 
 def read_torch_file(path: Path) -> Any:
@@ -124,7 +125,7 @@ def read_torch_file(path: Path) -> Any:
         ValueError: no torch file, a damaged one, or one with classes that are not known here.
     """
     try:
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of every pickle protocol but 2
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mocov3_ds.checkpoints.checkpoint import check_access
 from mocov3_ds.encoders.networks import describe_tree, flatten_tensors
-from mocov3_ds.encoders.torch_file import read_torch_file
+from mocov3_ds.encoders.torch_file import HARMLESS, read_torch_file
 from mocov3_ds.recipes import read_json
 
 _SINGLE_FILES = ("model.safetensors", "model.pth", "model.pth.tar", "pytorch_model.bin")
@@ -71,7 +71,8 @@ def _find_in_folder(folder: Path) -> FoundWeights:
     if (folder / "latest").is_file() or any(folder.glob("*_model_states.pt")):
         from mocov3_ds.distributed.zero_folder import merge_weights  # DeepSpeed takes seconds
 
-        return FoundWeights(merge_weights(folder), "DeepSpeed checkpoint")
+        stand_ins = [pair for pair in HARMLESS if not pair[1].startswith("deepspeed.")]
+        return FoundWeights(merge_weights(folder, stand_ins), "DeepSpeed checkpoint")
     for name in _SINGLE_FILES:
         if (folder / name).is_file():
             return _read_file(folder / name)
@@ -171,7 +172,9 @@ def _read_universal(folder: Path) -> dict[str, Tensor]:
     for states in sorted(folder.glob("mp_rank_00_model_states.pt")):
         module = _read_part(states).get("module")
         tensors |= flatten_tensors(module) if isinstance(module, Mapping) else {}
-    tensors |= _read_untrained(_read_part(p) for p in sorted(folder.glob("zero_pp_rank_*.pt")))
+    parts = [_read_part(p) for p in sorted(folder.glob("zero_pp_rank_*_mp_rank_00_model_*.pt"))]
+    tensors |= _read_untrained(parts)
+    shapes = _read_shapes(parts)
     for entry in sorted((folder / "zero").iterdir()):
         if not entry.is_dir():
             continue
@@ -181,8 +184,22 @@ def _read_universal(folder: Path) -> dict[str, Tensor]:
         tensor = saved.get("param")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"zero/{entry.name}/fp32.pt holds no tensor.")
-        tensors[entry.name] = tensor
+        shape = shapes.get(entry.name, tensor.shape)  # stage 3 leaves them flat
+        if tensor.numel() < shape.numel():
+            raise ValueError(f"zero/{entry.name}/fp32.pt holds less than a tensor {[*shape]}.")
+        tensors[entry.name] = tensor.flatten()[: shape.numel()].view(shape)
     return tensors
+
+
+def _read_shapes(parts: Iterable[Mapping[Any, Any]]) -> dict[str, torch.Size]:
+    """Shapes of the trained weights, as the files of stage 3 tell them for each group."""
+    shapes: dict[str, torch.Size] = {}
+    for states in parts:
+        groups = states.get("param_shapes")
+        for group in groups if isinstance(groups, list) else ():
+            if isinstance(group, Mapping):
+                shapes |= {f"{n}": s for n, s in group.items() if isinstance(s, torch.Size)}
+    return shapes
 
 
 def _read_untrained(ranks: Iterable[Mapping[Any, Any]]) -> dict[str, Tensor]:

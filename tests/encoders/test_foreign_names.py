@@ -54,3 +54,18 @@ def test_architectures_have_their_names_at_any_image_size() -> None:
     assert timm_sizes(SHAPE, qk_norm=True)["qk_norm"]
     assert has_qk_norm(["blocks.0.attn.q_norm.weight"])
     assert not has_qk_norm(BASE.state_dict())
+
+
+def test_modules_of_transformers_5_have_other_names() -> None:
+    names = {"encoder.layer.": "layers.", "attention.attention.query": "attention.q_proj",
+             "attention.attention.key": "attention.k_proj",
+             "attention.attention.value": "attention.v_proj",
+             "attention.output.dense": "attention.o_proj", "intermediate.dense": "mlp.fc1",
+             "output.dense": "mlp.fc2"}  # fmt: skip
+    tensors = {}
+    for name, tensor in to_transformers(BASE.state_dict()).items():
+        for older, newer in names.items():
+            name = name.replace(older, newer)
+        tensors[f"vit.{name}"] = tensor
+    backbone = to_timm(tensors)
+    assert all(torch.equal(backbone[n], t) for n, t in BASE.state_dict().items())

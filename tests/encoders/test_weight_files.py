@@ -71,6 +71,10 @@ def test_universal_checkpoints(tmp_path: Path) -> None:
     same(tmp_path, BASE)
     (folder / "mp_rank_00_model_states.pt").unlink()  # stage 3: a file for each rank
     frozen = prefixed("momentum_encoder.", MOMENTUM)
+    trained = BASE.state_dict()
+    for name, tensor in trained.items():  # which leaves the masters flat, and padded
+        flat = torch.cat([tensor.flatten(), torch.zeros(3)])
+        torch.save(flat, folder / f"zero/base_encoder.{name}/fp32.pt")
     for rank in (0, 1):
         fragments = {}
         for name, tensor in frozen.items():
@@ -78,7 +82,9 @@ def test_universal_checkpoints(tmp_path: Path) -> None:
             fragments[name] = flat.chunk(2)[rank].clone()
         states = {"module": {"m.count": torch.ones(1)}, "buffer_names": ["m.count"],
                   "frozen_param_shapes": {n: t.shape for n, t in frozen.items()},
-                  "frozen_param_fragments": fragments}  # fmt: skip
+                  "frozen_param_fragments": fragments,
+                  "param_shapes": [{f"base_encoder.{n}": t.shape for n, t in trained.items()}],
+                 }  # fmt: skip
         torch.save(states, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
     same(folder, BASE)
     same(folder, MOMENTUM, "momentum")
