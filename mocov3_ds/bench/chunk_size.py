@@ -20,7 +20,7 @@ from mocov3_ds.model.chunking import choose_chunks
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 from mocov3_ds.planning import architecture
-from mocov3_ds.planning.hardware import GIB
+from mocov3_ds.planning.cards import GIB
 from mocov3_ds.training.chunk_size import Room, measure_room
 
 

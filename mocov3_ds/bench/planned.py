@@ -37,7 +37,8 @@ from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.vit import VitShape
 from mocov3_ds.planning.calibrate import calibrate
-from mocov3_ds.planning.hardware import read_cluster, read_rates
+from mocov3_ds.planning.cards import read_rates
+from mocov3_ds.planning.hardware import read_cluster
 from mocov3_ds.planning.memory import plan_memory
 from mocov3_ds.planning.pace import plan_pace
 from mocov3_ds.planning.step_setup import StepSetup

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +18,11 @@ from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.planning import plan_text, tables
 from mocov3_ds.planning.calibrate import calibrate
-from mocov3_ds.planning.cards import format_presets, read_rates
+from mocov3_ds.planning.cards import PRESETS, Card, describe_own_card, format_presets, read_rates
 from mocov3_ds.planning.flags import PlanOptions
 from mocov3_ds.planning.hardware import Cluster, read_cluster
 from mocov3_ds.planning.options import STAGES, Option, PlannedRun
+from mocov3_ds.planning.pace import IMAGENET
 from mocov3_ds.planning.plan_picture import draw_plan
 from mocov3_ds.planning.plan_text import Plan
 from mocov3_ds.planning.remedies import fitting_options
@@ -75,6 +77,7 @@ def _check_alone(options: PlanOptions) -> None:
 
 
 def _print_plan(options: PlanOptions) -> None:
+    _check_counts(options)
     planned = plan_run(
         options.recipe,
         batch=options.batch,
@@ -98,6 +101,8 @@ def _print_plan(options: PlanOptions) -> None:
         cluster=cluster,
         options=ways,
         price=options.price_per_gpu_hour,
+        images=options.images or IMAGENET,
+        cores=options.cores,
         launch=launch,
     )
     # files first: the reader of the text may close the pipe early
@@ -171,7 +176,7 @@ def _read_cluster(options: PlanOptions) -> Cluster:
         nodes=options.nodes,
         interconnect=options.interconnect,
         network=options.network,
-        presets=read_rates(options.rates) if options.rates is not None else None,
+        presets=_known_cards(options),
     )
     if options.rates is not None and cluster.card.name != "cpu":
         raise ValueError(
@@ -186,6 +191,27 @@ def _read_cluster(options: PlanOptions) -> Cluster:
         card = replace(cluster.card, reach=given)
         cluster = replace(cluster, card=card)
     return cluster
+
+
+def _check_counts(options: PlanOptions) -> None:
+    """Refuse counts of images and cores that cannot be.
+
+    Raises:
+        ValueError: one of them is negative, or the set is smaller than a batch.
+    """
+    check_number("--images", options.images, 0)
+    check_number("--cores", options.cores, 0)
+
+
+def _known_cards(options: PlanOptions) -> Mapping[str, Card]:
+    """The presets, this machine as it was measured, and a card of the user's own."""
+    cards = read_rates(options.rates) if options.rates is not None else PRESETS
+    own = {"memory": options.memory, "tflops": options.tflops, "bandwidth": options.bandwidth}
+    if options.card:
+        return {**cards, options.card: describe_own_card(options.card, **own)}
+    if given := [f"--{flag}" for flag, number in own.items() if number]:
+        raise ValueError(f"{', '.join(given)} without --card NAME would have no effect.")
+    return cards
 
 
 def _choose_stages(planned: PlannedRun, cluster: Cluster, options: PlanOptions) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import psutil
 import torch
 
-from mocov3_ds.planning.hardware import GIB
+from mocov3_ds.planning.cards import GIB
 from mocov3_ds.planning.memory import Memory
 from mocov3_ds.planning.pace import Pace
 

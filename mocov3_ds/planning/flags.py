@@ -32,6 +32,18 @@ class PlanOptions:
     """Gbit/s each way of a machine; 0 = the preset's"""
     reach: float = 0.0
     """share of the peak that matrix products reach; 0 = the preset's, see --list"""
+    card: str = ""
+    """name of a card of your own for --gpus, with --memory, --tflops and --bandwidth"""
+    memory: float = 0.0
+    """GiB of that card"""
+    tflops: float = 0.0
+    """its 10^12 operations a second of matrix products in bf16, dense"""
+    bandwidth: float = 0.0
+    """GB/s of its memory"""
+    images: int = 0
+    """images of your set, of which an epoch consists; 0 = ImageNet's 1,281,167"""
+    cores: int = 0
+    """CPU cores of a machine, which read and decode; 0 = as many as that takes"""
     stage: int | None = None
     """ZeRO stage; without it all are compared"""
     deepspeed_config: Path | None = None

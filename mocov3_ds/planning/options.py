@@ -14,7 +14,8 @@ from mocov3_ds.model.chunking import Chunks, choose_chunks, choose_key_block
 from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.optim.build import read_block
 from mocov3_ds.optim.sharded import ShardedOptimizer
-from mocov3_ds.planning.hardware import GIB, Cluster
+from mocov3_ds.planning.cards import GIB
+from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.memory import Memory, plan_memory
 from mocov3_ds.planning.pace import Pace, plan_pace
 from mocov3_ds.planning.step_setup import PERSISTENCE, Precision, StepSetup

@@ -7,7 +7,8 @@ the collectives of batch norm and loss are waited for. So it is an upper bound i
 from dataclasses import dataclass
 
 from mocov3_ds.planning import architecture
-from mocov3_ds.planning.hardware import ELEMENTWISE_SHARE, Cluster
+from mocov3_ds.planning.hardware import Cluster
+from mocov3_ds.planning.reach import STREAM
 from mocov3_ds.planning.step_setup import StepSetup
 from mocov3_ds.planning.traffic import Collective, plan_collectives
 
@@ -74,10 +75,6 @@ class Pace:
         """CPU cores that decode and read, of all machines together."""
         return self.images_per_s * (DECODE_CPU_S + STORAGE_CPU_S)
 
-    def hours(self, epochs: float, samples: int = IMAGENET) -> float:
-        """Hours of a run of so many epochs over so many images."""
-        return epochs * (samples // self.batch) * self.step_s / 3600
-
 
 def plan_pace(setup: StepSetup, cluster: Cluster) -> Pace:
     """Time of one step of `setup` on the cards and the network of a cluster."""
@@ -85,8 +82,8 @@ def plan_pace(setup: StepSetup, cluster: Cluster) -> Pace:
     rate = card.peak_rate(setup.precision)
     recomputed = setup.passes.recomputed / setup.passes.forward
     work = architecture.step_work(shape, number_bytes, recomputed) * setup.images
-    reachable = rate * card.reachable_share
-    elementwise = card.bandwidth * ELEMENTWISE_SHARE
+    reachable = rate * card.reach.products
+    elementwise = card.elementwise_bandwidth or card.bandwidth * card.reach.elementwise
     shard = architecture.count_trained(shape) / (setup.world_size if setup.stage else 1)
     momentum = architecture.count_momentum_weights(shape)
     updated = shard * (setup.optimizer.bytes_moved() + _AROUND_BYTES)
@@ -98,8 +95,8 @@ def plan_pace(setup: StepSetup, cluster: Cluster) -> Pace:
     )
     return Pace(
         compute_s=work.linear / reachable + work.attention / (card.attention_rate or reachable),
-        elementwise_s=work.moved / (card.elementwise_bandwidth or elementwise),
-        update_s=updated / elementwise,
+        elementwise_s=work.moved / elementwise,
+        update_s=updated / (card.bandwidth * STREAM),
         collectives=collectives,
         batch=setup.batch,
         operations=architecture.model_operations(shape) * setup.batch,

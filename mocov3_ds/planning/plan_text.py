@@ -5,11 +5,15 @@ from typing import Any
 
 from mocov3_ds.model.chunking import MEMORY_MARGIN
 from mocov3_ds.planning.architecture import count_weights
-from mocov3_ds.planning.hardware import ELEMENTWISE_SHARE, GIB, Cluster
+from mocov3_ds.planning.cards import GIB
+from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.memory import Memory, Phase
 from mocov3_ds.planning.options import Option, PlannedRun
 from mocov3_ds.planning.pace import DECODE_CPU_S, IMAGE_BYTES, IMAGENET, STORAGE_CPU_S, Pace
+from mocov3_ds.planning.run_time import RunTime, plan_run_time
 
+SCHEMA = 2
+"""version of the JSON; raised when a key goes or changes its meaning"""
 _BAR = 60
 """characters of the bar of a full card"""
 
@@ -24,8 +28,18 @@ class Plan:
     """best first; the first one fits"""
     price: float
     """of a card and hour, in any currency; 0 = unknown"""
+    images: int = IMAGENET
+    """images of an epoch"""
+    cores: int = 0
+    """CPU cores of a machine; 0 = as many as the loader takes"""
     launch: str
     """command line that starts the best option"""
+
+    def run_time(self, pace: Pace, epochs: float) -> RunTime:
+        """Time of a run of so many epochs at a pace."""
+        return plan_run_time(
+            self.planned, pace, self.cluster, epochs=epochs, images=self.images, cores=self.cores
+        )
 
 
 def format_plan(plan: Plan) -> str:
@@ -116,12 +130,12 @@ def time_lines(planned: PlannedRun, cluster: Cluster, pace: Pace) -> str:
     """Where the time goes, and what the rates rest on."""
     card = cluster.card
     rate = card.peak_rate(planned.precision)
-    elementwise = f"{ELEMENTWISE_SHARE:.0%} of {card.bandwidth / 1e9:g} GB/s (assumed)"
+    elementwise = f"{card.reach.elementwise:.0%} of {card.bandwidth / 1e9:g} GB/s (fitted)"
     if card.elementwise_bandwidth:
         elementwise = f"{card.elementwise_bandwidth / 1e9:.1f} GB/s (measured)"
     lines = [
         f"  {'matrix products':<30}{pace.compute_s:>11.4f} s  "
-        f"{card.reachable_share:.0%} of {rate / 1e12:g} TFLOP/s ({card.reachable_source})",
+        f"{card.reach.products:.0%} of {rate / 1e12:g} TFLOP/s ({card.reach.source})",
         f"  {'norms, GELU, residuals':<30}{pace.elementwise_s:>11.4f} s  {elementwise}",
         f"  {'optimizer, momentum encoder':<30}{pace.update_s:>11.4f} s",
     ]
@@ -150,17 +164,41 @@ def data_line(pace: Pace, cluster: Cluster) -> str:
 
 
 def hours_lines(plan: Plan, pace: Pace) -> str:
-    """Hours of 100 epochs and of the recipe's, and what they cost."""
+    """Hours of 100 epochs and of the recipe's with their range, what they cost and rest on."""
     cards, price = plan.cluster.cards, plan.price
     lines = []
     for epochs in dict.fromkeys((100.0, plan.planned.epochs)):
-        hours = pace.hours(epochs)
-        cost = f", {hours * cards * price:,.0f} at {price:g} a card and hour" * bool(price)
+        time = plan.run_time(pace, epochs)
+        line = (
+            f"{epochs:g} epochs of {plan.images:,} images: {_span(time, 1)} hours, "
+            f"{_span(time, cards)} card hours"
+        )
+        if price:
+            line += f", {_span(time, cards * price)} at {price:g} a card and hour"
+        lines.append(line)
+    extra = time.knn_s + time.save_s
+    lines.append(
+        f"Of these {100 * extra / 3600 / time.hours:.1f} % are k-NN evaluations and saves. "
+        f"The range is what to expect of {plan.cluster.card.name}: {plan.cluster.card.reach}."
+    )
+    if time.loader_bound:
+        needed = pace.loader_cores / plan.cluster.nodes
         lines.append(
-            f"{epochs:g} epochs of {IMAGENET:,} images: {hours:.1f} hours, "
-            f"{hours * cards:,.0f} card hours{cost}"
+            f"The cards wait for the loader: {plan.cores} cores a machine read and decode a batch "
+            f"in {time.loader_s:.3g} s, a step takes {time.step_s:.3g} s; {needed:.0f} cores a "
+            "machine would do, or shards made with --resize 384."
         )
     return "\n".join(lines)
+
+
+def _span(time: RunTime, factor: float) -> str:
+    """Hours times a factor, with the range where it is not known to the digit."""
+    digits = 1 if time.hours * factor < 100 else 0
+    middle = f"{time.hours * factor:,.{digits}f}"
+    if time.spread == 1:
+        return middle
+    low, high = (hours * factor for hours in (time.low_hours, time.high_hours))
+    return f"{middle} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -168,9 +206,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
     planned, cluster = plan.planned, plan.cluster
     card = cluster.card
     return {
+        "schema": SCHEMA,
         "recipe": planned.recipe,
         "batch": planned.batch,
         "epochs": planned.epochs,
+        "images": plan.images,
+        "cores_a_machine": plan.cores,
         "precision": planned.precision,
         "optimizer": _optimizer_name(planned),
         "hardware": {
@@ -179,8 +220,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "nodes": cluster.nodes,
             "memory": card.memory_bytes,
             "usable": cluster.usable_bytes,
-            "reach": card.reachable_share,
-            "reach_source": card.reachable_source,
+            "reach": card.reach.products,
+            "reach_source": card.reach.source,
+            "elementwise_reach": card.reach.elementwise,
+            "spread": card.reach.spread,
             "link": cluster.link_bandwidth,
         },
         "options": [_option_as_json(plan, option) for option in plan.options],
@@ -207,9 +250,13 @@ def _option_as_json(plan: Plan, option: Option) -> dict[str, Any]:
 
 
 def _pace_as_json(plan: Plan, pace: Pace) -> dict[str, Any]:
-    cards, hours = plan.cluster.cards, pace.hours(plan.planned.epochs)
+    cards, time = plan.cluster.cards, plan.run_time(pace, plan.planned.epochs)
     return {
         "step_s": pace.step_s,
+        "compute_s": pace.compute_s,
+        "elementwise_s": pace.elementwise_s,
+        "update_s": pace.update_s,
+        "communication_s": pace.communication_s,
         "images_per_s": pace.images_per_s,
         "mfu": pace.mfu,
         "communication": {
@@ -224,9 +271,17 @@ def _pace_as_json(plan: Plan, pace: Pace) -> dict[str, Any]:
         },
         "read_mb_per_s": pace.read_mb_per_s,
         "loader_cores": pace.loader_cores,
-        "hours_of_100_epochs": pace.hours(100),
-        "hours": hours,
-        "cost": hours * cards * plan.price,
+        "loader_s": time.loader_s,
+        "steps": time.steps,
+        "knn_s": time.knn_s,
+        "save_s": time.save_s,
+        "hours_of_100_epochs": plan.run_time(pace, 100).hours,
+        "hours": time.hours,
+        "hours_low": time.low_hours,
+        "hours_high": time.high_hours,
+        "cost": time.hours * cards * plan.price,
+        "cost_low": time.low_hours * cards * plan.price,
+        "cost_high": time.high_hours * cards * plan.price,
     }
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from mocov3_ds.planning.hardware import GB, GIB, Cluster
+from mocov3_ds.planning.cards import GB, GIB
+from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.options import (
     STAGES,
     Option,

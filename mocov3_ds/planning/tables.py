@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
-from mocov3_ds.planning.hardware import GIB, read_cluster
+from mocov3_ds.planning.cards import GIB
+from mocov3_ds.planning.hardware import Cluster, read_cluster
 from mocov3_ds.planning.options import Option, PlannedRun, rank_options
+from mocov3_ds.planning.pace import IMAGENET
+from mocov3_ds.planning.run_time import plan_run_time
 from mocov3_ds.recipes import RECIPES
 
 _MACHINES = ("8xRTX4090", "8xA100-80GB", "8xH100-80GB")
@@ -42,12 +45,17 @@ def tabulate_recipes(plan_recipe: Callable[[str], PlannedRun]) -> str:
         if not name.startswith("vit_"):
             continue
         planned = plan_recipe(name)
-        hours = []
-        for machine in _MACHINES:
-            pace = rank_options(planned, read_cluster(machine))[0].pace
-            hours.append("-" if pace is None else f"{pace.hours(planned.epochs):.0f}")
+        hours = [_format_hours(planned, read_cluster(machine)) for machine in _MACHINES]
         lines.append(
             f"| {name}, {planned.epochs:g} epochs | `deepspeed mocov3_ds/train.py --recipe {name} "
             f"--data.shards SHARDS` | {', '.join(hours)} | {recipe.paper} |"
         )
     return "\n".join(lines)
+
+
+def _format_hours(planned: PlannedRun, cluster: Cluster) -> str:
+    pace = rank_options(planned, cluster)[0].pace
+    if pace is None:
+        return "-"
+    time = plan_run_time(planned, pace, cluster, epochs=planned.epochs, images=IMAGENET, cores=0)
+    return f"{time.hours:.0f} ({time.low_hours:.0f} to {time.high_hours:.0f})"

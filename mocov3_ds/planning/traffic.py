@@ -22,7 +22,7 @@ from mocov3_ds.planning.architecture import (
 )
 from mocov3_ds.planning.step_setup import StepSetup
 
-_DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+_DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "int32": 4, "float32": 4, "float64": 8}
 _ALIGNMENT = 2
 """numbers of a ZeRO-1/2 partition come in multiples of this (its `nccl_start_alignment_factor`)"""
 
@@ -92,6 +92,9 @@ def plan_collectives(setup: StepSetup, *, signals: bool = False) -> list[Collect
     if stage:
         norm_dtype = "float64" if stage == 3 else "float32"
         collectives.append(Collective("gradient norm", "all_reduce", norm_dtype, 1, 1))
+    if not stage and distributed:
+        trained = sum(tensor.trained for tensor in tensors)
+        collectives.append(Collective("gradients there?", "all_reduce", "int32", 1, trained))
     if stage and distributed:
         collectives += _optimizer_collectives(tensors, signals)
         collectives.append(_updated_weights(setup, tensors))
@@ -125,9 +128,9 @@ def _gradient_reduction(setup: StepSetup, tensors: Sequence[TensorSize]) -> Coll
 
 
 def _optimizer_collectives(tensors: Sequence[TensorSize], signals: bool) -> list[Collective]:
-    """Sums and maxima that the optimizer measures of each trained tensor."""
+    """Sums and maxima that the optimizer measures of each trained tensor; whether it took part."""
     trained = sum(tensor.trained for tensor in tensors)
-    sums = (Quantity.PEAK if signals else NORMS) * trained
+    sums = (1 + (Quantity.PEAK if signals else NORMS)) * trained
     collectives = [Collective("the optimizer's norms", "all_reduce", "float32", 1, sums)]
     if signals:
         peaks = (EVERYTHING - Quantity.PEAK) * trained

@@ -12,8 +12,9 @@ import torch
 from mocov3_ds.config import encoder_shape
 from mocov3_ds.distributed import ranks
 from mocov3_ds.monitoring.run_log import peak_memory_gib
+from mocov3_ds.planning.cards import find_card_of_device
 from mocov3_ds.planning.drift import Drift
-from mocov3_ds.planning.hardware import Cluster, find_card_of_device
+from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.memory import plan_memory
 from mocov3_ds.planning.pace import Pace, plan_pace
 from mocov3_ds.planning.step_setup import StepSetup

@@ -9,7 +9,8 @@ import pytest
 
 from mocov3_ds.planning import command
 from mocov3_ds.planning.calibrate import calibrate
-from mocov3_ds.planning.hardware import read_cluster, read_rates
+from mocov3_ds.planning.cards import read_rates
+from mocov3_ds.planning.hardware import read_cluster
 from mocov3_ds.planning.options import rank_options
 from tests.planning.test_command import call
 

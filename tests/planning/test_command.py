@@ -177,7 +177,7 @@ def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         (["--gpus", "8xH100", "--ds", "optimizer.type=Lars"], "Lars has no parameter 'betas'"),
         (
             ["--gpus", "8xH100", "--ds", "zero_optimization.reduce_bucket_size=big"],
-            "zero_optimization.reduce_bucket_size is 'big'; it must be a number",
+            'zero_optimization.reduce_bucket_size is "big"; it must be a whole number of 1 or more',
         ),
         (
             [

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mocov3_ds.planning.cards import GIB
 from mocov3_ds.planning.drift import SETTLED, Drift
-from mocov3_ds.planning.hardware import GIB
 from mocov3_ds.planning.memory import Memory, MemoryItem
 from mocov3_ds.planning.pace import Pace
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from mocov3_ds.model.chunking import Chunks
+from mocov3_ds.planning.cards import PRESETS
 from mocov3_ds.planning.command import plan_run
-from mocov3_ds.planning.hardware import PRESETS, read_cluster
+from mocov3_ds.planning.hardware import read_cluster
 from mocov3_ds.planning.memory import plan_memory
 from mocov3_ds.planning.options import rank_options
 from tests.ds_configs import FOLDER
@@ -19,7 +20,7 @@ def test_each_card_runs_the_smallest_recipe() -> None:
         best = rank_options(planned, read_cluster(f"8x{card.name}"))[0]
         assert best.fits, card.name
         assert best.pace is not None
-        assert 0 < best.pace.mfu < card.reachable_share, card.name
+        assert 0 < best.pace.mfu < card.reach.products, card.name
 
 
 @pytest.mark.parametrize("recipe", ["vit_s16", "vit_b16", "vit_l16", "vit_h14"])

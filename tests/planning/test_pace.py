@@ -7,34 +7,21 @@ import pytest
 from mocov3_ds.optim import Lamb
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.command import plan_run
-from mocov3_ds.planning.hardware import ELEMENTWISE_SHARE, PRESETS, read_cluster
+from mocov3_ds.planning.hardware import read_cluster
 from mocov3_ds.planning.options import rank_options
 from mocov3_ds.planning.pace import plan_pace
-
-
-def test_published_speeds_of_supervised_vits() -> None:
-    """timm's training table, RTX 3090, AMP: what the card's `reachable_share` was set by."""
-    card = PRESETS["RTX3090"]
-    for name, published in {"vit_b16": 391, "vit_l16": 117, "vit_h14": 39.9}.items():
-        shape = plan_run(name).shape
-        row = architecture.count_tokens(shape) * shape.vit.dim * 2 * shape.vit.depth
-        operations = 3 * architecture.block_work(shape).operations * shape.vit.depth
-        seconds = operations / (card.low_precision_rate * card.reachable_share)
-        seconds += 53 * row / (card.bandwidth * ELEMENTWISE_SHARE)
-        assert 1 / seconds == pytest.approx(published, rel=0.07), name
+from mocov3_ds.planning.reach import STREAM
 
 
 def test_more_cards_are_faster_and_cost_more() -> None:
-    planned, hours, card_hours = plan_run("vit_b16"), [], []
+    planned, seconds, card_seconds = plan_run("vit_b16"), [], []
     for cards in (1, 8, 64, 512):
         best = rank_options(planned, read_cluster(f"{cards}xH100"))[0].pace
         assert best is not None
-        hours.append(best.hours(100))
-        card_hours.append(best.hours(100) * cards)
-    assert hours == sorted(hours, reverse=True)
-    assert card_hours[1:] == sorted(card_hours[1:])
-    # an 8 x H100 machine, ViT-B: steps of 4096 images, 312 an epoch
-    assert best.hours(100) == 100 * 312 * best.step_s / 3600
+        seconds.append(best.step_s)
+        card_seconds.append(best.step_s * cards)
+    assert seconds == sorted(seconds, reverse=True)
+    assert card_seconds[1:] == sorted(card_seconds[1:])
 
 
 def test_an_update_takes_as_long_as_its_bytes() -> None:
@@ -44,7 +31,7 @@ def test_an_update_takes_as_long_as_its_bytes() -> None:
     seconds = plan_pace(lamb, cluster).update_s - plan_pace(adamw, cluster).update_s
     share = architecture.count_trained(adamw.shape) / 8
     more = share * (Lamb.bytes_moved() - adamw.optimizer.bytes_moved())
-    assert seconds == pytest.approx(more / (cluster.card.bandwidth * ELEMENTWISE_SHARE))
+    assert seconds == pytest.approx(more / (cluster.card.bandwidth * STREAM))
 
 
 def test_the_parts_of_a_step_add_up() -> None:

@@ -1,26 +1,40 @@
-"""The picture of what fills a card: a bar for each stage, as long as its bytes."""
+"""The picture of what fills a card: a bar for each stage, as long as its bytes, with a scale."""
 
 from pathlib import Path
 
-import numpy as np
+import pytest
+from matplotlib.container import BarContainer
 from PIL import Image
 
-from mocov3_ds.planning.plan_picture import draw_plan
+from mocov3_ds.planning.cards import GIB
+from mocov3_ds.planning.plan_picture import draw_plan, picture_plan
 from tests.planning.test_plan_text import make_plan
 
 
-def test_a_bar_is_as_long_as_the_memory(tmp_path: Path) -> None:
+def test_a_bar_is_as_long_as_the_memory_and_says_so() -> None:
     plan = make_plan("8xA100-80GB")
-    draw_plan(tmp_path / "folder/plan.png", plan)
-    with Image.open(tmp_path / "folder/plan.png") as image:
-        assert image.width == 1180
-        pixels_HWC = np.asarray(image.convert("RGB"))
+    [axes] = picture_plan(plan).axes
     best = {option.setup.stage: option for option in reversed(plan.options)}
-    lengths = []
-    for row in range(len(best)):
-        line_WC = pixels_HWC[80 + 60 * row + 10, 300:]
-        coloured_W = (line_WC.max(1).astype(int) - line_WC.min(1)) > 30  # neither grey nor white
-        lengths.append(int(np.flatnonzero(coloured_W)[-1]) + 1)
-    scale = (1180 - 300 - 90) / plan.cluster.card.memory_bytes
-    for stage, length in enumerate(lengths):
-        assert abs(length - best[stage].memory.peak_bytes * scale) <= 3
+    ends: dict[float, float] = {}
+    for container in axes.containers:
+        assert isinstance(container, BarContainer)
+        for bar in container.patches:
+            row = round(bar.get_y() + bar.get_height() / 2)
+            ends[row] = max(ends.get(row, 0.0), bar.get_x() + bar.get_width())
+    for row, (_, option) in enumerate(sorted(best.items())):
+        assert ends[row] == pytest.approx(option.memory.peak_bytes / GIB)
+    texts = [text.get_text() for text in axes.texts]
+    assert (
+        "card: 80.0" in texts and f"may be filled: {plan.cluster.usable_bytes / GIB:.1f}" in texts
+    )
+    assert f" {best[1].memory.peak_bytes / GIB:.1f}" in texts
+    assert axes.get_xlabel().startswith("GiB")
+    assert [tick.get_text().split("\n")[0] for tick in axes.get_yticklabels()] == [
+        f"ZeRO-{stage}" for stage in sorted(best)
+    ]
+
+
+def test_a_file_is_written_into_a_new_folder(tmp_path: Path) -> None:
+    draw_plan(tmp_path / "folder/plan.png", make_plan())
+    with Image.open(tmp_path / "folder/plan.png") as image:
+        assert image.width > 1000

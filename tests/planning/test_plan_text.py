@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
+from mocov3_ds.planning.cards import GIB
 from mocov3_ds.planning.command import plan_run
-from mocov3_ds.planning.hardware import GIB, read_cluster
+from mocov3_ds.planning.hardware import read_cluster
 from mocov3_ds.planning.plan_text import Plan, as_json, format_plan
 from mocov3_ds.planning.remedies import fitting_options
 
@@ -48,5 +51,8 @@ def test_json_holds_the_same_plan() -> None:
     assert best["memory"]["total"] == plan.options[0].memory.peak_bytes
     assert best["cost"] == best["hours"] * 16 * 0.5
     assert tree["hardware"]["card"] == "24GB (as RTX3090)"
+    parts = ("compute_s", "elementwise_s", "update_s", "communication_s")
+    assert sum(best[part] for part in parts) == pytest.approx(best["step_s"])
+    assert tree["schema"] == 2 and best["cost_low"] < best["cost"] < best["cost_high"]
     for entry in tree["options"]:
         assert entry["fits"] == ("step_s" in entry)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from mocov3_ds.planning.cards import GIB
 from mocov3_ds.planning.command import plan_run
-from mocov3_ds.planning.hardware import GIB, Cluster, read_cluster
+from mocov3_ds.planning.hardware import Cluster, read_cluster
 from mocov3_ds.planning.options import PlannedRun, rank_options
 from mocov3_ds.planning.remedies import fitting_options, suggest_remedy
 

@@ -1,0 +1,120 @@
+"""How long does a whole run take: steps, the loader that feeds them, evaluations and saves?"""
+
+from dataclasses import dataclass
+
+from mocov3_ds.config import Config
+from mocov3_ds.planning import architecture
+from mocov3_ds.planning.hardware import Cluster
+from mocov3_ds.planning.options import PlannedRun
+from mocov3_ds.planning.pace import DECODE_CPU_S, STORAGE_CPU_S, Pace
+from mocov3_ds.recipes import find_recipe
+
+_HOST_COPY = 12e9
+"""bytes a second from a card to its machine's memory, which a save waits for: assumed"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTime:
+    """Seconds of a whole run, part by part."""
+
+    steps: int
+    step_s: float
+    """seconds of a step, by the cards"""
+    loader_s: float
+    """seconds in which the machines' cores read and decode a batch; 0 where they are not known"""
+    knn_s: float
+    """seconds of all k-NN evaluations"""
+    save_s: float
+    """seconds in which saves hold up the run"""
+    spread: float
+    """factor either way within which the cards' time is expected"""
+
+    @property
+    def loader_bound(self) -> bool:
+        """Whether the cards wait for the loader."""
+        return self.loader_s > self.step_s
+
+    @property
+    def hours(self) -> float:
+        """Hours of the run."""
+        return self.hours_at(1.0)
+
+    @property
+    def low_hours(self) -> float:
+        """Hours if the cards are as fast as may be expected."""
+        return self.hours_at(1 / self.spread)
+
+    @property
+    def high_hours(self) -> float:
+        """Hours if they are as slow."""
+        return self.hours_at(self.spread)
+
+    def hours_at(self, slowness: float) -> float:
+        """Hours of the run.
+
+        Args:
+            slowness: the cards' time over what is computed.
+        """
+        step_s = max(self.step_s * slowness, self.loader_s)
+        return (self.steps * step_s + self.knn_s * slowness + self.save_s) / 3600
+
+
+def plan_run_time(
+    planned: PlannedRun, pace: Pace, cluster: Cluster, *, epochs: float, images: int, cores: int
+) -> RunTime:
+    """Time of a run.
+
+    Args:
+        planned: what is trained.
+        pace: time of its step.
+        cluster: machines that it runs on.
+        epochs: length of the run.
+        images: images of an epoch.
+        cores: CPU cores of a machine; 0 = as many as the loader takes.
+
+    Raises:
+        ValueError: the set is smaller than a batch, so that an epoch has no step.
+    """
+    if images < planned.batch:
+        raise ValueError(
+            f"--images {images} are fewer than the global batch {planned.batch}: an epoch has no "
+            "step; choose a smaller --batch."
+        )
+    config = find_recipe(planned.recipe).config
+    steps = int(epochs * (images // planned.batch))
+    loader_s = planned.batch * (DECODE_CPU_S + STORAGE_CPU_S)
+    return RunTime(
+        steps=steps,
+        step_s=pace.step_s,
+        loader_s=loader_s / (cores * cluster.nodes) if cores else 0.0,
+        knn_s=_evaluations(config, steps) * _evaluation_s(config, planned, cluster),
+        save_s=steps // config.save.every_steps * _copied_bytes(planned, cluster) / _HOST_COPY,
+        spread=cluster.card.reach.spread,
+    )
+
+
+def _evaluations(config: Config, steps: int) -> int:
+    """Evaluations of the k-NN monitor, of both encoders where both are looked at."""
+    every = config.knn.every_steps
+    return steps // every * (1 + config.knn.momentum_encoder) if every else 0
+
+
+def _evaluation_s(config: Config, planned: PlannedRun, cluster: Cluster) -> float:
+    """Seconds of one: the probes' features on all cards; their neighbours are a thousandth of it.
+
+    Args:
+        config: the recipe's, whose k-NN monitor runs.
+        planned: tells network and precision.
+        cluster: the cards.
+    """
+    card = cluster.card
+    forward = architecture.forward_work(planned.shape)
+    rate = card.peak_rate(planned.precision) * card.reach.products
+    return config.knn.probes / cluster.cards * forward.operations / rate
+
+
+def _copied_bytes(planned: PlannedRun, cluster: Cluster) -> float:
+    """Bytes that the busiest rank copies: its share of masters and moments, and both encoders."""
+    trained = architecture.count_trained(planned.shape)
+    state = trained * 4 * (1 + len(planned.optimizer.moments)) / cluster.cards
+    return state + 4 * architecture.count_momentum_weights(planned.shape)
