@@ -27,6 +27,7 @@ from mocov3_ds.config import (
 )
 from mocov3_ds.data import storage
 from mocov3_ds.distributed.engine_keys import read_settings
+from mocov3_ds.distributed.engine_values import check_depth
 from mocov3_ds.model.shapes import PAPER_SHAPES
 from mocov3_ds.settings.paths import check_text, expand_home
 from mocov3_ds.settings.spelling import did_you_mean
@@ -242,6 +243,7 @@ def with_overrides(engine: Mapping[str, Any], overrides: Sequence[str]) -> dict[
     Raises:
         ValueError: a setting has no `=`, or its path leads through something that is not an object.
     """
+    check_depth(engine)
     result: dict[str, Any] = json.loads(json.dumps(engine))
     for override in overrides:
         dotted, separator, text = override.partition("=")

@@ -73,6 +73,11 @@ def test_json_that_is_no_object(tmp_path: Path) -> None:
     path.write_text('{"bf16": {}, "fp16": {}, "bf16": {"enabled": true}}')
     with pytest.raises(ValueError, match=r"ds\.json has the key 'bf16' twice in one object"):
         parse(["--deepspeed_config", str(path)])
+    path.write_text('{"wandb":' * 300 + "1" + "}" * 300)
+    with pytest.raises(ValueError, match="nested more than 50 levels deep"):
+        parse(["--deepspeed_config", str(path)])
+    with pytest.raises(ValueError, match="nested more than 50 levels deep"):
+        parse(["--ds", f"wandb={path.read_text()}"])
     with pytest.raises(ValueError, match=r"cannot be read: Is a directory"):
         parse(["--deepspeed_config", str(tmp_path)])
     for damaged in (b"{", b'{"a": "\xff"}', b"[" * 100_000):

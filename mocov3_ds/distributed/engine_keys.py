@@ -13,6 +13,7 @@ from typing import Any
 
 from mocov3_ds.distributed.engine_values import (
     Reader,
+    check_depth,
     is_off,
     number,
     read_class_paths,
@@ -242,6 +243,7 @@ def read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: an unknown key, a value that is not of its key's kind, or a key that would have
             no effect; one sentence with the key, the value and the remedy.
     """
+    check_depth(settings)
     typed = _read_object("", settings)
     speaks = typed.get("log_level") in ("info", "debug")
     for name in _NEED_INFO:

@@ -16,6 +16,7 @@ Reader = Callable[[str, Any], Any]
 """takes the dotted name of a key and its value; returns the typed value or raises ValueError"""
 
 _LARGEST = float(2**62)
+_DEEPEST = 50
 
 
 def show_value(value: Any) -> str:
@@ -148,6 +149,25 @@ def read_parameter(name: str, value: Any) -> Any:
         raise refuse_value(name, value, "a number")
     parsed = _parse_number(value)
     return value if parsed is None else parsed
+
+
+def check_depth(tree: Any) -> None:
+    """Refuse JSON that is nested deeper than any config is, and than Python's stack may be.
+
+    Args:
+        tree: JSON values, in objects and lists.
+
+    Raises:
+        ValueError: it is.
+    """
+    level = [tree]
+    for _ in range(_DEEPEST):
+        inner = (
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        )
+        level = [value for values in inner for value in values]
+    if level:
+        raise ValueError(f"the DeepSpeed config is nested more than {_DEEPEST} levels deep.")
 
 
 def is_off(value: Any) -> bool:
