@@ -1,15 +1,15 @@
 """May this run write to a folder? One run at a time, and one plan for all its shards."""
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_prep.receipts import RECEIPTS, Receipt
-from mocov3_ds.data import storage
-from mocov3_ds.data.storage.atomic import TEMPORARY_SUFFIX
+from data_prep.receipts import RECEIPTS, REJECTS, Receipt
+from mocov3_ds.data import manifest, storage
+from mocov3_ds.data.storage.atomic import remove_abandoned
+from mocov3_ds.data.storage.locks import take_lock
 
 PLAN = "plan.json"
 """File beside the shards that says what is being made."""
@@ -20,19 +20,17 @@ def lock_folder(url: str) -> Iterator[None]:
     """Keep a second run out of a local folder; in object storage it would only waste time.
 
     Raises:
-        ValueError: Another run is writing to the folder.
+        ValueError: Another run is writing to the folder, or it cannot be written.
     """
+    storage.check_writable(url)
     if not storage.is_local(url):
         yield
         return
     folder = storage.local_path(url)
-    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {url}; wait for it or stop it.") from None
+        if not take_lock(descriptor, folder):
+            raise ValueError(f"another run is writing to {url}; wait for it or stop it.")
         yield
     finally:
         os.close(descriptor)
@@ -53,8 +51,10 @@ def claim_folder(url: str, plan: Mapping[str, Any]) -> None:
         earlier = json.loads(storage.read(plan_url))
     except FileNotFoundError:
         earlier = None
-    except ValueError:
-        raise ValueError(f"{plan_url} is damaged; use a new folder, or empty this one.") from None
+    except (ValueError, RecursionError):
+        earlier = ()
+    if not (earlier is None or isinstance(earlier, dict)):
+        raise ValueError(f"{plan_url} is damaged; use a new folder, or empty this one.")
     if earlier == plan:
         return
     if earlier is not None:
@@ -63,10 +63,12 @@ def claim_folder(url: str, plan: Mapping[str, Any]) -> None:
             "folder, or remove that one."
         )
     names = [entry.name for entry in storage.list_files(url)]
-    foreign = [name for name in names if name.endswith((".tar", ".json"))]
+    names += [entry.name for entry in storage.list_files(storage.join_url(url, RECEIPTS))]
+    ours = (".tar", ".json", manifest.INDEX_NAME, REJECTS)  # what would be overwritten
+    foreign = [name for name in names if name.endswith(ours)]
     if foreign:
         raise ValueError(
-            f"{url} holds {foreign[0]}, which is not of this command (there is no {PLAN}); use an "
+            f"{url} holds {foreign[0]!r}, which is not of this command (there is no {PLAN}); use an "
             "empty folder."
         )
     storage.write(plan_url, json.dumps(plan, indent=1).encode())
@@ -106,5 +108,4 @@ def remove_leftovers(url: str) -> None:
     if storage.is_local(url):
         folder = storage.local_path(url)
         for parent in (folder, folder / RECEIPTS):
-            for path in parent.glob(f"*{TEMPORARY_SUFFIX}"):
-                path.unlink(missing_ok=True)
+            remove_abandoned(parent, age_s=0.0)  # under this run's lock there is no other writer

@@ -97,7 +97,7 @@ def _read_receipt(url: str, shard_name: str, plan: str) -> Receipt | None:
             return Receipt(shard, rows, rejects, is_earlier=True)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass  # damaged: the shard is made again
     return None
 

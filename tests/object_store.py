@@ -86,7 +86,7 @@ def environment(endpoint: str, **limits: float) -> Iterator[None]:
     finally:
         stores.forget_stores()
         for name, value in before.items():
-            os.environ.pop(name)
+            os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
 

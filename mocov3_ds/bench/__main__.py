@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     )
     try:
         module.run_bench(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"bench {name}: error: {error}")
         return 2
     return 0

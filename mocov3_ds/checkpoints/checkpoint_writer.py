@@ -31,13 +31,19 @@ from mocov3_ds.checkpoints.checkpoint import (
     state_digest,
     step_in_name,
 )
-from mocov3_ds.data.storage.atomic import digest_file, sync_to_disk, write_text
+from mocov3_ds.data.storage.atomic import (
+    digest_file,
+    remove_abandoned,
+    sync_to_disk,
+    write_text,
+)
 from mocov3_ds.data.storage.tensor_file import mode_of_umask
 from mocov3_ds.distributed import ranks
 from mocov3_ds.version import __version__
 
 FILE_BYTES = 256 * 2**20
 """A tensor file is closed once it has so many bytes."""
+_STEP = "[0-9]" * 8 + "*"  # pattern of the number in the names of folders
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -245,10 +251,11 @@ def remove_leftovers(run: Path) -> None:
         OSError: The folder cannot be changed.
     """
     folder = run / "checkpoints"
-    for replaced in folder.glob("replaced-*"):
+    remove_abandoned(folder, age_s=0.0)
+    for replaced in folder.glob(f"replaced-{_STEP}"):
         final = folder / replaced.name.replace("replaced-", "step-")
         if not final.exists():  # killed between the two renames
             replaced.replace(final)
-    for pattern in ("writing-*", "gone-*", "replaced-*"):
-        for leftover in folder.glob(pattern):
+    for kind in ("writing", "gone", "replaced"):
+        for leftover in folder.glob(f"{kind}-{_STEP}"):
             shutil.rmtree(leftover)

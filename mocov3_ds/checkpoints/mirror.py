@@ -7,10 +7,14 @@
 MIRROR is a folder or the URL of an object store, where nothing can be renamed. Therefore a
 checkpoint counts only if `mirror.json` names it among `complete`. A folder that is named among
 `partial` may hold any part of a checkpoint; its files are removed with a later checkpoint.
+
+A place that holds files of these names and no `mirror.json` is not ours and is refused. Only files
+that a checkpoint has are ever removed, whatever `mirror.json` says.
 """
 
 import json
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Collection, Mapping
@@ -26,6 +30,9 @@ from mocov3_ds.data.storage.atomic import replace_when_whole
 
 _INDEX = "mirror.json"
 _BESIDE = ("config.json", "metrics.jsonl", "bad_samples.jsonl")
+_INDEX_BYTES = 16 << 20  # more than any index of ours has
+_CHECKPOINT = re.compile(r"step-\d{8,}")
+_CHECKPOINT_FILE = re.compile(r"state\.json|\w+-\d+\.safetensors")
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -116,12 +123,18 @@ def copy_checkpoint(url: str, run: Path, folder: Path, *, keep: int, keep_every:
     Raises:
         OSError: The store failed, or a file vanished; the checkpoints that were complete before
             are complete still.
-        ValueError: The mirror's index is damaged.
+        ValueError: The mirror's index is damaged, or there are files in the way that are not ours.
     """
     complete, partial = _read_index(url)
+    folder_url = _join(url, "checkpoints", folder.name)
+    if folder.name not in complete | partial and storage.list_files(folder_url):
+        raise ValueError(
+            f"{folder_url} holds files and {_INDEX} does not name it, so they are not ours; give "
+            "another --save.mirror"
+        )
     _write_index(url, complete - {folder.name}, partial | {folder.name})
     for path in sorted(folder.iterdir()):
-        _copy_file(path, _join(url, "checkpoints", folder.name, path.name))
+        _copy_file(path, storage.join_url(folder_url, path.name))
     for path in (run / name for name in _BESIDE):
         if path.exists():
             _copy_file(path, _join(url, path.name))
@@ -134,7 +147,8 @@ def copy_checkpoint(url: str, run: Path, folder: Path, *, keep: int, keep_every:
     for name in removed_names:
         removed_url = _join(url, "checkpoints", name)
         for entry in storage.list_files(removed_url):
-            storage.remove_file(storage.join_url(removed_url, entry.name))
+            if _CHECKPOINT_FILE.fullmatch(entry.name):
+                storage.remove_file(storage.join_url(removed_url, entry.name))
     if removed_names:
         _write_index(url, kept_names, set())
 
@@ -152,18 +166,34 @@ def _write_index(url: str, complete: set[str], partial: set[str]) -> None:
 
 def _read_index(url: str) -> tuple[set[str], set[str]]:
     """Return the names of complete and of partial checkpoints; none in a mirror to be."""
+    index_url = _join(url, _INDEX)
+    damage = f"{index_url} is damaged; give another --save.mirror."
     try:
-        content = storage.read(_join(url, _INDEX))
+        if storage.file_size(index_url) > _INDEX_BYTES:
+            raise ValueError(damage)
+        content = storage.read(index_url)
     except FileNotFoundError:
+        _check_nothing_is_there(url)
         return set(), set()
     try:
         index = json.loads(content)
         complete, partial = set(index["complete"]), set(index["partial"])
-        for name in complete | partial:
-            step_in_name(Path(name))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{_join(url, _INDEX)} is damaged; give another --save.mirror.") from None
+        is_sound = all(_CHECKPOINT.fullmatch(name) for name in complete | partial)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise ValueError(damage)
     return complete, partial
+
+
+def _check_nothing_is_there(url: str) -> None:
+    """Refuse a place without an index that holds what the mirror would overwrite."""
+    names = {entry.name for entry in storage.list_files(url)} & {*_BESIDE}
+    if names:
+        raise ValueError(
+            f"{url} holds {min(names)} and no {_INDEX}, so it is no mirror of ours (a run folder?);"
+            " give another --save.mirror."
+        )
 
 
 def _join(url: str, *names: str) -> str:
@@ -186,9 +216,14 @@ def check_mirror(url: str, resolved: Mapping[str, Any], data_digest: str) -> Non
     Raises:
         ValueError: The mirror belongs to another run, is damaged, or cannot be read.
     """
-    complete, _ = _read_index(url)
-    if complete:
-        text = storage.read(_join(url, "config.json")).decode(errors="replace")
+    complete, partial = _read_index(url)
+    if complete | partial:
+        try:
+            text = storage.read(_join(url, "config.json")).decode(errors="replace")
+        except FileNotFoundError:
+            if not complete:  # the first copy did not get so far
+                return
+            raise ValueError(f"{url} has no config.json; give another --save.mirror.") from None
         check_same_run(text, url, resolved, data_digest)
 
 
@@ -217,8 +252,6 @@ def fetch_newer_checkpoint(url: str, run: Path) -> Path | None:
         except CheckpointRefusedError:
             raise
         except (ValueError, FileNotFoundError) as error:
-            if isinstance(error, storage.StorageError):
-                raise
             _log.warning("passing over step %d of the mirror %s: %s", step, url, error)
         else:
             _log.warning("step %d comes from the mirror %s", step, url)
@@ -244,6 +277,8 @@ def _fetch_checkpoint(url: str, run: Path, step: int, local_position: int) -> Pa
         if state.get("position", step) <= local_position:
             raise ValueError(f"the run here is behind global batch {local_position} already")
         for name in state["files"]:
+            if not _CHECKPOINT_FILE.fullmatch(name):
+                raise ValueError(f"state.json names a file {name!r}, which no checkpoint has")
             _fetch_file(storage.join_url(source, name), temporary / name)
         Checkpoint(temporary).verify()
         for name in _BESIDE:

@@ -85,7 +85,6 @@ def lock_folder(run: Path, wait_s: float = LOCK_WAIT_S) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(me).encode(), 0)
         remove_abandoned(run)
-        remove_abandoned(run / "checkpoints")
     except BaseException:
         os.close(descriptor)
         raise

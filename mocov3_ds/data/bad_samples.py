@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from mocov3_ds.data.fetch import Unreadable, locate_sample, read_sample
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.sample_order import Order
+from mocov3_ds.data.storage.atomic import open_own
 from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.settings.wording import count_noun
 
@@ -83,8 +85,9 @@ class BadSamples:
                     "rank": self._rank,
                 }
                 self._listing.parent.mkdir(parents=True, exist_ok=True)
-                with self._listing.open("a") as file:  # one short write: ranks do not mix lines
-                    file.write(json.dumps(line) + "\n")
+                # one short write: ranks do not mix lines
+                with open_own(self._listing, os.O_WRONLY | os.O_APPEND) as file:
+                    file.write(json.dumps(line).encode() + b"\n")
             if len(self._reasons) > self._budget:
                 counts = ", ".join(f"{n} x {kind}" for kind, n in self.counts.most_common())
                 raise ValueError(

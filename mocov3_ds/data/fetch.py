@@ -147,6 +147,8 @@ def _reread_sample(
     """Read a sample that came out wrong once more from the store, which may have it right."""
     reason = ""
     for _ in range(_ATTEMPTS - 1):
+        if stop is not None and stop.is_set():
+            raise storage.Stopped(f"{storage.hide_secrets(url)}: stopped while it was read")
         try:
             image_bytes = storage.read(url, start, end, stop=stop)
         except storage.Truncated:

@@ -34,7 +34,7 @@ def test_foreign_folders_are_refused(tree, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "other.tar").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"holds other.tar, which is not of this command"):
+    with pytest.raises(ValueError, match=r"holds 'other.tar', which is not of this command"):
         make(tree, out)
     assert forms.files_of(out) == {"other.tar": b"mine"}
     (out / "plan.json").write_text("{")

@@ -31,8 +31,8 @@ def test_damaged_and_missing_shards_and_receipts_are_made_again(tree, tmp_path):
     (out / "receipts" / "shard-000002.json").write_text("{")
     (out / "receipts" / "shard-000003.json").unlink()
     (out / "shard-000003.tar").write_bytes(b"half")
-    (out / "shard-000004.tar.123.tmp").write_bytes(b"left by a killed run")
-    (out / "receipts" / "shard-000004.json.123.tmp").write_bytes(b"left by a killed run")
+    (out / "shard-000004.tar.123-0123abcd.tmp").write_bytes(b"left by a killed run")
+    (out / "receipts" / "shard-000004.json.123-0123abcd.tmp").write_bytes(b"left by a killed run")
     (out / "manifest.json").unlink()
     assert make(tree, out).earlier_shards == 1
     assert forms.files_of(out) == content

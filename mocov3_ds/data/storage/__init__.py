@@ -5,9 +5,12 @@
     write(url, data)          all at once or not at all    open_write(url)   the same, streamed
     list_files(url)           files of a folder            remove_file(url)
 
-A URL is a path, `file://PATH`, or `SCHEME://BUCKET/KEY` of an object store (s3, gs, az, http,
-https; credentials and endpoints as in `stores`). A reader never sees half a file: a written one
-appears under its name when it is complete.
+A URL is a path, `file://PATH`, `SCHEME://BUCKET/KEY` of an object store (s3, gs, az; credentials
+and endpoints as in `stores`), or that of a web server (http, https), which is only read; `address`
+says how they are taken. A reader never sees half a file: a written one appears under its name when
+it is complete.
+
+A store that refuses raises `StorageError`, which no parser takes for damage: it is no ValueError.
 """
 
 import contextlib
@@ -16,18 +19,35 @@ import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
-from mocov3_ds.data.storage.atomic import TEMPORARY_SUFFIX, replace_when_whole
+from mocov3_ds.data.storage.address import (
+    explain_pattern,
+    folder_url,
+    hide_secrets,
+    is_local,
+    is_web,
+    join_url,
+    local_path,
+    take_login,
+)
+from mocov3_ds.data.storage.atomic import is_temporary, open_new, replace_when_whole
 from mocov3_ds.data.storage.remote_file import BLOCK, RemoteFile
-from mocov3_ds.data.storage.retry import Changed, Stopped, StorageError, Truncated, call_with_retry
+from mocov3_ds.data.storage.retry import (
+    CannotList,
+    Changed,
+    Stopped,
+    StorageError,
+    Truncated,
+    call_with_retry,
+)
 from mocov3_ds.data.storage.stores import store_for_url
 
 __all__ = [
-    "BLOCK", "Changed", "FileEntry", "Stopped", "StorageError", "Truncated", "Writer", "exists",
-    "file_size", "is_local", "join_url", "list_files", "local_path", "open_read", "open_write",
-    "read", "read_blocks", "remove_file", "write",
+    "BLOCK", "CannotList", "Changed", "FileEntry", "Stopped", "StorageError", "Truncated", "Writer",
+    "can_list", "check_writable", "exists", "explain_pattern", "file_size", "folder_url",
+    "hide_secrets", "is_local", "join_url", "list_files", "local_path", "open_read", "open_write",
+    "read", "read_blocks", "remove_file", "take_login", "write",
 ]  # fmt: skip
 
 
@@ -47,21 +67,6 @@ class Writer(Protocol):
     def write(self, data: bytes | bytearray | memoryview, /) -> int:
         """Append bytes and return how many."""
         ...
-
-
-def is_local(url: str) -> bool:
-    """Whether a URL names a file or folder of this machine."""
-    return "://" not in url or url.startswith("file://")
-
-
-def local_path(url: str) -> Path:
-    """Return the path that a local URL names, with `~` expanded."""
-    return Path(url.removeprefix("file://")).expanduser()
-
-
-def join_url(url: str, name: str) -> str:
-    """Return the URL of a file in a folder."""
-    return f"{url.rstrip('/')}/{name}"
 
 
 def read(
@@ -88,7 +93,7 @@ def read(
         with RemoteFile(url, start, end, stop) as remote:
             data = _read_rest(remote) if end is None else _read_full(remote, end - start)
     if end is not None and len(data) != end - start:
-        raise Truncated(f"{url} ends at byte {start + len(data)}, before byte {end}")
+        raise Truncated(f"{hide_secrets(url)} ends at byte {start + len(data)}, before byte {end}")
     return data
 
 
@@ -109,7 +114,7 @@ def read_blocks(url: str, start: int = 0, end: int | None = None) -> Iterator[by
             position += len(block)
             yield block
     if end is not None and position != end:
-        raise Truncated(f"{url} ends at byte {position}, before byte {end}")
+        raise Truncated(f"{hide_secrets(url)} ends at byte {position}, before byte {end}")
 
 
 def open_read(
@@ -164,10 +169,16 @@ def exists(url: str) -> bool:
         return False
 
 
+def can_list(url: str) -> bool:
+    """Whether `list_files` can say what is in a folder: a web server cannot."""
+    return not is_web(url)
+
+
 def list_files(url: str) -> list[FileEntry]:
     """List the complete files right inside a folder, by name; none where there is no such folder.
 
     Raises:
+        CannotList: It is a folder of a web server.
         OSError: The store cannot be asked.
     """
     if is_local(url):
@@ -177,13 +188,38 @@ def list_files(url: str) -> list[FileEntry]:
         files = [
             FileEntry(item.name, item.stat().st_size)
             for item in os.scandir(folder)
-            if item.is_file() and not item.name.endswith(TEMPORARY_SUFFIX)
+            if item.is_file() and not is_temporary(item.name)
         ]
     else:
         store, key = store_for_url(url)
         listing = call_with_retry(store, url, lambda: list(store.list_files(key)))
         files = [FileEntry(name, size) for name, size in listing]
     return sorted(files, key=lambda entry: entry.name)
+
+
+def check_writable(url: str) -> None:
+    """Check that files can be made in a folder before work is spent on them; makes the folder.
+
+    A store is not asked: it would need a file that a stranger could find.
+
+    Raises:
+        ValueError: They cannot be; the message says why.
+    """
+    if is_web(url):
+        raise ValueError(f"{hide_secrets(url)} is on a web server, which is only read from.")
+    if not is_local(url):
+        return
+    folder = local_path(url)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".writable.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+        open_new(trial).close()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{url} cannot be written ({error.strerror}); use a folder of your own, and for tars "
+            "that lie there links to them (ln -s)."
+        ) from None
 
 
 def write(url: str, data: bytes) -> None:
@@ -210,7 +246,7 @@ def open_write(url: str) -> Iterator[Writer]:
     if is_local(url):
         path = local_path(url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_when_whole(path, unique=True) as temporary, temporary.open("wb") as file:
+        with replace_when_whole(path) as temporary, temporary.open("wb") as file:
             yield file
     else:
         with _open_upload(url) as upload:

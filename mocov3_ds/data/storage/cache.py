@@ -1,6 +1,10 @@
 """Which blocks of shards from a store lie on the local disk, for all ranks of a machine?
 
-    FOLDER/ab/abcdef...-17      block 17 of the shard with that sha256
+    FOLDER/mocov3-ds-cache/CACHEDIR.TAG             marks the folder as one of this program
+    FOLDER/mocov3-ds-cache/ab/abcdef...-17          block 17 of the shard with that sha256
+
+The folder that is named may hold anything else: only what has a name of a block, in the marked
+folder below it, is counted and deleted.
 
 A block is named by content, so a shard that was replaced in its store is never mistaken for the old
 one. Blocks appear by rename and are read without locks; the least recently used ones leave when the
@@ -12,20 +16,33 @@ import contextlib
 import io
 import logging
 import os
+import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from mocov3_ds.data import storage
 from mocov3_ds.data.storage import counters
-from mocov3_ds.data.storage.atomic import TEMPORARY_SUFFIX, replace_when_whole
+from mocov3_ds.data.storage.atomic import (
+    ABANDONED_S,
+    is_temporary,
+    open_new,
+    replace_when_whole,
+)
 from mocov3_ds.data.storage.remote_file import SeekableReader
 
 BLOCK = 4 << 20
 """Bytes of a block: the least that is fetched at a time."""
 
-_ABANDONED_S = 3600  # age of a half-written block whose writer must be gone
+FOLDER_NAME = "mocov3-ds-cache"
+"""Name of the marked folder below the one that is given."""
+
+_TAG_NAME = "CACHEDIR.TAG"  # known to programs that make copies, which leave such folders out
+_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Blocks of mocov3-ds (--data.cache).\n"
+_GROUP = re.compile("[0-9a-f]{2}")
+_BLOCK_NAME = re.compile(r"[0-9a-f]{64}-\d+")
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -34,12 +51,13 @@ class Cache:
     """A folder of blocks.
 
     Args:
-        folder: Folder on a local disk; made if it does not exist.
-        limit: Bytes that the folder may hold; a few blocks of each rank may exceed it for a moment.
+        folder: Folder on a local disk, made if it does not exist, that may hold other things.
+        limit: Bytes of blocks in it; a few blocks of each rank may exceed it for a moment.
         block: Bytes of a block.
 
     Raises:
-        ValueError: The folder cannot be made, or the limit is below 64 blocks.
+        ValueError: The folder cannot be made, something there has its name, or the limit is below
+            64 blocks.
     """
 
     def __init__(self, folder: Path, limit: int, block: int = BLOCK) -> None:
@@ -48,12 +66,8 @@ class Cache:
                 f"a cache of {limit / 1e9:.3g} GB is too small to be of use; give "
                 f"{64 * block / 1e9:.2g} GB at least, or none."
             )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cache folder {folder} cannot be made: {error}.") from None
         self.block = block
-        self._folder, self._limit = folder, limit
+        self._folder, self._limit = _mark_folder(folder), limit
         self._unmeasured = limit  # bytes added since the folder was measured; at once at first
         self._tidying = threading.Lock()
         self._fetching = [threading.Lock() for _ in range(64)]  # by hash of the block's path
@@ -76,8 +90,9 @@ class Cache:
 
     def forget_range(self, digest: str, start: int, end: int) -> None:
         """Delete the blocks with bytes `start` to `end` of a file: they are wrong."""
-        for number in range(start // self.block, -(-end // self.block)):
-            self._block_path(digest, number).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a cache that fails costs speed alone
+            for number in range(start // self.block, -(-end // self.block)):
+                self._block_path(digest, number).unlink(missing_ok=True)
 
     def read_block(
         self, url: str, digest: str, number: int, size: int, stop: threading.Event | None
@@ -117,7 +132,7 @@ class Cache:
             self._make_room(len(data))
             path.parent.mkdir(exist_ok=True)
             # a sync would cost more than it saves: damage shows in the crc32 of a sample
-            with replace_when_whole(path, unique=True, durable=False) as temporary:
+            with replace_when_whole(path, durable=False) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:  # a full disk costs speed, not the run
             if not self._warned:
@@ -131,7 +146,7 @@ class Cache:
             if self._unmeasured < self._limit // 64:
                 return
             self._unmeasured = count
-            blocks = self._list_blocks()
+            blocks = list(self._list_blocks())
             total = sum(size for _, size, _ in blocks)
             for _, size, path in sorted(blocks):
                 if total <= self._limit - self._limit // 8:
@@ -139,28 +154,64 @@ class Cache:
                 Path(path).unlink(missing_ok=True)
                 total -= size
 
-    def _list_blocks(self) -> list[tuple[float, int, str]]:
-        """Time of last use, bytes and path of each block; without those that are being written."""
-        blocks = []
-        for folder in os.scandir(self._folder):
-            for item in os.scandir(folder) if folder.is_dir() else ():
+    def _list_blocks(self) -> Iterator[tuple[float, int, str]]:
+        """Time of last use, bytes and path of each block, or rest of one whose writer is gone."""
+        for group in os.scandir(self._folder):
+            if not (_GROUP.fullmatch(group.name) and group.is_dir(follow_symlinks=False)):
+                continue
+            for item in os.scandir(group.path):
                 with contextlib.suppress(FileNotFoundError):
-                    status = item.stat()
-                    age_s = time.time() - status.st_mtime
-                    if item.name.endswith(TEMPORARY_SUFFIX) and age_s < _ABANDONED_S:
-                        continue
-                    blocks.append((status.st_mtime, status.st_size, item.path))
-        return blocks
+                    status = item.stat(follow_symlinks=False)
+                    name = item.name
+                    if is_temporary(name) and time.time() - status.st_mtime > ABANDONED_S:
+                        name = name.partition(".")[0]
+                    if _BLOCK_NAME.fullmatch(name) and item.is_file(follow_symlinks=False):
+                        yield status.st_mtime, status.st_size, item.path
+
+
+def _mark_folder(parent: Path) -> Path:
+    """Return the folder of blocks below another one, made and marked where it is new.
+
+    Raises:
+        ValueError: It cannot be made, or what has its name has no mark.
+    """
+    folder = parent / FOLDER_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_symlink() and not any(folder.iterdir()):
+            with contextlib.suppress(FileExistsError), open_new(folder / _TAG_NAME) as file:
+                file.write(_TAG)  # another rank may be doing the same: that it exists is the mark
+        is_marked = not folder.is_symlink() and (folder / _TAG_NAME).is_file()
+    except OSError as error:
+        raise ValueError(f"cache folder {folder} cannot be made: {error}.") from None
+    if not is_marked:
+        raise ValueError(
+            f"{folder} is no cache of this program: it holds no {_TAG_NAME}, or is a link; give "
+            "another --data.cache."
+        )
+    earlier = next(parent.glob("[0-9a-f][0-9a-f]/*-*"), None)
+    if earlier is not None and _BLOCK_NAME.fullmatch(earlier.name):
+        _log.warning(
+            "%s holds blocks of an earlier version (%s/%s, ...), which are no longer used and may "
+            "be removed", parent, earlier.parent.name, earlier.name[:8],
+        )  # fmt: skip
+    return folder
 
 
 def _read_stored(path: Path, size: int) -> bytes | None:
     """Read a block from the disk; None where it is missing or not `size` bytes long."""
     with contextlib.suppress(OSError):
-        data = path.read_bytes()
+        with io.FileIO(path, opener=_open_block) as file:
+            data = file.read()
         if len(data) == size:
-            os.utime(path)
+            os.utime(path, follow_symlinks=False)
             return data
     return None
+
+
+def _open_block(path: str, flags: int) -> int:
+    """Open a block; a link or a pipe in its place is none."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 class _CachedFile(SeekableReader):

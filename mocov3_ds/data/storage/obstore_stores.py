@@ -1,8 +1,9 @@
-"""Files in Google's and Azure's object stores and on web servers, by way of obstore.
+"""Files in Google's and Azure's object stores, by way of obstore.
 
-obstore is one wheel for all of these. Every method makes one attempt; `retry` makes more.
+obstore is one wheel for both. Every method makes one attempt; `retry` makes more.
 """
 
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ from mocov3_ds.data.storage.retry import (
     Changed,
     RetryLimits,
     StorageError,
-    Truncated,
     explain_status,
+    store_words,
 )
+from mocov3_ds.settings.environment import read_word
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
 PART_BYTES = 16 << 20
 """Bytes of one part of an upload; two are on their way at most."""
 
+_STATUS = re.compile(r"status code: (\d{3})([^:\n]*)")
+
 
 class ObstoreStore:
-    """A bucket or server that obstore reaches; see `stores.Store`.
+    """A bucket that obstore reaches; see `stores.Store`.
 
     Args:
-        bucket_url: URL of the bucket or server, e.g. gs://BUCKET or https://HOST.
+        bucket_url: URL of the bucket, e.g. gs://BUCKET.
         limits: When the store counts as out of reach.
 
     Raises:
@@ -40,9 +44,11 @@ class ObstoreStore:
         self.limits, self.has_answered, self.part_bytes = limits, False, PART_BYTES
         self.errors: tuple[type[Exception], ...] = (BaseError, OSError)
         stall, connect = timedelta(seconds=limits.stall_s), timedelta(seconds=limits.connect_s)
+        anonymous = read_word("MOCOV3_STORAGE_ANONYMOUS") == "1"
         try:
             self._store = from_url(
                 bucket_url,
+                config={"skip_signature": True} if anonymous else None,
                 client_options={
                     "allow_http": True,
                     "connect_timeout": connect,
@@ -61,6 +67,7 @@ class ObstoreStore:
         import obstore
         from obstore.exceptions import GenericError, NotSupportedError
 
+        key = _literal_key(key)
         options: GetOptions = {"if_match": tag} if tag else {}
         if end is not None:
             options["range"] = (start, end)
@@ -76,44 +83,76 @@ class ObstoreStore:
         return ObstoreBody(answer)
 
     def file_size(self, key: str) -> int:
-        """See `stores.Store`."""
+        """See `stores.Store`; a refused HEAD cannot say why, so a GET is asked for the reason."""
         import obstore
+        from obstore.exceptions import BaseError
 
-        return int(obstore.head(self._store, key)["size"])
+        key = _literal_key(key)
+        try:
+            return int(obstore.head(self._store, key)["size"])
+        except (BaseError, FileNotFoundError):
+            return int(obstore.get(self._store, key).meta["size"])
 
     def list_files(self, folder: str) -> Iterator[tuple[str, int]]:
         """See `stores.Store`."""
         import obstore
 
-        prefix = f"{folder.rstrip('/')}/" if folder.strip("/") else None
+        folder = folder.removesuffix("/")
+        prefix = f"{_literal_key(folder)}/" if folder else None
         for item in obstore.list_with_delimiter(self._store, prefix)["objects"]:
             yield item["path"].removeprefix(prefix or ""), item["size"]
 
     def start_upload(self, key: str) -> "ObstoreUpload":
         """See `stores.Store`."""
-        return ObstoreUpload(self._store, key, self.part_bytes)
+        return ObstoreUpload(self._store, _literal_key(key), self.part_bytes)
 
     def remove_file(self, key: str) -> None:
         """See `stores.Store`."""
         import obstore
 
-        obstore.delete(self._store, key)
+        obstore.delete(self._store, _literal_key(key))
 
     def explain_error(self, url: str, error: Exception) -> Exception | None:
         """See `stores.Store`."""
         from obstore import exceptions
 
-        self.has_answered = self.has_answered or isinstance(error, FileNotFoundError)
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, StorageError):
+            return StorageError(f"{url}: {error}")
+        lines = str(error).splitlines() or [type(error).__name__]
+        found = _STATUS.search(str(error))
+        words = store_words(str(error)) or (found and found[2].strip()) or lines[0]
+        status = int(found[1]) if found else 0
+        self.has_answered = self.has_answered or 0 < status < 500
+        if isinstance(error, FileNotFoundError):
+            self.has_answered = True
+            if "bucket" in words.lower() or "container" in words.lower():
+                return StorageError(f"{url}: the store refuses ({words}).")
+            return FileNotFoundError(f"{url} does not exist")
         if isinstance(error, exceptions.PreconditionError):
             return Changed(f"{url} changed while it was read")
         if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-            return explain_status(url, 403, first_line)
-        if "status code: 416" in first_line:
-            return Truncated(f"{url} ends before the bytes that were asked for")
+            return explain_status(url, status or 403, words, _CHECK_RIGHTS)
         if isinstance(error, exceptions.NotSupportedError | exceptions.InvalidPathError):
-            return StorageError(f"{url}: {first_line}.")
-        return None
+            return StorageError(f"{url}: {lines[0]}.")
+        return explain_status(url, status, words)
+
+
+_CHECK_RIGHTS = (
+    "check the credentials and what they may do (a public bucket: MOCOV3_STORAGE_ANONYMOUS=1)"
+)
+
+
+def _literal_key(key: str) -> str:
+    """Return a key that obstore takes as it is; it would drop the slashes of others.
+
+    Raises:
+        StorageError: The key has an empty part.
+    """
+    if key.startswith("/") or key.endswith("/") or "//" in key:
+        raise StorageError(
+            "the client of this store reaches no key with // or a slash at its ends."
+        )
+    return key
 
 
 class ObstoreBody:

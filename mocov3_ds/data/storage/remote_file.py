@@ -11,6 +11,7 @@ import threading
 import time
 
 from mocov3_ds.data.storage import counters
+from mocov3_ds.data.storage.address import hide_secrets
 from mocov3_ds.data.storage.retry import Retry, Truncated, call_with_retry
 from mocov3_ds.data.storage.stores import Body, Store, store_for_url
 
@@ -95,6 +96,7 @@ class RemoteFile(SeekableReader):
         if self._end is not None and self._position >= self._end:
             self._end = None  # the caller wants more than it announced
         while len(buffer) and (self._total is None or self._position < self._total):
+            self._retry.check_stop()
             try:
                 data = self._read_body(len(buffer))
             except self._store.errors as error:
@@ -106,7 +108,9 @@ class RemoteFile(SeekableReader):
                 self._position += len(data)
                 return len(data)
         if self._end is not None and self._total is not None and self._total < self._end:
-            raise Truncated(f"{self._url} ends at byte {self._total}, before byte {self._end}")
+            raise Truncated(
+                f"{hide_secrets(self._url)} ends at byte {self._total}, before byte {self._end}"
+            )
         return 0
 
     def _read_body(self, count: int) -> bytes:
@@ -116,16 +120,23 @@ class RemoteFile(SeekableReader):
             self._store.has_answered = True
             self._tag, self._total = self._body.tag, self._body.total
             self._skip = self._position - self._body.start
-            if self._skip < 0:
-                raise ConnectionError(f"the answer begins at byte {self._body.start}")
+            if not self._body.start <= self._position < max(self._body.end, 1):
+                if self._position >= self._total:
+                    self._drop_body()
+                    return b""
+                span = f"{self._body.start} to {self._body.end}"
+                raise ConnectionError(f"the answer has bytes {span}, without {self._position}")
             self._waited_s, self._waited_bytes = 0.0, 0
         count = min(count, self._body.end - self._position)
         if not count:
             self._drop_body()
             return b""
         while self._skip:
+            self._retry.check_stop()
             self._skip -= len(self._receive(self._body, min(self._skip, BLOCK)))
-        return self._receive(self._body, count)
+        data = self._receive(self._body, count)
+        self._retry.note_progress(len(data))  # what was skipped brings nobody further
+        return data
 
     def _receive(self, body: Body, count: int) -> bytes:
         """Read at least one byte of the answer, at a speed worth waiting for."""
@@ -135,7 +146,6 @@ class RemoteFile(SeekableReader):
         self._waited_bytes += len(data)
         if not data:
             raise ConnectionError("the answer ended before its announced length")
-        self._retry.note_progress(len(data))
         counters.add_count("store_bytes", len(data))
         limits = self._store.limits
         if self._waited_s > limits.stall_s:

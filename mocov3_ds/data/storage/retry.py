@@ -6,8 +6,8 @@ no permission, a file that changed) are raised at once, as one sentence.
 """
 
 import logging
-import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,18 +15,34 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from mocov3_ds.data.storage import counters
+from mocov3_ds.data.storage.address import hide_secrets
+from mocov3_ds.settings.environment import read_number
 
 _T = TypeVar("_T")
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 20.0
 _PROGRESS_BYTES = 64 << 10
 """Bytes after which a store counts as working again."""
 _LOGGED_FAILURES = (3, 10, 30, 100)
+_ODD_ANSWERS = 5  # in a row, until a store counts as one that always answers so
+_XML_WORD = re.compile(r"<(Code|Message)>([^<]{1,200})</\1>")
 
 _log = logging.getLogger("mocov3_ds")
 
 
-class StorageError(OSError, ValueError):
-    """The store refuses, or has been out of reach for too long; the message says what to do."""
+class StorageError(OSError):
+    """The store refuses, or has been out of reach for too long; the message says what to do.
+
+    It says nothing about the content of a file, and is no ValueError: no parser may take it for
+    damage.
+    """
+
+
+class CannotList(StorageError):  # noqa: N818 - nothing failed
+    """The store cannot say which files it has; those whose names are known can be read."""
+
+
+class OddAnswer(ConnectionError):  # noqa: N818 - what came is the trouble
+    """An answer over HTTP that lacks what it must have; it is asked for only a few times more."""
 
 
 class Truncated(OSError):  # noqa: N818 - it says what the file is
@@ -67,22 +83,14 @@ class RetryLimits:
         Raises:
             ValueError: the value of a variable is not a number.
         """
-        patience_s = _read_seconds("PATIENCE_S", 900)
+        patience_s = read_number("MOCOV3_STORAGE_PATIENCE_S")
         return cls(
             patience_s=patience_s,
-            first_contact_s=min(patience_s, _read_seconds("FIRST_CONTACT_S", 60)),
-            stall_s=_read_seconds("STALL_S", 20),
-            low_bytes_s=_read_seconds("LOW_BYTES_S", 16 << 10),
-            connect_s=_read_seconds("CONNECT_S", 10),
+            first_contact_s=min(patience_s, read_number("MOCOV3_STORAGE_FIRST_CONTACT_S")),
+            stall_s=read_number("MOCOV3_STORAGE_STALL_S"),
+            low_bytes_s=read_number("MOCOV3_STORAGE_LOW_BYTES_S"),
+            connect_s=read_number("MOCOV3_STORAGE_CONNECT_S"),
         )
-
-
-def _read_seconds(name: str, default: float) -> float:
-    variable = f"MOCOV3_STORAGE_{name}"
-    try:
-        return float(os.environ.get(variable, default))
-    except ValueError:
-        raise ValueError(f"{variable}={os.environ[variable]} is not a number.") from None
 
 
 class RetriedStore(Protocol):
@@ -110,16 +118,25 @@ class Retry:
     """
 
     def __init__(self, store: RetriedStore, url: str, stop: threading.Event | None = None) -> None:
-        self._store, self._url = store, url
+        self._store, self._url = store, hide_secrets(url)
         self._stop = stop or threading.Event()
-        self._failures = self._progress_bytes = 0
+        self._failures = self._odd_answers = self._progress_bytes = 0
         self._first_failure_s = 0.0  # on the monotonic clock
 
     def note_progress(self, count: int) -> None:
         """Count `count` bytes that came; enough of them end the row of failures."""
         self._progress_bytes += count
         if self._progress_bytes >= _PROGRESS_BYTES:
-            self._failures = 0
+            self._failures = self._odd_answers = 0
+
+    def check_stop(self) -> None:
+        """Check that the caller still wants what is read.
+
+        Raises:
+            Stopped: It does not.
+        """
+        if self._stop.is_set():
+            raise Stopped(f"{self._url}: stopped while it was read")
 
     def wait_after(self, error: Exception) -> None:
         """Count a failure and wait before the next attempt.
@@ -129,7 +146,9 @@ class Retry:
             StorageError: There has been no progress for too long.
             Stopped: The caller waits no longer.
         """
-        final = error if isinstance(error, _FINAL) else self._store.explain_error(self._url, error)
+        final = self._store.explain_error(self._url, error)
+        if final is None and isinstance(error, _FINAL):
+            final = error
         if final is not None:
             raise final from (None if final is error else error)
         self._count_failure(error)
@@ -146,8 +165,11 @@ class Retry:
         counters.add_count("store_retries")
         limits = self._store.limits
         limit_s = limits.patience_s if self._store.has_answered else limits.first_contact_s
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        text = hide_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
         waited_s = time_s - self._first_failure_s
+        self._odd_answers += isinstance(error, OddAnswer)
+        if self._odd_answers >= _ODD_ANSWERS:
+            raise StorageError(f"{self._url}: {error}.") from error
         if waited_s > limit_s:
             raise StorageError(
                 f"{self._url}: no progress for {waited_s:.0f} s in {self._failures} "
@@ -173,24 +195,36 @@ def call_with_retry(
             return result
 
 
-def explain_status(url: str, status: int, text: str) -> Exception | None:
+def explain_status(
+    url: str, status: int, text: str, remedy: str = "check the credentials and what they may do"
+) -> Exception | None:
     """Translate an HTTP status that is final; None for one that may pass.
 
     Args:
         url: URL of the file, for messages.
         status: HTTP status of the answer.
         text: The store's own words about the failure.
+        remedy: What helps where access is refused.
     """
-    if status == 404:
+    if status in (404, 410):
         return FileNotFoundError(f"{url} does not exist")
     if status == 416:
         return Truncated(f"{url} ends before the bytes that were asked for")
     if status == 412:
         return Changed(f"{url} changed while it was read")
     if status in (401, 403):
-        return StorageError(
-            f"{url}: the store refuses access ({text}); check the credentials and what they may do."
-        )
-    if 400 <= status < 500 and status not in (408, 425, 429) and "RequestTimeout" not in text:
+        return StorageError(f"{url}: the store refuses access ({text}); {remedy}.")
+    is_refused = 300 <= status < 500 or status in (501, 505)  # the same request has no better end
+    if is_refused and status not in (408, 425, 429) and "RequestTimeout" not in text:
         return StorageError(f"{url}: the store refuses ({status} {text}).")
     return None
+
+
+def store_words(text: str) -> str:
+    """Return what an object store says in the body of a refusal; empty where it says nothing.
+
+    Args:
+        text: Body of the answer: XML with a code and a message, or anything else.
+    """
+    words = dict(_XML_WORD.findall(text))
+    return ": ".join(words[name].strip() for name in ("Code", "Message") if name in words)

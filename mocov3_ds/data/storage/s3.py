@@ -6,15 +6,22 @@ one attempt (`retry` makes more), except an upload, whose parts are each retried
 
 import contextlib
 import http.client
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from mocov3_ds.data.storage.retry import RetryLimits, StorageError, call_with_retry, explain_status
+from mocov3_ds.data.storage.span import read_span
+from mocov3_ds.settings.environment import read_word
 
 _T = TypeVar("_T")
+_CHECKSUMS = ("request_checksum_calculation", "response_checksum_validation")
+
+_log = logging.getLogger("mocov3_ds")
 
 PART_BYTES = 16 << 20
 """Bytes of one part of an upload; two are on their way at most."""
@@ -32,8 +39,6 @@ class S3Store:
     """
 
     def __init__(self, bucket_url: str, limits: RetryLimits) -> None:
-        import boto3
-        from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
         from urllib3.exceptions import HTTPError
 
@@ -44,14 +49,41 @@ class S3Store:
             HTTPError,
             http.client.HTTPException,
             OSError,
+            RecursionError,  # botocore's, of a server that redirects for ever
         )
         self._bucket = bucket_url.removeprefix("s3://")
+        self._is_signed = True
         try:
-            self.client = boto3.session.Session().client(
-                "s3", config=Config(**_client_settings(limits))
-            )
+            self._connect()
         except (BotoCoreError, ValueError) as error:
-            raise StorageError(f"{bucket_url}: the AWS settings do not work: {error}.") from None
+            explained = self.explain_error(bucket_url, error)
+            words = f"{bucket_url}: the AWS settings do not work: {error}."
+            raise explained or StorageError(words) from None
+
+    def _connect(self) -> None:
+        """Make the client, by what the endpoint is and not by where it was named."""
+        import boto3
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        session = boto3.session.Session()
+        settings = _client_settings(self.limits)
+        anonymous = read_word("MOCOV3_STORAGE_ANONYMOUS")
+        if anonymous == "1" or (not anonymous and _has_no_credentials(session)):
+            self._is_signed = False
+            settings["signature_version"] = UNSIGNED
+            if not anonymous:
+                _log.warning("s3://%s is asked without a signature: no credentials", self._bucket)
+        self.client = session.client("s3", config=Config(**settings))
+        if not _is_amazon(self.client.meta.endpoint_url):
+            # other servers often do not know the trailing checksums that Amazon's take
+            profile = session._session.get_scoped_config()
+            for name in _CHECKSUMS:
+                if name not in profile and f"AWS_{name.upper()}" not in os.environ:
+                    settings[name] = "when_required"
+            self.client = session.client("s3", config=Config(**settings))
+        if read_word("MOCOV3_STORAGE_REQUESTER_PAYS") == "1":
+            self.client.meta.events.register("before-call.s3", _promise_to_pay)
 
     def open_body(self, key: str, start: int, end: int | None, tag: str | None) -> "S3Body":
         """See `stores.Store`."""
@@ -61,12 +93,19 @@ class S3Store:
         return S3Body(self.client.get_object(Bucket=self._bucket, Key=key, **options))
 
     def file_size(self, key: str) -> int:
-        """See `stores.Store`."""
-        return int(self.client.head_object(Bucket=self._bucket, Key=key)["ContentLength"])
+        """See `stores.Store`; a refused HEAD cannot say why, so a GET is asked for the reason."""
+        from botocore.exceptions import ClientError
+
+        with contextlib.suppress(ClientError):
+            answer = self.client.head_object(Bucket=self._bucket, Key=key)
+            return read_span(answer.get("ContentLength"), None).total
+        body = S3Body(self.client.get_object(Bucket=self._bucket, Key=key))
+        body.close()
+        return body.total
 
     def list_files(self, folder: str) -> Iterator[tuple[str, int]]:
         """See `stores.Store`."""
-        prefix = f"{folder.rstrip('/')}/" if folder.strip("/") else ""
+        prefix = folder if folder.endswith("/") or not folder else f"{folder}/"
         pages = self.client.get_paginator("list_objects_v2")
         for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
             for item in page.get("Contents", []):
@@ -93,10 +132,9 @@ class S3Store:
             | exceptions.ProfileNotFound
             | exceptions.NoRegionError,
         ):
-            return StorageError(
-                f"{url}: {str(error).rstrip('.')}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-                "or AWS_PROFILE (and AWS_ENDPOINT_URL for a store that is not Amazon's)."
-            )
+            return StorageError(f"{url}: {str(error).rstrip('.')}; {_SIGN_IN}.")
+        if isinstance(error, RecursionError):
+            return StorageError(f"{url}: the server sends on and on to other addresses.")
         if isinstance(error, exceptions.ParamValidationError):
             return StorageError(f"{url} is not a name that S3 allows: {error}.")
         if not isinstance(error, exceptions.ClientError):
@@ -109,24 +147,53 @@ class S3Store:
                 f"{url}: there is no bucket {self._bucket} at {self.client.meta.endpoint_url}; "
                 "create it, or correct the name or AWS_ENDPOINT_URL."
             )
-        message = error.response.get("Error", {}).get("Message")
-        return explain_status(url, status, f"{code}: {message}")
+        message = " ".join(str(error.response.get("Error", {}).get("Message")).split())[:300]
+        if status in (401, 403) and not self._is_signed:
+            return StorageError(
+                f"{url}: the store refuses access without a signature ({code}: {message}); "
+                f"{_SIGN_IN}."
+            )
+        return explain_status(url, status, f"{code}: {message}", _CHECK_RIGHTS)
+
+
+_SIGN_IN = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (and AWS_ENDPOINT_URL for a "
+    "store that is not Amazon's), or MOCOV3_STORAGE_ANONYMOUS=1 for a public bucket"
+)
+
+_CHECK_RIGHTS = (
+    "check the credentials and what they may do (a public bucket: MOCOV3_STORAGE_ANONYMOUS=1; one "
+    "whose readers pay: MOCOV3_STORAGE_REQUESTER_PAYS=1)"
+)
+
+
+def _has_no_credentials(session: Any) -> bool:
+    """Whether nothing names any; a profile or half a key is a mistake that must be told."""
+    named = ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    if any(os.environ.get(name) for name in named):
+        return False
+    return session.get_credentials() is None
+
+
+def _is_amazon(endpoint_url: str) -> bool:
+    host = urlsplit(endpoint_url).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def _promise_to_pay(params: dict[str, Any], **_: Any) -> None:
+    """Let a bucket whose readers pay send what this account pays for."""
+    params["headers"]["x-amz-request-payer"] = "requester"
 
 
 def _client_settings(limits: RetryLimits) -> dict[str, Any]:
     """Arguments of botocore's `Config`."""
-    settings: dict[str, Any] = {
+    return {
         "retries": {"mode": "standard", "total_max_attempts": 1},
         "connect_timeout": limits.connect_s,
         "read_timeout": limits.stall_s,
         "max_pool_connections": 64,
         "tcp_keepalive": True,
     }
-    if any(name in os.environ for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")):
-        # other servers often do not know the trailing checksums that Amazon's take
-        settings["request_checksum_calculation"] = "when_required"
-        settings["response_checksum_validation"] = "when_required"
-    return settings
 
 
 class S3Body:
@@ -136,13 +203,8 @@ class S3Body:
         # urllib3's response: botocore's own wrapper only has reads that wait for all bytes asked
         # for, in which a slow trickle cannot be told from work
         self._raw = answer["Body"]._raw_stream
-        length = int(answer["ContentLength"])
-        self.start, self.end, self.total = 0, length, length
-        if "ContentRange" in answer:  # some servers send it with status 200
-            span, _, total = answer["ContentRange"].removeprefix("bytes ").partition("/")
-            self.start = int(span.partition("-")[0])
-            self.end = self.start + length
-            self.total = int(total) if total.isdecimal() else self.end
+        span = read_span(answer.get("ContentLength"), answer.get("ContentRange"))
+        self.start, self.end, self.total = span
         self.tag: str | None = answer.get("ETag")
 
     def read_some(self, size: int) -> bytes:
@@ -189,7 +251,7 @@ class S3Upload:
             parts = {"UploadId": self._upload_id, "MultipartUpload": {"Parts": self._parts}}
             self._retry(lambda: self._complete(parts))
             self._end_sender()
-        size = self._retry(lambda: self._client.head_object(**self._target))["ContentLength"]
+        size = self._retry(lambda: self._store.file_size(self._target["Key"]))
         if size != self._byte_count:
             raise StorageError(
                 f"{self._url}: {self._byte_count} bytes were written, {size} arrived."

@@ -5,15 +5,16 @@ the methods of `Store` and name it in `CLIENTS`.
 
 Credentials, regions and endpoints come the standard way of each client: for S3 the AWS_*
 variables (AWS_ENDPOINT_URL for a store that is not Amazon's), ~/.aws profiles, instance roles; for
-the others GOOGLE_*, AZURE_*.
+the others GOOGLE_*, AZURE_*; for web servers the URL itself or ~/.netrc.
 """
 
 import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
-from urllib.parse import urlsplit
 
+from mocov3_ds.data.storage.address import LOGINS, hide_secrets, split_url, take_login
+from mocov3_ds.data.storage.http_store import HttpStore
 from mocov3_ds.data.storage.obstore_stores import ObstoreStore
 from mocov3_ds.data.storage.retry import RetriedStore, RetryLimits
 from mocov3_ds.data.storage.s3 import S3Store
@@ -84,12 +85,12 @@ CLIENTS: dict[str, Callable[[str, RetryLimits], Store]] = {
     "s3": S3Store,
     "gs": ObstoreStore,
     "az": ObstoreStore,
-    "http": ObstoreStore,
-    "https": ObstoreStore,
+    "http": HttpStore,
+    "https": HttpStore,
 }
 """Client class by the scheme of a URL, called with SCHEME://BUCKET and the limits."""
 
-_stores: dict[tuple[int, str, RetryLimits], Store] = {}
+_stores: dict[tuple[object, ...], Store] = {}
 _lock = threading.Lock()
 
 
@@ -99,28 +100,22 @@ def store_for_url(url: str) -> tuple[Store, str]:
     Raises:
         ValueError: The scheme is unknown, or the client refuses its settings.
     """
-    parts = urlsplit(url)
-    bucket_url = f"{parts.scheme}://{parts.netloc}"
+    scheme = url.partition("://")[0]
+    if scheme not in CLIENTS:
+        raise ValueError(
+            f"{hide_secrets(url)}: unknown scheme; known are {', '.join(CLIENTS)} and plain paths."
+        )
+    bucket_url, key = split_url(take_login(url))
     limits = RetryLimits.from_environment()
     with _lock:
-        identity = (os.getpid(), bucket_url, limits)  # a client does not survive a fork
+        # a client does not survive a fork
+        identity = (os.getpid(), bucket_url, limits, os.environ.get(LOGINS))
         if identity not in _stores:
-            _stores[identity] = _make_store(bucket_url, limits)
-        return _stores[identity], parts.path.lstrip("/")
+            _stores[identity] = CLIENTS[scheme](bucket_url, limits)
+        return _stores[identity], key
 
 
 def forget_stores() -> None:
     """Drop this process's clients, so that new credentials and endpoints count."""
     with _lock:
         _stores.clear()
-
-
-def _make_store(bucket_url: str, limits: RetryLimits) -> Store:
-    scheme, _, bucket = bucket_url.partition("://")
-    if not bucket:
-        raise ValueError(f"{bucket_url} names no bucket; write {scheme}://BUCKET/FOLDER.")
-    if scheme not in CLIENTS:
-        raise ValueError(
-            f"{bucket_url}: unknown scheme; known are {', '.join(CLIENTS)} and plain paths."
-        )
-    return CLIENTS[scheme](bucket_url, limits)

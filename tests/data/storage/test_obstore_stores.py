@@ -31,8 +31,23 @@ def test_refusals_become_sentences():
     assert isinstance(explained(exceptions.PreconditionError("etag")), Changed)
     denied = explained(exceptions.PermissionDeniedError("no entry"))
     assert isinstance(denied, StorageError) and "refuses access (no entry); check" in str(denied)
-    assert isinstance(explained(exceptions.GenericError("status code: 416 range")), Truncated)
     assert "x: odd path." in str(explained(exceptions.InvalidPathError("odd path")))
     assert explained(exceptions.GenericError("connection reset")) is None
     assert not store.has_answered
-    assert explained(FileNotFoundError("x")) is None and store.has_answered
+    assert isinstance(explained(exceptions.GenericError("status code: 416 range")), Truncated)
+    assert store.has_answered
+    debug = 'Object at location x not found: Error { status: 404,\n body: Some("...")\n}'
+    absent = explained(FileNotFoundError(debug))
+    assert isinstance(absent, FileNotFoundError) and str(absent) == f"{url} does not exist"
+    words = "status code: 404 Not Found: <Error><Code>NoSuchBucket</Code><Message>none</Message>"
+    assert "refuses (NoSuchBucket: none)" in str(explained(FileNotFoundError(words)))
+    final = explained(exceptions.GenericError("non-2xx status code: 501 Not Implemented: <html>"))
+    assert isinstance(final, StorageError) and "refuses (501 Not Implemented)" in str(final)
+    assert explained(exceptions.GenericError("non-2xx status code: 503 Busy: <html>")) is None
+
+
+@pytest.mark.parametrize("key", ["a//b", "/a", "a/"])
+@pytest.mark.usefixtures("obstore_for_s3")
+def test_a_key_that_the_client_would_change_is_refused(s3, key):
+    with pytest.raises(StorageError, match="reaches no key with //"):
+        storage.read(f"{s3}/{key}")

@@ -53,7 +53,7 @@ def test_limits_come_from_the_environment(monkeypatch):
     limits = RetryLimits.from_environment()
     assert limits.patience_s == limits.first_contact_s == 30
     monkeypatch.setenv("MOCOV3_STORAGE_STALL_S", "soon")
-    with pytest.raises(ValueError, match="MOCOV3_STORAGE_STALL_S=soon is not a number"):
+    with pytest.raises(ValueError, match=r"MOCOV3_STORAGE_STALL_S=.soon. is no number"):
         RetryLimits.from_environment()
 
 
