@@ -13,6 +13,8 @@ Check = Literal["header", "decode"]
 SUFFIXES = {
     "jpg": "jpg",
     "jpeg": "jpg",
+    "jfif": "jpg",
+    "jpe": "jpg",
     "png": "png",
     "webp": "webp",
     "bmp": "bmp",
@@ -22,6 +24,7 @@ SUFFIXES = {
     "ppm": "ppm",
     "pgm": "ppm",
     "pnm": "ppm",
+    **({"avif": "avif"} if "AVIF" in decode.FORMATS else {}),
 }
 """Name endings (lower case) that make a file an image, and the member ending each gets."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import features
 
 from data_prep.listing import UnsortedImages
 from data_prep.source_options import SourceOptions
@@ -13,7 +14,7 @@ from data_prep.sources import list_images
 from data_prep.tar import Member
 from data_prep.tar_listing import FileWindow, list_tar
 from tests.data_prep import forms
-from tests.data_prep.making import describe_listing
+from tests.data_prep.making import describe_listing, make
 
 
 def test_webdataset_tars_keep_labels_and_json(tmp_path):
@@ -167,3 +168,18 @@ class OnlyForward:
     def seek(self, position):
         assert position >= self._file.tell()
         self._file.seek(position)
+
+
+def test_every_format_that_pillow_reads_here_is_an_image(tmp_path):
+    members = {}
+    forms_of = {"jfif": "JPEG", "jpe": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
+    if features.check("avif"):
+        forms_of["avif"] = "AVIF"
+    for number, (ending, form) in enumerate(forms_of.items()):
+        members |= {f"{number}.{ending}": forms.picture(number, form=form)}
+        members |= {f"{number}.cls": b"%d" % number}
+    members |= {"x.jxl": b"x", "x.cls": b"9"}
+    tar = forms.write_tar(tmp_path / "t.tar", members)
+    made = make(tar, tmp_path / "out")
+    assert sorted(made.manifest.index_N["label"]) == [*range(len(forms_of))] and not made.rejects
+    assert made.balance.left_out["image format that is not read (.jxl)"].count == 1

@@ -31,7 +31,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
 from mocov3_ds.data.views import native, pixel_depth
 from mocov3_ds.data.views.spec import Box
@@ -55,7 +55,10 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # Pillow also opens formats that run other programs (EPS) or that no data set holds.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Formats that are read, by Pillow's names."""
+if find_spec("PIL.AvifImagePlugin") and features.check("avif"):  # Pillow 11.3 and later
+    FORMATS += ("AVIF",)
 
 
 class UnreadableImage(Exception):  # noqa: N818 - it says what the sample is; the loader counts it
@@ -255,7 +258,7 @@ def _open(image_bytes: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if not image_bytes:
         raise UnreadableImage("empty file")
     try:
-        image = Image.open(io.BytesIO(image_bytes), formats=_FORMATS)
+        image = Image.open(io.BytesIO(image_bytes), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"too many pixels: at most {max_pixels} are read") from error
     except UnidentifiedImageError as error:
