@@ -36,6 +36,7 @@ from data_prep.progress import Progress
 from data_prep.receipts import REJECTS, Receipt, Reject, find_finished, write_receipt, write_rejects
 from data_prep.shard_options import ShardOptions, check_options, parse_shard_size
 from mocov3_ds.data import manifest, splitmix, storage
+from mocov3_ds.data.class_names import labels_in_use
 from mocov3_ds.data.manifest import Manifest, Shard
 from mocov3_ds.data.storage import Writer
 from mocov3_ds.data.views.decode import UnreadableImage
@@ -75,7 +76,8 @@ class Summary:
     def __str__(self) -> str:
         shards = self.manifest
         lines = [
-            f"{shards.url}: {shards.samples} samples of {len(shards.classes)} classes in "
+            f"{shards.url}: {shards.samples} samples of "
+            f"{len(shards.classes or labels_in_use(shards))} classes in "
             f"{len(shards.shards)} shards, {shards.bytes / 1e6:.1f} MB"
         ]
         if self.earlier_shards:
