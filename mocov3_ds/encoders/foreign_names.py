@@ -44,6 +44,8 @@ _REASONS = {  # what the plain ViT lacks, by a word of the tensor's name
     r"norm": "a norm that it has not",
 }
 
+_HINT_OF_BIASES = "; a model without them says so (qkv_bias false) in a config.json beside it"
+
 # Modules by timm's name, "#" for the number of a block.
 _TRANSFORMERS = {
     CLASS_TOKEN: "embeddings.cls_token",
@@ -139,7 +141,9 @@ def take_backbone(
     if missing := sorted(required - {*backbone}):
         raise ValueError(
             f"{len(missing)} weights of a {depth}-block Vision Transformer are missing below "
-            f"{prefix!r}: {', '.join(missing[:6])}{' ...' * (len(missing) > 6)}."
+            f"{prefix!r}: {', '.join(missing[:6])}{' ...' * (len(missing) > 6)}"
+            + _HINT_OF_BIASES * all(name.endswith("qkv.bias") for name in missing)
+            + "."
         )
     unused = [name for name in tensors if not name.startswith(prefix)]
     unused += [prefix + name for name in network if name not in own_tensors]
@@ -163,9 +167,9 @@ def _explain_homeless(names: list[str], prefix: str) -> str:
     lacking = [next((r for p, r in _REASONS.items() if re.search(p, n)), "") for n in names]
     reasons = ", ".join(dict.fromkeys(filter(None, lacking)))
     return (
-        f"{count_noun(len(names), 'tensor')} below {prefix!r} have no place in the plain Vision "
-        "Transformer here "
-        f"and would change its features: {', '.join(examples[:6])}{' ...' * (len(examples) > 6)}"
+        f"the plain Vision Transformer here has no place for {count_noun(len(names), 'tensor')} "
+        f"below {prefix!r}, which would change its features: {', '.join(examples[:6])}"
+        + " ..." * (len(examples) > 6)
         + (f" ({reasons})." if reasons else ".")
     )
 
@@ -196,7 +200,10 @@ def infer_shape(tensors: Tensors, heads: int = 0) -> VitShape:
     Raises:
         ValueError: the number of heads is not known, or the patches form no square.
     """
-    dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    projection = tensors["patch_embed.proj.weight"]
+    if projection.dim() != 4 or projection.shape[2] != projection.shape[3]:
+        raise ValueError(f"its patches of the shape {[*projection.shape]} are no squares.")
+    dim, _, patch, _ = projection.shape
     heads = heads or {shape.dim: shape.heads for shape in PAPER_SHAPES.values()}.get(dim, 0)
     if not heads:
         raise ValueError(
@@ -205,6 +212,8 @@ def infer_shape(tensors: Tensors, heads: int = 0) -> VitShape:
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     image = 224 // patch * patch
     if "pos_embed" in tensors:
+        if tensors["pos_embed"].dim() != 3:
+            raise ValueError(f"its positions have the shape {[*tensors['pos_embed'].shape]}.")
         tokens = tensors["pos_embed"].shape[1] - 1
         grid = round(tokens**0.5)
         if grid * grid != tokens:

@@ -174,6 +174,11 @@ def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0
         weights = _interpret_tensors(path, find_weights(path), role, heads)
     except ValueError as error:
         raise ValueError(f"{path} gives no encoder: {error}") from None
+    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(  # a stranger's file may hold anything in the place of anything
+            f"{path} gives no encoder: it is damaged, or of a layout that is not known here "
+            f"({first_sentence(error)})."
+        ) from None
     if ranks.is_first():
         is_plain = weights.settings.source and not weights.guess and not weights.left_out
         level = logging.INFO if is_plain else logging.WARNING

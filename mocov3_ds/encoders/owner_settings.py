@@ -136,6 +136,8 @@ def _read_transformers(tree: Mapping[str, Any]) -> OwnerSettings:
 
 def _read_timm(tree: Mapping[str, Any]) -> OwnerSettings:
     arguments = tree.get("model_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"config.json says model_args {arguments!r}, which is no object.")
     if tree.get("global_pool") is not None:
         arguments = {"global_pool": tree["global_pool"], **arguments}
     settings = inspect_timm(tree["architecture"], arguments, "config.json")

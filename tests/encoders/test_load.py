@@ -283,6 +283,14 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     refuses(tmp_path / "other.pth", "no Vision Transformer with a class token.*fc.weight")
     missing = {n: t for n, t in BASE.state_dict().items() if "blocks.1.mlp" not in n}
     torch.save(missing, tmp_path / "missing.pth")
+    missing = {n: t for n, t in BASE.state_dict().items() if "qkv.bias" not in n}
+    torch.save(missing, tmp_path / "unbiased.pth")
+    for name, tensor in (("pos_embed", torch.zeros(3)), ("patch_embed.proj.weight", torch.ones(2)),
+                         ("blocks.0.norm1.bias", torch.ones(2, 2))):  # fmt: skip
+        torch.save({**BASE.state_dict(), name: tensor}, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match=r"odd\.pth"):
+            load_encoder(tmp_path / "odd.pth", heads=HEADS)
+    refuses(tmp_path / "unbiased.pth", r"2 weights .* says so \(qkv_bias false\) in a config\.json")
     refuses(tmp_path / "missing.pth", r"4 weights .* are missing .*blocks\.1\.mlp\.fc1\.bias")
     torch.save({"cls_token": torch.zeros(1, 1, 8)}, tmp_path / "empty.pth")
     refuses(tmp_path / "empty.pth", "no transformer blocks")
@@ -337,7 +345,7 @@ HOMELESS = {
 def test_no_tensor_of_the_backbone_is_dropped(tmp_path: Path, name: str, prefix: str) -> None:
     path = tmp_path / "a.pth"
     torch.save({"state_dict": prefixed(prefix, BASE) | {prefix + name: torch.ones(DIM)}}, path)
-    with pytest.raises(ValueError, match=f"have no place .*: {name}") as caught:
+    with pytest.raises(ValueError, match=f"has no place .*: {name}") as caught:
         load_encoder(path, heads=HEADS)
     assert HOMELESS[name] in str(caught.value)
 

@@ -63,6 +63,8 @@ def test_a_folder_of_timm(tmp_path: Path) -> None:
      ({"model_args": {"embed_dim": 384}}, "says dim 384, the weights 32"),
      ({"model_args": {**SIZES, "depth": 10**9}}, "says depth 1000000000, the weights 2"),
      ({"model_args": {**SIZES, "pre_norm": True}}, "a norm before the blocks"),
+     ({"model_args": [[1]]}, "which is no object"),
+     ({"pretrained_cfg": 3}, "which is no object"),
      ({"pretrained_cfg": {"std": [0, 1, 1]}}, "three numbers")],
 )  # fmt: skip
 def test_what_timm_would_compute_otherwise(tmp_path: Path, change: Any, sentence: str) -> None:

@@ -39,7 +39,7 @@ def test_shards(tmp_path: Path, kind: str) -> None:
 
     write(places)
     same(tmp_path, BASE)
-    refuses(tmp_path / names[0], r"missing below ''|have no place")
+    refuses(tmp_path / names[0], r"missing below ''|has no place")
     write({**places, "gone": names[1]})
     refuses(tmp_path, f"{names[1]} lacks 'gone'")
     write({**places, "a": "../a.bin"})
