@@ -68,8 +68,8 @@ def claim_folder(url: str, plan: Mapping[str, Any]) -> None:
     foreign = [name for name in names if name.endswith(ours)]
     if foreign:
         raise ValueError(
-            f"{url} holds {foreign[0]!r}, which is not of this command (there is no {PLAN}); use an "
-            "empty folder."
+            f"{url} holds {foreign[0]!r}, which is not of this command (there is no {PLAN}); use "
+            "an empty folder."
         )
     storage.write(plan_url, json.dumps(plan, indent=1).encode())
 

@@ -4,15 +4,17 @@ A copy of the run starts from the nearest checkpoint before the step (or from th
 up to it with the same samples, views and numbers. It is equal bit for bit on the same number of
 ranks where the device reproduces its results (the CPU does), otherwise up to rounding. The copy has
 a folder of its own, which is removed at the end. In the run's folder only `trouble/` changes: it
-gets the views of the samples that stand out.
+gets the views of the samples that stand out. No other place that the run's settings name is written
+to (mirror, cache, swap files): they may be a stranger's.
 """
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,7 @@ from torch import Tensor
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.run_paths import anchor_to_run
 from mocov3_ds.config import Config, Settings, from_json
+from mocov3_ds.data.storage.atomic import replace_when_whole
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine_keys import drop_idle_keys
 from mocov3_ds.faults.bad_step_policy import (
@@ -64,7 +67,7 @@ def replay_step(folder: Path, step: int) -> list[str]:
     copy: Path = ranks.run_on_first(partial(_copy_run, folder, step, start))
     try:
         config = anchor_to_run(from_json(tree), folder)
-        engine = drop_idle_keys(tree["deepspeed"])
+        engine = _engine_of_copy(drop_idle_keys(tree["deepspeed"]), copy)
         run = build_run(Settings(_config_of_copy(config, copy), engine), device)
         try:
             return [f"from {start or 'the seed'}", *_replay_in(run, folder, step)]
@@ -81,9 +84,22 @@ def _config_of_copy(config: Config, copy: Path) -> Config:
         config,
         runs=copy.parent,
         name=copy.name,
+        data=dataclasses.replace(config.data, cache=""),
         save=dataclasses.replace(config.save, mirror=""),
         knn=dataclasses.replace(config.knn, probes=0),
     )
+
+
+def _engine_of_copy(engine: Mapping[str, Any], copy: Path) -> dict[str, Any]:
+    """Return DeepSpeed's settings in which each place that is written to lies in the copy."""
+    own: dict[str, Any] = deepcopy(dict(engine))
+    for kind in ("offload_optimizer", "offload_param"):
+        block = own.get("zero_optimization", {}).get(kind)
+        if isinstance(block, dict) and "nvme_path" in block:
+            block["nvme_path"] = str(copy / "swap")
+    if isinstance(own.get("flops_profiler"), dict):
+        own["flops_profiler"].pop("output_file", None)
+    return own
 
 
 class _Start(NamedTuple):
@@ -118,6 +134,9 @@ def nearest_checkpoint(folder: Path, step: int) -> Path | None:
 
 def _copy_run(folder: Path, step: int, start: Path | None) -> Path:
     copy = folder / RECORDS / f"replay-{step}"
+    for place in (folder / RECORDS, copy):
+        if place.is_symlink():  # what lies behind it is not this run's
+            raise ValueError(f"{place} is a link; remove it, or put a folder in its place.")
     shutil.rmtree(copy, ignore_errors=True)
     (copy / "checkpoints").mkdir(parents=True)
     shutil.copy(folder / "config.json", copy)
@@ -193,7 +212,9 @@ def _write_pictures(
         if suspect.rank == ranks.rank():
             first, second = (_make_picture(view[suspect.row], mean, std) for view in views)
             gap = np.full((len(first), _GAP, 3), 255, np.uint8)
-            Image.fromarray(np.concatenate([first, gap, second], axis=1)).save(path)
+            picture = Image.fromarray(np.concatenate([first, gap, second], axis=1))
+            with replace_when_whole(path) as temporary:
+                picture.save(temporary, "PNG")
     return paths
 
 

@@ -137,6 +137,61 @@ def test_the_mirror_of_another_run_is_refused(tmp_path: Path, run: Path) -> None
         mirror.check_mirror(url, SETTINGS, "data")
 
 
+HOSTILE = ["../../photos/2024", "step-1_0", " 7 ", "step--5", "step-00000005/../../x", "2024"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("kind", ["complete", "partial"])
+def test_names_of_a_foreign_index_reach_no_other_folder(
+    tmp_path: Path, run: Path, name: str, kind: str
+) -> None:
+    photos = tmp_path / "photos/2024/1.raw"
+    photos.parent.mkdir(parents=True)
+    photos.write_text("mine")
+    url = tmp_path / "mirror"
+    url.mkdir()
+    index = {"complete": [], "partial": []} | {kind: [name]}
+    (url / "mirror.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"mirror\.json is damaged"):
+        mirror.copy_checkpoint(str(url), run, write(run, 5), keep=1)
+    assert photos.read_text() == "mine"
+
+
+def test_only_files_of_a_checkpoint_are_removed(tmp_path: Path, run: Path) -> None:
+    url = tmp_path / "mirror"
+    mirror.copy_checkpoint(str(url), run, write(run, 5), keep=1)
+    (url / "checkpoints/step-00000005/thesis.tex").write_text("mine")
+    mirror.copy_checkpoint(str(url), run, write(run, 10), keep=1)
+    left = [path.name for path in (url / "checkpoints/step-00000005").iterdir()]
+    assert left == ["thesis.tex"]
+
+
+def test_a_place_that_holds_something_else_is_refused(tmp_path: Path, run: Path) -> None:
+    other_run = tmp_path / "runs/other"
+    run_folder.claim_folder(other_run, {"config": {"batch": 16}, "deepspeed": {}}, "data")
+    before = (other_run / "config.json").read_text()
+    for call in (
+        lambda: mirror.check_mirror(str(other_run), SETTINGS, "data"),
+        lambda: mirror.copy_checkpoint(str(other_run), run, write(run, 5), keep=1),
+    ):
+        with pytest.raises(ValueError, match=r"holds config\.json and no mirror\.json"):
+            call()
+    assert (other_run / "config.json").read_text() == before
+    in_the_way = tmp_path / "mirror/checkpoints/step-00000005"
+    in_the_way.mkdir(parents=True)
+    (in_the_way / "state.json").write_text("mine")
+    with pytest.raises(ValueError, match="does not name it, so they are not ours"):
+        mirror.copy_checkpoint(str(tmp_path / "mirror"), run, write(run, 5), keep=1)
+    assert (in_the_way / "state.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"complete": [5], "partial": []}', "{", "\xff"])
+def test_an_index_of_a_stranger_is_damaged_in_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mirror.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"mirror\.json is damaged"):
+        mirror.check_mirror(str(tmp_path), SETTINGS, "data")
+
+
 def test_an_end_at_any_moment_leaves_complete_ones_alone_in_the_index(
     tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

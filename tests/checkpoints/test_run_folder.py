@@ -1,5 +1,6 @@
 """A folder belongs to one run, and one process at a time works on it."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -50,6 +51,27 @@ def test_a_damaged_config_is_told(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"config\.json of .* is damaged; move the folder away"):
         run_folder.enter_folder(tmp_path, resolved(), "data")
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_signs_in_is_not_written(tmp_path: Path) -> None:
+    addresses = {"shards": "http://me:SECRET@host/set?sig=HIDDEN&v=1", "threads": 1, "lanes": 4}
+    run_folder.claim_folder(tmp_path / "run", resolved(data=addresses), "data")
+    text = (tmp_path / "run/config.json").read_text()
+    assert "SECRET" not in text and "HIDDEN" not in text
+    assert json.loads(text)["config"]["data"]["shards"] == "http://host/set?sig=...&v=1"
+    run_folder.claim_folder(tmp_path / "run", resolved(data=addresses), "data")  # the same run
+
+
+@pytest.mark.parametrize("name", ["lock", "config.json.tmp", "config.json"])
+def test_links_in_a_run_folder_are_not_followed(tmp_path: Path, name: str) -> None:
+    theirs, run = tmp_path / "authorized_keys", tmp_path / "run"
+    theirs.write_text("theirs")
+    run.mkdir()
+    (run / name).symlink_to(theirs)
+    with contextlib.suppress(ValueError, OSError):
+        run_folder.enter_folder(run, resolved(), "data")
+    run_folder.unlock_folder(run)
+    assert theirs.read_text() == "theirs"
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:

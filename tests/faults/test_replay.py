@@ -2,11 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from PIL import Image
 
+from mocov3_ds.config import Config, DataConfig, SaveConfig
 from mocov3_ds.faults.diagnosis import Diagnosis, Stage
-from mocov3_ds.faults.replay import nearest_checkpoint, stage_table
+from mocov3_ds.faults.replay import (
+    _config_of_copy,
+    _copy_run,
+    _engine_of_copy,
+    nearest_checkpoint,
+    stage_table,
+)
 from tests.faults.bad_runs import POISON, BadRuns
 
 
@@ -32,6 +41,38 @@ def test_replay_sees_what_the_run_saw(bad_runs: BadRuns) -> None:
 def test_a_step_that_was_bad_twice_is_reached_from_where_it_was_bad_last(bad_runs: BadRuns) -> None:
     run = bad_runs.folder / "doubted"
     assert nearest_checkpoint(run, 6) == run / "trouble/step-00000004-6"
+
+
+def test_a_copy_writes_to_no_place_that_the_settings_name(tmp_path: Path) -> None:
+    config = Config(
+        data=DataConfig(cache="/theirs/cache"), save=SaveConfig(mirror="/theirs/mirror"), name="x"
+    )
+    copy = tmp_path / "trouble/replay-3"
+    offload = {"device": "nvme", "nvme_path": "/theirs/swap"}
+    engine: dict[str, Any] = {
+        "zero_optimization": {"stage": 3, "offload_param": dict(offload), "offload_optimizer": {}},
+        "flops_profiler": {"enabled": True, "output_file": "/theirs/flops.txt"},
+    }
+    made = _config_of_copy(config, copy), _engine_of_copy(engine, copy)
+    assert "theirs" not in str(made) and made[0].runs == tmp_path / "trouble"
+    assert made[1]["zero_optimization"]["offload_param"]["device"] == "nvme"
+    assert engine["zero_optimization"]["offload_param"] == offload
+
+
+def test_a_link_in_the_place_of_the_copy_is_not_followed(tmp_path: Path) -> None:
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    (theirs / "replay-3").mkdir(parents=True)
+    (theirs / "replay-3/thesis.tex").write_text("mine")
+    run.mkdir()
+    (run / "trouble").symlink_to(theirs)
+    with pytest.raises(ValueError, match="trouble is a link"):
+        _copy_run(run, 3, None)
+    (run / "trouble").unlink()
+    (run / "trouble").mkdir()
+    (run / "trouble/replay-3").symlink_to(theirs)
+    with pytest.raises(ValueError, match="replay-3 is a link"):
+        _copy_run(run, 3, None)
+    assert (theirs / "replay-3/thesis.tex").read_text() == "mine"
 
 
 def gradients(count: int, bad: int = 0) -> list[Stage]:

@@ -120,7 +120,7 @@ def remove_abandoned(folder: Path, age_s: float = ABANDONED_S) -> None:
                 with contextlib.suppress(OSError):
                     status = item.stat(follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime >= age_s:
-                        os.unlink(item.path)
+                        Path(item.path).unlink()
 
 
 @contextlib.contextmanager
