@@ -35,6 +35,9 @@ class DataConfig:
 
     shards: str = ""
     """folder or URL of the training shards (with manifest.json); empty = drawn sample images"""
+    images: str = ""
+    """folder of training images, labelled or not, instead of shards: it is sharded on first use, to
+    RUNS/sharded-images"""
     probe_shards: str = ""
     """labelled held-out shards for the k-NN monitor; empty = none (drawn ones without `shards`)"""
     limit: Count = 0

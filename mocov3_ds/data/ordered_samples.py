@@ -146,8 +146,8 @@ class OrderedSamples(IterableDataset[Sample]):
             )
         self._handed = self._handed if self._resumed else 0
         self._resumed = None
-        done, row = divmod(self._handed, self.rank_batch)
-        first = self._position + worker + done * workers
+        finished, row = divmod(self._handed, self.rank_batch)
+        first = self._position + worker + finished * workers
         stop = threading.Event()
         try:
             for samples in self._read_batches(first, workers, stop):
@@ -267,14 +267,14 @@ class OrderedSamples(IterableDataset[Sample]):
             ValueError: The state is of another set or order.
         """
         identity = self._identity()
-        others = [
+        deviations = [
             f"{key} {state.get(key)!r} there, {value!r} here"
             for key, value in identity.items()
             if state.get(key) != value
         ]
-        if others:
+        if deviations:
             raise ValueError(
-                f"the state is of other samples or another order: {'; '.join(others)}."
+                f"the state is of other samples or another order: {'; '.join(deviations)}."
             )
         self._begin_at(int(state["position"]))
         if state["handed"]:

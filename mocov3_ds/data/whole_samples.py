@@ -45,7 +45,7 @@ _META = re.compile("__[^/]*__($|/)")  # names that webdataset passes over
 class _Slot(NamedTuple):
     """Where all members of a sample lie in their shard."""
 
-    place: int
+    number: int
     """index into the samples asked for"""
     shard: int
     begin: int
@@ -95,7 +95,7 @@ def read_whole_samples(
         url = manifest.shard_url(slots_R[0].shard)
         groups = _read_groups(url, slots_R[0].begin, slots_R[-1].end, stop)
         for slot in slots_R:
-            sample_id = int(sample_ids_M[slot.place])
+            sample_id = int(sample_ids_M[slot.number])
             group = groups.get(slot.offset)
             for _ in range(_ATTEMPTS - 1):
                 if _is_right(group, slot):
@@ -113,20 +113,20 @@ def read_whole_samples(
                     f"sample {sample_id} in {url!r} cannot be read ({reason} at byte "
                     f"{slot.offset}); python -m data_prep verify {manifest.url} lists the damage."
                 )
-            yield slot.place, {"__key__": group.key, "__url__": url, **group.members}
+            yield slot.number, {"__key__": group.key, "__url__": url, **group.members}
 
 
 def _find_slots(manifest: Manifest, sample_ids_M: NDArray[np.int64]) -> list[_Slot]:
     """The slots of samples in stored order."""
     first_S, slots = manifest.first_S, []
     shard_M = np.searchsorted(first_S, sample_ids_M, side="right") - 1
-    for place in np.argsort(sample_ids_M, kind="stable").tolist():
-        sample_id, shard = int(sample_ids_M[place]), int(shard_M[place])
+    for number in np.argsort(sample_ids_M, kind="stable").tolist():
+        sample_id, shard = int(sample_ids_M[number]), int(shard_M[number])
         begin, end = 0, int(manifest.table.bytes_S[shard])
         row = manifest.index_N[sample_id]
         if sample_id > first_S[shard]:
-            before = manifest.index_N[sample_id - 1]
-            begin = -(-(int(before["offset"]) + int(before["size"])) // _BLOCK) * _BLOCK
+            neighbour = manifest.index_N[sample_id - 1]
+            begin = -(-(int(neighbour["offset"]) + int(neighbour["size"])) // _BLOCK) * _BLOCK
         if sample_id + 1 < first_S[shard + 1]:
             end = int(manifest.index_N[sample_id + 1]["offset"])
         offset, size = int(row["offset"]), int(row["size"])
@@ -136,7 +136,7 @@ def _find_slots(manifest: Manifest, sample_ids_M: NDArray[np.int64]) -> list[_Sl
                 f"neighbours say {begin} to {end}; index the shards anew with python -m data_prep "
                 f"index --replace {manifest.url}."
             )
-        slots.append(_Slot(place, shard, begin, end, offset, size, int(row["crc32"])))
+        slots.append(_Slot(number, shard, begin, end, offset, size, int(row["crc32"])))
     return slots
 
 
@@ -166,12 +166,12 @@ def _is_right(group: _Group | None, slot: _Slot) -> bool:
 def _read_groups(url: str, begin: int, end: int, stop: threading.Event | None) -> dict[int, _Group]:
     """Read a part of a tar from a member's border on; its groups by the offset of each member."""
     try:
-        part = storage.read(url, begin, end, stop=stop)
+        tar_bytes = storage.read(url, begin, end, stop=stop)
     except storage.Truncated:
         return {}
     groups: dict[int, _Group] = {}
     group = _Group("")
-    for suffix, key, offset, content in _read_members(part):
+    for suffix, key, offset, content in _read_members(tar_bytes):
         if key != group.key:
             group = _Group(key)
         groups[begin + offset] = group
@@ -183,16 +183,16 @@ def _read_groups(url: str, begin: int, end: int, stop: threading.Event | None) -
     return groups
 
 
-def _read_members(part: bytes) -> Iterator[tuple[str, str, int, bytes | None]]:
+def _read_members(tar_bytes: bytes) -> Iterator[tuple[str, str, int, bytes | None]]:
     """Yield suffix, key, place and bytes of each member; None for the bytes that are cut off."""
     # the last member's bytes lie behind the part, or a header is damaged
     with (
         contextlib.suppress(tarfile.ReadError),
-        tarfile.open(fileobj=io.BytesIO(part), mode="r:") as tar,
+        tarfile.open(fileobj=io.BytesIO(tar_bytes), mode="r:") as tar,
     ):
         while (member := tar.next()) is not None:
             key, suffix = base_plus_ext(member.name)
             if member.isreg() and key is not None and not _META.match(member.name):
                 end = member.offset_data + member.size
-                content = part[member.offset_data : end] if end <= len(part) else None
+                content = tar_bytes[member.offset_data : end] if end <= len(tar_bytes) else None
                 yield suffix.lower(), key, member.offset_data, content

@@ -29,8 +29,8 @@ _log = logging.getLogger("mocov3_ds")
 def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
     """Manifests of the training shards and of the probe shards (None where there are none).
 
-    Without `--data.shards` the tiny recipe draws its sample images and shards them on first use;
-    all ranks must call.
+    Images of `--data.images` are sharded on first use; with neither, the tiny recipe draws its
+    sample images and shards those. All ranks must call.
 
     Args:
         config: settings of the run.
@@ -39,17 +39,7 @@ def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
         ValueError: no shards, too few samples for a batch, probes without labels or of classes
             that training has not.
     """
-    train_url, probe_url = config.data.shards, config.data.probe_shards
-    if not train_url:
-        if config.recipe != "tiny":
-            raise ValueError(
-                f"recipe {config.recipe} needs images: --data.shards FOLDER (make the folder with "
-                "python -m data_prep shard SOURCE FOLDER)."
-            )
-        from data_prep.drawn_samples import ensure_samples
-
-        folder = config.runs / "sample-images"
-        train_url, probe_url = ranks.run_on_first(partial(ensure_samples, folder))
+    train_url, probe_url = _find_shards(config)
     cache = Path(config.data.cache).expanduser() if config.data.cache else None
     train = load_on_ranks(train_url, cache)
     probes = load_on_ranks(probe_url, cache) if probe_url else None
@@ -63,6 +53,34 @@ def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
             f"batch of {config.batch}; lower --batch."
         )
     return train, probes
+
+
+def _find_shards(config: Config) -> tuple[str, str]:
+    """Folders of the training shards and of the probe shards, made where the run makes them."""
+    given = config.data
+    if given.shards and given.images:
+        raise ValueError(
+            f"--data.shards {given.shards} and --data.images {given.images} are two training sets; "
+            "give one of them."
+        )
+    if given.shards:
+        return given.shards, given.probe_shards
+    if given.images:
+        from data_prep.own_shards import ensure_shards
+
+        shard_images = partial(ensure_shards, given.images, config.runs / "sharded-images")
+        return ranks.run_on_first(shard_images), given.probe_shards
+    if config.recipe != "tiny":
+        raise ValueError(
+            f"recipe {config.recipe} needs images: --data.images FOLDER, or --data.shards FOLDER "
+            "(make the folder with python -m data_prep shard SOURCE FOLDER)."
+        )
+    from data_prep.drawn_samples import ensure_samples
+
+    folders: tuple[str, str] = ranks.run_on_first(
+        partial(ensure_samples, config.runs / "sample-images")
+    )
+    return folders
 
 
 def _pair_probes(train: Manifest, probes: Manifest) -> Manifest:

@@ -15,7 +15,7 @@ from mocov3_ds.data.views.photometric import make_views, normalise_crops
 from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
 from mocov3_ds.training import run_data
 from mocov3_ds.training.run_data import network_views, open_shards, view_spec
-from tests.data.sets import make_set
+from tests.data.sets import make_set, picture
 
 
 def config_of(folder: Path, *, probes: bool = False, **changes: object) -> Config:
@@ -37,8 +37,26 @@ def test_shards_of_the_settings(tmp_path: Path) -> None:
     assert train.samples == 18
     with pytest.raises(ValueError, match="fewer than one global batch of 28; lower --batch"):
         open_shards(config_of(tmp_path, batch=28))
-    with pytest.raises(ValueError, match=r"recipe vit_b16 needs images: --data\.shards FOLDER"):
+    with pytest.raises(ValueError, match=r"recipe vit_b16 needs images: --data\.images FOLDER, or"):
         open_shards(Config(recipe="vit_b16"))
+
+
+def test_images_are_sharded_on_first_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "photos"
+    for number in range(20):
+        path = images / f"{'ab'[number % 2]}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    config = config_of(tmp_path, data=DataConfig(images=str(images)), runs=tmp_path / "runs")
+    train, probes = open_shards(config)
+    assert (train.samples, train.classes, probes) == (20, ("a", "b"), None)
+    assert Path(train.url).parent == tmp_path / "runs" / "sharded-images"
+    assert "sharding these images once" in capsys.readouterr().out
+    assert open_shards(config)[0].digest == train.digest
+    with pytest.raises(ValueError, match="are two training sets; give one of them"):
+        open_shards(config_of(tmp_path, data=DataConfig(images=str(images), shards="x")))
 
 
 def test_the_monitor_needs_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
