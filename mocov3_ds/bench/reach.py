@@ -45,12 +45,12 @@ def run_bench(options: ReachOptions) -> None:
     print("\nFitted:\n")
     print("\n".join(fits))
     print()
-    for title, kept in (
+    for title, ratios in (
         ("Kept out, training and inference of one program", choose_kept(whole_recipes=False)),
         ("Kept out, whole recipes of 2021 and CLIP on hundreds of cards", choose_kept(True)),
     ):
-        near = sum(abs(ratio - 1) <= _NEAR + 5e-3 for ratio in kept)  # as the table rounds
-        print(f"{title}: {near} of {len(kept)} within {_NEAR:.0%}.")
+        near = sum(abs(ratio - 1) <= _NEAR + 5e-3 for ratio in ratios)  # as the table rounds
+        print(f"{title}: {near} of {len(ratios)} within {_NEAR:.0%}.")
 
 
 def choose_elementwise(figures: Sequence[Figure]) -> float:
@@ -72,7 +72,7 @@ def choose_kept(whole_recipes: bool) -> list[float]:
     for figure in FIGURES:
         is_whole = "recipes" in figure.group or "CLIP" in figure.group
         if figure.kept_out and is_whole == whole_recipes:
-            group = [other for other in FIGURES if other.group == figure.group]
+            group = [member for member in FIGURES if member.group == figure.group]
             elementwise = choose_elementwise(group)
             products = fit_products(group, elementwise)
             ratios.append(figure.predict(products, elementwise) / figure.published)

@@ -188,14 +188,14 @@ def describe_own_card(name: str, *, memory: float, tflops: float, bandwidth: flo
 
     Args:
         name: what it is called.
-        memory: GiB.
+        memory: its memory in GiB.
         tflops: 10^12 operations a second of matrix products in bf16, dense; half of it in fp32.
         bandwidth: GB/s of its memory.
 
     Raises:
         ValueError: the name is a preset's, or a number is missing or impossible.
     """
-    if name.upper() in {known.upper() for known in (*PRESETS, *_ALIASES, *_MEMORY_CLASSES)}:
+    if name.upper() in {preset.upper() for preset in (*PRESETS, *_ALIASES, *_MEMORY_CLASSES)}:
         raise ValueError(f"--card {name} is the name of a preset (--list); give another name.")
     for flag, number in (("memory", memory), ("tflops", tflops), ("bandwidth", bandwidth)):
         check_number(f"--{flag}", number, 0)

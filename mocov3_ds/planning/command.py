@@ -187,8 +187,9 @@ def _read_cluster(options: PlanOptions) -> Cluster:
     if reach:
         if not 0 < reach <= 1:
             raise ValueError(f"--reach {reach} cannot be; it is a share of the peak, 0 to 1.")
-        given = replace(cluster.card.reach, products=reach, source="given by --reach", spread=1.0)
-        card = replace(cluster.card, reach=given)
+        source = "given by --reach"
+        asked_for = replace(cluster.card.reach, products=reach, source=source, spread=1.0)
+        card = replace(cluster.card, reach=asked_for)
         cluster = replace(cluster, card=card)
     return cluster
 
@@ -206,11 +207,11 @@ def _check_counts(options: PlanOptions) -> None:
 def _known_cards(options: PlanOptions) -> Mapping[str, Card]:
     """The presets, this machine as it was measured, and a card of the user's own."""
     cards = read_rates(options.rates) if options.rates is not None else PRESETS
-    own = {"memory": options.memory, "tflops": options.tflops, "bandwidth": options.bandwidth}
+    numbers = {"memory": options.memory, "tflops": options.tflops, "bandwidth": options.bandwidth}
     if options.card:
-        return {**cards, options.card: describe_own_card(options.card, **own)}
-    if given := [f"--{flag}" for flag, number in own.items() if number]:
-        raise ValueError(f"{', '.join(given)} without --card NAME would have no effect.")
+        return {**cards, options.card: describe_own_card(options.card, **numbers)}
+    if useless := [f"--{flag}" for flag, number in numbers.items() if number]:
+        raise ValueError(f"{', '.join(useless)} without --card NAME would have no effect.")
     return cards
 
 

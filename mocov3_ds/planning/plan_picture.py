@@ -83,16 +83,16 @@ def _draw_bar(
         colours: colour of each item that is drawn, by name.
         card: bytes of a card.
     """
-    left = 0.0
+    filled = 0.0
     for name, size in _bytes_at_peak(memory, colours).items():
         # an item's name stands in the legend once
         label = name if row == 0 else f"_{name}"
-        axes.barh(row, size / GIB, 0.55, left=left / GIB, color=colours[name], label=label)
+        axes.barh(row, size / GIB, 0.55, left=filled / GIB, color=colours[name], label=label)
         if size > _NUMBERED * card:
-            middle = (left + size / 2) / GIB
+            middle = (filled + size / 2) / GIB
             axes.text(middle, row, f"{size / GIB:.1f}", ha="center", va="center", fontsize=8)
-        left += size
-    axes.text(left / GIB, row, f" {memory.peak_bytes / GIB:.1f}", va="center", fontweight="bold")
+        filled += size
+    axes.text(filled / GIB, row, f" {memory.peak_bytes / GIB:.1f}", va="center", fontweight="bold")
 
 
 def _name_bar(option: Option) -> str:

@@ -4,12 +4,10 @@
 
 Each figure names what was run: networks, passes and tokens follow from it. Programs of 2022 and
 before write their attention scores to memory; `SCORE_PASSES` says how often. Figures of a group
-share one reach. Some of each group are kept out of the fit.
+share one reach. Some of most groups are kept out of the fit.
 
 Three kinds are listed and fitted apart from what a plan rests on: inference, whole recipes of 2021
 on V100 and CLIP on hundreds of cards, whose loaders, networks and text towers are in the figure.
-
-Shape suffix: none; all numbers are Python's own.
 """
 
 import math
@@ -65,9 +63,9 @@ class Pass:
         linear += 2.0 * tokens * 3 * self.patch**2 * tower.dim
         attention = 4.0 * tokens**2 * tower.dim * tower.depth
         row = 2.0 * tokens * tower.dim * tower.depth
-        once = Work(linear, attention, _FORWARD_MOVED * row) * self.forwards
+        forward = Work(linear, attention, _FORWARD_MOVED * row)
         back = Work(2 * linear, ATTENTION_BACKWARD * attention, _BACKWARD_MOVED * row)
-        return (once + back * self.backwards) * self.count
+        return (forward * self.forwards + back * self.backwards) * self.count
 
     def score_bytes(self) -> float:
         """Bytes of all attention scores of one image, once, in bf16."""
@@ -97,8 +95,8 @@ class Figure:
     def seconds(self) -> tuple[float, float, float]:
         """Seconds of an image at the peaks: matrix products, element-wise bytes, score bytes."""
         card = PRESETS[self.card]
-        work = reduce(add, (each.work() for each in self.passes))
-        scores = 0.0 if self.fused else sum(each.score_bytes() for each in self.passes)
+        work = reduce(add, (one_pass.work() for one_pass in self.passes))
+        scores = 0.0 if self.fused else sum(p.score_bytes() for p in self.passes)
         moved = (work.moved / card.bandwidth, scores / card.bandwidth)
         return work.operations / card.low_precision_rate, *moved
 
@@ -118,14 +116,14 @@ class Figure:
         Infinite where the bytes alone would take longer.
         """
         multiplied, moved, scores = self.seconds()
-        left = 1 / self.published - moved / elementwise - SCORE_PASSES * scores
-        return multiplied / left if left > 0 else math.inf
+        seconds = 1 / self.published - moved / elementwise - SCORE_PASSES * scores
+        return multiplied / seconds if seconds > 0 else math.inf
 
 
 def fit_products(figures: Sequence[Figure], elementwise: float) -> float:
     """Geometric mean of what the figures that are not kept out reached."""
-    seen = [figure.reach_of_products(elementwise) for figure in figures if not figure.kept_out]
-    return math.exp(sum(map(math.log, seen)) / len(seen))
+    reaches = [f.reach_of_products(elementwise) for f in figures if not f.kept_out]
+    return math.exp(sum(map(math.log, reaches)) / len(reaches))
 
 
 def fit_elementwise(figures: Sequence[Figure], shares: Sequence[float]) -> float:

@@ -35,8 +35,8 @@ class Reach:
     """share of the memory bandwidth that element-wise kernels reach"""
 
     def __str__(self) -> str:
-        within = f", a step within {self.spread:g} x either way" if self.spread > 1 else ""
-        return f"{self.products:.2f}: {self.source}{within}"
+        certainty = f", a step within {self.spread:g} x either way" if self.spread > 1 else ""
+        return f"{self.products:.2f}: {self.source}{certainty}"
 
 
 GA102 = Reach(0.87, "timm's training speeds of ViT-S, B and L on an RTX 3090 (2022)", FITTED)

@@ -65,7 +65,7 @@ def plan_run_time(
     """Time of a run.
 
     Args:
-        planned: what is trained.
+        planned: what is to be trained.
         pace: time of its step.
         cluster: machines that it runs on.
         epochs: length of the run.
@@ -105,7 +105,7 @@ def _evaluation_s(config: Config, planned: PlannedRun, cluster: Cluster) -> floa
     Args:
         config: the recipe's, whose k-NN monitor runs.
         planned: tells network and precision.
-        cluster: the cards.
+        cluster: the cards that share the probes.
     """
     card = cluster.card
     forward = architecture.forward_work(planned.shape)
