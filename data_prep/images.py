@@ -1,7 +1,7 @@
 """What is an image, and what is done to it on its way into a shard? It is checked, maybe shrunk."""
 
 import io
-from typing import Literal
+from typing import Literal, cast
 
 from PIL import Image, ImageFile
 
@@ -34,6 +34,9 @@ MAX_BYTES = SAMPLE_LIMIT
 FAITHFUL_SIDE = 384
 """Shorter side, pixels, below which small crops lose sharpness (`mocov3_ds.bench resized`)."""
 
+FAINT_RANGE = 16
+"""Levels of 255 between the darkest and the brightest pixel, below which an image shows nothing"""
+
 _LONGEST_JPEG = 65500
 """pixels that libjpeg writes in a row or column"""
 
@@ -61,6 +64,16 @@ def checked_size(image_bytes: bytes, check: Check) -> tuple[int, int]:
     if check == "decode" or not has_end:
         decode.decode_rgb(image_bytes)
     return height, width
+
+
+def is_faint(image: Image.Image) -> bool:
+    """Whether an RGB image is nearly of one colour, as scans are whose pixels were scaled wrongly.
+
+    Args:
+        image: Decoded image, RGB of 8 bits.
+    """
+    bands = cast("tuple[tuple[int, int], ...]", image.getextrema())
+    return all(high - low < FAINT_RANGE for low, high in bands)
 
 
 def shrink_image(

@@ -83,6 +83,8 @@ class ImageFacts(NamedTuple):
     """first 8 bytes of the image's SHA-256"""
     reason: str
     """why it cannot be read; empty = it can"""
+    is_faint: bool
+    """whether it is nearly of one colour; False where it was not decoded"""
 
 
 class Sample(NamedTuple):
@@ -101,6 +103,8 @@ class Sample(NamedTuple):
     """first 8 bytes of the image's SHA-256"""
     reason: str
     """why the image cannot be read; empty = it can"""
+    is_faint: bool
+    """whether the image is nearly of one colour; False where it was not decoded"""
     label_reason: str
     """why the label cannot be read; empty = it can, or there is none"""
 
@@ -165,13 +169,17 @@ def scan_shard(name: str, *, url: str, decode_all: bool, pick: MemberPick = NO_P
 
 def _image_facts(image_bytes: bytes, decode_all: bool) -> ImageFacts:
     height = width = 0
-    reason = ""
+    reason, is_faint = "", False
     try:
-        height, width = images.checked_size(image_bytes, "decode" if decode_all else "header")
+        if decode_all:
+            image = decode.decode_rgb(image_bytes)
+            height, width, is_faint = image.height, image.width, images.is_faint(image)
+        else:
+            height, width = images.checked_size(image_bytes, "header")
     except decode.UnreadableImage as error:
         reason = str(error)
     digest = int.from_bytes(hashlib.sha256(image_bytes).digest()[:8], "little")
-    return ImageFacts(zlib.crc32(image_bytes), height, width, digest, reason)
+    return ImageFacts(zlib.crc32(image_bytes), height, width, digest, reason, is_faint)
 
 
 def _describe_sample(
@@ -189,7 +197,8 @@ def _describe_sample(
     except ValueError as error:
         label_reason = str(error)
     image = sample.image
-    unread = ImageFacts(0, 0, 0, 0, f"{image.size} bytes are no image")
-    crc32, height, width, digest, reason = facts.get(image.offset, unread)
+    unread = ImageFacts(0, 0, 0, 0, f"{image.size} bytes are no image", is_faint=False)
+    crc32, height, width, digest, reason, is_faint = facts.get(image.offset, unread)
     where = image.offset, image.size, crc32
-    return Sample(sample.key, *where, label, height, width, digest, reason, label_reason)
+    sides = height, width
+    return Sample(sample.key, *where, label, *sides, digest, reason, is_faint, label_reason)

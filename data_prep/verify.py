@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_prep import engines
 from data_prep.balance import Balance, check_balance
+from data_prep.images import FAINT_RANGE
 from data_prep.index import list_tars
 from data_prep.labels import Label
 from data_prep.member_names import join_names, quote_name
@@ -55,6 +56,9 @@ class Verdict:
     repeated_keys: list[str] = field(default_factory=list)
     """the first ones"""
     repeated_key_count: int = 0
+    faint_images: int = 0
+    """images that are nearly of one colour; 0 where they were not decoded"""
+    faint_example: str = ""
     is_listed: bool = True
     """whether tars that the manifest does not name were looked for"""
 
@@ -91,6 +95,12 @@ class Verdict:
         if self.repeated_key_count:
             example = quote_name(self.repeated_keys[0])
             lines.append(f"{self.repeated_key_count} keys occur more than once, e.g. {example}")
+        if self.faint_images:
+            lines.append(
+                f"{self.faint_images} images are nearly of one colour (all pixels within "
+                f"{FAINT_RANGE} of 255 levels), e.g. {quote_name(self.faint_example)}; if they "
+                "show more elsewhere, their pixels are scaled otherwise than is stated in them"
+            )
         if not self.is_listed:
             lines.append(
                 "the server cannot list files: what the manifest does not name is not seen"
@@ -122,6 +132,12 @@ def verify_set(url: str, *, workers: int, decode_all: bool = True, quiet: bool =
     names, counts = np.unique(checked.index_N["label"], return_counts=True)
     labels = dict(zip(names.tolist(), counts.tolist(), strict=True))
     image_groups, repeated_keys = _find_repeats([*scans.values()])
+    faint = [
+        f"{scan.name}/{sample.key}"
+        for scan in scans.values()
+        for sample in scan.samples
+        if sample.is_faint
+    ]
     return Verdict(
         url=checked.url,
         shards=len(checked.shards),
@@ -133,6 +149,8 @@ def verify_set(url: str, *, workers: int, decode_all: bool = True, quiet: bool =
         repeated_image_groups=len(image_groups),
         repeated_keys=repeated_keys[:_SHOWN],
         repeated_key_count=len(repeated_keys),
+        faint_images=len(faint),
+        faint_example=faint[0] if faint else "",
         is_listed=storage.can_list(checked.url),
     )
 

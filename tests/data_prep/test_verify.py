@@ -1,7 +1,11 @@
 """Whatever is done to a finished set is found; tars of others are described or refused."""
 
+import io
 import json
 import tarfile
+
+import numpy as np
+from PIL import Image
 
 from data_prep.index import index_tars
 from data_prep.shard import make_shards
@@ -10,7 +14,7 @@ from data_prep.sources import list_images
 from data_prep.verify import verify_set
 from mocov3_ds.data import manifest, storage
 from tests.data_prep import forms
-from tests.data_prep.making import find_problems
+from tests.data_prep.making import find_problems, make
 
 
 def test_a_finished_set_is_sound(made):
@@ -20,6 +24,19 @@ def test_a_finished_set_is_sound(made):
         assert verdict.labels == dict.fromkeys(forms.CLASSES, 5)
         assert verdict.bytes == sum(path.stat().st_size for path in made.glob("*.tar"))
         assert "sound" in str(verdict) and "3 labels, 5 to 5 samples each" in str(verdict)
+
+
+def test_images_that_show_nothing_are_reported(tmp_path):
+    grey_HW = np.linspace(100, 110, 24 * 24).reshape(24, 24).astype(np.uint8)
+    faint = io.BytesIO()
+    Image.fromarray(grey_HW).save(faint, "PNG")
+    images = {"a/1.png": faint.getvalue(), "a/2.png": forms.picture(1, form="PNG")}
+    make(forms.write_tree(tmp_path / "tree", images), tmp_path / "out")
+    verdict = verify_set(str(tmp_path / "out"), workers=1, quiet=True)
+    assert verdict.is_sound and verdict.faint_images == 1
+    assert "1 images are nearly of one colour" in str(verdict) and "/a_1;" in str(verdict)
+    headers = verify_set(str(tmp_path / "out"), workers=1, quiet=True, decode_all=False)
+    assert not headers.faint_images
 
 
 def test_every_byte_counts(made):
