@@ -2,27 +2,24 @@
 
 import unicodedata
 
-_SYSTEM_FOLDERS = {
+_SYSTEM_NAMES = {
     "__MACOSX",
     "@eaDir",
     "#recycle",
     "$RECYCLE.BIN",
     "System Volume Information",
     "lost+found",
+    "Thumbs.db",
+    "desktop.ini",
 }
-"""Folders that systems put beside people's files, some with pictures of their own in them."""
-
-_SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
+"""Folders and files that systems put beside people's own, some with pictures in them."""
 
 
 def is_hidden(name: str) -> bool:
     """Whether a path leads to or through a hidden file or folder, or one of the system's own."""
-    if "/." not in name and name[:1] != "." and "/" not in name:  # most names, at little cost
-        return name in _SYSTEM_FOLDERS or name in _SYSTEM_FILES
-    return any(
-        name_part.startswith(".") or name_part in _SYSTEM_FOLDERS or name_part in _SYSTEM_FILES
-        for name_part in name.split("/")
-    )
+    if name[:1] == "." or "/." in name:
+        return True
+    return not _SYSTEM_NAMES.isdisjoint(name.split("/"))
 
 
 def name_ending(name: str) -> str:

@@ -232,12 +232,19 @@ def _add_samples(
 
 def _add_single_images(images: UnsortedImages, members: list[tar.Member], place: _Place) -> None:
     """Add images that have no files of their own beside them: of class folders, or of none."""
-    stems = {m.name.rpartition(".")[0] for m in members if is_image_name(m.name)}
+    other_members = []
     for member in members:
-        name, ending = place.prefix + member.name, name_ending(member.name)
         if is_image_name(member.name):
-            images.add_image(name, place.number, place.offset + member.offset, member.size, None)
-        elif ending not in LABEL_ENDINGS and ending != "json":
+            name, offset = place.prefix + member.name, place.offset + member.offset
+            images.add_image(name, place.number, offset, member.size, None)
+        else:
+            other_members.append(member)
+    if not other_members:
+        return
+    stems = {m.name.rpartition(".")[0] for m in members if is_image_name(m.name)}
+    for member in other_members:
+        name, ending = place.prefix + member.name, name_ending(member.name)
+        if ending not in LABEL_ENDINGS and ending != "json":
             images.leave_out(name, place.folder + member.name)
         elif member.name.rpartition(".")[0] in stems:
             images.balance.leave_out(name, balance.UNUSED_LABEL)

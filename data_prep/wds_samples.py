@@ -37,6 +37,8 @@ class MemberPick(NamedTuple):
 
     def is_label(self, name: str) -> bool:
         """Whether a member is read for a label."""
+        if not self.label or self.label == NO_LABEL:
+            return name[-5:].lower().endswith((".cls", ".json"))
         suffix = name.rpartition("/")[2].partition(".")[2].lower()
         ending = suffix.rpartition(".")[2]
         return ending in ("cls", "json") or _fits(suffix, self.label)
