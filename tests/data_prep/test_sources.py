@@ -1,10 +1,13 @@
 """Every form of the same images gives the same list; odd sources are refused in one sentence."""
 
+import gc
 import io
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from torchvision.datasets import ImageFolder
 
 from data_prep.source_options import SourceOptions
@@ -286,3 +289,54 @@ def test_a_file_url_is_a_path(tree):
     assert describe_listing(list_images(f"file://{tree}")) == describe_listing(
         list_images(str(tree))
     )
+
+
+@pytest.mark.filterwarnings(
+    "ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_what_other_writers_make_has_the_labels_that_their_readers_give(tmp_path):
+    """Sets of webdataset's ShardWriter, and the layout of img2dataset beside its own files."""
+    wanted = {}
+    with webdataset.ShardWriter(f"{tmp_path}/w-%03d.tar", maxcount=3, verbose=0) as writer:
+        for number in range(7):
+            key = f"part.v1/{number:05d}"
+            writer.write({"__key__": key, "jpg": forms.picture(number), "cls": 10 * number})
+            wanted[forms.picture(number)] = 10 * number
+    urls = f"{tmp_path}/w-{{000..002}}.tar"
+    pairs = webdataset.WebDataset(urls, shardshuffle=False).to_tuple("jpg", "cls")
+    assert {image: int(label) for image, label in pairs} == wanted
+    gc.collect()  # webdataset leaves its files open; here is where that may be said
+    rows, _, _ = describe_listing(list_images(urls))
+    assert {data: label for _, _, label, data in rows} == wanted
+    members = {}
+    for number in range(2):
+        key = f"{number:09d}"
+        members |= {f"{key}.jpg": forms.picture(number), f"{key}.txt": b"a caption"}
+        members |= {f"{key}.json": b'{"caption": "a caption", "key": "%s"}' % key.encode()}
+    forms.write_tar(tmp_path / "i" / "00000.tar", members)
+    (tmp_path / "i" / "00000_stats.json").write_text("{}")
+    (tmp_path / "i" / "00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"00000.parquet is not a parquet file"):
+        list_images(str(tmp_path / "i"))
+    listing = list_images(str(tmp_path / "i"), options=SourceOptions(files="*.tar"))
+    assert listing.label_N.tolist() == [-1, -1] and listing.balance.as_json(0)["side_files"] == 2
+
+
+def test_the_validation_tar_gets_the_classes_of_the_training_set(tmp_path):
+    """ILSVRC2012_img_val.tar with the kit's numbers, and the folders that people sort it into."""
+    classes = ["n02102040", "n01440764", "n01443537"]  # by ILSVRC2012_ID
+    truth = [2, 1, 3, 3]
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 5)]
+    images = {name: forms.picture(number) for number, name in enumerate(names)}
+    tar = forms.write_tar(tmp_path / "ILSVRC2012_img_val.tar", images)
+    (tmp_path / "truth.txt").write_text("".join(f"{number}\n" for number in truth))
+    (tmp_path / "classes.txt").write_text("\n".join(classes) + "\n")
+    sorted_out = {
+        f"{classes[number - 1]}/{name}": images[name]
+        for number, name in zip(truth, names, strict=True)
+    }
+    folder = ImageFolder(str(forms.write_tree(tmp_path / "val", sorted_out)))
+    listing = list_images(str(tar), labels=tmp_path / "truth.txt", classes=tmp_path / "classes.txt")
+    wanted = {Path(path).name: label for path, label in folder.samples}
+    assert dict(zip(listing.names, listing.label_N.tolist(), strict=True)) == wanted
+    assert [*listing.classes] == folder.classes
