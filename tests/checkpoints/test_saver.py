@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mocov3_ds.checkpoints import checkpoint, checkpoint_writer, run_folder
 from mocov3_ds.checkpoints.saver import Saver
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import heartbeat, ranks
 from tests.ranks_pool import run_ranks
 
 SIZE = 64
@@ -105,6 +105,23 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
     assert seen == [5]
     saver.close()
     check(tmp_path, 6)
+
+
+def test_where_no_thread_can_start_the_checkpoint_is_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    noted: list[str] = []
+    monkeypatch.setattr(heartbeat, "note_saved", noted.append)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    saver = small_saver(tmp_path)
+    saver.save(3, {"base": weights(3)}, {}, background=True)
+    check(tmp_path, 3)
+    assert noted == ["step-00000003"]  # for the exit message
+    assert "is written before going on: can't start new thread" in caplog.text
+    saver.close()
 
 
 def test_copies_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
