@@ -3,7 +3,6 @@
 RUNS/sharded-images/NAME-1a2b3c4d     shards of a folder NAME; the digits are of its path
 """
 
-import hashlib
 from pathlib import Path
 
 from data_prep import engines
@@ -15,12 +14,13 @@ from data_prep.shard_options import ShardOptions
 from data_prep.source_options import SourceOptions
 from data_prep.sources import list_images
 from mocov3_ds.data import manifest, storage
+from mocov3_ds.data.own_space import folder_of_images
 
 FEW_IMAGES = 2000
 """Images that this process shards alone, as others take seconds to start."""
 
 
-def ensure_shards(source: str, parent: Path) -> str:
+def ensure_shards(source: str, runs: Path) -> str:
     """Shard images if that was not done before, and say what they were taken for.
 
     Labels are taken where the folders say them plainly; images without one are kept, as pretraining
@@ -28,7 +28,7 @@ def ensure_shards(source: str, parent: Path) -> str:
 
     Args:
         source: Folder of images, labelled or not; or what else `list_images` reads without copies.
-        parent: Folder for the shards of all sources.
+        runs: Folder of all runs, which share the shards.
 
     Returns:
         Folder of the shards.
@@ -37,9 +37,7 @@ def ensure_shards(source: str, parent: Path) -> str:
         ValueError: The source cannot be read, or only in several ways.
         OSError: The shards cannot be written.
     """
-    path = storage.local_path(source).absolute()
-    digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()
-    folder = str(parent / f"{path.stem}-{digest[:8]}")
+    folder = str(folder_of_images(source, runs))
     if storage.exists(storage.join_url(folder, manifest.NAME)):
         print(
             f"--data.images {source!r}: sharded before, to {folder!r}; what has changed in the "

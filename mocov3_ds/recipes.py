@@ -178,11 +178,11 @@ def without_launcher_flags(arguments: list[str]) -> list[str]:
 def _anchor_paths(config: Config) -> Config:
     """The settings with absolute paths to data, which config.json keeps for any working folder."""
     data, save = config.data, config.save
-    shards, probes, cache, mirror = (
+    shards, images, probes, cache, mirror = (
         str(storage.local_path(url).absolute()) if url and storage.is_local(url) else url
-        for url in (data.shards, data.probe_shards, data.cache, save.mirror)
+        for url in (data.shards, data.images, data.probe_shards, data.cache, save.mirror)
     )
-    data = dataclasses.replace(data, shards=shards, probe_shards=probes, cache=cache)
+    data = dataclasses.replace(data, shards=shards, images=images, probe_shards=probes, cache=cache)
     return dataclasses.replace(config, data=data, save=dataclasses.replace(save, mirror=mirror))
 
 

@@ -27,6 +27,7 @@ from mocov3_ds.data import storage
 from mocov3_ds.data.class_names import labels_in_use, pair_classes, renumber_labels
 from mocov3_ds.data.fetch import Unreadable, locate_sample, read_sample
 from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.own_space import folder_of_images
 from mocov3_ds.data.views import decode
 from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.data.views.draw import draw_views
@@ -71,7 +72,9 @@ def choose_split_urls(weights: Weights, train: str, val: str) -> tuple[str, str]
         ValueError: neither the user nor the run names them.
     """
     config = weights.config
-    if config is not None and not config.data.shards and not train and not val:
+    if config is not None and config.data.images:
+        train = train or str(folder_of_images(config.data.images, weights.path.parent))
+    elif config is not None and not config.data.shards and not train and not val:
         folder = weights.path.parent / "sample-images"
         return str(folder / "train"), str(folder / "test")
     if config is not None:

@@ -68,8 +68,8 @@ def _find_shards(config: Config) -> tuple[str, str]:
     if given.images:
         from data_prep.own_shards import ensure_shards
 
-        shard_images = partial(ensure_shards, given.images, config.runs / "sharded-images")
-        return ranks.run_on_first(shard_images), given.probe_shards
+        train_url: str = ranks.run_on_first(partial(ensure_shards, given.images, config.runs))
+        return train_url, given.probe_shards
     if config.recipe != "tiny":
         raise ValueError(
             f"recipe {config.recipe} needs images: --data.images FOLDER, or --data.shards FOLDER "

@@ -1,5 +1,6 @@
 """Which samples an evaluation sees, in what order, as what pixels."""
 
+import dataclasses
 import io
 import pickle
 from pathlib import Path
@@ -12,6 +13,7 @@ from torchvision.transforms import CenterCrop, PILToTensor, Resize
 
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
+from mocov3_ds.data.own_space import folder_of_images
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.encoders.load import read_weights
 from mocov3_ds.evaluation.labelled_images import (
@@ -164,6 +166,10 @@ def test_where_the_shards_are_named(tmp_path: Path) -> None:
     assert choose_split_urls(weights, "", "c") == ("a", "c")
     without = read_weights(make_run(tmp_path / "sample", train=""))
     assert choose_split_urls(without, "", "")[1] == str(tmp_path / "sample-images/test")
+    assert without.config is not None
+    data = dataclasses.replace(without.config.data, images="/photos", probe_shards="b")
+    given = dataclasses.replace(without, config=dataclasses.replace(without.config, data=data))
+    assert choose_split_urls(given, "", "") == (str(folder_of_images("/photos", tmp_path)), "b")
     half = read_weights(make_run(tmp_path / "half", train="a"))
     with pytest.raises(ValueError, match=r"names no held-out shards; give --train .* data_prep"):
         choose_split_urls(half, "", "")
