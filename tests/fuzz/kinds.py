@@ -4,6 +4,7 @@
 raised is judged by the harness.
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -11,6 +12,7 @@ import json
 import re
 import tarfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,18 +30,21 @@ from data_prep.shard import make_shards
 from data_prep.shard_options import ShardOptions
 from data_prep.sources import list_images
 from data_prep.verify import verify_set
-from mocov3_ds.checkpoints import checkpoint, run_folder
+from mocov3_ds.checkpoints import checkpoint, mirror, run_folder
 from mocov3_ds.config import encoder_shape
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.loader import Loader, LoaderSettings
 from mocov3_ds.data.manifest import ROW
 from mocov3_ds.data.sample_order import Order
+from mocov3_ds.data.storage.span import read_span
 from mocov3_ds.data.views import decode
 from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
 from mocov3_ds.encoders.export import export_encoder
+from mocov3_ds.encoders.foreign_names import to_transformers
 from mocov3_ds.encoders.load import load_encoder, read_run_config
+from mocov3_ds.encoders.networks import Tensors
 from mocov3_ds.monitoring.run_log import drop_rows_after, read_rows
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.recipes import parse
@@ -362,6 +367,50 @@ def _whole_checkpoint(folder: Path) -> None:
 
 
 @cache
+def mirrors() -> list[Files]:
+    """A mirror of one checkpoint."""
+    with TemporaryDirectory() as temporary:
+        made = make_run(Path(temporary) / "run", step=3)
+        newest = made / "checkpoints/step-00000003"
+        mirror.copy_checkpoint(f"{temporary}/mirror", made, newest, keep=1)
+        return [_files_of(Path(temporary) / "mirror")]
+
+
+def read_mirror(folder: Path) -> Outcome:
+    """Continue from it on a fresh machine; nothing beside the new run changes."""
+    beside = folder.parent / "beside"
+    beside.mkdir(exist_ok=True)
+    (beside / "state.json").write_text("mine")
+    mirror.check_mirror(str(folder), json.loads((folder / "config.json").read_bytes()), "data")
+    with TemporaryDirectory(dir=folder) as fresh:
+        run = Path(fresh) / "run"
+        run.mkdir()
+        found = mirror.fetch_newer_checkpoint(str(folder), run)
+        assert [path.name for path in Path(fresh).iterdir()] == ["run"]
+    assert (beside / "state.json").read_text() == "mine"
+    return "accepted" if found is not None else "skipped"
+
+
+def answers() -> list[Files]:
+    """Headers of answers from a store."""
+    spans = [{"length": 10, "range": None}, {"length": "10", "range": "bytes 5-14/100"}]
+    return [{"headers.json": json.dumps(span).encode()} for span in spans]
+
+
+def read_answer(folder: Path) -> Outcome:
+    """Which bytes it holds."""
+    text = (folder / "headers.json").read_bytes().decode(errors="replace")
+    try:
+        tree = json.loads(text)
+        length, span = tree["length"], tree["range"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # this file is the harness's own
+        length, span = text, text
+    found = read_span(f"{length}", None if span is None else f"{span}")
+    assert 0 <= found.start <= found.end
+    return "accepted"
+
+
+@cache
 def metrics() -> list[Files]:
     return [{"metrics.jsonl": runs()[0]["metrics.jsonl"]}]
 
@@ -381,7 +430,7 @@ def read_metrics(folder: Path) -> Outcome:
 
 @cache
 def weights() -> list[Files]:
-    """An exported folder, the published layout, and DeepSpeed's own folder."""
+    """Exported folders, the published layout, DINO's, shards, and DeepSpeed's own folders."""
     with TemporaryDirectory() as temporary:
         made = make_run(Path(temporary) / "run")
         found = []
@@ -399,7 +448,41 @@ def weights() -> list[Files]:
         found.append(
             {"latest": b"global_step3", "global_step3/mp_rank_00_model_states.pt": file.getvalue()}
         )
+        found += [_dino_file(vit), _shards(vit, found[1]["config.json"]), _universal_folder(vit)]
     return [{n: d for n, d in files.items() if not n.endswith(".md")} for files in found]
+
+
+def _dino_file(vit: Tensors) -> Files:
+    """A student and a teacher, with what programs save beside them."""
+    file, options = io.BytesIO(), argparse.Namespace(arch="own", out=Path("x"))
+    student = {f"module.backbone.{n}": t for n, t in vit.items()}
+    teacher = {f"backbone.{n}": t for n, t in vit.items()}
+    beside = {"args": options, "best": np.float64(1), "log": defaultdict(list), "num_heads": 4}
+    torch.save({"student": student, "teacher": teacher, **beside}, file)
+    return {"model.pth": file.getvalue()}
+
+
+def _shards(vit: Tensors, config: bytes) -> Files:
+    """Transformers' names in two files, with the index of both."""
+    places, files = dict[str, str](), dict[str, bytes]()
+    tensors = sorted(to_transformers(vit).items())
+    for number, part in enumerate((tensors[::2], tensors[1::2])):
+        name, file = f"pytorch_model-{number}.bin", io.BytesIO()
+        torch.save({tensor: rows.clone() for tensor, rows in part}, file)
+        files[name] = file.getvalue()
+        places |= {tensor: name for tensor, _ in part}
+    index = json.dumps({"weight_map": places}).encode()
+    return {**files, "pytorch_model.bin.index.json": index, "config.json": config}
+
+
+def _universal_folder(vit: Tensors) -> Files:
+    """Masters by name, as ds_to_universal makes them."""
+    files = {"latest_universal": b"u"}
+    for name, tensor in vit.items():
+        file = io.BytesIO()
+        torch.save({"param": tensor}, file)
+        files[f"u/zero/base.{name}/fp32.pt"] = file.getvalue()
+    return files
 
 
 def read_weights(folder: Path) -> Outcome:
@@ -446,5 +529,7 @@ KINDS = [
     Kind("settings", 2, settings, read_settings, names_files=False),
     Kind("run folder", 2, runs, read_run_folder, seal_run),
     Kind("metrics", 1, metrics, read_metrics),
+    Kind("mirror", 1, mirrors, read_mirror, seal_run),
+    Kind("answer of a store", 1, answers, read_answer, names_files=False),
     Kind("weights", 2, weights, read_weights),
 ]
