@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from data_prep.verify import verify_set
 from data_prep.wds_samples import MemberPick
 from mocov3_ds.data import manifest, storage
 from tests.data_prep import forms
-from tests.data_prep.making import find_problems
+from tests.data_prep.making import find_problems, make
 
 
 def others(folder, form=tarfile.PAX_FORMAT):
@@ -194,3 +195,22 @@ def test_manifests_from_before_the_balance_stay_sound(tmp_path):
     old = {"program": "mocov3-ds 0", "rejected": 1, "source": "index"}
     manifest.write(str(tmp_path), shards, made.index_N[1:], provenance=old)
     assert not find_problems(tmp_path)
+
+
+def test_ids_are_class_names_on_the_way_through_index_verify_and_shard(tmp_path):
+    ids = [9_999_999_999, 5, 2**40, 5]
+    members = {}
+    for number, label in enumerate(ids):
+        members |= {f"{number}.jpg": forms.picture(number), f"{number}.cls": b"%d" % label}
+    forms.write_tar(tmp_path / "theirs" / "0.tar", members)
+    described = index_tars(str(tmp_path / "theirs"), workers=1, quiet=True)
+    for folder, source in (("ours", "theirs"), ("again", "ours")):
+        make(tmp_path / source, tmp_path / folder)
+    for folder in ("theirs", "ours", "again"):
+        loaded = manifest.load(str(tmp_path / folder))
+        assert loaded.classes == described.classes == ("5", "9999999999", "1099511627776")
+        names = [int(loaded.classes[label]) for label in loaded.index_N["label"]]
+        images = loaded.index_N["crc32"].tolist()
+        wanted = {zlib.crc32(forms.picture(number)): label for number, label in enumerate(ids)}
+        assert dict(zip(images, names, strict=True)) == wanted
+        assert not find_problems(tmp_path / folder)
