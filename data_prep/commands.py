@@ -3,6 +3,7 @@
 import io
 import json as jsons
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -117,8 +118,7 @@ class LookCommand(SourceArguments):
 
     def run(self) -> None:
         """Print what was understood."""
-        with scratch_folder(None) as folder:
-            listing = self.list_images(folder, is_look=True)
+        listing = self.list_images(None, is_look=True)
         if self.json:
             say(jsons.dumps(source_as_json(listing, self.source), indent=1))
         for line in [] if self.json else describe_source(listing, self.source):
@@ -180,8 +180,9 @@ class ShardCommand(SourceArguments):
                 listing, url, options, workers=workers, source=self.source, engine=engine
             )
         say(str(summary))
-        say(f"check:  python -m data_prep verify {url}")
-        say(f"train:  deepspeed mocov3_ds/train.py --recipe RECIPE --data.shards {url}")
+        quoted_url = shlex.quote(url)
+        say(f"check:  python -m data_prep verify {quoted_url}")
+        say(f"train:  deepspeed mocov3_ds/train.py --recipe RECIPE --data.shards {quoted_url}")
 
 
 def check_set(url: Url, /, *, decode: bool = True, json: bool = False, workers: int = 0) -> int:

@@ -69,10 +69,10 @@ _MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\
 
 def is_compressed_tar(path: Path) -> bool:
     """Whether a name is that of a compressed tar."""
-    return bool(_compression(path))
+    return bool(named_compression(path))
 
 
-def _compression(path: Path) -> str:
+def named_compression(path: Path) -> str:
     """Key of `OPENERS` for a compressed tar by its name; empty = it is none."""
     suffix = path.suffix.removeprefix(".").lower()
     if suffix in _SHORT_ENDINGS:
@@ -91,7 +91,7 @@ def find_compression(path: Path) -> str:
     Raises:
         OSError: The file cannot be read.
     """
-    named = _compression(path)
+    named = named_compression(path)
     if named:
         return named
     with path.open("rb") as file:

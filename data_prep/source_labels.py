@@ -55,6 +55,11 @@ def label_images(
     _set_labels(images, facts.archives, level)
     if level == "none":
         return "", ()
+    if all(label is None for label in images.label):
+        raise ValueError(
+            f"--class-level {level} gives no image of {quote_name(source)} a class; the paths are "
+            f"like {quote_name(images.inner_name(0))}."
+        )
     empty = _find_empty_classes(images, paths, level, classes, source, options.empty_classes)
     origin = {"archive": "the names of the archives", "own": "the folder that each image lies in"}
     return origin.get(level, f"folder {level} of the path"), empty

@@ -34,6 +34,7 @@ from mocov3_ds.data import manifest
 
 PLAIN = SourceOptions()
 _NO_NOTES: tuple[str, ...] = ()
+_LOOKED_AT = ("only the labels of parquet files are read here: names and sizes are not known yet.",)
 
 
 def list_images(
@@ -130,7 +131,7 @@ def _list_files(
     classes, notes = ClassNames(), _NO_NOTES
     if files and files[0].suffix == ".parquet":
         columns = parquet.choose_columns(files, pick.image, pick.label)
-        classes, notes = columns.classes, columns.notes
+        classes, notes = columns.classes, columns.notes + (_LOOKED_AT if is_look else ())
         files = _list_tables(images, files, scratch_folder, columns, is_look)
     elif files:
         classes = _find_class_names(source_files.folder)
@@ -151,6 +152,8 @@ def _list_files(
 
 def _find_folder(root: Path, under: str, source: str) -> Path:
     """Folder of a source below which images are taken, whichever form of Unicode its name has."""
+    if ".." in under.split("/"):
+        raise ValueError(f"--under {quote_name(under)} leaves {quote_name(source)}.")
     folder = root / under
     if not folder.is_dir() and under:
         folder = root
@@ -273,7 +276,7 @@ def _describe_form(source_files: SourceFiles) -> str:
 def _archive_kind(file: Path) -> str:
     if file.suffix == ".parquet":
         return "parquet file"
-    kind = scratch.find_compression(file)
+    kind = scratch.named_compression(file)
     return f"tar compressed by {kind}" if kind else "tar"
 
 

@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+from data_prep import parquet
+from data_prep.class_numbers import ClassNames
 from data_prep.sources import list_images
 from tests.data_prep import forms
 from tests.data_prep.making import make_from_scratch as sharded
@@ -182,3 +184,18 @@ def test_files_of_one_source_name_their_classes_alike(tmp_path):
     write_columns(other, image=[forms.picture(1)])
     with pytest.raises(ValueError, match=r"b.parquet has no column 'label', .*a.parquet has one"):
         list_images(str(folder), scratch_folder=tmp_path)
+
+
+def test_looking_reads_the_labels_alone(tmp_path):
+    images = [forms.picture(1), forms.picture(2)]
+    path = tmp_path / "im.parquet"
+    pq.write_table(pa.table({"jpg": images, "label": [3, 1]}), path)
+    looked = list_images(str(path), is_look=True)
+    assert looked.label_N.tolist() == [3, 1] and [*tmp_path.iterdir()] == [path]
+    assert any("only the labels of parquet files are read" in note for note in looked.notes)
+    assert parquet.has_images(path) and parquet.list_rows(path, COLUMNS)[1].label == 1
+    pq.write_table(pa.table({"url": ["x"]}), path)
+    assert not parquet.has_images(path)
+
+
+COLUMNS = parquet.Columns("jpg", "label", ClassNames(), ())

@@ -34,6 +34,8 @@ def test_folders_are_classes_where_there_are_no_label_files():
     assert label(labelled) == ("the labels of the samples", ()) and labelled.label == [7, None]
     assert label(labelled, SourceOptions(class_level="own"))[0].startswith("the folder that each")
     assert labelled.label == ["cat", "dog"]
+    with pytest.raises(ValueError, match=r"--class-level 3 gives no image of S a class; .*cat/1"):
+        label(images("cat/1"), SourceOptions(class_level="3"))
     flat = images("1", "2")
     assert label(flat) == ("", ()) and flat.label == [None, None]
 

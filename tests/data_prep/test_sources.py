@@ -113,6 +113,7 @@ def test_bad_sources_are_refused_in_one_sentence(tree, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no images")
     refused(tree, "there is no folder val in", under="val")
+    refused(tree, r"--under \.\./x leaves", under="../x")
     flat = forms.write_tar(tmp_path / "flat.tar", IMAGES)
     refused(flat, r"\(below val\) holds no images", under="val")
     (tree / "stray.jpg").write_bytes(forms.picture(0))
