@@ -94,7 +94,7 @@ def measure_absent(share: Share, whole: Flat, absent: frozenset[str], sums_QS: T
         share: The flat of a step without these tensors' segments.
         whole: The same flat with all segments.
         absent: Tensors without a gradient.
-        sums_QS: Sums so far.
+        sums_QS: Sums so far, to which the squares are added.
     """
     for segment in whole.segments:
         if segment.name in absent:

@@ -82,7 +82,7 @@ def restore_counts(flat: Flat, state: State, step: int, skipped: Mapping[str, in
     Args:
         flat: Flat tensor whose state it is.
         state: Its state, which is changed.
-        step: Optimizer steps done.
+        step: Optimizer steps done until then.
         skipped: Steps without a gradient of those of its tensors that this rank knows of.
     """
     state["step"] = step
