@@ -24,7 +24,7 @@ def read_engines(stages: list[int]) -> list[dict[str, Any]]:
     engines.quiet()
     results = []
     for stage in stages:
-        model = plain.odd_model(unused=True)
+        model = plain.odd_model()
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0} if stage == 3 else {}
         config = engine_config(
             {"zero_optimization": {"stage": stage} | zero},
@@ -45,8 +45,8 @@ def read_engines(stages: list[int]) -> list[dict[str, Any]]:
 
 
 def plain_gradients() -> dict[str, Tensor]:
-    """Gradients of the whole batch in one process; zeros where a tensor takes no part."""
-    model = plain.odd_model(unused=True)
+    """Gradients of the whole batch in one process."""
+    model = plain.odd_model()
     ((x, y),) = next(engines.batches(Case(0), 1))
     torch.nn.functional.cross_entropy(model(x), y).backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -55,7 +55,7 @@ def plain_gradients() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_tensors_and_gradients_are_whole_at_each_stage(world_size: int) -> None:
-    expected, model = plain_gradients(), plain.odd_model(unused=True)
+    expected, model = plain_gradients(), plain.odd_model()
     numbers = sum(gradient.numel() for gradient in expected.values())
     for results in run_ranks(world_size, read_engines, [0, 1, 2, 3]):
         for stage, result in enumerate(results):
@@ -76,7 +76,5 @@ def test_a_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(accelerator, "is_bf16_supported", lambda: True)
     check_precision({})
     check_precision({"bf16": {"enabled": True}, "fp16": {"enabled": False}})
-    with pytest.raises(
-        ValueError, match=r"fp16 is not for this device .*fp16\.enabled=false"
-    ):
+    with pytest.raises(ValueError, match=r"fp16 is not for this device .*fp16\.enabled=false"):
         check_precision({"fp16": {"enabled": True}})
