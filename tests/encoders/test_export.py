@@ -8,9 +8,11 @@ import timm
 import torch
 from torch import Tensor
 
+from mocov3_ds.data.storage.tensor_file import save_tensors
 from mocov3_ds.encoders.export import WRITERS, Forward, export_encoder
-from mocov3_ds.encoders.foreign_names import Format, timm_sizes, to_timm
+from mocov3_ds.encoders.foreign_names import Format, timm_sizes, to_timm, to_transformers
 from mocov3_ds.encoders.load import Weights, load_encoder, read_weights
+from mocov3_ds.encoders.networks import EncoderRole
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, build_vit, sincos_positions
 from tests.encoders.test_load import plain_features
 from tests.evaluation.runs import DIM, HEADS, SIZE, make_run
@@ -160,3 +162,35 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not empty; give another --out"):
         export_encoder(run, tmp_path / "out", to="hf")
     assert (tmp_path / "out/README.md").read_text() == before
+
+
+def test_what_an_export_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(tmp_path / "run")
+
+    def export(to: Format, role: EncoderRole) -> str:
+        caplog.clear()
+        out = tmp_path / f"{to}-{role}"
+        export_encoder(run, out, to=to, role=role)
+        card = (out / "README.md").read_text()
+        said = caplog.text.partition("left out: ")[2].strip()
+        assert f"Not in this folder: {said or 'nothing that was there'}." in card
+        return said
+
+    assert "momentum (46), base.projector (16), base.predictor (10); --to moco" in export(
+        "timm", "base"
+    )
+    assert "base (56), momentum.projector (16); --to moco-v3 keeps" in export("deit", "momentum")
+    assert export("moco-v3", "base") == ""
+    assert export("moco-v3", "momentum") == "the base encoder and its predictor"
+
+
+def test_an_epsilon_has_a_place_in_transformers_alone(tmp_path: Path) -> None:
+    model = build_vit(VitShape(image_size=16, patch_size=4, dim=32, depth=1, heads=4))
+    folder = tmp_path / "owner"
+    folder.mkdir()
+    save_tensors(to_transformers(model.state_dict()), folder / "model.safetensors")
+    settings = {"model_type": "vit", "num_attention_heads": 4, "layer_norm_eps": 0.1}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert export_encoder(folder, tmp_path / "hf", to="hf") < 1e-5
+    with pytest.raises(ValueError, match=r"epsilon 0\.1, for which only --to hf has a place"):
+        export_encoder(folder, tmp_path / "timm", to="timm")

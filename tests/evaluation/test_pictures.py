@@ -23,8 +23,11 @@ from mocov3_ds.evaluation.pictures import (
 from tests.evaluation.runs import HEADS, make_run, make_splits
 
 
-def test_attention_is_what_the_block_uses(tmp_path: Path) -> None:
-    vit = load_encoder(make_run(tmp_path / "run"))
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_is_what_the_block_uses(tmp_path: Path, qk_norm: bool) -> None:
+    vit = load_encoder(make_run(tmp_path / "run", qk_norm=qk_norm))
+    if qk_norm:
+        vit.blocks[-1].attn.q_norm.weight.data *= 3  # so that its absence would be seen
     images = torch.randn(3, 3, 16, 16)
     attention = class_attention(vit, images)
     assert attention.shape == (3, HEADS, 4, 4)
