@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from data_prep.verify import class_name
-from mocov3_ds.data import manifest
+from mocov3_ds.data import manifest, storage
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 _BINS = 60
@@ -52,7 +52,7 @@ class Stats:
     def __str__(self) -> str:
         count = max(len(self.size_N), 1)
         lines = [
-            f"{self.url}: {len(self.size_N)} samples in {self.shards} shards, "
+            f"{storage.hide_secrets(self.url)}: {len(self.size_N)} samples in {self.shards} shards, "
             f"{self.bytes / 1e6:.1f} MB ({self.size_N.sum() / count / 1e3:.1f} kB an image)"
         ]
         if self.classes:

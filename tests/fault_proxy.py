@@ -6,18 +6,25 @@ Faults, per answer to a GET of a file that `only` accepts, drawn from a seeded g
     truncate  closed amid the body             stall     silence amid the body, until `release`
     trickle   a few bytes at a time            wrong     some bytes of the body are others
     refuse    connection closed before any answer
+    early     the bytes before the wanted ones, as a cache with a wrong slice sends them
+    nolength  no Content-Length: the end of the connection is the end of the body
+    oddrange  a Content-Range that nobody can read
 """
 
 import collections
 import http.client
 import http.server
 import random
+import re
 import socket
 import struct
 import threading
 from collections.abc import Callable, Mapping
 
-KINDS = ("503", "reset", "truncate", "stall", "trickle", "wrong", "refuse")
+KINDS = (
+    "503", "reset", "truncate", "stall", "trickle", "wrong", "refuse", "early", "nolength",
+    "oddrange",
+)  # fmt: skip
 _HOP = {"connection", "transfer-encoding", "keep-alive"}
 
 
@@ -113,12 +120,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = bytearray(body)
             for place in range(len(body) // 3, len(body), max(1, len(body) // 5)):
                 body[place] ^= 0x40
-        self.send_response_only(answer.status, answer.reason)
-        for name, value in answer.getheaders():
-            if name.lower() not in _HOP | {"content-length"}:
-                self.send_header(name, value)
+        headers = {k.title(): v for k, v in answer.getheaders() if k.lower() not in _HOP}
         length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(body))
-        self.send_header("Content-Length", length or "0")
+        headers["Content-Length"] = length or "0"
+        if self.command == "GET" and kind is not None:
+            body = self._spoil_span(kind, headers, body)
+        self.send_response_only(answer.status, answer.reason)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -141,6 +150,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     do_HEAD = do_GET
+
+    def _spoil_span(self, kind: str, headers: dict[str, str], body: bytes) -> bytes:
+        """Let headers say less, or something else, of which bytes come."""
+        if kind == "nolength":
+            del headers["Content-Length"]
+            self.close_connection = True
+        elif kind == "oddrange":
+            headers["Content-Range"] = "bytes of the file"
+        elif kind == "early":
+            span = re.match(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+            if span is not None and int(span[1]):
+                begin, end = max(0, int(span[1]) - 100), int(span[1])
+                headers["Content-Range"] = f"bytes {begin}-{end - 1}/{span[2]}"
+                body = bytes(end - begin)
+                headers["Content-Length"] = str(len(body))
+        return body
 
     def do_PUT(self) -> None:
         answer, body = self._forward()

@@ -31,6 +31,9 @@ FAULTS = {
     "wrong": 0.05,
     "stall": 0.02,
     "trickle": 0.02,
+    "early": 0.03,
+    "nolength": 0.03,
+    "oddrange": 0.03,
 }
 LIMITS = {"stall_s": 1.0, "low_bytes_s": 200_000, "connect_s": 30, "patience_s": 600}
 """Silence is given up soon, but the store is waited for, as a slow machine may need it."""

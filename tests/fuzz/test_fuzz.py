@@ -33,12 +33,12 @@ def test_the_same_seed_makes_the_same_input(tmp_path: Path, kind: Kind) -> None:
 
 
 def test_a_few_hundred_inputs(tmp_path: Path) -> None:
-    found = fuzz(tmp_path / "kept", seed=11, inputs=304)
+    found = fuzz(tmp_path / "kept", seed=11, inputs=306)
     assert not found.failures, f"{found}"
     assert not found.leaks(), f"{found}"
-    assert found.inputs == 304
+    assert found.inputs == 306
     for kind in KINDS:
-        assert sum(found.counts[kind.name].values()) == 19 * kind.share
+        assert sum(found.counts[kind.name].values()) == 17 * kind.share
     outcomes = {outcome for counts in found.counts.values() for outcome in counts}
     assert outcomes == {"accepted", "error", "skipped"}
     # nothing is left but what was said
@@ -47,10 +47,10 @@ def test_a_few_hundred_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_thousands_of_inputs(tmp_path: Path) -> None:
-    found = fuzz(tmp_path / "kept", seed=12, inputs=3008)
+    found = fuzz(tmp_path / "kept", seed=12, inputs=3006)
     assert not found.failures, f"{found}"
     assert not found.leaks(), f"{found}"
-    assert found.inputs == 3008
+    assert found.inputs == 3006
     assert len(found.resources) == 7
 
 
