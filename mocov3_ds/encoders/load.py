@@ -113,7 +113,8 @@ def load_encoder(
 
     Images are RGB scaled to [0, 1], then normalised by the ImageNet mean (0.485, 0.456, 0.406) and
     standard deviation (0.229, 0.224, 0.225), at the size the encoder was trained with (or
-    `image_size`). The evaluation's own preprocessing resizes the shorter side to 256/224 of that
+    `image_size`), unless a config beside the weights tells another mean and deviation, which is then
+    said in the line that tells what was understood (logger `mocov3_ds`). The evaluation's own preprocessing resizes the shorter side to 256/224 of that
     size (bilinear, antialiased) and crops the centre:
 
         encoder = mocov3_ds.load_encoder("runs/vit_b16")
@@ -130,7 +131,8 @@ def load_encoder(
         heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
 
     Raises:
-        ValueError: no such file, nothing usable in it, or weights that are missing.
+        ValueError: no such file, nothing usable in it, weights that are missing or have no place
+            here, or settings beside them that cannot be obeyed.
     """
     return build_encoder(read_weights(path, which, heads=heads), image_size=image_size)
 
