@@ -113,9 +113,10 @@ def load_encoder(
 
     Images are RGB scaled to [0, 1], then normalised by the ImageNet mean (0.485, 0.456, 0.406) and
     standard deviation (0.229, 0.224, 0.225), at the size the encoder was trained with (or
-    `image_size`), unless a config beside the weights tells another mean and deviation, which is then
-    said in the line that tells what was understood (logger `mocov3_ds`). The evaluation's own preprocessing resizes the shorter side to 256/224 of that
-    size (bilinear, antialiased) and crops the centre:
+    `image_size`). A config beside the weights may tell another mean and deviation, which is then
+    said in the line that tells what was understood (logger `mocov3_ds`). The evaluation's own
+    preprocessing resizes the shorter side to 256/224 of that size (bilinear, antialiased) and crops
+    the centre:
 
         encoder = mocov3_ds.load_encoder("runs/vit_b16")
         view = torchvision.transforms.Compose([Resize(256), CenterCrop(224), ToTensor(),
