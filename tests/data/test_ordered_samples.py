@@ -12,6 +12,7 @@ import webdataset
 from torch.utils.data import DataLoader
 
 import mocov3_ds.data
+from mocov3_ds.data import ordered_samples
 from mocov3_ds.data.ordered_samples import OrderedSamples
 from tests.data.loading import SIZES, open_loader
 from tests.data.sets import make_set
@@ -128,6 +129,20 @@ def test_a_worker_has_a_state_of_its_own(small, planned, monkeypatch):
     InWorker(monkeypatch, 1, 2)
     with pytest.raises(ValueError, match="middle of a batch"):
         next(iter(again))
+
+
+def test_a_worker_reads_its_own_samples_alone(small, planned, monkeypatch):
+    read, asked = ordered_samples.read_whole_samples, []
+
+    def noted(manifest, sample_ids_M, stop):
+        asked.extend(sample_ids_M.tolist())
+        return read(manifest, sample_ids_M, stop)
+
+    monkeypatch.setattr(ordered_samples, "read_whole_samples", noted)
+    InWorker(monkeypatch, 1, 3)
+    samples = OrderedSamples(small, rank=0, world_size=1, epochs=2, **ORDER)
+    handed = [number_of(sample) for sample in samples]
+    assert handed == planned[1] + planned[4] + planned[7] and sorted(asked) == sorted(handed)
 
 
 def test_only_the_loop_knows_what_it_took_of_workers(small):
