@@ -26,7 +26,7 @@ def mark_finished(run: Path, step: int) -> None:
 
     Args:
         run: Folder of the run.
-        step: Number of all its steps.
+        step: Number of steps that it has done, all of them.
     """
     try:
         write_text(run / _MARK, json.dumps({"step": step}) + "\n")

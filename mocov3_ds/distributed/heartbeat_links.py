@@ -68,7 +68,7 @@ def encode_greeting(me: Member, token: str) -> bytes:
     """Return the first line that a rank sends to rank 0.
 
     Args:
-        me: The rank.
+        me: Identity of the rank that sends it.
         token: Secret of the run.
     """
     return token.encode() + encode_message({"member": [me.rank, *_identity(me)]})
@@ -106,7 +106,7 @@ def welcome_ranks(
 
     Args:
         server: Socket that they connect to.
-        me: Rank 0.
+        me: Rank 0, which tells the others who it is.
         token: Secret of the run.
         count: Number of the other ranks.
 

@@ -91,7 +91,7 @@ def spoken_wait(rank: int) -> Iterator[Wait]:
     """Let a thread say every minute what this rank waits for, and end the process at the limit.
 
     Args:
-        rank: Number of this rank.
+        rank: Number of this rank, to name it.
     """
     wait, is_over = Wait(), threading.Event()
     thread = threading.Thread(
@@ -129,7 +129,7 @@ def meet_ranks(me: Newcomer, address: str, port: int, *, hosted: bool, attempt: 
     """Wait until all ranks have come to the store of the run; all ranks must call.
 
     Args:
-        me: This rank.
+        me: What this rank says of itself.
         address: MASTER_ADDR, the machine of the store.
         port: MASTER_PORT of that machine.
         hosted: Whether the launcher holds the store (torchrun); otherwise rank 0 does.
@@ -164,7 +164,7 @@ def open_store(address: str, port: int, world_size: int) -> TCPStore:
     """Open the store that ranks meet at, on this machine.
 
     Args:
-        address: MASTER_ADDR.
+        address: MASTER_ADDR, a name of this machine.
         port: Port to listen on.
         world_size: Number of ranks of the run.
 
@@ -188,7 +188,7 @@ def free_neighbour(port: int) -> int:
     """Return a port above a taken one that nothing listens on, to name it as an example.
 
     Args:
-        port: The taken port.
+        port: The port that is taken.
     """
     for candidate in range(port + 1, min(port + 100, 65536)):
         with contextlib.suppress(OSError), socket.create_server(("", candidate)):
@@ -313,7 +313,7 @@ def check_members(members: Sequence[Newcomer]) -> None:
     """Check that ranks belong to one run, and that each has an accelerator of its own.
 
     Args:
-        members: All ranks, in order.
+        members: What all ranks say of themselves, in their order.
 
     Raises:
         ValueError: They do not go together.

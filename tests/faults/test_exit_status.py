@@ -150,11 +150,12 @@ SILENT = (
 )
 
 
-def assert_names_newest(run: Path, sentence: str) -> None:
-    """The exit message names the newest checkpoint, and that one is there."""
+def assert_names_newest(run: Path, sentence: str, *, exact: bool = True) -> None:
+    """The exit message names the newest checkpoint; without rank 0, that of half a second ago."""
     named = re.search(AGAIN, sentence)
     assert named, sentence
-    assert named[1] == (run / "checkpoints/latest").read_text().strip(), sentence
+    newest = (run / "checkpoints/latest").read_text().strip()
+    assert named[1] == newest if exact else named[1] <= newest, sentence
 
 
 @pytest.mark.slow
@@ -178,7 +179,7 @@ def test_a_rank_that_is_struck_is_named_and_the_same_command_goes_on(
     sentences = [line for line in said.splitlines() if line.startswith("train.py: error: ")]
     assert len(sentences) == 1, said
     assert re.search(words, sentences[0]), said
-    assert_names_newest(launched.run, sentences[0])
+    assert_names_newest(launched.run, sentences[0], exact=False)
     reached = rows_of(launched.run)[-1]["step"]
     second = launch(LAUNCHERS[launcher], *shards, "--epochs", "3000")
     second.wait_for_step(reached + 1)
