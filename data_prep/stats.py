@@ -52,8 +52,8 @@ class Stats:
     def __str__(self) -> str:
         count = max(len(self.size_N), 1)
         lines = [
-            f"{storage.hide_secrets(self.url)}: {len(self.size_N)} samples in {self.shards} shards, "
-            f"{self.bytes / 1e6:.1f} MB ({self.size_N.sum() / count / 1e3:.1f} kB an image)"
+            f"{storage.hide_secrets(self.url)}: {len(self.size_N)} samples in {self.shards} "
+            f"shards, {self.bytes / 1e6:.1f} MB ({self.size_N.sum() / count / 1e3:.1f} kB an image)"
         ]
         if self.classes:
             by_count = sorted(self.classes.items(), key=lambda item: item[1])

@@ -1,5 +1,6 @@
 """Does each rank get the right bytes from object storage and shards, and how fast?"""
 
+import contextlib
 import hashlib
 import os
 import time
@@ -51,6 +52,8 @@ def check_store(url: str, size: int = _OBJECT_BYTES) -> list[Finding]:
             problem = "an object is there after it was deleted"
     except (OSError, ValueError) as error:
         problem = f"{error}"
+        with contextlib.suppress(OSError, ValueError):
+            storage.remove_file(object_url)
     return [
         judge_problem(
             name,
