@@ -109,7 +109,12 @@ def expand_names(text: str) -> list[str]:
 
 def is_archive(path: Path) -> bool:
     """Whether a file is a tar, a compressed tar or a parquet file by its name."""
-    return path.suffix in (".tar", ".parquet") or scratch.is_compressed_tar(path)
+    return path.suffix.lower() == ".tar" or is_table(path) or scratch.is_compressed_tar(path)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a parquet file by its name."""
+    return path.suffix.lower() == ".parquet"
 
 
 def select_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -121,6 +126,8 @@ def select_names(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 def _expand_source(source: str) -> list[str]:
     """Paths that a source names, all of which exist."""
+    if not source:
+        raise ValueError("the source is empty text; `.` names the folder in which this is run.")
     if storage.is_local(source) and storage.local_path(source).exists():
         return [str(storage.local_path(source))]
     names = expand_names(source)
@@ -232,7 +239,7 @@ def _find_below(path: Path, patterns: Sequence[str]) -> SourceFiles:
 
 def _check_kinds(source_files: SourceFiles, source: str) -> None:
     """Leave parquet files without images out from beside tars; refuse those with images."""
-    tables = [file for file in source_files.archives if file.suffix == ".parquet"]
+    tables = [file for file in source_files.archives if is_table(file)]
     if not tables or len(tables) == len(source_files.archives):
         return
     with_images = [file for file in tables if parquet.has_images(file)]
@@ -245,7 +252,7 @@ def _check_kinds(source_files: SourceFiles, source: str) -> None:
     for file in tables:
         source_files.balance.see()
         source_files.balance.leave_out(file.name, balance.NO_IMAGES)
-    source_files.archives = [file for file in source_files.archives if file.suffix != ".parquet"]
+    source_files.archives = [file for file in source_files.archives if not is_table(file)]
 
 
 def check_split_names(names: Sequence[str], source: str) -> None:

@@ -24,7 +24,7 @@ from data_prep.images import SUFFIXES
 from data_prep.label_files import read_image_labels
 from data_prep.listing import Listing, UnsortedImages
 from data_prep.member_names import normalize_name, quote_name
-from data_prep.source_files import SourceFiles, find_source_files, select_names
+from data_prep.source_files import SourceFiles, find_source_files, is_table, select_names
 from data_prep.source_labels import label_images, path_facts
 from data_prep.source_options import SourceOptions
 from data_prep.tar_listing import list_tar
@@ -129,7 +129,7 @@ def _list_files(
     images, root, files = UnsortedImages(), "", list(source_files.archives)
     images.balance.add(source_files.balance)
     classes, notes = ClassNames(), _NO_NOTES
-    if files and files[0].suffix == ".parquet":
+    if files and is_table(files[0]):
         columns = parquet.choose_columns(files, pick.image, pick.label)
         classes, notes = columns.classes, columns.notes + (_LOOKED_AT if is_look else ())
         files = _list_tables(images, files, scratch_folder, columns, is_look)
@@ -274,7 +274,7 @@ def _describe_form(source_files: SourceFiles) -> str:
 
 
 def _archive_kind(file: Path) -> str:
-    if file.suffix == ".parquet":
+    if is_table(file):
         return "parquet file"
     kind = scratch.named_compression(file)
     return f"tar compressed by {kind}" if kind else "tar"

@@ -61,6 +61,7 @@ def test_patterns_braces_and_joins_are_sources(folder):
         ("tars/t-0.tar::tree", "", "tree is a folder of images, one of 2 paths"),
         ("s3://b/a.tar::s3://b/b.tar", "", "sources are files of this machine"),
         ("tars/t-0.tar", "u-*", "does not match --files"),
+        ("", "", "the source is empty text"),
     ],
 )
 def test_what_cannot_be_taken_is_refused(folder, monkeypatch, source, files, words):
@@ -109,7 +110,8 @@ def test_archives_of_several_splits_are_refused(folder):
 
 
 def test_small_things():
-    paths = [folder_path("a.tar"), folder_path("a.TAR.GZ"), folder_path("a.tzst")]
+    paths = [folder_path("a.tar"), folder_path("a.TAR.GZ"), folder_path("a.TAR")]
+    paths += [folder_path("a.tzst"), folder_path("a.PARQUET")]
     assert all(map(is_archive, paths)) and not is_archive(folder_path("a.zip"))
     assert select_names(["a", "b"], []) == ["a", "b"] and select_names(["a", "b"], ["b*"]) == ["b"]
     assert split_pattern("imagenet1k-train-0000.tar") == "imagenet1k-train-*.tar"

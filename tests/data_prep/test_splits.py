@@ -15,6 +15,7 @@ from data_prep.splits import find_split, sibling_splits
         (["im1k-train-0000", "im1k-validation-00"], ["im1k-train-0000", "im1k-validation-00"]),
         (["train-00-of-02", "test-00-of-01"], ["test-00-of-01", "train-00-of-02"]),
         (["test_images", "train"], ["test_images", "train"]),
+        (["2007_trainval", "2007_test"], ["2007_test", "2007_trainval"]),
         (["train-0", "train-1"], []),
         (["bullet_train", "test_tube"], []),
         (["train", "bus", "car"], []),
