@@ -91,6 +91,10 @@ def read_image_labels(
         ValueError: The file and the images or the class names do not fit.
     """
     text = read_text(path)
+    if re.match(r'\s*[\[{]\s*[\[{"]', text):
+        raise ValueError(
+            f"{path} looks like JSON; write a row for each image, with a header: image,label."
+        )
     table = _choose_table(path, text, ImageNames(image_names))
     if table is None:
         return _read_in_order(path, text, image_names, classes)
@@ -252,12 +256,12 @@ def _choose_label_column(path: Path, table: _Table, label: str) -> tuple[int, st
         if column != table.column
         and any(row.fields[column : column + 1] not in ([], [""]) for row in table.rows)
     ]
-    names = {column: header[column] if column < len(header) else "" for column in used}
+    names = {column: _column_name(header, column) for column in used}
     if label:
         fitting = [column for column, name in names.items() if name == label]
         if not fitting:
-            columns = ", ".join(map(repr, header)) or "none, it has no header"
-            raise ValueError(f"{path} has no column {label!r} among its columns: {columns}.")
+            columns = ", ".join(map(repr, names.values()))
+            raise ValueError(f"{path} has no column {label!r} for classes; there are {columns}.")
         return fitting[0], ""
     if len(used) == 1:
         return used[0], ""
@@ -268,13 +272,18 @@ def _choose_label_column(path: Path, table: _Table, label: str) -> tuple[int, st
             return fitting[0], f" by column {names[fitting[0]]!r}"
         if fitting:
             break
-    candidates = ", ".join(repr(name or f"column {column + 1}") for column, name in names.items())
-    cure = "say which by --label NAME" if header else "keep two columns, or name them in a header"
+    candidates = ", ".join(map(repr, names.values()))
     raise ValueError(
-        f"{path} has {len(used)} columns that may be the class, {candidates}; {cure}."
+        f"{path} has {len(used)} columns that may be the class, {candidates}; say which by "
+        "--label NAME."
         if used
         else f"{path}, line {table.rows[0].line}: there is an image and no class."
     )
+
+
+def _column_name(header: Sequence[str], column: int) -> str:
+    """Name of a column for messages and `--label`; `column 2` where the header has none."""
+    return next(filter(None, header[column : column + 1]), f"column {column + 1}")
 
 
 def _read_field(path: Path, row: _Row, column: int, table: _Table) -> Label:

@@ -112,8 +112,12 @@ def test_columns_are_chosen_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"2 columns .* 'coarse', 'fine'; say which by --label NA"):
         read(tmp_path, text)
     assert read(tmp_path, text, label="coarse").labels == ["pet", "pet", "wild"]
-    with pytest.raises(ValueError, match="no column 'x' among its columns: 'image', 'coarse'"):
+    with pytest.raises(ValueError, match="no column 'x' for classes; there are 'coarse', 'fine'"):
         read(tmp_path, text, label="x")
+    text = "".join(f"{image}\tn{n}\t0\t6{n}\n" for n, image in enumerate(IMAGES))
+    with pytest.raises(ValueError, match=r"'column 2', 'column 3', .* by --label NAME"):
+        read(tmp_path, text)
+    assert read(tmp_path, text, label="column 2").labels == ["n0", "n1", "n2"]
 
 
 def test_an_image_that_is_called_like_a_class_is_told_apart_by_its_ending_or_the_header(tmp_path):
@@ -139,6 +143,7 @@ def test_an_image_that_is_called_like_a_class_is_told_apart_by_its_ending_or_the
         ("a.jpg\nb.jpg\nc.jpg\n", "names of images alone"),
         ('"a.jpg,x\nb.jpg,x\n', "line 2: unexpected end of data .as a file with comma"),
         ("id,PredictionString\na,n1 1 2 3 4 n2 1 2 3 4\nb,n1\nimg 1,n1\n", "line 2: 'n1', 'n2'"),
+        ('{"a.jpg": 1, "b.jpg": 2}', "labels.csv looks like JSON; write a row"),
         (b"a.jpg,\xe9\n", "is not a text file in UTF-8"),
     ],
 )  # fmt: skip
