@@ -39,22 +39,38 @@ COMMANDS: Mapping[str, Command] = {
         "is a run finished? (status 0 = yes, 1 = no)", "mocov3_ds.checkpoints.run_status:main"
     ),
     "knn": Command(
-        "k-NN accuracy of an encoder", "mocov3_ds.evaluation.commands:evaluate_knn", "options"
+        "k-NN accuracy of an encoder",
+        "mocov3_ds.evaluation.commands:evaluate_knn",
+        "options",
+        first="mocov3_ds.evaluation.flags:read_knn_flags",
     ),
-    "linear": Command("linear probe of an encoder", "mocov3_ds.evaluation.linear:main"),
-    "finetune": Command("fine-tune an encoder end to end", "mocov3_ds.evaluation.finetune:main"),
+    "linear": Command(
+        "linear probe of an encoder",
+        "mocov3_ds.evaluation.linear:main",
+        first="mocov3_ds.evaluation.flags:read_linear_flags",
+    ),
+    "finetune": Command(
+        "fine-tune an encoder end to end",
+        "mocov3_ds.evaluation.finetune:main",
+        first="mocov3_ds.evaluation.flags:read_finetune_flags",
+    ),
     "look": Command(
-        "pictures of what an encoder sees", "mocov3_ds.evaluation.commands:show_encoder", "options"
+        "pictures of what an encoder sees",
+        "mocov3_ds.evaluation.commands:show_encoder",
+        "options",
+        first="mocov3_ds.evaluation.flags:read_look_flags",
     ),
     "export": Command(
         "write an encoder for timm, DeiT, transformers, MoCo v3",
         "mocov3_ds.evaluation.commands:export_weights",
         "options",
+        first="mocov3_ds.evaluation.flags:read_export_flags",
     ),
     "embed": Command(
         "features of all images of a set, as parquet",
         "mocov3_ds.evaluation.commands:write_features",
         "options",
+        first="mocov3_ds.evaluation.flags:read_embed_flags",
     ),
     "plan": Command(
         "what fits, how fast it runs and what it costs",

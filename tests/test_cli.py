@@ -13,6 +13,7 @@ from mocov3_ds import cli, train
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.distributed import ranks
 from mocov3_ds.evaluation import finetune, linear
+from mocov3_ds.evaluation.flags import LinearConfig
 from mocov3_ds.version import __version__
 from tests.data.sets import make_set
 from tests.evaluation.runs import make_run, make_splits
@@ -92,6 +93,25 @@ def test_what_is_wrong_with_flags_is_told_before_torch_is_imported(arguments: li
     )
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (2, ["False"]), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_flags_of_commands_on_an_encoder_are_read_before_torch_is_imported() -> None:
+    code = """if True:
+        import contextlib, sys
+        from mocov3_ds import cli
+        for name in ("knn", "look", "export", "embed", "linear", "finetune"):
+            for flag, status in (("--help", 0), ("--hlep", 2)):
+                try:
+                    cli._run_command([name, flag])
+                except SystemExit as ended:
+                    assert (ended.code or 0) == status, (name, flag, ended.code)
+                else:
+                    raise AssertionError((name, flag))
+        assert not {"torch", "numpy", "timm", "deepspeed"} & {*sys.modules}
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "attention heads" in done.stdout
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -184,7 +204,7 @@ def test_accelerate_launches_two_ranks(tmp_path: Path) -> None:
     train, val = make_splits(tmp_path)
     run = make_run(tmp_path / "run", train=train, val=val)
     options = ["--epochs", "2", "--batch", "16", "--workers", "0"]
-    alone = linear.train_probe(linear.LinearConfig(run=run, epochs=2, batch=16, workers=0))
+    alone = linear.train_probe(LinearConfig(run=run, epochs=2, batch=16, workers=0))
     ranks.stop()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     out = ["--out", str(tmp_path / "two")]

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.data.storage.atomic import sync_to_disk
 from mocov3_ds.data.storage.tensor_file import save_tensors
+from mocov3_ds.encoders.choices import EncoderRole, Format
 from mocov3_ds.encoders.foreign_names import (
-    Format,
     architecture_names,
     has_qk_norm,
     replace_prefix,
@@ -36,7 +36,6 @@ from mocov3_ds.encoders.foreign_names import (
 )
 from mocov3_ds.encoders.load import Weights, build_encoder, read_weights
 from mocov3_ds.encoders.model_card import write_card
-from mocov3_ds.encoders.networks import EncoderRole
 from mocov3_ds.encoders.picture_settings import timm_config, transformers_preprocessor
 from mocov3_ds.model.vit import VitShape
 

@@ -11,14 +11,14 @@ Shape suffixes: N = tokens (class token first), D = embedding.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mocov3_ds.encoders.choices import EncoderRole
 from mocov3_ds.encoders.networks import (
     CLASS_TOKEN,
-    EncoderRole,
     Tensors,
     choose_prefix,
     find_prefixes,
@@ -27,9 +27,6 @@ from mocov3_ds.encoders.networks import (
 )
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 from mocov3_ds.settings.wording import count_noun
-
-Format = Literal["timm", "deit", "hf", "moco-v3"]
-"""program that weights are written for"""
 
 _PROJECTIONS = ("query", "key", "value")
 _REASONS = {  # what the plain ViT lacks, by a word of the tensor's name

@@ -24,8 +24,9 @@ from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.checkpoints.run_paths import anchor_to_run
 from mocov3_ds.config import Config, from_json
 from mocov3_ds.distributed import ranks
+from mocov3_ds.encoders.choices import EncoderRole
 from mocov3_ds.encoders.foreign_names import has_qk_norm, infer_shape, take_backbone, to_timm
-from mocov3_ds.encoders.networks import CLASS_TOKEN, EncoderRole, choose_prefix, summarise_names
+from mocov3_ds.encoders.networks import CLASS_TOKEN, choose_prefix, summarise_names
 from mocov3_ds.encoders.owner_settings import (
     TRANSFORMERS_EPS,
     OwnerSettings,

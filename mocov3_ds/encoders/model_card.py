@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from mocov3_ds.encoders.foreign_names import Format, architecture_names, has_qk_norm, timm_sizes
+from mocov3_ds.encoders.choices import Format
+from mocov3_ds.encoders.foreign_names import architecture_names, has_qk_norm, timm_sizes
 from mocov3_ds.encoders.load import Weights
 
 

@@ -9,13 +9,13 @@ and hyphens: "ema" is not found in "semantic_encoder".
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-EncoderRole = Literal["base", "momentum"]
-"""the encoder that gradients train, or its moving average"""
+from mocov3_ds.encoders.choices import EncoderRole
+
 Tensors = Mapping[str, Tensor]
 
 CLASS_TOKEN = "cls_token"

@@ -24,31 +24,11 @@ from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.storage.atomic import replace_when_whole
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import build_encoder, read_weights
-from mocov3_ds.encoders.networks import EncoderRole
 from mocov3_ds.encoders.owner_settings import OwnerSettings
-from mocov3_ds.evaluation.feature_file import FeatureFile, FeatureType, check_format
+from mocov3_ds.evaluation.feature_file import FeatureFile, check_format
 from mocov3_ds.evaluation.features import Batch, join_ranks, make_inputs
+from mocov3_ds.evaluation.flags import EmbedOptions, FeatureType
 from mocov3_ds.evaluation.image_folder import ImageFolder
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedOptions:
-    """How features are computed and stored."""
-
-    which: EncoderRole = "base"
-    """base or momentum encoder"""
-    dtype: FeatureType = "fp32"
-    """type of the stored features; they are computed in fp32"""
-    image_size: int = 0
-    """side of a crop, pixels; 0 = as pretrained"""
-    heads: int = 0
-    """attention heads, if the weights cannot tell; 0 = the paper's for their width"""
-    batch: int = 256
-    """images per forward pass of a rank"""
-    threads: int = 4
-    """decode threads of a rank"""
-    max_unreadable: int = 0
-    """images of a rank that may be left out because they are unreadable"""
 
 
 def embed_images(run: Path, images: str, out: Path, options: EmbedOptions) -> str:

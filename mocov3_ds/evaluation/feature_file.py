@@ -14,15 +14,14 @@ Shape suffixes: N = rows, D = features.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mocov3_ds.data.storage.tensor_file import save_tensors
-
-FeatureType = Literal["fp32", "fp16"]
+from mocov3_ds.evaluation.flags import FeatureType
 
 _TYPES: dict[FeatureType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 SUFFIXES = (".parquet", ".npz", ".safetensors")

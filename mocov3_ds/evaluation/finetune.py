@@ -18,12 +18,11 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image, ImageOps
 from timm.data import auto_augment
 from timm.data.mixup import Mixup
@@ -36,69 +35,12 @@ from torch import Tensor, nn
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import Weights, build_encoder
 from mocov3_ds.encoders.owner_settings import OwnerSettings
+from mocov3_ds.evaluation.flags import FinetuneConfig, read_finetune_flags
 from mocov3_ds.evaluation.labelled_images import SeededTransform, seed_generators
-from mocov3_ds.evaluation.supervised_run import SupervisedConfig, SupervisedRun, run_command
-from mocov3_ds.settings.bounds import Bounds, Coefficient, Count, Positive, PositiveCount, Share
-from mocov3_ds.settings.paths import expand_home
+from mocov3_ds.evaluation.supervised_run import SupervisedRun, run_command
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(SupervisedConfig):
-    """Fine-tune an encoder end to end; the defaults are the DeiT recipe as the paper uses it.
-
-    Runs on one process or many (`accelerate launch`), and continues where it was stopped.
-    """
-
-    epochs: int = 0
-    """passes over the training images; 0 = the paper's: 150, and 100 from ViT-L on"""
-    batch: int = 1024
-    """global batch: images per step over all ranks"""
-    micro_batch: int = 128
-    """images of a rank in one pass; bounds memory, changes no number but drop path's draws"""
-    learning_rate: Positive = 5e-4
-    """peak rate per 512 images"""
-    warmup_epochs: Coefficient = 5.0
-    """epochs of linear warm-up from `warmup_rate`"""
-    warmup_rate: Coefficient = 1e-6
-    """rate at the first step"""
-    min_rate: Coefficient = 1e-5
-    """rate at the end of the cosine"""
-    weight_decay: Coefficient = 0.05
-    """weight decay of AdamW; not on biases, norms, class token and positions"""
-    layer_decay: float = 1.0
-    """rate of a block relative to the next one; 1 = none (DeiT), 0.65 to 0.75 is common"""
-    drop_path: Annotated[float, Bounds(-1, 1)] = -1.0
-    """stochastic depth rate of the last block; -1 = the paper's: 0.1, and 0.5 from ViT-L on"""
-    label_smoothing: Share = 0.1
-    """share of the target spread over all classes"""
-    mixup: Coefficient = 0.8
-    """alpha of mixup; 0 = none"""
-    cutmix: Coefficient = 1.0
-    """alpha of cutmix; 0 = none; with both, each batch gets one of them"""
-    auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """timm's policy; empty = none"""
-    erase: Share = 0.25
-    """probability of random erasing"""
-    repeats: int = 3
-    """crops of one image in an epoch of constant length (repeated augmentation); 1 = none"""
-    crop_min: Share = 0.08
-    """smallest random crop, as a share of the image area"""
-    clip: Coefficient = 0.0
-    """largest gradient norm; 0 = no clipping"""
-    ema: Share = 0.0
-    """decay of averaged weights, which are then judged too (DeiT: 0.99996); 0 = none"""
-    judge_every_epochs: Count = 10
-    """epochs between looks at the held-out images (one is always taken at the end); 0 = none"""
-    save_every_epochs: PositiveCount = 1
-    """epochs between saved states"""
-
-    @property
-    def mixes(self) -> bool:
-        """Whether the images of a batch are mixed in pairs."""
-        return self.mixup > 0 or self.cutmix > 0
 
 
 def resolve_config(config: FinetuneConfig, dim: int, world_size: int = 1) -> FinetuneConfig:
@@ -424,16 +366,7 @@ def finetune_encoder(config: FinetuneConfig) -> dict[str, Any]:
 
 def main() -> int:
     """Command line; bad input ends with one sentence and status 2, a diverged run with 3."""
-    return run_command(
-        "finetune",
-        lambda: finetune_encoder(
-            tyro.cli(
-                FinetuneConfig,
-                prog="python -m mocov3_ds.evaluation.finetune",
-                args=expand_home(sys.argv[1:]),
-            )
-        ),
-    )
+    return run_command("finetune", lambda: finetune_encoder(read_finetune_flags(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -14,45 +14,19 @@ Shape suffixes: L = learning rates, B = images of a pass, C = classes, D = featu
 import math
 import sys
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import build_encoder
 from mocov3_ds.evaluation.features import make_inputs
+from mocov3_ds.evaluation.flags import LinearConfig, read_linear_flags
 from mocov3_ds.evaluation.labelled_images import CentreCrop, RandomCrop
-from mocov3_ds.evaluation.supervised_run import SupervisedConfig, SupervisedRun, run_command
-from mocov3_ds.settings.bounds import Bounds, Coefficient, Share
-from mocov3_ds.settings.paths import expand_home
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearConfig(SupervisedConfig):
-    """Linear probe of an encoder; the defaults are the paper's protocol.
-
-    Runs on one process or many (`accelerate launch`), and continues where it was stopped.
-    """
-
-    epochs: int = 90
-    """passes over the training images"""
-    batch: int = 4096
-    """global batch: images per step over all ranks"""
-    micro_batch: int = 256
-    """images of a rank in one forward pass; changes nothing but memory"""
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    """base rates, per 256 images, all trained at once; the best is reported"""
-    momentum: Share = 0.9
-    """momentum of SGD"""
-    weight_decay: Coefficient = 0.0
-    """weight decay of SGD"""
-    anneal: Literal["step", "epoch"] = "step"
-    """when the rate follows the cosine; the published MoCo v3 code changes it at each epoch"""
-    crop_min: Share = 0.08
-    """smallest random crop, as a share of the image area"""
+from mocov3_ds.evaluation.supervised_run import SupervisedRun, run_command
+from mocov3_ds.settings.bounds import Bounds
 
 
 @dataclass
@@ -263,16 +237,7 @@ def train_probe(config: LinearConfig) -> dict[str, Any]:
 
 def main() -> int:
     """Command line; bad input ends with one sentence and status 2."""
-    return run_command(
-        "linear",
-        lambda: train_probe(
-            tyro.cli(
-                LinearConfig,
-                prog="python -m mocov3_ds.evaluation.linear",
-                args=expand_home(sys.argv[1:]),
-            )
-        ),
-    )
+    return run_command("linear", lambda: train_probe(read_linear_flags(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ P = probes, K = neighbours, C H W = image.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from torch import Tensor
 
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.encoders.load import build_encoder, read_weights
-from mocov3_ds.encoders.networks import EncoderRole
 from mocov3_ds.evaluation.features import make_inputs, split_features
+from mocov3_ds.evaluation.flags import LookOptions
 from mocov3_ds.evaluation.knn import find_nearest
 from mocov3_ds.evaluation.labelled_images import (
     CentreCrop,
@@ -72,28 +71,6 @@ def class_attention(vit: VisionTransformer, images_BCHW: Tensor) -> Tensor:
     score_BHN = torch.einsum("bhd,bhnd->bhn", q_BHD, k_BHND) * (dim // heads) ** -0.5
     grid = round((tokens - 1) ** 0.5)
     return score_BHN.softmax(2)[:, :, 1:].reshape(batch, heads, grid, grid)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LookOptions:
-    """What the pictures of an encoder show."""
-
-    which: EncoderRole = "base"
-    """base or momentum encoder"""
-    train: str = ""
-    """labelled training shards; empty = those of the run"""
-    val: str = ""
-    """labelled held-out shards; empty = the run's probe shards"""
-    images: int = 8
-    """number of held-out images that are shown, spread evenly over their set"""
-    neighbours: int = 8
-    """number of training images beside each of them"""
-    bank: int = 10000
-    """number of training images that are searched, spread evenly over their set"""
-    heads: int = 0
-    """attention heads, if the weights cannot tell; 0 = the paper's for their width"""
-    threads: int = 4
-    """number of decode threads"""
 
 
 def draw_pictures(run: Path, out: Path, options: LookOptions) -> list[Path]:

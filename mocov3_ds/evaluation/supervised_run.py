@@ -11,12 +11,10 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from dataclasses import asdict
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-import tyro
 from accelerate import Accelerator
 from safetensors import safe_open
 from torch import Tensor
@@ -27,9 +25,9 @@ from mocov3_ds.data.storage.atomic import replace_when_whole
 from mocov3_ds.data.storage.tensor_file import save_tensors
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import read_weights
-from mocov3_ds.encoders.networks import EncoderRole
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.features import Batch, show_progress
+from mocov3_ds.evaluation.flags import Precision, SupervisedConfig
 from mocov3_ds.evaluation.labelled_images import (
     ImageMaker,
     UnreadableSample,
@@ -39,11 +37,9 @@ from mocov3_ds.evaluation.labelled_images import (
     read_batches,
     split_into_passes,
 )
-from mocov3_ds.settings.bounds import Count, check_bounds
+from mocov3_ds.settings.bounds import check_bounds
 from mocov3_ds.settings.comparison import differences
 from mocov3_ds.settings.environment import check_environment
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 CHANGEABLE_ON_RESUME = frozenset(
     {
@@ -53,37 +49,6 @@ CHANGEABLE_ON_RESUME = frozenset(
 )
 """Settings that decide no number of the result, so that a resumed run may change them. The shards
 may move, too: their digests, which are compared as well, say whether they hold the same images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
-    """Settings that the linear probe and fine-tuning have in common."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder)"""
-    which: EncoderRole = "base"
-    """base or momentum encoder"""
-    train: str = ""
-    """labelled training shards; empty = those of the run"""
-    val: str = ""
-    """labelled held-out shards; empty = the run's probe shards"""
-    epochs: int
-    batch: int
-    micro_batch: int
-    image_size: Count = 0
-    """side of a crop, pixels; 0 = as pretrained"""
-    heads: Count = 0
-    """attention heads where the weights cannot tell; 0 = the paper's for their width"""
-    seed: int = 0
-    """seed of the initialisation, of the order and of all random draws"""
-    workers: Count = 4
-    """reading processes of each rank; 0 = the rank reads by itself"""
-    precision: Precision = "auto"
-    """arithmetic of the encoder; auto = bf16 on a GPU that has it, else fp32"""
-    stop_after_epochs: Count = 0
-    """end early, as a kill would; 0 = run to the end"""
-    out: Path | None = None
-    """folder of results.json and of the state; empty = RUN, or FILE-evaluation"""
 
 
 ConfigT = TypeVar("ConfigT", bound=SupervisedConfig)

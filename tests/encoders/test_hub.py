@@ -13,6 +13,7 @@ import pytest
 
 from mocov3_ds.encoders import hub
 from mocov3_ds.evaluation import commands
+from mocov3_ds.evaluation.flags import ExportOptions
 from tests.evaluation.runs import make_run
 
 TOKEN = "hf_secret_of_this_test"
@@ -96,7 +97,7 @@ def test_an_export_is_pushed(
 ) -> None:
     run, out = make_run(tmp_path / "run"), tmp_path / "out"
     with serve(monkeypatch) as server:
-        commands.export_weights(run, out=out, push="someone/vit", private=True)
+        commands.export_weights(ExportOptions(run=run, out=out, push="someone/vit", private=True))
     assert server.files == {path.name: path.read_bytes() for path in out.iterdir()}
     assert {*server.files} == {"README.md", "config.json", "model.safetensors", "timm.json"}
     assert server.tokens == {f"Bearer {TOKEN}"}

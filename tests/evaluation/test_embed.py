@@ -10,8 +10,9 @@ from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.fetch import read_sample
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import load_encoder
-from mocov3_ds.evaluation.embed import EmbedOptions, embed_images
+from mocov3_ds.evaluation.embed import embed_images
 from mocov3_ds.evaluation.features import split_features
+from mocov3_ds.evaluation.flags import EmbedOptions
 from tests.evaluation.runs import SIZE, make_labelled_run
 from tests.ranks_pool import run_ranks
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mocov3_ds.evaluation.feature_file import SUFFIXES, FeatureFile, FeatureType, check_format
+from mocov3_ds.evaluation.feature_file import SUFFIXES, FeatureFile, check_format
+from mocov3_ds.evaluation.flags import FeatureType
 
 IDS, LABELS = torch.tensor([3, 5, 8]), torch.tensor([1, -1, 0])
 FEATURES = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,6 @@ from torch import nn
 from mocov3_ds.encoders.load import load_encoder, read_weights
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.finetune import (
-    FinetuneConfig,
     build_classifier,
     build_parameter_groups,
     build_transform,
@@ -25,6 +24,7 @@ from mocov3_ds.evaluation.finetune import (
     mean_loss,
     resolve_config,
 )
+from mocov3_ds.evaluation.flags import FinetuneConfig
 from mocov3_ds.evaluation.labelled_images import seed_generators
 from tests.evaluation.runs import HEADS, make_labelled_run, make_run
 

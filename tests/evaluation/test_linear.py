@@ -16,6 +16,7 @@ from mocov3_ds.data.views.photometric import normalise_crops
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.encoders.load import load_encoder
 from mocov3_ds.evaluation import results
+from mocov3_ds.evaluation.flags import LinearConfig
 from mocov3_ds.evaluation.labelled_images import (
     CentreCrop,
     RandomCrop,
@@ -24,7 +25,6 @@ from mocov3_ds.evaluation.labelled_images import (
 )
 from mocov3_ds.evaluation.linear import (
     HeadBank,
-    LinearConfig,
     annealed_step,
     cosine_share,
     train_probe,

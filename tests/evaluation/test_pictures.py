@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from mocov3_ds.encoders.load import load_encoder
+from mocov3_ds.evaluation.flags import LookOptions
 from mocov3_ds.evaluation.pictures import (
     RIGHT,
     TILE,
     WRONG,
-    LookOptions,
     class_attention,
     colour_map,
     draw_pictures,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mocov3_ds.distributed import ranks
 from mocov3_ds.evaluation import commands
 from mocov3_ds.evaluation.finetune import finetune_encoder
+from mocov3_ds.evaluation.flags import KnnOptions
 from mocov3_ds.evaluation.linear import train_probe
 from tests.evaluation import test_finetune, test_linear
 from tests.evaluation.runs import make_labelled_run
@@ -26,7 +27,7 @@ def judge(folder: Path) -> dict[str, Any]:
         learning_rate=1e-3,
     )
     found = {"linear": train_probe(probe), "finetune": finetune_encoder(tuning)}
-    commands.evaluate_knn(folder / "run", k=5, batch=4, out=out)
+    commands.evaluate_knn(KnnOptions(run=folder / "run", k=5, batch=4, out=out))
     return found
 
 

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
+from mocov3_ds.evaluation.flags import SupervisedConfig
 from mocov3_ds.evaluation.labelled_images import CentreCrop, UnreadableSample
 from mocov3_ds.evaluation.supervised_run import (
-    SupervisedConfig,
     SupervisedRun,
     run_command,
     start_accelerator,
