@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from data_prep.receipts import RECEIPTS, REJECTS, Receipt
@@ -34,6 +35,26 @@ def lock_folder(url: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_apart(url: str, root: str) -> None:
+    """Refuse a destination that is no folder, or is the folder of the images itself.
+
+    Args:
+        url: URL of the folder of the set.
+        root: Folder of the images; empty = they lie in archives.
+
+    Raises:
+        ValueError: It is. Tars among the images would change what the source is.
+    """
+    if not url:
+        raise ValueError(
+            "the destination is empty text; `.` names the folder in which this is run."
+        )
+    if root and storage.is_local(url) and storage.local_path(url).resolve() == Path(root).resolve():
+        raise ValueError(
+            f"{url} is the folder of the images themselves; give the shards one of their own."
+        )
 
 
 def claim_folder(url: str, plan: Mapping[str, Any]) -> None:

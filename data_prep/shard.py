@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,13 @@ from numpy.typing import NDArray
 
 from data_prep import engines, images, tar
 from data_prep.balance import Balance
-from data_prep.destination import check_arrivals, claim_folder, lock_folder, remove_leftovers
+from data_prep.destination import (
+    check_apart,
+    check_arrivals,
+    claim_folder,
+    lock_folder,
+    remove_leftovers,
+)
 from data_prep.listing import FileIdentity, Item, Listing, identify_file
 from data_prep.member_names import quote_name
 from data_prep.progress import Progress
@@ -43,7 +50,7 @@ from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.version import __version__
 
 _MOST_OPEN = 64
-"""Archives that a worker keeps open; a source may have more of them than a process may open."""
+"""Archives that a worker keeps open at most, and a quarter of the files that it may open."""
 
 
 class Task(NamedTuple):
@@ -123,6 +130,7 @@ def make_shards(
         OSError: A file cannot be read or written.
     """
     check_options(options)
+    check_apart(url, listing.root)
     plan = _describe_plan(listing, options)
     with lock_folder(url):
         claim_folder(url, plan)
@@ -327,6 +335,8 @@ class _SourceFiles(contextlib.ExitStack):
         super().__init__()
         self._archives = archives
         self._descriptors: dict[str, int] = {}  # the one read last at the end
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_open = max(1, min(_MOST_OPEN, limit // 4)) if limit > 0 else _MOST_OPEN
         self.callback(self._close_all)
 
     def read_image(self, item: Item) -> bytes:
@@ -356,7 +366,7 @@ class _SourceFiles(contextlib.ExitStack):
     def _open_archive(self, path: str) -> int:
         descriptor = self._descriptors.pop(path, None)
         if descriptor is None:
-            if len(self._descriptors) >= _MOST_OPEN:
+            if len(self._descriptors) >= self._most_open:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._check_identity(path)
             descriptor = os.open(path, os.O_RDONLY)

@@ -30,6 +30,16 @@ def test_other_options_and_other_images_are_refused(tree, tmp_path):
     assert forms.files_of(out) == content
 
 
+def test_images_and_shards_do_not_share_a_folder(tree):
+    content = forms.files_of(tree)
+    for url in (tree, f"{tree}/../{tree.name}/"):
+        with pytest.raises(ValueError, match="is the folder of the images themselves"):
+            make(tree, url)
+    with pytest.raises(ValueError, match=r"empty text; `\.` names the folder"):
+        make(tree, "")
+    assert forms.files_of(tree) == content
+
+
 def test_foreign_folders_are_refused(tree, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -244,7 +244,8 @@ def test_few_archives_are_open_at_a_time(tmp_path, monkeypatch):
         plain_close(descriptor)
 
     listing = list_images(str(tmp_path / "src"))
-    monkeypatch.setattr("data_prep.shard._MOST_OPEN", limit)
+    # a quarter of what the process may open
+    monkeypatch.setattr("data_prep.shard.resource.getrlimit", lambda _: (4 * limit + 3, 999))
     monkeypatch.setattr(os, "open", count_open)
     monkeypatch.setattr(os, "close", count_close)
     options = ShardOptions(shard_size="1000")
