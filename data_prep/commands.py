@@ -210,6 +210,7 @@ def index_set(
     classes: Path | None = None,
     unlabelled: Unlabelled = "refuse",
     files: str = "",
+    manifest: str = "",
     image: str = "",
     label: str = "",
     replace: bool = False,
@@ -226,7 +227,10 @@ def index_set(
             pattern).
         classes: file that names the classes, one a line.
         unlabelled: samples without a label where others have one; `keep` leaves them without.
-        files: describe only the tars whose names match ('train-*.tar', braces, joined by ::).
+        files: describe only the tars whose names match ('train-*.tar', braces, joined by ::); on a
+            web server the names themselves ('train-{000..127}.tar').
+        manifest: folder or URL for the manifest of tars that lie where nothing can be written; it
+            names their place, and is then the set. Default: beside the tars.
         image: member of a sample (left.png, png) that is the image, where there are several.
         label: likewise the label, or the entry of its JSON; `-` describes images alone.
         replace: write a new manifest where there is one.
@@ -238,6 +242,7 @@ def index_set(
         classes=None if classes is None else read_class_names(classes),
         unlabelled=unlabelled,
         files=files,
+        manifest_folder=manifest,
         pick=MemberPick(image, label),
         replace=replace,
         say=say,

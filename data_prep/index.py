@@ -1,9 +1,9 @@
 """How do tars that others made get a manifest, so that they can be streamed and verified?"""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,14 @@ from data_prep import engines
 from data_prep.balance import Balance
 from data_prep.class_numbers import ClassNames, NumberedLabels, Unlabelled, number_labels
 from data_prep.labels import Label
-from data_prep.member_names import is_hidden, join_names, quote_name
+from data_prep.manifest_place import choose_place
+from data_prep.member_names import join_names, quote_name
 from data_prep.progress import Progress
 from data_prep.receipts import REJECTS, Reject, write_rejects
 from data_prep.scan import Sample, Scan, scan_shard
-from data_prep.source_files import check_split_names, expand_names, select_names
+from data_prep.tar_names import check_present, find_tars, name_tars
 from data_prep.wds_samples import NO_PICK, Choices, MemberPick
-from mocov3_ds.data import manifest, storage
+from mocov3_ds.data import manifest
 from mocov3_ds.data.manifest import Manifest, Shard
 from mocov3_ds.version import __version__
 
@@ -38,6 +39,7 @@ def index_tars(
     classes: ClassNames | None = None,
     unlabelled: Unlabelled = "refuse",
     files: str = "",
+    manifest_folder: str = "",
     pick: MemberPick = NO_PICK,
     replace: bool = False,
     quiet: bool = False,
@@ -53,6 +55,7 @@ def index_tars(
         classes: Class names in the order that numbers them; None = sorted where labels are names.
         unlabelled: What to do with samples without a label where others have one.
         files: Patterns of the names of the tars, as `source_files` has them; empty = all.
+        manifest_folder: URL of the folder of the manifest; empty = beside the tars.
         pick: Members that are the image and the label.
         replace: Write a new manifest where there is one already.
         quiet: Show no progress on standard error.
@@ -62,84 +65,43 @@ def index_tars(
         ValueError: There are no images, a tar is damaged, more than one reading is possible, labels
             do not fit the class names, or there is a manifest already.
     """
-    url, patterns = _find_patterns(url, files)
-    _check_place(url, replace)
-    scans = _scan_tars(url, patterns, pick, workers, quiet)
+    url, patterns = find_tars(url, files)
+    names = name_tars(url, patterns)
+    target = choose_place(url, manifest_folder, replace)
+    scans = _scan_tars(url, names, pick, workers, quiet)
     balance, choices = _add_up([*scans.values()], url)
     readable = {name: _readable_samples(scan) for name, scan in scans.items()}
     samples = [sample for of_tar in readable.values() for sample in of_tar]
-    if not samples:
-        raise ValueError(f"the tars in {url} hold no readable images.")
     index_N = np.array([_index_row(sample) for sample in samples], dtype=manifest.ROW)
     index_N["label"], class_names, notes = _number_samples(
         readable, url, classes or ClassNames(), unlabelled
     )
     rejects = _list_rejects(scans)
-    lines = _describe(scans, index_N, class_names, (*notes, *_notes(samples, choices)))
-    for line in [*lines, *_describe_rejects(rejects), *balance.lines(len(rejects))]:
+    notes = (*notes, *_notes(samples, choices), *target.notes)
+    lines = [*_describe(scans, index_N, class_names, notes), *_describe_rejects(rejects)]
+    for line in [*lines, *balance.lines(len(rejects))]:
         say(line)
-    write_rejects(rejects, url)
-    shards = [_shard_entry(scan, len(readable[scan.name])) for scan in scans.values()]
-    shards = [shard for shard in shards if shard.samples]
+    write_rejects(rejects, target.url)
     are_ids = class_names and _are_ids([sample.label for sample in samples], index_N["label"])
-    provenance = {
+    counts = {"rejected": len(rejects), "balance": balance.as_json(len(rejects))}
+    return manifest.write(
+        target.url,
+        [_shard_entry(scans[name], len(of_tar)) for name, of_tar in readable.items() if of_tar],
+        index_N,
+        classes=class_names,
+        provenance=_describe_making(patterns, pick, bool(are_ids)) | counts,
+        shards_at=target.shards_at,
+    )
+
+
+def _describe_making(patterns: Sequence[str], pick: MemberPick, are_ids: bool) -> dict[str, Any]:
+    """What `verify` must know of how a set was described."""
+    return {
         **_PROVENANCE,
-        "rejected": len(rejects),
         "labels": "ids" if are_ids else "numbers",
-        "balance": balance.as_json(len(rejects)),
-        **({"files": patterns} if patterns else {}),
+        **({"files": [*patterns]} if patterns else {}),
         **({"members": pick._asdict()} if any(pick) else {}),
     }
-    return manifest.write(url, shards, index_N, classes=class_names, provenance=provenance)
-
-
-def _find_patterns(url: str, files: str) -> tuple[str, list[str]]:
-    """Folder of the tars, and the patterns that their names must match; [] = all tars."""
-    patterns = expand_names(files) if files else []
-    if storage.is_local(url) and storage.local_path(url).exists():
-        path = storage.local_path(url)
-        if path.is_file() and path.suffix == ".tar":
-            return str(path.parent), [*patterns, path.name]
-        return url, patterns
-    if not any(mark in url.rpartition("/")[2] + url * ("::" in url) for mark in "*?{:"):
-        return url, patterns
-    parts = [name.rpartition("/") for name in expand_names(url)]
-    folders = {folder for folder, _, _ in parts}
-    if len(folders) > 1:
-        raise ValueError(
-            f"{quote_name(url)} names tars of {len(folders)} folders ({join_names([*folders], 3)});"
-            " a manifest describes the tars beside it, so give one folder at a time."
-        )
-    return folders.pop() or ".", patterns + [name for _, _, name in parts]
-
-
-def _check_place(url: str, replace: bool) -> None:
-    """Refuse to write over a manifest, unless it is one of this program that is to be replaced."""
-    storage.check_writable(url)
-    manifest_url = storage.join_url(url, manifest.NAME)
-    try:
-        tree = json.loads(storage.read(manifest_url))
-        is_ours = isinstance(tree, dict) and tree.get("format") == manifest.FORMAT
-    except FileNotFoundError:
-        for name in (manifest.INDEX_NAME, REJECTS):
-            if not replace and storage.exists(storage.join_url(url, name)):
-                raise ValueError(
-                    f"{url} holds {name} and no {manifest.NAME}; move it away, or write over it "
-                    "with --replace."
-                ) from None
-        return
-    except storage.StorageError:
-        raise
-    except (ValueError, RecursionError):
-        is_ours = False
-    if not is_ours:
-        raise ValueError(
-            f"{manifest_url} is not of this program and is not written over; move it away first."
-        )
-    if not replace:
-        raise ValueError(
-            f"{url} has a {manifest.NAME} already; verify checks it, --replace writes a new one."
-        )
 
 
 def _number_samples(
@@ -150,6 +112,8 @@ def _number_samples(
 ) -> NumberedLabels:
     """Class numbers of all samples; those whose label files cannot be read have none."""
     samples = [sample for of_tar in readable.values() for sample in of_tar]
+    if not samples:
+        raise ValueError(f"the tars in {url} hold no readable images.")
     names = [f"{name}/{sample.key}" for name, of_tar in readable.items() for sample in of_tar]
     good = [row for row, sample in enumerate(samples) if not sample.label_reason]
     if not any(samples[row].label is not None for row in good) and len(good) < len(samples):
@@ -215,35 +179,11 @@ def _describe(
     return [*lines, *(f"note: {note}" for note in notes)]
 
 
-def list_tars(url: str, patterns: Sequence[str]) -> list[str]:
-    """Names of the tars in a folder that match one of the patterns, without hidden ones.
-
-    Args:
-        url: URL of the folder.
-        patterns: Patterns of their names; () = all.
-    """
-    names = [entry.name for entry in storage.list_files(url)]
-    tars = [name for name in names if name.endswith(".tar") and not is_hidden(name)]
-    return select_names(tars, patterns)
-
-
 def _scan_tars(
-    url: str, patterns: Sequence[str], pick: MemberPick, workers: int, quiet: bool
+    url: str, names: Sequence[str], pick: MemberPick, workers: int, quiet: bool
 ) -> dict[str, Scan]:
-    """Scans of the tars of a folder by name, in the order of the names."""
-    names = list_tars(url, patterns)
-    if not names:
-        matching = f" and matches {join_names([*patterns])}" if patterns else ""
-        raise ValueError(f"{url} holds no file that ends in .tar{matching}.")
-    missing = sorted({*patterns} - {*names})
-    missing = [name for name in missing if not any(mark in name for mark in "*?[")]
-    if missing:
-        raise ValueError(
-            f"{url} holds no {quote_name(missing[0])}, one of {len(patterns)} tars that are asked "
-            f"for ({len(missing)} are missing)."
-        )
-    if not patterns:
-        check_split_names(names, url)
+    """Scans of tars by name, in the order of the names."""
+    check_present(url, names)
     scans: dict[str, Scan] = {}
     with Progress("index", len(names), quiet=quiet) as progress:
         work = partial(scan_shard, url=url, decode_all=False, pick=pick)

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from data_prep import engines
 from data_prep.balance import Balance, check_balance
 from data_prep.images import FAINT_RANGE
-from data_prep.index import list_tars
 from data_prep.labels import Label
 from data_prep.member_names import join_names, quote_name
 from data_prep.progress import Progress
 from data_prep.scan import Scan, scan_shard
+from data_prep.tar_names import list_tars
 from data_prep.wds_samples import MemberPick
 from mocov3_ds.data import manifest, storage
 from mocov3_ds.data.class_names import comparable_name
@@ -61,6 +61,8 @@ class Verdict:
     faint_example: str = ""
     is_listed: bool = True
     """whether tars that the manifest does not name were looked for"""
+    shards_at: str = ""
+    """folder of the shards; empty = beside the manifest"""
 
     @property
     def is_sound(self) -> bool:
@@ -79,6 +81,7 @@ class Verdict:
         lines = [
             f"{storage.hide_secrets(self.url)}: {self.samples} samples in {self.shards} shards, "
             f"{self.bytes / 1e6:.1f} MB"
+            + (f", in {quote_name(storage.hide_secrets(self.shards_at))}" if self.shards_at else "")
         ]
         if counts:
             lines.append(
@@ -151,7 +154,8 @@ def verify_set(url: str, *, workers: int, decode_all: bool = True, quiet: bool =
         repeated_key_count=len(repeated_keys),
         faint_images=len(faint),
         faint_example=faint[0] if faint else "",
-        is_listed=storage.can_list(checked.url),
+        is_listed=storage.can_list(checked.shards_url),
+        shards_at=checked.shards_at,
     )
 
 
@@ -163,11 +167,12 @@ def class_name(shards: Manifest, label: int) -> str:
 def _scan_shards(checked: Manifest, workers: int, decode_all: bool, quiet: bool) -> dict[str, Scan]:
     """Scans of the shards that exist, by name in the manifest's order."""
     samples = {shard.name: shard.samples for shard in checked.shards}
-    present = [name for name in samples if storage.exists(storage.join_url(checked.url, name))]
+    folder = checked.shards_url
+    present = [name for name in samples if storage.exists(storage.join_url(folder, name))]
     scans: dict[str, Scan] = {}
     with Progress("verify", checked.samples, quiet=quiet) as progress:
         pick = _members_of(checked)
-        work = partial(scan_shard, url=checked.url, decode_all=decode_all, pick=pick)
+        work = partial(scan_shard, url=folder, decode_all=decode_all, pick=pick)
         for scan in engines.process_pool(work, present, workers):
             scans[scan.name] = scan
             progress.update(samples[scan.name], scan.bytes)
@@ -183,14 +188,15 @@ def _members_of(checked: Manifest) -> MemberPick:
 
 def _scan_unlisted(checked: Manifest) -> dict[str, Scan]:
     """Scans of the tars beside the manifest that it does not name, and might have."""
-    if not storage.can_list(checked.url):
+    folder = checked.shards_url
+    if not storage.can_list(folder):
         return {}
     patterns = checked.provenance.get("files")
     patterns = [str(pattern) for pattern in patterns] if isinstance(patterns, list) else []
     listed = {shard.name for shard in checked.shards}
-    names = [name for name in list_tars(checked.url, patterns) if name not in listed]
+    names = [name for name in list_tars(folder, patterns) if name not in listed]
     pick = _members_of(checked)
-    return {name: scan_shard(name, url=checked.url, decode_all=False, pick=pick) for name in names}
+    return {name: scan_shard(name, url=folder, decode_all=False, pick=pick) for name in names}
 
 
 def _find_problems(
@@ -199,7 +205,8 @@ def _find_problems(
     """All that is wrong: missing shards, differences, tars that are too many, lost files."""
     for shard in checked.shards:
         if shard.name not in scans:
-            yield Problem(shard.name, "", "is missing")
+            where = f" in {storage.hide_secrets(checked.shards_at)}" if checked.shards_at else ""
+            yield Problem(shard.name, "", f"is missing{where}")
     numbers = _label_numbers(checked)
     for number, shard in enumerate(checked.shards):
         if shard.name in scans:

@@ -102,7 +102,8 @@ def check_shards(url: str) -> list[Finding]:
     number = ranks.rank() % len(shards.shards)
     try:
         start = time.perf_counter()
-        content = b"".join(storage.read_blocks(shards.shard_url(number)))
+        with shards.name_places():
+            content = b"".join(storage.read_blocks(shards.shard_url(number)))
         speed = len(content) / _MB / max(time.perf_counter() - start, 1e-9)
     except (OSError, ValueError) as error:
         return [Finding("shards", "fail", f"{error}", "readable shards", _REACH)]

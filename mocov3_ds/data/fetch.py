@@ -69,7 +69,10 @@ def read_samples(
             rows_R["crc32"].tolist(),
             strict=True,
         )
-        with _open_shard(manifest, number, position, int(end_R.max()), cache, stop) as file:
+        with (
+            manifest.name_places(),
+            _open_shard(manifest, number, position, int(end_R.max()), cache, stop) as file,
+        ):
             for index, begin, end, crc32 in samples:
                 if position != begin:
                     file.seek(begin)

@@ -8,15 +8,19 @@
     train/train-000000.tar   KEY.jpg, KEY.cls, ... as any WebDataset reader opens them
 
 `manifest.json` is written last: where it exists, the set is complete. A sample's id is its row.
+Tars that lie where nothing can be written have their manifest elsewhere, which says where they lie
+(`shards_at`, see `shard_place`).
 Neither file is ever held in memory as a whole: the index is mapped (`shard_index`), and of the
 manifest columns are kept (`shard_table`), so that a set may have 10^10 samples.
 
 Shape suffixes: N = samples, S = shards.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +35,7 @@ from mocov3_ds.data import index_folder, shard_index, storage
 from mocov3_ds.data.index_folder import CheckedFiles
 from mocov3_ds.data.json_stream import JsonStream
 from mocov3_ds.data.shard_index import ROW, SAMPLE_LIMIT
+from mocov3_ds.data.shard_place import parse_place
 from mocov3_ds.data.shard_table import Shard, ShardTable
 
 __all__ = ["INDEX_NAME", "NAME", "ROW", "SAMPLE_LIMIT", "Manifest", "Shard", "load", "write"]
@@ -52,7 +57,7 @@ class Manifest:
     """A sharded data set: its shards, and where each sample lies in them."""
 
     url: str
-    """folder of the manifest and the shards"""
+    """folder of the manifest, and of the shards where `shards_at` is empty"""
     shards: Sequence[Shard]
     index_N: NDArray[np.void] = field(repr=False)
     """rows of dtype `ROW`, shard after shard; mapped from a file where the set was loaded"""
@@ -62,6 +67,8 @@ class Manifest:
     """how the set was made: program version, options, seed, source"""
     files: CheckedFiles | None = field(default=None, repr=False)
     """where the set lies on this machine, with what its check found; None = it is only in memory"""
+    shards_at: str = ""
+    """folder of the shards, an absolute path or URL; empty = beside the manifest"""
 
     def __post_init__(self) -> None:
         if not isinstance(self.shards, ShardTable):
@@ -147,9 +154,41 @@ class Manifest:
         )
         return replace(self, shards=shards, index_N=self.index_N[:count])
 
+    @property
+    def shards_url(self) -> str:
+        """Folder of the shards."""
+        return self.shards_at or self.url
+
     def shard_url(self, shard: int) -> str:
         """Return the URL of a shard by its number."""
-        return storage.join_url(self.url, self.shards[shard].name)
+        return storage.join_url(self.shards_url, self.shards[shard].name)
+
+    @property
+    def index_command(self) -> str:
+        """Command that describes the shards anew."""
+        words = [storage.hide_secrets(self.shards_url)]
+        words += ["--manifest", storage.hide_secrets(self.url)] if self.shards_at else []
+        return f"python -m data_prep index --replace {shlex.join(words)}"
+
+    @contextlib.contextmanager
+    def name_places(self) -> Iterator[None]:
+        """Say of a shard that is gone which manifest says that it lies there.
+
+        Raises:
+            FileNotFoundError: One was raised inside.
+        """
+        try:
+            yield
+        except FileNotFoundError as error:
+            if not self.shards_at:
+                raise
+            shard = storage.hide_secrets(str(error.filename or error).rstrip("."))
+            folder = storage.hide_secrets(self.shards_at)
+            raise FileNotFoundError(
+                f"a shard is gone ({shard}): {NAME} in {self.url!r} says that the tars lie in "
+                f"{folder!r}; bring them back, or describe them where they lie now: python -m "
+                f"data_prep index TARS --replace --manifest {shlex.quote(self.url)}."
+            ) from None
 
 
 def write(
@@ -159,17 +198,21 @@ def write(
     *,
     classes: Sequence[str] = (),
     provenance: Mapping[str, Any] | None = None,
+    shards_at: str = "",
 ) -> Manifest:
     """Put `index.bin` and then, as the mark of completeness, `manifest.json` into a folder.
 
     Args:
-        url: Folder of the shards, which must exist already.
+        url: Folder of the manifest, and of the shards, which must exist already.
         shards: The shards in the order of their names.
         index_N: Rows of dtype `ROW`, shard after shard.
         classes: Names of the classes by label.
         provenance: How the set was made, as JSON values.
+        shards_at: Folder of the shards where it is another, as `place_of_tars` gives it.
     """
-    manifest = Manifest(url, shards, index_N, tuple(classes), dict(provenance or {}))
+    manifest = Manifest(
+        url, shards, index_N, tuple(classes), dict(provenance or {}), shards_at=shards_at
+    )
     digest = hashlib.sha256()
     with storage.open_write(storage.join_url(url, INDEX_NAME)) as file:
         for rows_R in shard_index.blocks_of_rows(index_N):
@@ -183,6 +226,7 @@ def write(
         "bytes": manifest.bytes,
         "classes": list(classes),
         "made": manifest.provenance,
+        **({"shards_at": shards_at} if shards_at else {}),
         "index": {
             "name": INDEX_NAME,
             "bytes": manifest.samples * ROW.itemsize,
@@ -246,7 +290,13 @@ def load(
     except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{url}/{NAME} cannot be used: {str(error).rstrip('.')}.") from None
     return Manifest(
-        url, described.shards, index_N, described.classes, described.provenance, checked
+        url,
+        described.shards,
+        index_N,
+        described.classes,
+        described.provenance,
+        checked,
+        described.shards_at,
     )
 
 
@@ -290,6 +340,7 @@ class _Described:
     classes: tuple[str, ...]
     provenance: dict[str, Any]
     index_sha256: str
+    shards_at: str
 
 
 def _parse_manifest(blocks: Iterable[bytes]) -> _Described:
@@ -322,7 +373,8 @@ def _parse_manifest(blocks: Iterable[bytes]) -> _Described:
         raise ValueError(f"it names a shard twice: {name!r}")
     if not _SHA256.fullmatch(str(index["sha256"])):
         raise ValueError(f"its index has no sha256 but {str(index['sha256'])[:80]!r}")
-    return _Described(shards, classes, dict(tree["made"]), str(index["sha256"]))
+    shards_at = parse_place(tree["shards_at"]) if "shards_at" in tree else ""
+    return _Described(shards, classes, dict(tree["made"]), str(index["sha256"]), shards_at)
 
 
 def _check_version(key: str, value: Any) -> None:

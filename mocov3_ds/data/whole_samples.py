@@ -93,7 +93,8 @@ def read_whole_samples(
     """
     for slots_R in _group_slots(_find_slots(manifest, sample_ids_M)):
         url = manifest.shard_url(slots_R[0].shard)
-        groups = _read_groups(url, slots_R[0].begin, slots_R[-1].end, stop)
+        with manifest.name_places():
+            groups = _read_groups(url, slots_R[0].begin, slots_R[-1].end, stop)
         for slot in slots_R:
             sample_id = int(sample_ids_M[slot.number])
             group = groups.get(slot.offset)
@@ -133,8 +134,8 @@ def _find_slots(manifest: Manifest, sample_ids_M: NDArray[np.int64]) -> list[_Sl
         if not begin < offset < end or end - begin > SLOT_LIMIT:
             raise ValueError(
                 f"sample {sample_id} in {manifest.shard_url(shard)!r} lies at byte {offset}, its "
-                f"neighbours say {begin} to {end}; index the shards anew with python -m data_prep "
-                f"index --replace {manifest.url}."
+                f"neighbours say {begin} to {end}; index the shards anew with "
+                f"{manifest.index_command}."
             )
         slots.append(_Slot(number, shard, begin, end, offset, size, int(row["crc32"])))
     return slots

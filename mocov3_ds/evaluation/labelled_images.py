@@ -190,7 +190,7 @@ def read_batches(
     Raises:
         UnreadableSample: with the sample's shard and the reason.
     """
-    remote = workers > 0 and not storage.is_local(manifest.url)
+    remote = workers > 0 and not storage.is_local(manifest.shards_url)
     loader: DataLoader[Any] = DataLoader(
         _LabelledImages(manifest, make_image, order_N, epoch),
         batch_sampler=[list(positions) for positions in passes],

@@ -222,7 +222,7 @@ def _describe_samples(manifest: Manifest, sample_ids: list[int]) -> list[dict[st
 
     The key of a sample in an object store would cost a request, so there it is only the id.
     """
-    if not storage.is_local(manifest.url):
+    if not storage.is_local(manifest.shards_url):
         return [{"id": sample_id} for sample_id in sample_ids]
     samples = []
     for sample_id in sample_ids:

@@ -58,6 +58,26 @@ def test_the_digest_is_of_the_samples_not_of_the_folder(folder, tmp_path):
     assert other.digest != one.digest
 
 
+def test_shards_that_lie_elsewhere(folder, tmp_path):
+    one, place = manifests.load(str(folder)), str(tmp_path / "else where")
+    assert one.shards_at == "" and one.shards_url == one.url
+    assert "shards_at" not in json.loads((folder / manifests.NAME).read_text())
+    assert one.index_command == f"python -m data_prep index --replace {folder}"
+    manifests.write(place, one.shards, one.index_N, shards_at=str(folder))
+    other = manifests.load(place)
+    assert other.url == place and other.shard_url(2) == one.shard_url(2)
+    assert other.digest == one.digest, "a run goes on with the same set, wherever its manifest lies"
+    assert other.first_samples(3).shard_url(0) == one.shard_url(0)
+    assert other.index_command.endswith(f"--replace {folder} --manifest '{place}'")
+    with (
+        pytest.raises(FileNotFoundError, match=r"t-000\.tar.*'.*else where'.*'.*/set'; bring"),
+        other.name_places(),
+    ):
+        Path(f"{folder}/gone/t-000.tar").read_bytes()
+    with pytest.raises(FileNotFoundError, match="directory: 'gone'"), one.name_places():
+        Path("gone").read_bytes()
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match=r"holds no manifest\.json; make shards with .* data_prep"):
         manifests.load(str(tmp_path))
@@ -101,6 +121,8 @@ def put(key, value, shard=0):
         (lambda tree: tree["index"].update(bytes=10**15), "is said to have 1000000000000000 bytes"),
         (lambda tree: tree["index"].update(sha256="0" * 64), "not the one that was written"),
         (lambda tree: tree["shards"].clear(), "bytes where 0 samples need 0"),
+        (lambda tree: tree.update(shards_at="../set"), "'../set' is neither an absolute path nor"),
+        (lambda tree: tree.update(shards_at=None), "shards_at is 'None', which is no path"),
     ],
 )
 def test_absurd_manifests_are_refused(folder, change, words):

@@ -29,6 +29,7 @@ from mocov3_ds.data.storage.address import (
     is_web,
     join_url,
     local_path,
+    split_file_url,
     take_login,
 )
 from mocov3_ds.data.storage.atomic import is_temporary, open_new, replace_when_whole
@@ -41,13 +42,14 @@ from mocov3_ds.data.storage.retry import (
     Truncated,
     call_with_retry,
 )
-from mocov3_ds.data.storage.stores import store_for_url
+from mocov3_ds.data.storage.stores import parse_address, store_for_url
 
 __all__ = [
     "BLOCK", "CannotList", "Changed", "FileEntry", "Stopped", "StorageError", "Truncated", "Writer",
     "can_list", "check_writable", "exists", "explain_pattern", "file_size", "folder_url",
-    "hide_secrets", "is_local", "join_url", "list_files", "local_path", "open_read", "open_write",
-    "read", "read_blocks", "remove_file", "take_login", "write",
+    "hide_secrets", "is_local", "is_web", "join_url", "list_files", "local_path", "open_read",
+    "open_write", "parse_address", "read", "read_blocks", "remove_file", "split_file_url",
+    "take_login", "write",
 ]  # fmt: skip
 
 
@@ -216,10 +218,7 @@ def check_writable(url: str) -> None:
         open_new(trial).close()
         trial.unlink()
     except OSError as error:
-        raise ValueError(
-            f"{url} cannot be written ({error.strerror}); use a folder of your own, and for tars "
-            "that lie there links to them (ln -s)."
-        ) from None
+        raise ValueError(f"{url} cannot be written ({error.strerror}).") from None
 
 
 def write(url: str, data: bytes) -> None:

@@ -63,6 +63,13 @@ def join_url(url: str, name: str) -> str:
     return f"{folder}{'' if folder.endswith('/') else '/'}{name}{mark}{query}"
 
 
+def split_file_url(url: str) -> tuple[str, str]:
+    """Return the folder and the name of which `join_url` makes the URL of a file."""
+    address, mark, query = _split_query(url)
+    folder, _, name = address.rpartition("/")
+    return f"{folder}{mark}{query}", unquote(name) if is_web(url) else name
+
+
 def folder_url(url: str, name: str) -> str:
     """Return the URL of a folder that is given itself or by a file in it.
 

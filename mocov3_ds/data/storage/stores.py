@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from mocov3_ds.data.storage.address import LOGINS, hide_secrets, split_url, take_login
+from mocov3_ds.data.storage.address import LOGINS, Address, hide_secrets, split_url, take_login
 from mocov3_ds.data.storage.http_store import HttpStore
 from mocov3_ds.data.storage.obstore_stores import ObstoreStore
 from mocov3_ds.data.storage.retry import RetriedStore, RetryLimits
@@ -94,18 +94,27 @@ _stores: dict[tuple[object, ...], Store] = {}
 _lock = threading.Lock()
 
 
+def parse_address(url: str) -> Address:
+    """Return the store and the key that a URL names, without asking for anything.
+
+    Raises:
+        ValueError: The scheme is unknown, or the URL is no address.
+    """
+    if url.partition("://")[0] not in CLIENTS:
+        raise ValueError(
+            f"{hide_secrets(url)}: unknown scheme; known are {', '.join(CLIENTS)} and plain paths."
+        )
+    return split_url(url)
+
+
 def store_for_url(url: str) -> tuple[Store, str]:
     """Return the store and the key that a URL names; each store is made once a process.
 
     Raises:
         ValueError: The scheme is unknown, or the client refuses its settings.
     """
-    scheme = url.partition("://")[0]
-    if scheme not in CLIENTS:
-        raise ValueError(
-            f"{hide_secrets(url)}: unknown scheme; known are {', '.join(CLIENTS)} and plain paths."
-        )
-    bucket_url, key = split_url(take_login(url))
+    bucket_url, key = parse_address(take_login(url))
+    scheme = bucket_url.partition("://")[0]
     limits = RetryLimits.from_environment()
     with _lock:
         # a client does not survive a fork
