@@ -92,6 +92,8 @@ def choose_level(facts: PathFacts, classes: Collection[str], source: str) -> str
     named = _level_of_names(names, classes)
     if named:
         return named
+    if len(paths) == 1:
+        _check_archive_names(facts, source, [*next(iter(paths))])
     if shared and any(len(folders) > shared for folders in paths):
         deeper_names = _names_at(paths, shared + 1)
         if len(deeper_names) > 1:
@@ -163,16 +165,38 @@ def find_empty_classes(
 
 def _level_of_flat_images(facts: PathFacts, source: str) -> str:
     """Level of images that lie in no folder: the archive's name may be the class."""
-    used = [facts.archives[number] for number in sorted({n for n, _ in facts.folders if n >= 0})]
+    used = _used_archives(facts)
     if used and all(SYNSET.fullmatch(name) for name in used):
         return "archive"
-    if len({re.sub(r"\d+", "", name) for name in used}) > 1:
-        raise ValueError(
-            f"the images of {source} lie in no folders but in archives of different names "
-            f"({join_names(sorted(used))}): add --class-level archive if these are the classes, "
-            "or --class-level none if the images have none."
-        )
+    _check_archive_names(facts, source, [])
     return "none"
+
+
+def _used_archives(facts: PathFacts) -> list[str]:
+    return [facts.archives[number] for number in sorted({n for n, _ in facts.folders if n >= 0})]
+
+
+def _check_archive_names(facts: PathFacts, source: str, folders: Sequence[str]) -> None:
+    """Refuse images of one folder, or none, in archives whose names may be the classes.
+
+    Args:
+        facts: Paths of the images.
+        source: Name of the source, for messages.
+        folders: The one path of folders that all images have; [] = none.
+
+    Raises:
+        ValueError: The names differ by more than their digits.
+    """
+    used = _used_archives(facts)
+    if len({re.sub(r"\d+", "", name) for name in used}) < 2:
+        return
+    where = f"one folder ({quote_name('/'.join(folders))}) of" if folders else "no folders but in"
+    last = f", --class-level 1 if all are {quote_name(folders[0])}" if folders else ""
+    raise ValueError(
+        f"the images of {source} lie in {where} archives of different names "
+        f"({join_names(sorted(used))}): add --class-level archive if these are the classes{last}, "
+        "or --class-level none if the images have none."
+    )
 
 
 def _level_of_names(names: Sequence[set[str]], classes: Collection[str]) -> str:

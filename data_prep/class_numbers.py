@@ -171,8 +171,8 @@ def _check_kinds(
     if texts and len(counted) >= len(texts) and not classes.readings:
         raise ValueError(
             f"{source} holds names among labels that are numbers: {show_label(texts[0])}, but "
-            f"{show_label(counted[0])}. Correct it, or give --classes FILE with all names in the "
-            "order that numbers them."
+            f"{show_label(counted[0])}. Correct it, give --classes FILE with all names in the "
+            "order that numbers them, or take no labels by --label -."
         )
 
 

@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from data_prep import class_levels, parquet, scratch
 from data_prep.class_files import read_class_names
 from data_prep.class_numbers import ClassNames, Unlabelled
@@ -34,6 +36,7 @@ from mocov3_ds.data import manifest
 
 PLAIN = SourceOptions()
 _NO_NOTES: tuple[str, ...] = ()
+_NO_NAMES: Sequence[str] = ()
 _LOOKED_AT = ("only the labels of parquet files are read here: names and sizes are not known yet.",)
 
 
@@ -79,23 +82,22 @@ def list_images(
     images = listed.images
     names = listed.classes if classes is None else read_class_names(classes)
     notes = listed.notes + _describe_oddities(images)
-    empty: Sequence[str] = ()
+    origin, empty = "", _NO_NAMES
+    facts = listed.facts()
+    if (labels is not None or label == NO_LABEL) and not options.class_level:
+        class_levels.check_splits({folders for _, folders in facts.folders}, source)
     if labels is not None:
-        if not options.class_level:
-            class_levels.check_splits({folders for _, folders in listed.facts().folders}, source)
         images.label, names, label_notes = read_image_labels(
             labels, images.names, names, label=label, unlabelled=unlabelled
         )
         origin, notes = f"the file {quote_name(str(labels))}", notes + label_notes
-    elif label == NO_LABEL:
-        origin = ""
-    else:
-        origin, empty = label_images(images, listed.facts(), names, source, options)
+    elif label != NO_LABEL or options.class_level:
+        origin, empty = label_images(images, facts, names, source, options)
     listing = images.to_listing(
         [str(file) for file in listed.files], listed.root, names, source, unlabelled, empty
     )
-    form = _describe_form(source_files)
-    return replace(listing, form=form, class_origin=origin, notes=notes + listing.notes)
+    notes += _note_one_class(listing, origin) + listing.notes
+    return replace(listing, form=_describe_form(source_files), class_origin=origin, notes=notes)
 
 
 class _Listed(NamedTuple):
@@ -278,6 +280,13 @@ def _archive_kind(file: Path) -> str:
         return "parquet file"
     kind = scratch.named_compression(file)
     return f"tar compressed by {kind}" if kind else "tar"
+
+
+def _note_one_class(listing: Listing, origin: str) -> tuple[str, ...]:
+    """Say that all images lie in one class folder: it may be none."""
+    if not origin.startswith("folder ") or len(np.unique(listing.label_N)) > 1:
+        return ()
+    return ("all images have one class; --class-level none takes them without classes.",)
 
 
 def _describe_oddities(images: UnsortedImages) -> tuple[str, ...]:

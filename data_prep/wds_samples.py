@@ -19,7 +19,7 @@ from data_prep.balance import (
 )
 from data_prep.images import SUFFIXES
 from data_prep.labels import Label
-from data_prep.member_names import join_names
+from data_prep.member_names import join_names, quote_name
 
 LABEL_ENDINGS = {"cls", "cls2", "class", "index", "inx", "id", "label", "target"}
 """Endings of members that hold a label by webdataset's decoders or by custom; `cls` alone is read
@@ -64,15 +64,18 @@ class Choices:
     labels: Counter[tuple[str, ...]] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     """endings of label members that were not used"""
+    apart: Counter[str] = field(default_factory=Counter)
+    """labels that do not follow their images, by the first of their keys in each archive"""
 
     def add(self, other: "Choices") -> None:
         """Count the samples of another archive, too."""
         self.images.update(other.images)
         self.labels.update(other.labels)
         self.unused.update(other.unused)
+        self.apart.update(other.apart)
 
     def check(self, source: str) -> None:
-        """Refuse samples with several images or labels of one kind, in one sample after another.
+        """Refuse samples with several images or labels of one kind, and labels that lie apart.
 
         Args:
             source: Name of the source, for messages.
@@ -90,6 +93,12 @@ class Choices:
                     f"{count} samples of {source} hold several {title}: {join_names([*endings])}; "
                     f"{flag} {endings[0]} (or another of them) says which one is meant."
                 )
+        if self.apart:
+            raise ValueError(
+                f"{self.apart.total()} labels of {source} do not follow their images, e.g. that of "
+                f"{quote_name(min(self.apart))}: the members of a sample must stand together; make "
+                "the archive again by name (tar --sort=name), or take no labels by --label -."
+            )
 
 
 def group_samples(
@@ -116,6 +125,8 @@ def group_samples(
         pick,
         Balance() if balance is None else balance,
         Choices() if choices is None else choices,
+        set(),
+        set(),
     )
     group: dict[str, tar.Member] = {}
     current = None
@@ -133,6 +144,8 @@ def group_samples(
         group[suffix.lower()] = member
     if current is not None:
         yield from sorter.split_group(current, group)
+    if apart := sorter.bare_images & sorter.bare_labels:
+        sorter.choices.apart[min(apart)] += len(apart)
 
 
 class _Sorter(NamedTuple):
@@ -141,6 +154,10 @@ class _Sorter(NamedTuple):
     pick: MemberPick
     balance: Balance
     choices: Choices
+    bare_images: set[str]
+    """keys of images without a label beside them"""
+    bare_labels: set[str]
+    """keys of labels without an image beside them"""
 
     def split_group(self, key: str, group: dict[str, tar.Member]) -> Iterator[TarSample]:
         """Samples among members given by the rest of their names; the others are left out."""
@@ -160,9 +177,19 @@ class _Sorter(NamedTuple):
                 group[json] if json else None,
             )
         self.balance.side_files += len(used) - len(chosen)
+        has_label = any(self._is_label(suffix) for suffix in group)
+        if has_label != bool(chosen):
+            (self.bare_labels if has_label else self.bare_images).add(key)
         for suffix, member in group.items():
             if suffix not in used:
                 self._leave_out(suffix, member, images, bool(chosen))
+
+    def _is_label(self, suffix: str) -> bool:
+        """Whether a member holds a label by its name alone."""
+        picked = self.pick.label
+        if picked == NO_LABEL:
+            return False
+        return _fits(suffix, picked) if picked else suffix.rpartition(".")[2] == "cls"
 
     def _choose_images(self, images: Sequence[str]) -> list[str]:
         """Suffixes of the images that are samples."""

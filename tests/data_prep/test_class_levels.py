@@ -69,6 +69,9 @@ def test_names_of_archives_are_classes_if_they_are_synsets():
     assert choose_level(facts("0:", "1:", archives=["part-0", "part-1"]), (), "S") == "none"
     with pytest.raises(ValueError, match="--class-level archive if these are the classes"):
         choose_level(facts("0:", "1:", archives=["cat", "dog"]), (), "S")
+    with pytest.raises(ValueError, match=r"one folder \(im\) of archives .* 1 if all are im, or"):
+        choose_level(facts("0:im", "1:im", archives=["cat", "dog"]), (), "S")
+    assert choose_level(facts("0:cat", "1:cat", archives=["p-0", "p-1"]), (), "S") == "1"
 
 
 def test_classes_of_each_level():

@@ -200,6 +200,12 @@ def test_splits_are_never_joined_unasked(tmp_path):
         ValueError, match=r"holds splits \(train, val\).*--under train --split train"
     ):
         list_images(str(tmp_path / "inside"))
+    with pytest.raises(ValueError, match=r"holds splits \(train, val\)"):
+        list_images(str(tmp_path / "inside"), label="-")
+    all_images = list_images(
+        str(tmp_path / "inside"), label="-", options=SourceOptions(class_level="2")
+    )
+    assert len(all_images) == 4 and all_images.classes == ("cat",)
     listing = list_images(str(tmp_path / "inside"), under="train")
     assert listing.names == ["0/cat/train.jpg", "1/cat/train.jpg"] and listing.classes == ("cat",)
     for name in ("im-train-00", "im-train-01", "im-validation-00"):

@@ -6,8 +6,10 @@ import pytest
 from webdataset.tariterators import group_by_keys
 
 from data_prep.balance import Balance
+from data_prep.sources import list_images
 from data_prep.tar import Member
 from data_prep.wds_samples import NO_PICK, Choices, MemberPick, TarSample, group_samples, read_label
+from tests.data_prep import forms
 
 
 def members(*names):
@@ -100,6 +102,20 @@ def test_several_images_or_labels_of_a_sample_are_asked_about():
     twice = ["a.jpg", "a.png", "b.jpg", "b.png"]
     with pytest.raises(ValueError, match="several images: jpg, png; --image jpg"):
         group(*twice)[2].check("S")
+
+
+def test_labels_apart_from_their_images_are_refused(tmp_path):
+    names = ["x/a.jpg", "x/b.jpg", "x/a.cls", "x/b.cls", "x/c.jpg"]
+    _, _, choices = group(*names)
+    with pytest.raises(ValueError, match=r"2 labels of S do not follow their .* that of x/a: .*-"):
+        choices.check("S")
+    tar = forms.write_tar(tmp_path / "t.tar", dict.fromkeys(names, b"1"))
+    with pytest.raises(ValueError, match=r"2 labels of .*t.tar do not follow their images"):
+        list_images(str(tar))
+    assert len(list_images(str(tar), label="-")) == 3
+    for pick in (MemberPick("", "-"), MemberPick("", "json")):
+        group(*names, pick=pick)[2].check("S")
+    group("x/a.jpg", "y/a.cls", "b.jpg", "c.cls")[2].check("S")  # no labels of these images
 
 
 def test_label_members_of_other_names_are_told_and_can_be_asked_for():
