@@ -22,20 +22,23 @@ def find_tars(url: str, files: str) -> tuple[str, list[str]]:
 
     Args:
         url: URL of the folder, of a tar, or of tars in one folder with braces, `*` or `::`.
-        files: Further patterns of the names, likewise; empty = all.
+        files: Patterns of the names in a folder, likewise; empty = all.
 
     Raises:
-        ValueError: The tars lie in several folders, or braces cannot be read.
+        ValueError: The tars lie in several folders, braces cannot be read, or both arguments name
+            tars.
     """
     url = storage.take_login(url)
     patterns = expand_names(files) if files else []
     if storage.is_local(url) and storage.local_path(url).exists():
         path = storage.local_path(url)
-        if path.is_file() and path.suffix == ".tar":
-            return str(path.parent), [*patterns, path.name]
-        return url, patterns
+        if not path.is_file() or path.suffix != ".tar":
+            return url, patterns
+        _refuse_both(url, files)
+        return str(path.parent), [path.name]
     if not _names_files(url):
         return url, patterns
+    _refuse_both(url, files)
     parts = [storage.split_file_url(storage.take_login(name)) for name in expand_names(url)]
     folders = {folder for folder, _ in parts}
     if len(folders) > 1:
@@ -44,16 +47,26 @@ def find_tars(url: str, files: str) -> tuple[str, list[str]]:
             f"{quote_name(storage.hide_secrets(url))} names tars of {len(folders)} folders "
             f"({shown}); a manifest describes the tars of one, so give one folder at a time."
         )
-    return folders.pop() or ".", patterns + [name for _, name in parts]
+    return folders.pop() or ".", [name for _, name in parts]
+
+
+def _refuse_both(url: str, files: str) -> None:
+    if files:
+        raise ValueError(
+            f"{quote_name(storage.hide_secrets(url))} names tars itself, and --files "
+            f"{quote_name(files)} does, too; give the folder of the tars with --files."
+        )
 
 
 def _names_files(url: str) -> bool:
     """Whether a URL, at which there may be nothing, names files and no folder."""
     if "::" in url:
         return True
+    name = storage.split_file_url(url)[1]
+    if name.endswith(".tar") and not storage.is_local(url):
+        return True
     if storage.is_web(url):  # ? and : are parts of every such address
-        name = storage.split_file_url(url)[1]
-        return name.endswith(".tar") or any(mark in name for mark in "*{")
+        return any(mark in name for mark in "*{")
     return any(mark in url.rpartition("/")[2] for mark in "*?{:")
 
 

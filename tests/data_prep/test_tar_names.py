@@ -12,6 +12,7 @@ from mocov3_ds.data.storage import address
     [
         ("s3://b/set", "", ("s3://b/set", [])),
         ("s3://b/t-{0..1}.tar", "", ("s3://b", ["t-0.tar", "t-1.tar"])),
+        ("s3://b/set/t#1.tar", "", ("s3://b/set", ["t#1.tar"])),
         ("none/t-*.tar", "", ("none", ["t-*.tar"])),
         ("a.tar::b.tar", "", (".", ["a.tar", "b.tar"])),
         ("http://host:80", "", ("http://host:80", [])),
@@ -24,6 +25,12 @@ from mocov3_ds.data.storage import address
 def test_folder_and_names_of_a_url(monkeypatch, url, files, found):
     monkeypatch.setenv(address.LOGINS, "")
     assert find_tars(url, files) == found
+
+
+def test_names_in_the_url_and_in_files_are_refused():
+    for url in ("t-*.tar", "s3://b/t-{0..1}.tar", "http://h/a.tar"):
+        with pytest.raises(ValueError, match=r"names tars itself, and --files b.tar does, too"):
+            find_tars(url, "b.tar")
 
 
 def test_tars_of_two_folders_are_refused_without_their_signature():

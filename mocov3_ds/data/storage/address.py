@@ -55,7 +55,13 @@ def local_path(url: str) -> Path:
 
 
 def join_url(url: str, name: str) -> str:
-    """Return the URL of a file in a folder; the name is literal, without escapes."""
+    """Return the URL of a file in a folder; the name is literal, without escapes.
+
+    Raises:
+        ValueError: The folder is empty text, which would be the root of this machine.
+    """
+    if not url:
+        raise ValueError("the address is empty text; `.` names the folder where this is run.")
     if is_local(url):
         return f"{url.rstrip('/')}/{name}"
     folder, mark, query = _split_query(url)

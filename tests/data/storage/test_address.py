@@ -33,6 +33,8 @@ def test_web_addresses_are_escaped_once_and_keep_their_query(url, target):
 
 def test_a_file_in_a_folder():
     assert join_url("/data/set/", "a.tar") == "/data/set/a.tar" and join_url("/", "a") == "/a"
+    with pytest.raises(ValueError, match="address is empty text"):
+        join_url("", "a.tar")
     assert join_url("s3://b", "a#1") == join_url("s3://b/", "a#1") == "s3://b/a#1"
     assert join_url("s3://b/x//", "a") == "s3://b/x//a"
     assert join_url("s3://b/x?y", "a") == "s3://b/x?y/a"
