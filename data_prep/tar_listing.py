@@ -206,7 +206,8 @@ def _add_samples(
     tally, choices = balance.Balance(), Choices()
     samples = [*group_samples(members, pick, balance=tally, choices=choices)]
     if not pick.image and not any(sample.cls or sample.json for sample in samples):
-        images.choices.apart.update(choices.apart)
+        if choices.labels or choices.apart:  # no label was taken because it is not certain which
+            images.choices.add(choices)
         return False
 
     def read_member(member: tar.Member) -> bytes:

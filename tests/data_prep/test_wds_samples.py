@@ -77,7 +77,7 @@ def test_a_dotted_key_that_another_sample_swallows_is_told():
     }
 
 
-def test_several_images_or_labels_of_a_sample_are_asked_about():
+def test_several_images_or_labels_of_a_sample_are_asked_about(tmp_path):
     pairs = ["a.left.png", "a.right.png", "a.cls", "b.left.png", "b.right.png", "b.cls"]
     with pytest.raises(
         ValueError, match=r"2 samples of S hold several images: left.png, right.png"
@@ -97,6 +97,10 @@ def test_several_images_or_labels_of_a_sample_are_asked_about():
         ValueError, match=r"1 samples of S hold several labels: coarse.cls, fine.cls"
     ):
         group(*labels)[2].check("S")
+    for names in (labels, [*labels, *pairs[:2], "b.coarse.cls", "b.fine.cls"]):
+        forms.write_tar(tmp_path / "t.tar", dict.fromkeys(names, b"1"))
+        with pytest.raises(ValueError, match=r"samples of .*t.tar hold several labels: coarse.cls"):
+            list_images(str(tmp_path / "t.tar"))
     (sample,), _, _ = group(*labels, pick=MemberPick("", "fine"))
     assert sample.cls.name == "a.fine.cls"
     twice = ["a.jpg", "a.png", "b.jpg", "b.png"]
