@@ -6,13 +6,12 @@ RUNS/sharded-images/NAME-1a2b3c4d     shards of a folder NAME; the digits are of
 from pathlib import Path
 
 from data_prep import engines
-from data_prep.class_levels import check_splits
 from data_prep.listing import Listing
 from data_prep.look import describe_source
 from data_prep.shard import make_shards
 from data_prep.shard_options import ShardOptions
-from data_prep.source_options import SourceOptions
 from data_prep.sources import list_images
+from data_prep.wds_samples import NO_LABEL
 from mocov3_ds.data import manifest, storage
 from mocov3_ds.data.own_space import folder_of_images
 
@@ -60,10 +59,8 @@ def _list_openly(source: str) -> Listing:
     except ValueError as error:
         refusal = str(error)
     try:
-        plain = SourceOptions(class_level="none")
-        listing = list_images(source, unlabelled="keep", options=plain)
-        # training and validation images are never joined unasked
-        check_splits({tuple(name.split("/")[:-1]) for name in listing.names}, source)
+        # training and validation images are not joined here either
+        listing = list_images(source, label=NO_LABEL)
     except ValueError:
         raise ValueError(
             f"{refusal.rstrip('.')}. (These are flags of python -m data_prep shard, whose shards "

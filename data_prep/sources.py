@@ -206,7 +206,10 @@ class _TarReader(NamedTuple):
 def _own_folder(file: Path, number: int, folder: Path | None) -> Path:
     """Make a folder for an archive's copy: names may differ in their endings alone."""
     if folder is None:
-        raise ValueError(f"{quote_name(str(file))} needs a scratch folder to be read.")
+        raise ValueError(
+            f"{quote_name(str(file))} needs a scratch folder to be read, as python -m data_prep "
+            "shard makes one."
+        )
     return Path(tempfile.mkdtemp(prefix=f"{number:06d}-", dir=folder))
 
 

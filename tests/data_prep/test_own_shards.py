@@ -9,6 +9,7 @@ from data_prep import own_shards
 from data_prep.own_shards import ensure_shards
 from mocov3_ds.data import manifest as manifests
 from tests.data.sets import picture
+from tests.data_prep.forms import write_tar
 
 
 def put_images(folder, names):
@@ -63,6 +64,11 @@ def test_two_readings_are_refused_with_a_way_out(tmp_path):
     source = put_images(tmp_path / "photos", ["train/x/a.jpg", "val/x/b.jpg"])
     with pytest.raises(ValueError, match=r"splits.*These are flags of .*--data\.shards takes"):
         ensure_shards(source, tmp_path / "own")
+    for name in ("a", "b"):
+        members = {f"set/{split}/x/{name}.jpg": picture(0) for split in ("train", "val")}
+        write_tar(tmp_path / "tars" / f"{name}.tar", members)
+    with pytest.raises(ValueError, match=r"splits \(train, val\).*These are flags of"):
+        ensure_shards(str(tmp_path / "tars"), tmp_path / "own")
     with pytest.raises(ValueError, match="no "):
         ensure_shards(str(tmp_path / "absent"), tmp_path / "own")
     assert not (tmp_path / "own").exists()
