@@ -131,6 +131,8 @@ class Cache:
         try:
             self._make_room(len(data))
             path.parent.mkdir(exist_ok=True)
+            if path.parent.is_symlink():
+                raise OSError(f"{path.parent} is a link, and what lies behind it is not ours")
             # a sync would cost more than it saves: damage shows in the crc32 of a sample
             with replace_when_whole(path, durable=False) as temporary:
                 temporary.write_bytes(data)

@@ -114,3 +114,12 @@ def test_a_link_in_the_place_of_a_block_is_not_read(s3, tmp_path):
     with cache.open_read(f"{s3}/one", 0, "cd" * 32, 5) as file:
         assert file.read() == b"right"
     assert (tmp_path / "secret").read_bytes() == b"wrong" and not path.is_symlink()
+
+
+def test_nothing_is_written_behind_a_link(tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "theirs").mkdir()
+    cache = Cache(tmp_path / "cache", 64_000, block=1000)
+    (tmp_path / "cache" / FOLDER_NAME / "ef").symlink_to(tmp_path / "theirs")
+    assert cache.read_block(str(tmp_path / "file"), "ef" * 32, 0, 5, None) == b"12345"
+    assert not [*(tmp_path / "theirs").iterdir()] and "ef is a link" in caplog.text
