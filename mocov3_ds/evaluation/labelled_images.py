@@ -274,7 +274,10 @@ class _LabelledImages(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         sample_id = int(self.order_N[position])
-        image_bytes = read_sample(self.manifest, sample_id)
+        try:
+            image_bytes = read_sample(self.manifest, sample_id)
+        except FileNotFoundError as error:
+            raise UnreadableSample(f"sample {sample_id}: {error}") from None
         try:
             if isinstance(image_bytes, Unreadable):
                 raise UnreadableImage(image_bytes.reason)

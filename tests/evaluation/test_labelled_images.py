@@ -110,6 +110,12 @@ def test_an_unreadable_sample_is_named(tmp_path: Path) -> None:
         assert str(caught.value).startswith("sample img4.jpg in t-000.tar of ")
         assert "crc32" in str(caught.value)
         assert "\n" not in str(caught.value)
+    storage.remove_file(url)
+    elsewhere = dataclasses.replace(manifest, shards_at=str(tmp_path / "gone"))
+    for workers in (0, 1):
+        for gone, words in ((manifest, "No such file"), (elsewhere, "a shard is gone")):
+            with pytest.raises(UnreadableSample, match=rf"^sample 4: .*{words}.*\.tar[^\n]*$"):
+                list(read_batches(gone, CentreCrop(16), np.arange(61), [[4]], workers=workers))
 
 
 def test_splits_that_do_not_fit_are_refused(tmp_path: Path) -> None:
