@@ -42,10 +42,10 @@ def find_tars(url: str, files: str) -> tuple[str, list[str]]:
     parts = [storage.split_file_url(storage.take_login(name)) for name in expand_names(url)]
     folders = {folder for folder, _ in parts}
     if len(folders) > 1:
-        shown = join_names([storage.hide_secrets(folder) for folder in folders], 3)
+        listed = join_names([storage.hide_secrets(folder) for folder in folders], 3)
         raise ValueError(
             f"{quote_name(storage.hide_secrets(url))} names tars of {len(folders)} folders "
-            f"({shown}); a manifest describes the tars of one, so give one folder at a time."
+            f"({listed}); a manifest describes the tars of one, so give one folder at a time."
         )
     return folders.pop() or ".", [name for _, name in parts]
 
@@ -140,14 +140,14 @@ def _refuse_missing(url: str, missing: Sequence[str], count: int) -> None:
 
 def _check_names(url: str, patterns: Sequence[str]) -> list[str]:
     """The names of tars on a server that cannot list them."""
-    shown = storage.hide_secrets(url)
+    folder = storage.hide_secrets(url)
     if not patterns or any(_is_pattern(name) for name in patterns):
         raise ValueError(
-            f"{shown} is on a web server, which cannot list its files and is only read from: name "
+            f"{folder} is on a web server, which cannot list its files and is only read from: name "
             "the tars, as in --files 'train-{000..127}.tar', and a folder for their manifest with "
             "--manifest FOLDER."
         )
     for name in patterns:
         if not name.endswith(".tar") or any(sign in name for sign in "/\\\0"):
-            raise ValueError(f"{quote_name(name)}: no name of a tar in the folder {shown}.")
+            raise ValueError(f"{quote_name(name)}: no name of a tar in the folder {folder}.")
     return sorted({*patterns})

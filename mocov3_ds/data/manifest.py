@@ -166,9 +166,9 @@ class Manifest:
     @property
     def index_command(self) -> str:
         """Command that describes the shards anew."""
-        words = [storage.hide_secrets(self.shards_url)]
-        words += ["--manifest", storage.hide_secrets(self.url)] if self.shards_at else []
-        return f"python -m data_prep index --replace {shlex.join(words)}"
+        folders = [storage.hide_secrets(self.shards_url)]
+        folders += ["--manifest", storage.hide_secrets(self.url)] if self.shards_at else []
+        return f"python -m data_prep index --replace {shlex.join(folders)}"
 
     @contextlib.contextmanager
     def name_places(self) -> Iterator[None]:

@@ -41,14 +41,14 @@ def parse_place(value: Any) -> str:
     Raises:
         ValueError: It is neither an absolute path nor the URL of a store, or holds a login.
     """
-    shown = storage.hide_secrets(str(value)[:200])
+    entry = storage.hide_secrets(str(value)[:200])
     if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError(f"its shards_at is {shown!r}, which is no path and no URL")
+        raise ValueError(f"its shards_at is {entry!r}, which is no path and no URL")
     if storage.is_local(value):
         if not value.removeprefix("file://").startswith("/"):
-            raise ValueError(f"its shards_at {shown!r} is neither an absolute path nor a URL")
+            raise ValueError(f"its shards_at {entry!r} is neither an absolute path nor a URL")
         return value
     storage.parse_address(value)
     if storage.is_web(value) and "@" in urlsplit(value).netloc:
-        raise ValueError(f"its shards_at {shown!r} holds a login, which belongs into ~/.netrc")
+        raise ValueError(f"its shards_at {entry!r} holds a login, which belongs into ~/.netrc")
     return value
