@@ -74,7 +74,7 @@ def index_tars(
     samples = [sample for of_tar in readable.values() for sample in of_tar]
     index_N = np.array([_index_row(sample) for sample in samples], dtype=manifest.ROW)
     index_N["label"], class_names, notes = _number_samples(
-        readable, url, classes or ClassNames(), unlabelled
+        readable, url, classes or ClassNames(), unlabelled, pick
     )
     rejects = _list_rejects(scans)
     notes = (*notes, *_notes(samples, choices), *target.notes)
@@ -109,6 +109,7 @@ def _number_samples(
     url: str,
     classes: ClassNames,
     unlabelled: Unlabelled,
+    pick: MemberPick,
 ) -> NumberedLabels:
     """Class numbers of all samples; those whose label files cannot be read have none."""
     samples = [sample for of_tar in readable.values() for sample in of_tar]
@@ -122,6 +123,7 @@ def _number_samples(
             f"no label of {url} can be read: {bad.label_reason.rstrip('.')} (--label - takes "
             "the images without labels)."
         )
+    pick.check_label([sample.label for sample in samples], url)
     numbered = number_labels(
         [samples[row].label for row in good],
         classes,

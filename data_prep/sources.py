@@ -140,12 +140,17 @@ def _list_files(
         reader = _TarReader(images, scratch_folder, pick, len(files) > 1, is_look)
         files = [reader.list_archive(file, number) for number, file in enumerate(files)]
     else:
+        if pick.image:
+            raise ValueError(
+                f"--image {quote_name(pick.image)} names a member of samples or a column of a "
+                f"table; {quote_name(source)} is a folder of images."
+            )
         root = str(_find_folder(source_files.folder, under, source))
         list_tree(images, Path(root))
         images = _select_files(images, source_files)
     if files and under:
         images = images.select_folder(under)
-    _check_images(images, source, under)
+    _check_images(images, source, under, pick)
     if pick.label == NO_LABEL:
         images.label = [None] * len(images.names)
     stems = [scratch.archive_stem(file) for file in source_files.archives]
@@ -246,10 +251,12 @@ def _select_files(images: UnsortedImages, source_files: SourceFiles) -> Unsorted
     )
 
 
-def _check_images(images: UnsortedImages, source: str, under: str) -> None:
-    """Refuse a source without images, and samples with several images or labels."""
+def _check_images(images: UnsortedImages, source: str, under: str, pick: MemberPick) -> None:
+    """Refuse a source without images or labels that are asked for, or with several of a sample."""
     images.choices.check(source)
     if images.names:
+        if not images.bad_rows:
+            pick.check_label(images.label, quote_name(source))
         return
     searched = f"{source} (below {under})" if under else source
     archives = [
@@ -257,7 +264,7 @@ def _check_images(images: UnsortedImages, source: str, under: str) -> None:
         for reason, omission in images.balance.left_out.items()
         if ".tar," in reason or ".parquet," in reason
     ]
-    advice = "."
+    advice = f"; no image is called {quote_name(pick.image)} (--image)." if pick.image else "."
     if archives:
         archive_folder = archives[0].rpartition("/")[0]
         advice = (

@@ -188,9 +188,9 @@ def _list_inner(
         folder=f"{name}/",
         offset=place.offset + outer.offset,
     )
-    images.folders.add(name)
     window = _Window(source, outer.offset, outer.size)
-    _list_members(images, window, outer.size, inner, pick)
+    if not _list_members(images, window, outer.size, inner, pick):
+        images.folders.add(name)
 
 
 def _add_samples(

@@ -5,7 +5,7 @@ webdataset's own rule (`base_plus_ext`, `group_by_keys`), against which this one
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -42,6 +42,24 @@ class MemberPick(NamedTuple):
         suffix = name.rpartition("/")[2].partition(".")[2].lower()
         ending = suffix.rpartition(".")[2]
         return ending in ("cls", "json") or _fits(suffix, self.label)
+
+    def check_label(self, found: Iterable[Label], source: str) -> None:
+        """Refuse a label that was asked for by name where no image has it.
+
+        Args:
+            found: Label of each image; None = none.
+            source: Name of the source, for messages.
+
+        Raises:
+            ValueError: No image has it.
+        """
+        if self.label in ("", NO_LABEL) or any(label is not None for label in found):
+            return
+        raise ValueError(
+            f"no image of {source} has a label called {quote_name(self.label)} (--label), which is "
+            "a member of its sample, an entry of its JSON, or a column of a table; --label - takes "
+            "the images without labels."
+        )
 
 
 NO_PICK = MemberPick()

@@ -260,6 +260,10 @@ def test_a_tar_of_webdataset_tars_keeps_its_labels(tmp_path):
 
     tar = forms.write_tar(tmp_path / "set.tar", {"s-0.tar": shard(0), "s-1.tar": shard(2)})
     listing = list_images(str(tar))
+    deeper = {"all.tar": forms.tar_bytes({"cat.tar": shard(0), "dog.tar": shard(2)})}
+    deeper_tar = str(forms.write_tar(tmp_path / "deeper.tar", deeper))
+    of_folders = SourceOptions(class_level="1")
+    assert list_images(deeper_tar, options=of_folders).classes == ("cat", "dog")
     rows, classes, _ = describe_listing(listing)
     assert [(name, label, data) for name, _, label, data in rows] == [
         (f"s-{number // 2}/{number}.jpg", number, forms.picture(number)) for number in range(4)

@@ -6,6 +6,7 @@ import pytest
 from webdataset.tariterators import group_by_keys
 
 from data_prep.balance import Balance
+from data_prep.index import index_tars
 from data_prep.sources import list_images
 from data_prep.tar import Member
 from data_prep.wds_samples import NO_PICK, Choices, MemberPick, TarSample, group_samples, read_label
@@ -130,6 +131,23 @@ def test_label_members_of_other_names_are_told_and_can_be_asked_for():
     samples, balance, _ = group(*names, pick=MemberPick("", "class"))
     assert [sample.cls.name for sample in samples] == ["a.class", "b.class"]
     assert not balance.left_out
+
+
+def test_what_is_asked_for_by_name_and_is_not_there_is_refused(tmp_path):
+    forms.write_tar(tmp_path / "s" / "t.tar", {"a.jpg": b"1", "a.cls": b"1"})
+    forms.write_tree(tmp_path / "tree", {"cat/1.jpg": b"1"})
+    for source in ("s", "tree"):
+        with pytest.raises(ValueError, match=r"no image of .* has a label called klass"):
+            list_images(str(tmp_path / source), label="klass")
+    MemberPick("", "klass").check_label([None, 0], "S")
+    with pytest.raises(ValueError, match=r"no image is called left \(--image\)"):
+        list_images(str(tmp_path / "s"), image="left")
+    with pytest.raises(ValueError, match=r"--image left names a member .*tree is a folder of im"):
+        list_images(str(tmp_path / "tree"), image="left")
+    (tmp_path / "s" / "t.tar").write_bytes(forms.tar_bytes({"a.jpg": forms.picture(1)}))
+    with pytest.raises(ValueError, match=r"no image of .* has a label called klass"):
+        index_tars(str(tmp_path / "s"), workers=1, pick=MemberPick("", "klass"), quiet=True)
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["t.tar"]
 
 
 def test_labels_are_read_or_refused_by_name():
