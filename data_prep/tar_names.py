@@ -32,7 +32,7 @@ def find_tars(url: str, files: str) -> tuple[str, list[str]]:
     patterns = expand_names(files) if files else []
     if storage.is_local(url) and storage.local_path(url).exists():
         path = storage.local_path(url)
-        if not path.is_file() or path.suffix != ".tar":
+        if not path.is_file() or not is_tar(path.name):
             return url, patterns
         _refuse_both(url, files)
         return str(path.parent), [path.name]
@@ -50,6 +50,11 @@ def find_tars(url: str, files: str) -> tuple[str, list[str]]:
     return folders.pop() or ".", [name for _, name in parts]
 
 
+def is_tar(name: str) -> bool:
+    """Whether a file is a plain tar by its name."""
+    return name.lower().endswith(".tar")
+
+
 def _refuse_both(url: str, files: str) -> None:
     if files:
         raise ValueError(
@@ -63,7 +68,7 @@ def _names_files(url: str) -> bool:
     if "::" in url:
         return True
     name = storage.split_file_url(url)[1]
-    if name.endswith(".tar") and not storage.is_local(url):
+    if is_tar(name) and not storage.is_local(url):
         return True
     if storage.is_web(url):  # ? and : are parts of every such address
         return any(mark in name for mark in "*{")
@@ -78,7 +83,7 @@ def list_tars(url: str, patterns: Sequence[str]) -> list[str]:
         patterns: Patterns of their names; () = all.
     """
     names = [entry.name for entry in storage.list_files(url)]
-    tars = [name for name in names if name.endswith(".tar") and not is_hidden(name)]
+    tars = [name for name in names if is_tar(name) and not is_hidden(name)]
     return select_names(tars, patterns)
 
 
@@ -148,6 +153,6 @@ def _check_names(url: str, patterns: Sequence[str]) -> list[str]:
             "--manifest FOLDER."
         )
     for name in patterns:
-        if not name.endswith(".tar") or any(sign in name for sign in "/\\\0"):
+        if not is_tar(name) or any(sign in name for sign in "/\\\0"):
             raise ValueError(f"{quote_name(name)}: no name of a tar in the folder {folder}.")
     return sorted({*patterns})

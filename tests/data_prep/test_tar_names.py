@@ -13,6 +13,7 @@ from mocov3_ds.data.storage import address
         ("s3://b/set", "", ("s3://b/set", [])),
         ("s3://b/t-{0..1}.tar", "", ("s3://b", ["t-0.tar", "t-1.tar"])),
         ("s3://b/set/t#1.tar", "", ("s3://b/set", ["t#1.tar"])),
+        ("s3://b/T.TAR", "", ("s3://b", ["T.TAR"])),
         ("none/t-*.tar", "", ("none", ["t-*.tar"])),
         ("a.tar::b.tar", "", (".", ["a.tar", "b.tar"])),
         ("http://host:80", "", ("http://host:80", [])),
@@ -25,6 +26,13 @@ from mocov3_ds.data.storage import address
 def test_folder_and_names_of_a_url(monkeypatch, url, files, found):
     monkeypatch.setenv(address.LOGINS, "")
     assert find_tars(url, files) == found
+
+
+def test_endings_of_any_case_are_tars(tmp_path):
+    for name in ("A.TAR", "b.tar", ".c.tar", "d.tar.gz"):
+        (tmp_path / name).write_bytes(b"")
+    assert name_tars(str(tmp_path), []) == ["A.TAR", "b.tar"]
+    assert find_tars(str(tmp_path / "A.TAR"), "") == (str(tmp_path), ["A.TAR"])
 
 
 def test_names_in_the_url_and_in_files_are_refused():
