@@ -147,7 +147,9 @@ class S3Store:
                 f"{url}: there is no bucket {self._bucket} at {self.client.meta.endpoint_url}; "
                 "create it, or correct the name or AWS_ENDPOINT_URL."
             )
-        message = " ".join(str(error.response.get("Error", {}).get("Message")).split())[:300]
+        message = " ".join(str(error.response.get("Error", {}).get("Message") or "").split())[:300]
+        # a proxy's page has neither
+        code, message = code or str(status), message or http.client.responses.get(status, "?")
         if status in (401, 403) and not self._is_signed:
             return StorageError(
                 f"{url}: the store refuses access without a signature ({code}: {message}); "

@@ -82,6 +82,8 @@ def stub_store(answer, **limits):
 
 
 def refusal(status, code, message="no"):
+    if not code:
+        return lambda _: Answer(status, b"<html>a proxy</html>")
     xml = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
     return lambda _: Answer(status, xml.encode())
 
@@ -91,6 +93,7 @@ def refusal(status, code, message="no"):
     [
         (400, "ExpiredToken", r"the store refuses \(400 ExpiredToken: no\)"),
         (403, "AccessDenied", r"refuses access \(AccessDenied: no\).*REQUESTER_PAYS=1\)"),
+        (403, "", r"refuses access \(403: Forbidden\)"),
         (404, "NoSuchBucket", "there is no bucket buck at http"),
         (501, "NotImplemented", r"the store refuses \(501 NotImplemented: no\)"),
         (301, "PermanentRedirect", "sends on and on to other addresses"),
