@@ -38,6 +38,7 @@ _REASONS = {  # what the plain ViT lacks, by a word of the tensor's name
     r"attn_pool": "attention pooling",
     r"fc_norm": "the mean of the patches as features",
     r"mlp\.(w\d+|fc1_\w+|gate\w*|weights_in)": "a gated MLP",
+    r"lora_|base_layer|ia3_l": "adapters of PEFT: merge them first, merge_and_unload()",
     r"norm": "a norm that it has not",
 }
 
@@ -142,6 +143,8 @@ def take_backbone(
             + _HINT_OF_BIASES * all(name.endswith("qkv.bias") for name in missing)
             + "."
         )
+    for name in sorted(used):
+        _check_numbers(prefix + name, backbone[name])
     unused = [name for name in tensors if not name.startswith(prefix)]
     unused += [prefix + name for name in network if name not in own_tensors]
     return Backbone(
@@ -149,6 +152,17 @@ def take_backbone(
         prefix,
         summarise_names(unused, prefix),
     )
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    """Refuse what is no weight: other types than floating point, no content, NaN and infinity."""
+    if not tensor.is_floating_point():
+        kind = f"{tensor.dtype}".removeprefix("torch.")
+        raise ValueError(f"{name} holds {kind}, of which the weights cannot be told.")
+    if tensor.is_meta:
+        raise ValueError(f"{name} has a shape alone, and no content (device meta).")
+    if count := int((~tensor.float().isfinite()).sum()):
+        raise ValueError(f"{count} of {tensor.numel()} numbers of {name} are not finite.")
 
 
 def _timm_name(name: str) -> str:
@@ -214,7 +228,9 @@ def infer_shape(tensors: Tensors, heads: int = 0) -> VitShape:
         tokens = tensors["pos_embed"].shape[1] - 1
         grid = round(tokens**0.5)
         if grid * grid != tokens:
-            raise ValueError(f"its {tokens} positions are no square grid with a class token.")
+            raise ValueError(
+                f"its {tokens + 1} positions are no square grid with one more for the class token."
+            )
         image = grid * patch
     return VitShape(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads)
 

@@ -39,9 +39,11 @@ from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.tensor_differences import differing_tensors
 from mocov3_ds.model.vit import Positions, VitShape, build_vit, sincos_positions
 from mocov3_ds.recipes import read_json
+from mocov3_ds.settings.paths import expand_user
 
 _log = logging.getLogger("mocov3_ds")
 
+_LARGEST_IMAGE = 16384  # pixels, as in training
 _LOW_PRECISION = 2e-2  # positions between -1 and 1, perhaps stored in fp16 or bf16
 
 
@@ -165,7 +167,7 @@ def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0
     Raises:
         ValueError: no such file, nothing usable in it, or weights that are missing.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if heads < 0:
         raise ValueError(f"--heads {heads} is no number of attention heads.")
     if not path.exists():
@@ -256,8 +258,11 @@ def build_encoder(
     Raises:
         ValueError: shapes that do not fit together, or an impossible image size.
     """
-    if image_size < 0:
-        raise ValueError(f"image size {image_size} is no side of an image; 0 = as trained.")
+    if not 0 <= image_size <= _LARGEST_IMAGE:
+        raise ValueError(
+            f"image size {image_size} is no side of an image (at most {_LARGEST_IMAGE}); "
+            "0 = as trained."
+        )
     shape = replace(weights.shape, image_size=image_size or weights.shape.image_size)
     try:
         with torch.device("meta"):  # saves the time of an initialisation that is thrown away

@@ -127,7 +127,7 @@ def _read_transformers(tree: Mapping[str, Any]) -> OwnerSettings:
     sizes = {field: tree[name] for name, field in _SIZES.items() if name in tree}
     heads = tree.get("num_attention_heads", 0)
     for name, value in {**sizes, "num_attention_heads": heads}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or value < (name in tree):
             raise ValueError(f"config.json says {name} {value!r}, which is no number of them.")
     return OwnerSettings(
         source="config.json", heads=heads, norm_eps=float(eps), qkv_bias=bias, sizes=sizes

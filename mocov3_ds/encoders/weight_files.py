@@ -7,6 +7,7 @@ FOLDER/latest, *_model_states.pt           what DeepSpeed's save_checkpoint wrot
 FOLDER/zero/NAME/fp32.pt                   what DeepSpeed's ds_to_universal made of that
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ from mocov3_ds.recipes import read_json
 
 _SINGLE_FILES = ("model.safetensors", "model.pth", "model.pth.tar", "pytorch_model.bin")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.", re.ASCII
+)
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
@@ -50,7 +54,13 @@ def find_weights(path: Path) -> FoundWeights:
     weights = _find_in_folder(path) if path.is_dir() else _read_file(path)
     if not weights.tensors:
         raise ValueError(f"it holds no tensors, but {describe_tree(weights.tree)}.")
-    return weights
+    return weights._replace(tensors=_unwrap_names(weights.tensors))
+
+
+def _unwrap_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names without what compiled, checkpointed or FSDP's modules add, if they stay unique."""
+    unwrapped = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    return unwrapped if len(unwrapped) == len(tensors) else tensors
 
 
 def check_readable(path: Path) -> None:
@@ -75,7 +85,10 @@ def _find_in_folder(folder: Path) -> FoundWeights:
         return FoundWeights(merge_weights(folder, stand_ins), "DeepSpeed checkpoint")
     for name in _SINGLE_FILES:
         if (folder / name).is_file():
-            return _read_file(folder / name)
+            found = _read_file(folder / name)
+            others = sorted(p.name for p in folder.glob(f"{name.partition('.')[0]}_[0-9]*"))
+            beside = f" {name}, not {', '.join(others[:4])} beside it" if others else ""
+            return found._replace(kind=found.kind + beside)
     for name in _INDEX_FILES:
         if (folder / name).is_file():
             return FoundWeights(_read_shards(folder / name), "folder in shards", folder=folder)
@@ -92,6 +105,11 @@ def _describe_folder(folder: Path) -> str:
         return (
             "a distributed checkpoint of torch (*.distcp); python -m torch.distributed.checkpoint."
             f"format_utils dcp_to_torch {str(folder)!r} weights.pth writes a file that can be read"
+        )
+    if "adapter_config.json" in names:
+        return (
+            "adapters of PEFT without the weights that they adapt; merge_and_unload() and "
+            "save_pretrained() make a folder that can be read"
         )
     listing = ", ".join(repr(name[:60]) for name in names[:8]) + " ..." * (len(names) > 8)
     if files := [name for name in names if name.endswith(_WEIGHT_SUFFIXES)]:

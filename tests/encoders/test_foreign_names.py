@@ -35,7 +35,7 @@ def test_sizes_are_seen_from_the_weights() -> None:
     assert infer_shape(tensors, SHAPE.heads) == SHAPE
     with pytest.raises(ValueError, match="width 32 do not tell the number of attention heads"):
         infer_shape(tensors)
-    with pytest.raises(ValueError, match="its 15 positions are no square grid"):
+    with pytest.raises(ValueError, match="its 16 positions are no square grid"):
         infer_shape(tensors | {"pos_embed": torch.zeros(1, 16, 32)}, SHAPE.heads)
 
 

@@ -269,7 +269,16 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     refuses(whole, "no momentum encoder; class tokens stand below ''", which="momentum")
     refuses(whole, "image size 18 is not a multiple", heads=4, image_size=18)
     refuses(whole, "image size -4 is no side of an image", heads=4, image_size=-4)
+    refuses(whole, "at most 16384", heads=4, image_size=10**9)
     refuses(whole, "--heads -2 is no number", heads=-2)
+    for change, sentence in (
+        (lambda t: t.to(torch.int8), "norm.weight holds int8"),
+        (lambda t: t.to("meta"), "no content"),
+        (lambda t: t / torch.arange(DIM), "1 of 32 numbers of norm.weight are not finite"),
+    ):
+        state = BASE.state_dict()
+        torch.save({**state, "norm.weight": change(state["norm.weight"])}, tmp_path / "odd.pth")
+        refuses(tmp_path / "odd.pth", sentence, heads=HEADS)
     cut = tmp_path / "cut.pth"
     cut.write_bytes(whole.read_bytes()[:5000])
     refuses(cut, "no torch file, or a truncated one")
@@ -337,6 +346,7 @@ HOMELESS = {
     "fc_norm.weight": "mean of the patches",
     "attn_pool.latent": "attention pooling",
     "anything.else": "",
+    "blocks.0.attn.qkv.lora_A.default.weight": "merge them first",
 }
 
 

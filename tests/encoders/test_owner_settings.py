@@ -102,6 +102,7 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
         ({"layer_norm_eps": "1e-6"}, "layer_norm_eps '1e-6'"),
         ({"qkv_bias": "no"}, "qkv_bias 'no'"),
         ({"num_hidden_layers": 12}, "says depth 12, the weights 2"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0, which is no number"),
         ({"num_attention_heads": "four"}, "num_attention_heads 'four'"),
     ):
         save()

@@ -126,3 +126,29 @@ def test_a_colleagues_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     refuses(step, r"step-00000007 cannot be read: .*Permission denied.*base-0\.safetensors")
     forbidden = run / "checkpoints"
     refuses(run, r"the checkpoints of .*run cannot be read: .*Permission denied")
+
+
+def test_names_that_wrappers_add_within_a_network(tmp_path: Path) -> None:
+    wrapped = {
+        n.replace("blocks.0.", "blocks.0._orig_mod._checkpoint_wrapped_module."): t
+        for n, t in BASE.state_dict().items()
+    }
+    torch.save({"model": prefixed("_fsdp_wrapped_module.", BASE)}, tmp_path / "fsdp.pth")
+    torch.save(wrapped, tmp_path / "blocks.pth")
+    same(tmp_path / "fsdp.pth", BASE)
+    same(tmp_path / "blocks.pth", BASE)
+    both = dict(BASE.state_dict()) | prefixed("_orig_mod.", MOMENTUM)
+    torch.save(both, tmp_path / "both.pth")
+    refuses(tmp_path / "both.pth", "2 base encoders")
+
+
+def test_two_models_of_a_folder_and_adapters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, module in (("model", BASE), ("model_1", MOMENTUM)):
+        save_file(dict(module.state_dict()), tmp_path / f"{name}.safetensors")
+    same(tmp_path, BASE)
+    assert "model.safetensors, not model_1.safetensors beside it" in caplog.text
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    refuses(tmp_path / "adapter", r"merge_and_unload\(\)")
