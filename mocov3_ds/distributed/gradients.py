@@ -55,11 +55,16 @@ class GradientWatch:
         self._micro_batches: dict[str, int] = {}  # name -> a bit for each one with a gradient
         self._step_number = -1
         self._forget = _choose_forgetting(engine.optimizer)
-        self._hooks = [
-            parameter.register_hook(self._noting(parameter))  # type: ignore[no-untyped-call]
-            for parameter in names
-        ]
+        self._hooks = [self._hook(parameter) for parameter in names]
         _watches[engine.module] = self
+
+    def _hook(self, parameter: Tensor) -> Any:
+        """The hook of a tensor; one that is frozen now may be trained again later."""
+        is_trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # torch hooks no others
+        hook = parameter.register_hook(self._noting(parameter))  # type: ignore[no-untyped-call]
+        parameter.requires_grad_(is_trained)
+        return hook
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -18,9 +18,10 @@ def select_trained(named_parameters: NamedParameters) -> dict[str, Tensor]:
     """The tensors to train, by name; frozen and empty ones are left out.
 
     Raises:
-        ValueError: Tensors without names, a name given twice, complex tensors, nothing to train.
+        ValueError: Tensors without names, a name or a tensor twice, complex tensors, or none.
     """
     trained: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
     for entry in named_parameters:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
             raise ValueError(
@@ -30,6 +31,11 @@ def select_trained(named_parameters: NamedParameters) -> dict[str, Tensor]:
         name, parameter = entry
         if name in trained:
             raise ValueError(f"two tensors are called {name!r}; names must be unique.")
+        if twin := names.get(id(parameter)):
+            raise ValueError(
+                f"{twin!r} and {name!r} are one tensor, which would move twice; name it once."
+            )
+        names[id(parameter)] = name
         if parameter.is_complex():
             raise ValueError(f"{name!r} is complex; train its real view (torch.view_as_real).")
         if parameter.requires_grad and math.prod(full_shape(parameter)) > 0:

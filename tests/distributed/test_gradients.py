@@ -67,6 +67,20 @@ def test_what_took_part_in_a_step(sharded: bool) -> None:
     assert len(watch.absent()) == 3
 
 
+def test_a_tensor_that_is_frozen_at_first_is_watched_once_it_trains() -> None:
+    model, engine, watch = start(OneFlat(), sharded=False)
+    watch.close()
+    model["b"].weight.requires_grad_(False)
+    again = GradientWatch(engine, {p: n for n, p in model.named_parameters()}, [])
+    use(model, "ab")
+    assert again.absent() == {"b.weight", "c.weight"}
+    assert not model["b"].weight.requires_grad
+    model["b"].weight.requires_grad_(True)
+    again.forget_step()
+    use(model, "ab")
+    assert again.absent() == {"c.weight"}
+
+
 def test_a_flat_that_lives_on_is_cleared_where_nothing_came() -> None:
     model, _, watch = start(OneFlat(), sharded=True)
     flat = watch._flats[0].tensor

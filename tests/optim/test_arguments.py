@@ -66,3 +66,9 @@ def test_numbers_of_numpy_and_tensors() -> None:
     assert check_number("lr", np.float32(0.5), 0) == 0.5
     with pytest.raises(ValueError, match=r"lr is a tensor; .* lr\.item\(\), .* set_lr"):
         Lamb([("w", torch.nn.Parameter(torch.ones(2)))], lr=torch.tensor(0.1))  # type: ignore[arg-type]
+
+
+def test_a_tensor_is_named_once() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="'a' and 'b' are one tensor, which would move twice"):
+        Lamb([("a", weight), ("b", weight)])
