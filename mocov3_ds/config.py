@@ -24,6 +24,7 @@ from mocov3_ds.settings.bounds import (
     NonNegative,
     Positive,
     PositiveCount,
+    Seed,
     Share,
     check_bounds,
 )
@@ -253,7 +254,7 @@ class Config:
     profile: Annotated[int, Bounds(0, 1000)] = 0
     """steps to profile, after two others; RUN/profile gets a table of where the time goes and a
     trace of each rank; 0 = none"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the initialisation, the order of samples and the views"""
     deterministic: bool = False
     """refuse operations without a reproducible implementation (GPU; the CPU always reproduces)"""

@@ -225,7 +225,7 @@ class _TwiceError(Exception):
     """A key that an object has twice, of which JSON readers take either."""
 
 
-def _unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(path: str | Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         twice = next(key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1)
@@ -256,7 +256,10 @@ def with_overrides(engine: Mapping[str, Any], overrides: Sequence[str]) -> dict[
             if not isinstance(node, dict):
                 raise ValueError(f"--ds {override!r}: {key!r} holds {node!r}, not an object.")
         try:
-            node[leaf] = json.loads(text)
+            hook = partial(_unique_keys, f"--ds {dotted}")
+            node[leaf] = json.loads(text, object_pairs_hook=hook)
+        except _TwiceError as error:
+            raise ValueError(f"{error}") from None
         except (ValueError, RecursionError):
             node[leaf] = text
     return result

@@ -45,7 +45,7 @@ def test_each_number_has_bounds_but_the_free_ones() -> None:
                 names.add(prefix + entry.name)
         return names
 
-    free = {"data.cache_gb", "views.crop_min", "views.crop_max", "knn.temperature", "seed"}
+    free = {"data.cache_gb", "views.crop_min", "views.crop_max", "knn.temperature"}
     assert without_bounds(Config()) == free | {"warmup_epochs"}  # up to `epochs`
 
 

@@ -56,6 +56,12 @@ def test_an_optimizer_block_in_the_file_wins(tmp_path: Path) -> None:
         (["--ds", "stage"], "not of the form key.sub=value"),
         (["--ds", "optimizer.type.x=1"], "'type' holds 'AdamW', not an object"),
         (["--ds", "zero_optimization.stagee=2"], "unknown key 'stagee' in zero_optimization"),
+        (
+            ["--ds", 'bf16={"enabled": true, "enabled": false}'],
+            "has the key 'enabled' twice",
+        ),
+        (["--seed", f"{2**70}"], "--seed 1180591620717411303424 cannot be"),
+        (["--save.mirror", "s3:/bucket/x"], "for a store write s3://"),
         (["--ds", "bf16.enabled=auto"], 'bf16.enabled is "auto" where it must be true or false'),
         (["--batch", "1"], "--batch 1 has nothing to contrast"),
     ],

@@ -299,7 +299,7 @@ def _read_object(prefix: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             continue
         elif name in READERS:
             typed[leaf] = READERS[name](name, value)
-        elif _inner_keys(name):
+        elif name and _inner_keys(name):
             if not isinstance(value, Mapping):
                 raise refuse_value(name, value, f"an object such as {_example_object(name)}")
             typed[leaf] = _read_object(f"{name}.", value)

@@ -67,7 +67,8 @@ def whole(low: int = 0, high: float = _LARGEST) -> Reader:
     def read(name: str, value: Any) -> int:
         number = _parse_number(value)
         if number is None or not low <= number <= high or number != int(number):
-            span = f"{low} to {high:.15g}" if high < _LARGEST else f"of {low} or more"
+            bounded = high < _LARGEST or (number is not None and number > high)
+            span = f"{low} to {high:.15g}" if bounded else f"of {low} or more"
             raise refuse_value(name, value, f"a whole number {span}")
         return int(number)
 
@@ -81,7 +82,8 @@ def number(low: float = 0.0, high: float = math.inf) -> Reader:
         parsed = _parse_number(value)
         if parsed is None or not low <= parsed <= high:
             span = f"{low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
-            raise refuse_value(name, value, f"a number {span}")
+            finite = "finite " * (isinstance(value, float) and not math.isfinite(value))
+            raise refuse_value(name, value, f"a {finite}number {span}")
         return float(parsed)
 
     return read

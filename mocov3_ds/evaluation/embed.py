@@ -29,6 +29,7 @@ from mocov3_ds.evaluation.feature_file import FeatureFile, check_format
 from mocov3_ds.evaluation.features import Batch, join_ranks, make_inputs
 from mocov3_ds.evaluation.flags import EmbedOptions, FeatureType
 from mocov3_ds.evaluation.image_folder import ImageFolder
+from mocov3_ds.settings.paths import expand_user
 
 
 def embed_images(run: Path, images: str, out: Path, options: EmbedOptions) -> str:
@@ -98,7 +99,7 @@ def _check_target(out: Path) -> None:
 
 def _open_source(images: str) -> Manifest | ImageFolder:
     """Shards where there is a manifest, else the images of a folder of this machine."""
-    folder = Path(images).expanduser()
+    folder = expand_user(images)
     if "://" in images or (folder / manifests.NAME).is_file() or folder.name == manifests.NAME:
         return manifests.load(images)
     if not folder.is_dir():

@@ -8,7 +8,15 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from mocov3_ds.encoders.choices import EncoderRole, Format
-from mocov3_ds.settings.bounds import Bounds, Coefficient, Count, Positive, PositiveCount, Share
+from mocov3_ds.settings.bounds import (
+    Bounds,
+    Coefficient,
+    Count,
+    Positive,
+    PositiveCount,
+    Seed,
+    Share,
+)
 from mocov3_ds.settings.paths import expand_home
 
 FeatureType = Literal["fp32", "fp16"]
@@ -77,7 +85,7 @@ class SupervisedConfig:
     """side of a crop, pixels; 0 = as pretrained"""
     heads: Count = 0
     """attention heads where the weights cannot tell; 0 = the paper's for their width"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the initialisation, of the order and of all random draws"""
     workers: Count = 4
     """reading processes of each rank; 0 = the rank reads by itself"""

@@ -25,8 +25,11 @@ class Bounds:
         Raises:
             ValueError: the number is outside of the bounds, or not a number.
         """
+        if isinstance(value, int) and abs(value) > 2**63 and self.high == math.inf:
+            raise ValueError(f"--{flag} {value} cannot be; it is beyond all numbers of 64 bits.")
         if self.exclusive and not self.low < value < self.high:
-            raise ValueError(f"--{flag} {value} cannot be; it must be above {self.low}.")
+            finite = "a finite number " * (not math.isfinite(value))
+            raise ValueError(f"--{flag} {value} cannot be; it must be {finite}above {self.low}.")
         if not self.low <= value <= self.high:
             span = f"{self.low} to {self.high:g}" if self.high < math.inf else f"{self.low} or more"
             raise ValueError(f"--{flag} {value} cannot be; it must be {span}.")
@@ -35,6 +38,7 @@ class Bounds:
 Count = Annotated[int, Bounds(0)]
 PositiveCount = Annotated[int, Bounds(1)]
 Share = Annotated[float, Bounds(0, 1)]
+Seed = Annotated[int, Bounds(-(2**63), 2**63 - 1)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, exclusive=True)]
 Coefficient = Annotated[float, Bounds(0, 1e9)]

@@ -39,12 +39,21 @@ def check_text(arguments: Iterable[str]) -> None:
             raise ValueError(f"{argument!a} of the command line has a NUL character; remove it.")
 
 
+def expand_user(path: str | Path) -> Path:
+    """The path with `~` and `~NAME` at its beginning replaced, as a shell does.
+
+    Args:
+        path: a path; that of a user who does not exist, or has no home, stays as it is.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def _expand_word(argument: str) -> str:
     match = _BEGINS_AT_HOME.fullmatch(argument)
     if match is None:
         return argument
     flag, path = match.groups()
-    try:
-        return f"{flag or ''}{Path(path).expanduser()}"
-    except RuntimeError:  # no such user, or a user without a home
-        return argument
+    return f"{flag or ''}{expand_user(path)}"

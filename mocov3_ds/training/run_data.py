@@ -6,7 +6,6 @@ Shape suffixes: V = the two views, B = rank batch, C H W = image.
 import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from mocov3_ds.data.views.photometric import make_views, normalise_crops
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
 from mocov3_ds.monitoring.knn_monitor import KnnMonitor
+from mocov3_ds.settings.paths import expand_user
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -40,7 +40,7 @@ def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
             that training has not.
     """
     train_url, probe_url = _find_shards(config)
-    cache = Path(config.data.cache).expanduser() if config.data.cache else None
+    cache = expand_user(config.data.cache) if config.data.cache else None
     train = load_on_ranks(train_url, cache)
     probes = load_on_ranks(probe_url, cache) if probe_url else None
     if probes is not None and config.knn.probes:
@@ -160,7 +160,7 @@ def _open_cache(config: Config) -> Cache | None:
     """The local disk's part in reading from object storage."""
     if not config.data.cache:
         return None
-    return Cache(Path(config.data.cache).expanduser(), int(config.data.cache_gb * 1e9))
+    return Cache(expand_user(config.data.cache), int(config.data.cache_gb * 1e9))
 
 
 def network_views(

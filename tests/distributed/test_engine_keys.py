@@ -91,6 +91,16 @@ def test_no_key_takes_what_is_not_of_its_kind(name: str) -> None:
         ({"stage": 2}, "unknown key 'stage' (did you mean zero_optimization.stage?)"),
         ({"gradient_clipping": None}, "gradient_clipping is null where it must be a number of 0"),
         ({"gradient_clipping": True}, "gradient_clipping is true; it must be a number"),
+        (
+            {"gradient_clipping": float("inf")},
+            "is Infinity; it must be a finite number of 0 or more",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": 10**30}},
+            "a whole number 1 to 4.6116860",
+        ),
+        ({"": 1}, "has an unknown key ''"),
+        ({"": {"stage": 1}}, "has an unknown key ''"),
         ({"zero_optimization": {"stage": True}}, "stage is true; it must be a whole number 0 to 3"),
         ({"log_level": "inof"}, 'log_level is "inof"; it must be one of debug, info'),
         ({"optimizer": {"params": {"lr": "auto"}}}, 'optimizer.params.lr is "auto"'),

@@ -14,7 +14,8 @@ from mocov3_ds.settings.bounds import Bounds, Coefficient, PositiveCount, check_
         (Bounds(0, 1), 1, 1.5, "must be 0 to 1"),
         (Bounds(0, 255), 0, -1, "must be 0 to 255"),
         (Bounds(0, exclusive=True), 0.1, 0, "must be above 0"),
-        (Bounds(0, exclusive=True), 0.1, float("inf"), "must be above 0"),
+        (Bounds(0, exclusive=True), 0.1, float("inf"), "must be a finite number above 0"),
+        (Bounds(1), 2**62, 10**400, "is beyond all numbers of 64 bits"),
         (Bounds(0), float("inf"), float("nan"), "must be 0 or more"),
     ],
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mocov3_ds.settings.paths import check_text, expand_home
+from mocov3_ds.settings.paths import check_text, expand_home, expand_user
 
 
 def test_home_is_expanded_where_a_path_begins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +19,8 @@ def test_other_words_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
     words = ["a~b", "--x", "s3://bucket/~x", "", "=~/x", "~nobody_of_this_name/x", "--ds", "a.b=1"]
     assert expand_home(words) == words
+    assert expand_user("~nobody_of_this_name/x") == Path("~nobody_of_this_name/x")
+    assert expand_user("~/x") == Path("/home/ann/x")
     assert expand_home(["~root/x"])[0] in (str(Path("~root/x").expanduser()), "~root/x")
 
 

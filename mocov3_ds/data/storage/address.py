@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
+from mocov3_ds.settings.paths import expand_user
+
 _WEB = ("http://", "https://")
 LOGINS = "MOCOV3_HTTPLOGINS"
 """Variable for this program's own processes: JSON, USER:PASSWORD by SCHEME://HOST."""
+_ONE_SLASH = re.compile(r"(s3|gs|az|https?):/(?!/)")
 _LOGIN = re.compile(r"://[^/?#\s]*@")
 _SECRET_PARAMETER = re.compile(
     r"([?&][^=&#\s]*(?:sig|token|secret|credential|passw|key|auth|policy)[^=&#\s]*=)[^&#\s'\")]*",
@@ -50,8 +53,17 @@ def is_web(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """Return the path that a local URL names, with `~` expanded."""
-    return Path(url.removeprefix("file://")).expanduser()
+    """Return the path that a local URL names, with `~` expanded.
+
+    Raises:
+        ValueError: It begins as the URL of a store does, but has one slash alone.
+    """
+    if match := _ONE_SLASH.match(url):
+        raise ValueError(
+            f"{hide_secrets(url)} would be a folder of this machine; for a store write "
+            f"{match[1]}://, for such a folder ./{match[1]}:/."
+        )
+    return expand_user(url.removeprefix("file://"))
 
 
 def join_url(url: str, name: str) -> str:
@@ -184,7 +196,7 @@ def find_login(bucket_url: str) -> tuple[str, str] | None:
     if login is not None:
         user, _, password = login.partition(":")
         return unquote(user), unquote(password)
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    path = expand_user(os.environ.get("NETRC") or "~/.netrc")
     try:
         found = netrc.netrc(path).authenticators(urlsplit(bucket_url).hostname or "")
     except OSError:
