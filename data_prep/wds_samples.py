@@ -182,10 +182,12 @@ class _Sorter(NamedTuple):
         images = [suffix for suffix in group if suffix.rpartition(".")[2] in SUFFIXES]
         chosen = self._choose_images(images)
         used: set[str] = set()
+        is_labelled = False
         for suffix in chosen:
             cls = self._choose_side(group, suffix, "cls", chosen)
             json = self._choose_side(group, suffix, "json", chosen)
             used |= {name for name in (suffix, cls, json) if name}
+            is_labelled = is_labelled or bool(cls)
             stem = suffix.rpartition(".")[0]
             is_plain = len(chosen) == 1 and (not stem or bool(self.pick.image))
             yield TarSample(
@@ -195,9 +197,10 @@ class _Sorter(NamedTuple):
                 group[json] if json else None,
             )
         self.balance.side_files += len(used) - len(chosen)
-        has_label = any(self._is_label(suffix) for suffix in group)
-        if has_label != bool(chosen):
-            (self.bare_labels if has_label else self.bare_images).add(key)
+        if not is_labelled:
+            has_label = any(self._is_label(suffix) for suffix in group)
+            if has_label != bool(chosen):
+                (self.bare_labels if has_label else self.bare_images).add(key)
         for suffix, member in group.items():
             if suffix not in used:
                 self._leave_out(suffix, member, images, bool(chosen))
