@@ -148,8 +148,11 @@ def test_bad_input_gets_one_sentence_and_leaves_everything_as_it_was(
         ([*good, "--batch", "eight"], "batch"),
         ([*good, "--data.shards", "nowhere"], "nowhere holds no manifest.json"),
         ([*good, "--data.shards", "empty"], "empty holds no manifest.json"),
-        ([*good, "--data.shards", "few"], "few holds 9 samples, fewer than one global batch of 16"),
-        (["--recipe", "vit_s16"], "recipe vit_s16 needs images: --data.shards FOLDER"),
+        (
+            [*SMALL, "--data.shards", "few"],
+            "few holds 9 samples, fewer than one global batch of 16",
+        ),
+        (["--recipe", "vit_s16"], "recipe vit_s16 needs images: --data.images FOLDER"),
         ([*good, "--ds", "optimizer.type=SGDM"], "optimizer type 'SGDM' is unknown"),
         ([*good, "--ds", "optimizer.params.lamda=1"], "has no parameter 'lamda'"),
         ([*good, "--ds", "train_batch_size=32"], "train_batch_size = 32, but --batch 16"),

@@ -132,12 +132,13 @@ class GradientWatch:
         return self._micro_batches if known else {}
 
     def _noting(self, parameter: Tensor) -> Callable[[Tensor | None], None]:
-        name, this = self._names[parameter], ref(self)
+        # weakly, or tensor and hook would keep each other, and the engine's memory, alive
+        name, this_watch, this_parameter = self._names[parameter], ref(self), ref(parameter)
 
         def note(gradient: Tensor | None) -> None:
-            watch = this()
-            if gradient is not None and watch is not None:
-                watch._note(parameter, name)
+            watch, noted = this_watch(), this_parameter()
+            if gradient is not None and watch is not None and noted is not None:
+                watch._note(noted, name)
 
         return note
 

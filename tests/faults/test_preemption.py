@@ -20,6 +20,7 @@ from tests.ranks_pool import run_ranks
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_asks_once_and_the_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # nohup, if it started the tests, ignores one
     handler = signal.getsignal(number)
     preemption = Preemption()
     try:
@@ -31,7 +32,8 @@ def test_a_signal_asks_once_and_the_handlers_come_back(number: signal.Signals) -
         assert preemption.find_stop() == asked
     finally:
         preemption.close()
-    assert signal.getsignal(number) == handler
+        after = signal.signal(number, before)
+    assert after == handler
 
 
 def test_before_the_loop_a_signal_ends_the_run_at_once() -> None:
