@@ -17,6 +17,10 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+# first: it notes the launchers above this rank, before torch, which takes seconds, is imported
+import mocov3_ds.distributed.processes  # noqa: F401
+
+# isort: split
 from mocov3_ds.checkpoints import run_status
 from mocov3_ds.checkpoints.checkpoint import checkpoint_folder
 from mocov3_ds.config import Settings

@@ -36,12 +36,7 @@ from torch.distributed import DistError
 from mocov3_ds.distributed import heartbeat_rules, host_memory, ranks
 from mocov3_ds.distributed.heartbeat_links import connect_ranks, encode_message
 from mocov3_ds.distributed.heartbeat_rules import PEER_LOST_STATUS, SILENCE_S, Beat, Member, Stage
-from mocov3_ds.distributed.processes import (
-    find_launchers,
-    has_ended,
-    kill_process,
-    locate_thread,
-)
+from mocov3_ds.distributed.processes import STARTED_BY, has_ended, kill_process, locate_thread
 
 _TICK_S = 0.5  # between two beats
 _LONGEST_TICK_S = 4 * _TICK_S  # more between two looks at the clock means that it stood still
@@ -80,7 +75,7 @@ class Heart:
         self._clock = 0.0  # seconds, moved by the thread
         self.timer = heartbeat_rules.StageTimer(hang_timeout)
         self._main_thread = threading.main_thread().ident
-        self._launchers = find_launchers()
+        self._launchers = STARTED_BY
         self.lost_launcher = ""
         """what to say of a launcher that is gone, while this rank goes on to save"""
         self.saved: str | None = None

@@ -42,6 +42,11 @@ def find_launchers(process: psutil.Process | None = None) -> list[tuple[str, psu
     return launchers
 
 
+STARTED_BY = tuple(find_launchers())
+"""Launchers above this process when this module was imported, nearest first. A rank imports it
+before torch, which takes seconds: one that ends in these would otherwise never be missed."""
+
+
 def has_ended(process: psutil.Process) -> bool:
     """Tell whether a process is gone, or is dead and only waits for its parent to read its status.
 

@@ -207,7 +207,7 @@ def lose_launcher(step: int) -> None:
     while not has_ended(psutil.Process(launcher.pid)):  # dead, but its status is not yet read
         time.sleep(0.05)
     gone = [("deepspeed (pid 7)", psutil.Process(launcher.pid))]
-    with mock.patch.object(heartbeat, "find_launchers", lambda: gone):
+    with mock.patch.object(heartbeat, "STARTED_BY", gone):
         if step:
             with mock.patch.object(heartbeat.Heart, "_look_for_launchers"):
                 heartbeat.start()

@@ -62,10 +62,12 @@ def test_a_launcher_above_a_process_is_named(tmp_path: Path) -> None:
     launcher = tmp_path / "torchrun"
     launcher.write_text(
         "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
+        "rank = 'from mocov3_ds.distributed.processes import STARTED_BY; input(); '\n"
+        "rank += 'print([name for name, _ in STARTED_BY])'\n"
+        "child = subprocess.Popen([sys.executable, '-c', rank], stdin=subprocess.PIPE)\n"
         "print(child.pid, flush=True)\n"
         "input()\n"
-        "child.communicate()\n"
+        "child.communicate(b'\\n')\n"
     )
     with subprocess.Popen(
         [sys.executable, str(launcher)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -75,7 +77,8 @@ def test_a_launcher_above_a_process_is_named(tmp_path: Path) -> None:
         ((name, parent),) = find_launchers(psutil.Process(pid))
         assert name == f"torchrun (pid {process.pid})"
         assert parent.pid == process.pid
-        process.communicate("\n")
+        said, _ = process.communicate("\n")
+        assert said.splitlines() == [str([name])]
 
 
 def wait_for(event: threading.Event) -> None:
