@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_prep.images import SUFFIXES
 from data_prep.member_names import name_ending, quote_name
 
 HIDDEN = "hidden (or a system's own)"
@@ -20,10 +21,11 @@ LOOP = "folder that holds itself by a link"
 NOT_READ = "image format that is not read"
 NO_IMAGES = "archive without images"
 
-_UNREAD_FORMATS = {
+UNREAD_FORMATS = {
     *("jxl", "avif", "heic", "heif", "jp2", "jpx", "j2k", "tga", "ico", "svg", "exr", "psd", "dng"),
     *("cr2", "nef", "arw", "raw", "dcm", "nii", "npy", "apng"),
-}
+} - SUFFIXES.keys()
+"""Endings of images that cannot be read here."""
 
 
 @dataclass
@@ -126,7 +128,7 @@ class Balance:
 def ending_reason(name: str) -> str:
     """Reason for which a file is left out that is no image by its ending."""
     ending = name_ending(name)
-    if ending in _UNREAD_FORMATS:
+    if ending in UNREAD_FORMATS:
         return f"{NOT_READ} (.{ending})"
     if not ending:
         return "no ending, so no image by its name"

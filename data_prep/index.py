@@ -74,7 +74,7 @@ def index_tars(
     samples = [sample for of_tar in readable.values() for sample in of_tar]
     index_N = np.array([_index_row(sample) for sample in samples], dtype=manifest.ROW)
     index_N["label"], class_names, notes = _number_samples(
-        readable, url, classes or ClassNames(), unlabelled, pick
+        scans, url, classes or ClassNames(), unlabelled, pick
     )
     rejects = _list_rejects(scans)
     notes = (*notes, *_notes(samples, choices), *target.notes)
@@ -105,17 +105,20 @@ def _describe_making(patterns: Sequence[str], pick: MemberPick, are_ids: bool) -
 
 
 def _number_samples(
-    readable: Mapping[str, Sequence[Sample]],
+    scans: Mapping[str, Scan],
     url: str,
     classes: ClassNames,
     unlabelled: Unlabelled,
     pick: MemberPick,
 ) -> NumberedLabels:
-    """Class numbers of all samples; those whose label files cannot be read have none."""
-    samples = [sample for of_tar in readable.values() for sample in of_tar]
-    if not samples:
+    """Class numbers of the readable samples; those whose label files cannot be read have none.
+
+    Labels of rejected images count, so that a class keeps its number without its last image.
+    """
+    samples = [sample for scan in scans.values() for sample in scan.samples]
+    if all(sample.reason for sample in samples):
         raise ValueError(f"the tars in {url} hold no readable images.")
-    names = [f"{name}/{sample.key}" for name, of_tar in readable.items() for sample in of_tar]
+    names = [f"{name}/{sample.key}" for name, scan in scans.items() for sample in scan.samples]
     good = [row for row, sample in enumerate(samples) if not sample.label_reason]
     if not any(samples[row].label is not None for row in good) and len(good) < len(samples):
         bad = next(sample for sample in samples if sample.label_reason)
@@ -133,7 +136,8 @@ def _number_samples(
     )
     numbers = np.full(len(samples), -1, dtype=np.int32)
     numbers[good] = numbered.numbers
-    return numbered._replace(numbers=numbers.tolist())
+    is_kept = [not sample.reason for sample in samples]
+    return numbered._replace(numbers=numbers[is_kept].tolist())
 
 
 def _notes(samples: Sequence[Sample], choices: Choices) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ class Item(NamedTuple):
     @property
     def suffix(self) -> str:
         """Member ending in the shards."""
-        return SUFFIXES[self.name.rpartition(".")[2].lower()]
+        ending = self.name.rpartition(".")[2].lower()
+        return SUFFIXES.get(ending, ending)
 
 
 class FileIdentity(NamedTuple):

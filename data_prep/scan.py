@@ -8,10 +8,10 @@ import zlib
 from typing import NamedTuple
 
 from data_prep import images, labels, tar
-from data_prep.balance import BEHIND_END, HIDDEN, Balance
+from data_prep.balance import BEHIND_END, HIDDEN, UNREAD_FORMATS, Balance, ending_reason
 from data_prep.labels import Label
 from data_prep.listing import is_image_name
-from data_prep.member_names import is_hidden, quote_name
+from data_prep.member_names import is_hidden, name_ending, quote_name
 from data_prep.wds_samples import (
     NO_PICK,
     Choices,
@@ -197,7 +197,9 @@ def _describe_sample(
     except ValueError as error:
         label_reason = str(error)
     image = sample.image
-    unread = ImageFacts(0, 0, 0, 0, f"{image.size} bytes are no image", is_faint=False)
+    is_unread = name_ending(image.name) in UNREAD_FORMATS
+    reason = ending_reason(image.name) if is_unread else f"{image.size} bytes are no image"
+    unread = ImageFacts(0, 0, 0, 0, reason, is_faint=False)
     crc32, height, width, digest, reason, is_faint = facts.get(image.offset, unread)
     where = image.offset, image.size, crc32
     sides = height, width

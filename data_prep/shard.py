@@ -29,7 +29,7 @@ import PIL
 from numpy.typing import NDArray
 
 from data_prep import engines, images, tar
-from data_prep.balance import Balance
+from data_prep.balance import UNREAD_FORMATS, Balance, ending_reason
 from data_prep.destination import (
     check_apart,
     check_arrivals,
@@ -236,6 +236,8 @@ def write_shard(task: Task) -> Receipt:
             try:
                 if item.size > images.MAX_BYTES:
                     raise UnreadableImage(f"{item.size} bytes, at most {images.MAX_BYTES} are read")
+                if item.suffix in UNREAD_FORMATS:
+                    raise UnreadableImage(ending_reason(item.name))
                 image = _prepare_image(item, files.read_image(item), task.options)
                 json_bytes = files.read_json(item)
             except UnreadableImage as error:

@@ -13,6 +13,7 @@ from data_prep import labels, tar
 from data_prep.balance import (
     FURTHER_IMAGE,
     LABEL_WITHOUT_IMAGE,
+    UNREAD_FORMATS,
     UNUSED_LABEL,
     Balance,
     ending_reason,
@@ -180,6 +181,9 @@ class _Sorter(NamedTuple):
     def split_group(self, key: str, group: dict[str, tar.Member]) -> Iterator[TarSample]:
         """Samples among members given by the rest of their names; the others are left out."""
         images = [suffix for suffix in group if suffix.rpartition(".")[2] in SUFFIXES]
+        if not images and any(map(self._may_be_label, group)):
+            # an image in vain: it is rejected, but its label keeps the numbers of the others
+            images = [suffix for suffix in group if suffix.rpartition(".")[2] in UNREAD_FORMATS]
         chosen = self._choose_images(images)
         used: set[str] = set()
         is_labelled = False
@@ -212,11 +216,17 @@ class _Sorter(NamedTuple):
             return False
         return _fits(suffix, picked) if picked else suffix.rpartition(".")[2] == "cls"
 
+    def _may_be_label(self, suffix: str) -> bool:
+        """Whether a member holds a label, or a JSON that may."""
+        return self._is_label(suffix) or (
+            not self.pick.label and suffix.rpartition(".")[2] == "json"
+        )
+
     def _choose_images(self, images: Sequence[str]) -> list[str]:
         """Suffixes of the images that are samples."""
         if self.pick.image:
             return [suffix for suffix in images if _fits(suffix, self.pick.image)][:1]
-        plain = [suffix for suffix in images if suffix in SUFFIXES]
+        plain = [suffix for suffix in images if "." not in suffix]
         if len(plain) > 1:
             self.choices.images[tuple(sorted(plain))] += 1
         elif not plain and len(images) > 1 and any(_is_word(suffix) for suffix in images):

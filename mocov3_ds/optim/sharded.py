@@ -266,7 +266,7 @@ class ShardedOptimizer(OptimizerContract):
         self._step_groups()
         return loss
 
-    @_disable_dynamo  # type: ignore[untyped-decorator]  # torch.compile(optimizer.step) works so
+    @_disable_dynamo  # torch.compile(optimizer.step) works so
     def _step_groups(self) -> None:
         for group in self.param_groups:
             tensors = group["params"]

@@ -214,3 +214,23 @@ def test_ids_are_class_names_on_the_way_through_index_verify_and_shard(tmp_path)
         wanted = {zlib.crc32(forms.picture(number)): label for number, label in enumerate(ids)}
         assert dict(zip(images, names, strict=True)) == wanted
         assert not find_problems(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [("jxl", "image format that is not read (.jxl)"), ("jpg", "not an image")],
+)
+def test_a_class_without_a_readable_image_keeps_its_number(tmp_path, ending, reason):
+    members = {"1.jpg": forms.picture(1), "1.cls": b"cat"}
+    members |= {f"2.{ending}": b"nothing", "2.cls": b"dog"}
+    members |= {"3.jpg": forms.picture(3), "3.cls": b"fox"}
+    forms.write_tar(tmp_path / "tars/0.tar", members)
+    described = index_tars(str(tmp_path / "tars"), workers=1, quiet=True)
+    make(tmp_path / "tars", tmp_path / "out")
+    sharded = manifest.load(str(tmp_path / "out"))
+    for folder, made in (("tars", described), ("out", sharded)):
+        assert made.classes == ("cat", "dog", "fox")
+        assert made.index_N["label"].tolist() == [0, 2]
+        rejects = (tmp_path / folder / "rejects.jsonl").read_text().splitlines()
+        assert [json.loads(line)["reason"] for line in rejects] == [reason]
+        assert not find_problems(tmp_path / folder)
