@@ -378,7 +378,10 @@ def mirrors() -> list[Files]:
 
 def read_mirror(folder: Path) -> Outcome:
     """Continue from it on a fresh machine; nothing beside the new run changes."""
-    mirror.check_mirror(str(folder), json.loads((folder / "config.json").read_bytes()), "data")
+    config: dict[str, Any] = {}  # of the run that asks; the damaged one is the mirror's
+    with contextlib.suppress(ValueError):
+        config = json.loads((folder / "config.json").read_bytes())
+    mirror.check_mirror(str(folder), config, "data")
     with TemporaryDirectory(dir=folder) as fresh:
         run = Path(fresh) / "run"
         run.mkdir()
