@@ -217,6 +217,18 @@ class Config:
     """name of the run folder in `runs`; empty = the recipe's name"""
     runs: Path = Path("runs")
     """folder of all runs"""
+    init: str = ""
+    """weights that both encoders start from instead of random ones: a run, one of its checkpoints,
+    or a file or folder of another program (published MoCo v3, DINO, DeiT, timm, transformers); the
+    first lines say what was taken and what was not"""
+    init_which: Literal["base", "momentum"] = "base"
+    """encoder that `init` takes where there are two"""
+    extend: str = ""
+    """folder of a finished run that this new one (FOLDER-extended) goes on from, with optimizer and
+    momentum encoder; its settings are the defaults; give more --epochs, counted from its start"""
+    extend_schedule: Literal["longer", "new"] = "longer"
+    """longer = rate and momentum as if all epochs had been planned from the start; new = warm-up
+    and decay begin again where the other run ended"""
     batch: PositiveCount = 4096
     """global batch: images per step over all ranks"""
     chunk: Count = 0
@@ -321,6 +333,15 @@ def check_config(config: Config) -> None:
             f"--keep_chunks {config.keep_chunks} has no effect without --chunk: both are chosen "
             "from the free memory then."
         )
+    if config.init and config.extend:
+        raise ValueError(
+            f"--init {config.init} and --extend {config.extend} are two beginnings; give one of "
+            "them: --extend goes on with optimizer and schedule, --init takes weights alone."
+        )
+    if config.init_which != "base" and not config.init:
+        raise ValueError(f"--init_which {config.init_which} has no effect without --init.")
+    if config.extend_schedule != "longer" and not config.extend:
+        raise ValueError(f"--extend_schedule {config.extend_schedule} has no effect without --extend.")
     group_rates(config.model)
     if config.alarm.response != "none" and config.signals.every != 1:
         raise ValueError(

@@ -186,6 +186,10 @@ def _describe_holder(descriptor: int) -> tuple[str, str]:
 # These settings decide the numbers of a run. All others (folders, threads, saving, monitoring,
 # chunks, ZeRO stage) may differ between two attempts of the same run.
 _DECIDING = (
+    "init",
+    "init_which",
+    "extend",
+    "extend_schedule",
     "batch",
     "epochs",
     "warmup_epochs",
@@ -203,8 +207,8 @@ _DECIDING = (
 
 
 _ABOUT_EPOCHS = (
-    " Other epochs are another schedule from the first step on: under a new name they start from "
-    "random weights, as no run can start from the weights of another yet."
+    " Other epochs are another schedule from the first step on: --extend goes on from a finished "
+    "run under a new name."
 )
 
 

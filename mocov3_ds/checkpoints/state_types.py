@@ -93,6 +93,10 @@ _KINDS: Mapping[str, tuple[Check, str]] = {
         ),
         "an object with counts of bad steps, and lists",
     ),
+    "ancestry": (
+        _list_of(_object_of(lambda value: _is_text(value) or _is_number(value))),
+        "a list of what the run began with",
+    ),
     "bad_samples": (
         _object_of(_is_text, name=_is_sample_id),
         "an object of sample numbers with reasons",
