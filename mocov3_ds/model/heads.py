@@ -77,7 +77,7 @@ class _NormaliseOverRanks(torch.autograd.Function):
     def forward(ctx: Any, x_BD: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean_D = x_BD.mean(0)
         deviation_D = (x_BD - mean_D).square().sum(0)
-        rows = x_BD.new_tensor([float(len(x_BD))])
+        rows = x_BD.new_full((1,), float(len(x_BD)))  # `new_tensor` would wait for a GPU
         all_RX = ranks.all_gather_stack(torch.cat([rows, mean_D, deviation_D]))
         rows_R1 = all_RX[:, :1]
         mean_RD, deviation_RD = all_RX[:, 1:].chunk(2, dim=1)
