@@ -434,7 +434,7 @@ def encoder_shape(config: Config) -> EncoderShape:
         config: settings of the run.
     """
     return EncoderShape(
-        vit=config.vit,
+        backbone=config.vit,
         hidden=config.model.hidden,
         out=config.model.out,
         positions=config.model.positions,

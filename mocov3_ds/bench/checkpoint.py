@@ -64,7 +64,7 @@ class Cost:
 
 def run_bench(options: CheckpointOptions) -> None:
     """Print the table."""
-    measure_saves(EncoderShape(vit=PAPER_SHAPES[options.shape]), options)
+    measure_saves(EncoderShape(backbone=PAPER_SHAPES[options.shape]), options)
 
 
 def measure_saves(shape: EncoderShape, options: CheckpointOptions) -> None:

@@ -65,7 +65,7 @@ def run_bench(options: ChunkSizeOptions) -> None:
 def print_rows(name: str, vit: VitShape, options: ChunkSizeOptions) -> None:
     """Print the rows of a network, one for each number of ranks."""
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    shape = EncoderShape(vit=vit)
+    shape = EncoderShape(backbone=vit)
     trained = architecture.count_trained(shape)
     predictor = sum(
         tensor.numbers

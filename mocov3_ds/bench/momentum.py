@@ -64,7 +64,7 @@ def run_bench(options: MomentumOptions) -> None:
 def print_row(name: str, vit: VitShape, dtype: torch.dtype, options: MomentumOptions) -> None:
     """Print times and errors of one network in one dtype."""
     device = torch.device(options.device)
-    moves = Moves(EncoderShape(vit=vit), device, dtype)
+    moves = Moves(EncoderShape(backbone=vit), device, dtype)
     ways = {"ours": moves.move_encoder, "loop": moves.move_by_loop, "copy": moves.copy_masters}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.rounds):

@@ -200,7 +200,7 @@ def peak_tensor_bytes(work: Callable[[], object]) -> float:
 def _resident_gib(cell: Cell) -> float:
     tiny = VitShape(image_size=32, patch_size=8, dim=48, depth=2, heads=4)
     # what a process loads once: code, DeepSpeed's tables, compiled kernels
-    _start_network(EncoderShape(vit=tiny, hidden=64, out=32), 2, cell.chunks).run_step()
+    _start_network(EncoderShape(backbone=tiny, hidden=64, out=32), 2, cell.chunks).run_step()
     gc.collect()
     start = resident_bytes()
     network = _start_network(cell.shape, cell.images, cell.chunks)

@@ -115,7 +115,7 @@ def time_optimizer(shapes: dict[str, tuple[int, ...]], kind: str, rounds: int) -
 def time_parts(rounds: int) -> Times:
     """Time the tiny recipe's optimizer step, and one with its row of signals and its alarms."""
     config = RECIPES["tiny"].config
-    base = BaseEncoder(EncoderShape(vit=config.vit, hidden=config.model.hidden))
+    base = BaseEncoder(EncoderShape(backbone=config.vit, hidden=config.model.hidden))
     trained = [(name, p) for name, p in base.named_parameters() if p.requires_grad]
     optimizer, groups = AdamW(trained), group_names(config.model.depth)
     optimizer.attach()

@@ -123,7 +123,7 @@ class Measured:
 
 def run_bench(options: StepOptions) -> None:
     """Print the table."""
-    compare_variants(EncoderShape(vit=PAPER_SHAPES[options.shape]), options)
+    compare_variants(EncoderShape(backbone=PAPER_SHAPES[options.shape]), options)
 
 
 def compare_variants(shape: EncoderShape, options: StepOptions) -> None:

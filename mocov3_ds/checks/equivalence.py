@@ -33,7 +33,7 @@ from mocov3_ds.optim.rules import vit_rule
 from mocov3_ds.training.step import QueriesToLoss, train_step
 
 _SHAPE = EncoderShape(
-    vit=VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3), hidden=20, out=12
+    backbone=VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3), hidden=20, out=12
 )
 ZERO_STAGES = (0, 1, 2, 3)
 _STEPS = 2  # some errors of sharding show in the second step only

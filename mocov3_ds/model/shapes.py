@@ -1,9 +1,16 @@
 """Sizes and kinds of a network as plain values: settings and planner know them without torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Positions = Literal["sincos", "none"]
+
+LARGEST_SIDE = 16384
+"""Longest side of an image, pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,10 +18,57 @@ class VitShape:
     """Size of a Vision Transformer; the MLP is four times as wide as the embedding."""
 
     image_size: int = 224
+    """side of an image, pixels; its height where `image_width` is another"""
     patch_size: int = 16
     dim: int = 768
     depth: int = 12
     heads: int = 12
+    image_width: int = 0
+    """width of an image, pixels; 0 = a square"""
+    channels: int = 3
+    """colours or other channels of an image"""
+    stem: Literal["patch", "conv"] = "patch"
+    """what makes tokens of an image: one projection of each patch, or convolutions of stride 2
+    (arXiv 2106.14881)"""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image, pixels."""
+        return self.image_size, self.image_width or self.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.size
+        return height // self.patch_size, width // self.patch_size
+
+
+def parse_size(size: int | str) -> tuple[int, int]:
+    """Height and width that a setting means: the side of a square, or "HEIGHTxWIDTH".
+
+    Args:
+        size: pixels, such as 224 or "192x256".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    sides = [size] if isinstance(size, int) else size.split("x")
+    try:
+        height, width = (int(side) for side in (sides * 2 if len(sides) == 1 else sides))
+    except ValueError:
+        height = width = 0
+    if not (1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE):
+        raise ValueError(
+            f"image size {size!r} cannot be: write the side of a square (224) or HEIGHTxWIDTH "
+            f"(192x256), each from 1 to {LARGEST_SIDE} pixels."
+        )
+    return height, width
+
+
+def write_size(size: tuple[int, int]) -> str:
+    """Height and width as a user gives them: "224" for a square, else "192x256"."""
+    height, width = size
+    return f"{height}" if height == width else f"{height}x{width}"
 
 
 # Table 2 of the paper; ViT-S has 12 heads there (6 in DeiT).
@@ -24,19 +78,73 @@ PAPER_SHAPES = {
     "vit_l16": VitShape(dim=1024, depth=24, heads=16),
     "vit_h14": VitShape(patch_size=14, dim=1280, depth=32, heads=16),
 }
+# vits.py of the published MoCo v3 code: the convolutions stand for one block
+CONV_STEM_SHAPES = {
+    "vit_conv_s16": VitShape(dim=384, depth=11, heads=12, stem="conv"),
+    "vit_conv_b16": VitShape(dim=768, depth=11, heads=12, stem="conv"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmShape:
+    """A model of timm by name, without its classifier."""
+
+    name: str
+    """as `timm.create_model` takes it, such as "resnet50" """
+    size: tuple[int, int] = (224, 224)
+    """height and width of an image, pixels"""
+    channels: int = 3
+    """colours or other channels of an image"""
+    arguments: tuple[str, ...] = ()
+    """keywords of the model, each as "key=value" """
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnShape:
+    """A network of one's own."""
+
+    name: str
+    make: Callable[[], "nn.Module"]
+    """makes the network, (B, C, H, W) -> features (B, D), with weights of its own each time"""
+    size: tuple[int, int] = (224, 224)
+    """height and width of an image, pixels"""
+    channels: int = 3
+    """colours or other channels of an image"""
+
+
+BackboneShape = VitShape | TimmShape | OwnShape
+"""what a backbone is built from, see `backbones.build_backbone`"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
     """All that fixes the architecture of base and momentum encoder; see `vit.build_vit`."""
 
-    vit: VitShape
+    backbone: BackboneShape
     hidden: int = 4096
     """hidden width of projector and predictor"""
     out: int = 256
     """width of queries and keys"""
+    projector_layers: int = 3
+    """linear layers of the projector"""
+    predictor_norm: bool = True
+    """whether a batch norm follows the last layer of the predictor"""
     positions: Positions = "sincos"
     train_patch_projection: bool = False
     drop_path: float = 0.0
     """stochastic depth rate of the base encoder's last block; the momentum encoder has none"""
     qk_norm: bool = False
+
+    @property
+    def vit(self) -> VitShape:
+        """Shape of the backbone, where it is one of our Vision Transformers.
+
+        Raises:
+            ValueError: it is another network.
+        """
+        if not isinstance(self.backbone, VitShape):
+            raise ValueError(
+                f"the backbone {self.backbone.name} is none of the Vision Transformers of this "
+                "program, whose sizes are known without building them."
+            )
+        return self.backbone

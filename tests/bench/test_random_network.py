@@ -9,7 +9,7 @@ from mocov3_ds.model.vit import VitShape
 from tests.ranks_pool import run_ranks
 
 SMALL = EncoderShape(
-    vit=VitShape(image_size=16, patch_size=8, dim=24, depth=1, heads=3), hidden=32, out=16
+    backbone=VitShape(image_size=16, patch_size=8, dim=24, depth=1, heads=3), hidden=32, out=16
 )
 
 

@@ -19,7 +19,7 @@ from mocov3_ds.model.vit import PAPER_SHAPES, VitShape
 from tests.ranks_pool import run_ranks
 
 TINY = VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3)
-SMALL = EncoderShape(vit=TINY, hidden=32, out=16)
+SMALL = EncoderShape(backbone=TINY, hidden=32, out=16)
 OPTIONS = step.StepOptions(
     batch=8,
     chunks=(2, 3),

@@ -10,7 +10,7 @@ VIT = VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3)
 
 def test_a_query_goes_through_backbone_projector_and_predictor() -> None:
     torch.manual_seed(0)
-    base = BaseEncoder(EncoderShape(vit=VIT, hidden=20, out=12)).eval()
+    base = BaseEncoder(EncoderShape(backbone=VIT, hidden=20, out=12)).eval()
     images = torch.randn(5, 3, 16, 16)
     queries = base(images)
     assert queries.shape == (5, 12)
@@ -27,7 +27,7 @@ def test_a_query_goes_through_backbone_projector_and_predictor() -> None:
 def test_the_patch_projection_and_the_positions_are_frozen() -> None:
     for train_patch_projection in (False, True):
         shape = EncoderShape(
-            vit=VIT, hidden=20, out=12, train_patch_projection=train_patch_projection
+            backbone=VIT, hidden=20, out=12, train_patch_projection=train_patch_projection
         )
         frozen = {n for n, p in BaseEncoder(shape).named_parameters() if not p.requires_grad}
         patches = {f"backbone.patch_embed.proj.{kind}" for kind in ("weight", "bias")}

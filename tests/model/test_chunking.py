@@ -11,7 +11,7 @@ from mocov3_ds.model.vit import VitShape
 from tests.allocator import Allocator
 
 SHAPE = EncoderShape(
-    vit=VitShape(image_size=16, patch_size=8, dim=16, depth=2, heads=2), hidden=24, out=8
+    backbone=VitShape(image_size=16, patch_size=8, dim=16, depth=2, heads=2), hidden=24, out=8
 )
 
 
@@ -20,7 +20,7 @@ SHAPE = EncoderShape(
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_chunked_gradients_equal_the_plain_pass(chunk: int, drop_path: float, keep: int) -> None:
     torch.manual_seed(0)
-    shape = EncoderShape(vit=SHAPE.vit, hidden=24, out=8, drop_path=drop_path)
+    shape = EncoderShape(backbone=SHAPE.vit, hidden=24, out=8, drop_path=drop_path)
     base = BaseEncoder(shape).double().train()
     images = torch.randn(7, 3, 16, 16, dtype=torch.float64)
 

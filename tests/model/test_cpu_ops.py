@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     not (torch._C.has_mkl and torch._C._has_mkldnn), reason="torch without MKL or oneDNN"
 )
 SHAPE = EncoderShape(
-    vit=VitShape(image_size=32, patch_size=8, dim=48, depth=2, heads=4), hidden=40, out=24
+    backbone=VitShape(image_size=32, patch_size=8, dim=48, depth=2, heads=4), hidden=40, out=24
 )
 
 

@@ -10,7 +10,7 @@ SHAPE = VitShape(image_size=16, patch_size=8, dim=24, depth=3, heads=4)
 
 
 def test_each_tensor_belongs_to_a_group() -> None:
-    base = BaseEncoder(EncoderShape(vit=SHAPE, hidden=8, out=4, train_patch_projection=True))
+    base = BaseEncoder(EncoderShape(backbone=SHAPE, hidden=8, out=4, train_patch_projection=True))
     found = [layer_group(f"base.{n}") for n, p in base.named_parameters() if p.requires_grad]
     assert list(dict.fromkeys(found)) == ["cls", *[g for g in group_names(3) if g != "cls"]]
     with pytest.raises(ValueError, match=r"'base\.other\.weight' belongs to no layer group"):

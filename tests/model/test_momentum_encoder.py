@@ -8,7 +8,7 @@ from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape
 
 SHAPE = EncoderShape(
-    vit=VitShape(image_size=16, patch_size=8, dim=16, depth=2, heads=2), hidden=24, out=8
+    backbone=VitShape(image_size=16, patch_size=8, dim=16, depth=2, heads=2), hidden=24, out=8
 )
 
 

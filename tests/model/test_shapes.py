@@ -17,7 +17,7 @@ def test_the_papers_shapes() -> None:
         "vit_l16": (16, 1024, 24, 16),
         "vit_h14": (14, 1280, 32, 16),
     }
-    assert EncoderShape(vit=VitShape()).vit == RECIPES["vit_b16"].config.vit
+    assert EncoderShape(backbone=VitShape()).vit == RECIPES["vit_b16"].config.vit
 
 
 def test_settings_are_read_without_torch() -> None:

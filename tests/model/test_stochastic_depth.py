@@ -16,7 +16,7 @@ from mocov3_ds.model.vit import VitShape
 from mocov3_ds.training.step import QueriesToLoss
 
 SHAPE = EncoderShape(
-    vit=VitShape(image_size=16, patch_size=8, dim=16, depth=3, heads=2),
+    backbone=VitShape(image_size=16, patch_size=8, dim=16, depth=3, heads=2),
     hidden=24,
     out=8,
     drop_path=0.5,

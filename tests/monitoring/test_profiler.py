@@ -96,7 +96,7 @@ def test_the_table_adds_up_over_ranks() -> None:
 def profiled(folder: Path) -> list[str]:
     """Three profiles on each rank: of two steps, of steps that never come, and of none."""
     vit = VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3)
-    shape, options = EncoderShape(vit=vit, hidden=32, out=16), StepOptions(batch=8)
+    shape, options = EncoderShape(backbone=vit, hidden=32, out=16), StepOptions(batch=8)
     variant = Variant("chunks", Chunks(size=2))
     step = build_steps(shape, options, [variant], torch.device("cpu"))[variant]
     said: list[str] = []

@@ -16,7 +16,7 @@ from mocov3_ds.planning import architecture
 from mocov3_ds.training import chunk_size
 
 SMALL = EncoderShape(
-    vit=VitShape(image_size=32, patch_size=8, dim=36, depth=3, heads=3), hidden=50, out=14
+    backbone=VitShape(image_size=32, patch_size=8, dim=36, depth=3, heads=3), hidden=50, out=14
 )
 
 
@@ -38,7 +38,7 @@ def test_tensors_are_those_of_the_module(change: dict[str, Any]) -> None:
     ("name", "millions"), [("vit_s16", 22), ("vit_b16", 86), ("vit_l16", 304), ("vit_h14", 632)]
 )
 def test_backbones_have_the_papers_size(name: str, millions: float) -> None:
-    shape = EncoderShape(vit=PAPER_SHAPES[name])
+    shape = EncoderShape(backbone=PAPER_SHAPES[name])
     numbers = sum(
         t.numbers for t in architecture.list_tensors(shape) if t.name.startswith("backbone.")
     )
@@ -50,7 +50,7 @@ def test_backbones_have_the_papers_size(name: str, millions: float) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_kept_bytes_of_the_papers_backbones(name: str, dtype: torch.dtype, recompute: bool) -> None:
     # three blocks of the real width and number of tokens: the rest of the depth is the same again
-    shape = EncoderShape(vit=dataclasses.replace(PAPER_SHAPES[name], depth=3))
+    shape = EncoderShape(backbone=dataclasses.replace(PAPER_SHAPES[name], depth=3))
     backbone = build_vit(shape.vit, class_token_only=True).to(dtype)
     backbone.set_grad_checkpointing(recompute)
     measured = chunk_size.activation_bytes(backbone, torch.zeros(1, 3, 224, 224, dtype=dtype))
@@ -62,7 +62,7 @@ def test_kept_bytes_of_the_papers_backbones(name: str, dtype: torch.dtype, recom
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["vit_s16", "vit_b16"])
 def test_kept_bytes_at_full_depth(name: str, dtype: torch.dtype) -> None:
-    shape = EncoderShape(vit=PAPER_SHAPES[name])
+    shape = EncoderShape(backbone=PAPER_SHAPES[name])
     backbone = build_vit(shape.vit, class_token_only=True).to(dtype)
     measured = chunk_size.activation_bytes(backbone, torch.zeros(1, 3, 224, 224, dtype=dtype))
     assert architecture.backbone_bytes(shape, dtype.itemsize) == pytest.approx(measured, rel=0.02)
@@ -74,7 +74,7 @@ def test_kept_bytes_of_the_heads(dtype: torch.dtype) -> None:
     predictor = build_predictor(256, 1024).to(dtype)
     both = torch.nn.Sequential(projector, predictor)
     features = torch.zeros(1, 384, dtype=dtype)
-    shape = EncoderShape(vit=PAPER_SHAPES["vit_s16"], hidden=1024, out=256)
+    shape = EncoderShape(backbone=PAPER_SHAPES["vit_s16"], hidden=1024, out=256)
     measured = chunk_size.activation_bytes(both, features)
     # the measure does not count a module's own input
     ours = architecture.head_bytes(shape, dtype.itemsize) - features.nbytes
@@ -110,11 +110,11 @@ def test_operations(learns: bool) -> None:
 def test_operations_of_the_paper() -> None:
     """Its GMAC of a forward pass, whose last block computes each token."""
     for name, gmac in {"vit_s16": 4.6, "vit_b16": 17.5, "vit_l16": 61.3, "vit_h14": 166.7}.items():
-        shape = EncoderShape(vit=PAPER_SHAPES[name])
+        shape = EncoderShape(backbone=PAPER_SHAPES[name])
         longer = dataclasses.replace(shape.vit, depth=shape.vit.depth + 1)
-        blocks = architecture.forward_work(dataclasses.replace(shape, vit=longer))
+        blocks = architecture.forward_work(dataclasses.replace(shape, backbone=longer))
         last = architecture.forward_work(
-            dataclasses.replace(shape, vit=dataclasses.replace(shape.vit, depth=1))
+            dataclasses.replace(shape, backbone=dataclasses.replace(shape.vit, depth=1))
         )
         patch = (
             2 * (architecture.count_tokens(shape) - 1) * 3 * shape.vit.patch_size**2 * shape.vit.dim

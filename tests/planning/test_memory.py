@@ -20,7 +20,7 @@ from tests.engines import start_encoders
 from tests.ranks_pool import run_ranks
 
 SHAPE = EncoderShape(
-    vit=VitShape(image_size=16, patch_size=8, dim=132, depth=4, heads=3), hidden=301, out=66
+    backbone=VitShape(image_size=16, patch_size=8, dim=132, depth=4, heads=3), hidden=301, out=66
 )
 BATCH, BUCKET, PERSISTENCE = 12, 30_000, 2_000
 _PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
@@ -72,7 +72,7 @@ def held(cases: list[tuple[int, Precision]]) -> list[int]:
 
 # wide enough that activations, gradients and heads each come to be the largest part
 LARGER = EncoderShape(
-    vit=VitShape(image_size=64, patch_size=8, dim=192, depth=6, heads=3), hidden=1401, out=96
+    backbone=VitShape(image_size=64, patch_size=8, dim=192, depth=6, heads=3), hidden=1401, out=96
 )
 HALF_OF_THE_GRADIENT = 2_900_000
 WAYS: list[tuple[Precision, int, Chunks, bool]] = [
@@ -193,7 +193,7 @@ def test_weights_gradients_and_states_are_those_of_real_engines(world_size: int)
 
 
 VIT_B = StepSetup(
-    shape=EncoderShape(vit=PAPER_SHAPES["vit_b16"]),
+    shape=EncoderShape(backbone=PAPER_SHAPES["vit_b16"]),
     stage=1,
     world_size=8,
     batch=4096,
@@ -250,5 +250,5 @@ def test_the_peak_is_the_largest_phase() -> None:
 def test_memory_falls_with_ranks_chunks_and_recomputed_blocks() -> None:
     for change in ({"world_size": 16}, {"chunks": Chunks(size=16)}, {"recompute_blocks": True}):
         assert plan_vit_b(**change).peak_bytes < plan_vit_b().peak_bytes
-    deeper = EncoderShape(vit=dataclasses.replace(PAPER_SHAPES["vit_b16"], depth=24))
+    deeper = EncoderShape(backbone=dataclasses.replace(PAPER_SHAPES["vit_b16"], depth=24))
     assert plan_vit_b(shape=deeper).peak_bytes > 1.5 * plan_vit_b().peak_bytes

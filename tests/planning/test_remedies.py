@@ -61,7 +61,7 @@ def test_the_remedy_keeps_the_fixed_stage() -> None:
 def widen(planned: PlannedRun, times: int) -> PlannedRun:
     """The same with a backbone of that many times the width."""
     vit = replace(planned.shape.vit, dim=planned.shape.vit.dim * times)
-    return replace(planned, shape=replace(planned.shape, vit=vit))
+    return replace(planned, shape=replace(planned.shape, backbone=vit))
 
 
 def test_what_was_tried_is_said() -> None:

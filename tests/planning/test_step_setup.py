@@ -11,7 +11,7 @@ from mocov3_ds.planning.step_setup import PERSISTENCE, Precision, StepSetup
 
 def lay_out(chunks: Chunks, *, precision: Precision = "bf16", recompute: bool = False) -> StepSetup:
     return StepSetup(
-        shape=EncoderShape(vit=PAPER_SHAPES["vit_b16"]),
+        shape=EncoderShape(backbone=PAPER_SHAPES["vit_b16"]),
         stage=1,
         world_size=4,
         batch=32,

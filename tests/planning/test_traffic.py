@@ -18,7 +18,7 @@ from tests.traffic import Call, log_collectives
 
 # odd sizes: partitions and tensors that no number of ranks divides
 SHAPE = EncoderShape(
-    vit=VitShape(image_size=16, patch_size=8, dim=36, depth=2, heads=3), hidden=21, out=13
+    backbone=VitShape(image_size=16, patch_size=8, dim=36, depth=2, heads=3), hidden=21, out=13
 )
 BATCH = 12
 Case = tuple[int, Precision, str, int, bool, dict[str, int]]
@@ -124,7 +124,7 @@ def test_a_ring_by_hand() -> None:
 
 def lay_out(name: str, *, world_size: int, batch: int) -> StepSetup:
     return StepSetup(
-        shape=EncoderShape(vit=PAPER_SHAPES[name]),
+        shape=EncoderShape(backbone=PAPER_SHAPES[name]),
         stage=1,
         world_size=world_size,
         batch=batch,

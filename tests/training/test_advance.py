@@ -67,7 +67,7 @@ def test_each_step_draws_from_a_seed_of_its_own() -> None:
 def test_stochastic_depth_draws_by_step_and_sample() -> None:
     def draw(step: int, sample_ids: list[int], drop_path: float = 0.5) -> torch.Tensor | None:
         vit = VitShape(image_size=16, patch_size=8, dim=16, depth=3, heads=2)
-        shape = EncoderShape(vit=vit, hidden=24, out=8, drop_path=drop_path)
+        shape = EncoderShape(backbone=vit, hidden=24, out=8, drop_path=drop_path)
         run: Any = SimpleNamespace(
             config=SimpleNamespace(seed=3),
             step=step,

@@ -21,7 +21,7 @@ from tests.allocator import Allocator
 from tests.ranks_pool import run_ranks
 
 SHAPE = EncoderShape(
-    vit=VitShape(image_size=32, patch_size=8, dim=48, depth=3, heads=3), hidden=64, out=16
+    backbone=VitShape(image_size=32, patch_size=8, dim=48, depth=3, heads=3), hidden=64, out=16
 )
 
 

@@ -20,7 +20,7 @@ from mocov3_ds.training.step import QueriesToLoss, train_step
 from tests.ranks_pool import run_ranks
 
 SHAPE = EncoderShape(
-    vit=VitShape(image_size=16, patch_size=8, dim=24, depth=3, heads=3), hidden=32, out=16
+    backbone=VitShape(image_size=16, patch_size=8, dim=24, depth=3, heads=3), hidden=32, out=16
 )
 
 

@@ -28,7 +28,7 @@ from tests.ranks_pool import run_ranks
 from tests.traffic import Traffic, count_collectives
 
 SHAPE = EncoderShape(
-    vit=VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3), hidden=20, out=12
+    backbone=VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=3), hidden=20, out=12
 )
 BATCH, STEPS, LR, MOMENTUM = 12, 5, 3e-3, 0.9
 WHOLE, UNEVEN, SINGLE = Chunks(), Chunks(size=5), Chunks(size=1)

@@ -163,7 +163,7 @@ def test_another_loss_without_tensors_is_refused_by_its_name() -> None:
 
 def small_model(loss: PairLoss | None = None) -> QueriesToLoss:
     vit = VitShape(image_size=16, patch_size=8, dim=24, depth=2, heads=2)
-    base = BaseEncoder(EncoderShape(vit=vit, hidden=32, out=16))
+    base = BaseEncoder(EncoderShape(backbone=vit, hidden=32, out=16))
     return QueriesToLoss(base, loss or ContrastiveLoss(0.2))
 
 
