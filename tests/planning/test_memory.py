@@ -27,8 +27,11 @@ _PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in _PRECISIONS]
 
 
-def storages() -> dict[int, int]:
-    """Address -> bytes of each tensor that lives in this process."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Address -> storage of each tensor that lives in this process.
+
+    Whoever keeps what is returned keeps the addresses: none is given to another tensor meanwhile.
+    """
     gc.collect()
     found = {}
     with warnings.catch_warnings():
@@ -36,7 +39,7 @@ def storages() -> dict[int, int]:
         for thing in gc.get_objects():
             if type(thing) in (torch.Tensor, torch.nn.Parameter):
                 storage = thing.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
+                found[storage.data_ptr()] = storage
     return found
 
 
@@ -55,7 +58,7 @@ def held(cases: list[tuple[int, Precision]]) -> list[int]:
 
     found = []
     for stage, precision in cases:
-        before = set(storages())
+        before = storages()
         engine, encoder, dtype = start_encoders(
             SHAPE, zero(stage, BUCKET), precision=precision, batch=BATCH, chunks=Chunks(size=2)
         )
@@ -64,7 +67,9 @@ def held(cases: list[tuple[int, Precision]]) -> list[int]:
             x = torch.randn(rows, 3, 16, 16, dtype=dtype)
             train_step(engine, encoder, x, x.flip(3), momentum=0.9)
         del x
-        found.append(sum(size for address, size in storages().items() if address not in before))
+        made = [kept for address, kept in storages().items() if address not in before]
+        found.append(sum(storage.nbytes() for storage in made))
+        del before, made
         engine.destroy()
         del engine, encoder
     return found
