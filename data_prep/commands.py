@@ -22,6 +22,7 @@ from data_prep.index import index_tars
 from data_prep.listing import Listing
 from data_prep.look import describe_source, source_as_json
 from data_prep.member_names import quote_message
+from data_prep.pipes import shorten_commands
 from data_prep.scratch import scratch_folder
 from data_prep.shard import make_shards
 from data_prep.shard_options import ShardOptions, check_options
@@ -174,10 +175,11 @@ class ShardCommand(SourceArguments):
         url = storage.join_url(url, options.split) if options.split else url
         with scratch_folder(self.scratch) as folder:
             listing = self.list_images(folder)
-            for line in describe_source(listing, self.source):
+            source = shorten_commands(self.source)
+            for line in describe_source(listing, source):
                 say(line)
             summary = make_shards(
-                listing, url, options, workers=workers, source=self.source, engine=engine
+                listing, url, options, workers=workers, source=source, engine=engine
             )
         say(str(summary))
         quoted_url = shlex.quote(url)

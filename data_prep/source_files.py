@@ -4,6 +4,7 @@
     'tars/train-*.tar'                a pattern, as a shell expands it
     'tars/train-{0000..0127}.tar'     WebDataset's braces; all the files must be there
     'a.tar::b.tar'                    several, joined as WebDataset joins them
+    'pipe:COMMAND'                    what a command prints, where `--run-pipes` allows it
 
 What exists under the very name that was given is meant by it, whatever characters the name has.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from data_prep import balance, parquet, scratch
+from data_prep import balance, parquet, pipes, scratch
 from data_prep.balance import Balance
 from data_prep.listing import is_image_name
 from data_prep.member_names import is_hidden, join_names, quote_name
@@ -83,11 +84,38 @@ def expand_names(text: str) -> list[str]:
     Raises:
         ValueError: It is a `pipe:`, or the braces name too many files or are not closed.
     """
-    if any(url.startswith("pipe:") for url in text.split("::")):
+    if pipes.names_command(text):
         raise ValueError(
-            f"{quote_name(text)} is a command (pipe:), whose output cannot be read in any order; "
-            "name the files themselves, or write its output to files first."
+            f"{quote_name(pipes.shorten_commands(text))} is a command (pipe:), whose output cannot be read in any order; "
+            "name the files themselves, or let python -m data_prep shard run it: --run-pipes."
         )
+    return _expand(text)
+
+
+def run_commands(source: str, folder: Path | None) -> str:
+    """Run the commands of a source; returns the source with a file in place of each.
+
+    Args:
+        source: What webdataset's lists hold: paths and `pipe:COMMAND`, braces, `::` between them.
+        folder: Scratch folder for what the commands print; None = refuse.
+
+    Raises:
+        ValueError: There is no folder, or a command fails.
+    """
+    if folder is None:
+        raise ValueError(
+            f"{quote_name(pipes.shorten_commands(source))} is a command, which only python -m "
+            "data_prep shard runs."
+        )
+    names = _expand(source)
+    for number, name in enumerate(names):
+        if name.startswith(pipes.PREFIX):
+            names[number] = str(pipes.run_command(name, number, folder))
+    return "::".join(names)
+
+
+def _expand(text: str) -> list[str]:
+    """Names that braces and `::` stand for."""
     if "{" not in text and "::" not in text:
         return [text]
     count = 1

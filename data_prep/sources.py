@@ -19,14 +19,20 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data_prep import class_levels, parquet, scratch
+from data_prep import class_levels, parquet, pipes, scratch
 from data_prep.class_files import read_class_names
 from data_prep.class_numbers import ClassNames, Unlabelled
 from data_prep.images import SUFFIXES
 from data_prep.label_files import read_image_labels
 from data_prep.listing import Listing, UnsortedImages
 from data_prep.member_names import normalize_name, quote_name
-from data_prep.source_files import SourceFiles, find_source_files, is_table, select_names
+from data_prep.source_files import (
+    SourceFiles,
+    find_source_files,
+    is_table,
+    run_commands,
+    select_names,
+)
 from data_prep.source_labels import label_images, path_facts
 from data_prep.source_options import SourceOptions
 from data_prep.tar_listing import list_tar
@@ -76,7 +82,10 @@ def list_images(
             one reading is possible.
     """
     class_levels.check_level(options.class_level)
-    source_files = find_source_files(source, options.files)
+    is_run = options.run_pipes and pipes.names_command(source)
+    files_of_source = run_commands(source, scratch_folder) if is_run else source
+    source_files = find_source_files(files_of_source, options.files)
+    source = pipes.shorten_commands(source)
     pick = MemberPick(image, label if labels is None else NO_LABEL)
     listed = _list_files(source_files, source, under.strip("/"), scratch_folder, pick, is_look)
     images = listed.images

@@ -27,7 +27,7 @@ def folder(tmp_path):
 def test_names_expand_as_in_webdataset():
     for text in ("a-{000..012}.tar", "a.tar::b-{x,y}.tar", "{0..1}/{2..3}.tar", "plain.tar"):
         assert expand_names(text) == expand_urls(text)
-    with pytest.raises(ValueError, match=r"pipe:cat a.tar is a command \(pipe:\)"):
+    with pytest.raises(ValueError, match=r"pipe:cat ... is a command \(pipe:\)"):
         expand_names("pipe:cat a.tar")
     with pytest.raises(ValueError, match="name more than 1000000 files"):
         expand_names("a-{0..99999999999999999999}.tar")
