@@ -18,11 +18,11 @@ import tyro
 from data_prep import engines, images
 from data_prep.class_files import read_class_names
 from data_prep.class_numbers import Unlabelled
+from data_prep.command_sources import shorten_commands
 from data_prep.index import index_tars
 from data_prep.listing import Listing
 from data_prep.look import describe_source, source_as_json
 from data_prep.member_names import quote_message
-from data_prep.pipes import shorten_commands
 from data_prep.scratch import scratch_folder
 from data_prep.shard import make_shards
 from data_prep.shard_options import ShardOptions, check_options

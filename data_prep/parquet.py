@@ -8,6 +8,7 @@ them. Where several columns could be images or labels, their names, their kind a
 decide; if these leave it open, the candidates are named and the user decides.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from data_prep.class_numbers import ClassNames
 from data_prep.images import SUFFIXES
 from data_prep.label_files import LABEL_COLUMNS, OTHER_LABEL_COLUMNS
 from data_prep.labels import STATED_NONE, Label, convert_label
+from data_prep.member_names import quote_name
 from mocov3_ds.data.views import decode
 
 NO_LABEL = "-"
@@ -67,7 +69,8 @@ def choose_columns(paths: Sequence[Path], image: str = "", label: str = "") -> C
     """
     first, *more_paths = paths
     file = _open_parquet(first)
-    image, image_note = _choose_image(first, file, image)
+    with _named_damage(first):
+        image, image_note = _choose_image(first, file, image)
     label, label_note = _choose_label(first, file, label, image)
     names = _class_names(file, label)
     for path in more_paths:
@@ -175,29 +178,38 @@ def copy_images(path: Path, folder: Path, columns: Columns) -> tuple[Path, list[
     Raises:
         ValueError: The file is damaged, or a label is neither a name nor a whole number.
     """
-    import pyarrow as pa
-
     plain = folder / f"{path.stem}.tar"
     print(f"copying the images of {path.name} to {plain} for reading in any order", file=sys.stderr)
     rows: list[Row] = []
     position = 0
-    try:
-        with plain.open("wb") as out:
-            for value, label in _read_rows(_open_parquet(path), columns):
-                image_bytes, name = _split_value(value)
-                name = _choose_name(name, image_bytes, f"{path.stem}-{len(rows):07d}")
-                cell = f"{columns.label!r} in row {len(rows)} of {path}"
-                header = tar.make_header(f"{len(rows)}", len(image_bytes))
-                block = header + image_bytes + tar.padding_after(len(image_bytes))
-                out.write(block)
-                label = convert_label(label, cell)
-                label = STATED_NONE if label is None and columns.label else label
-                rows.append(Row(name, position + tar.BLOCK, len(image_bytes), label))
-                position += len(block)
-            out.write(tar.END)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path} is damaged: {error}.".replace("\n", " ")) from None
+    with _named_damage(path), plain.open("wb") as out:
+        for value, label in _read_rows(_open_parquet(path), columns):
+            image_bytes, name = _split_value(value)
+            name = _choose_name(name, image_bytes, f"{path.stem}-{len(rows):07d}")
+            cell = f"{columns.label!r} in row {len(rows)} of {path}"
+            header = tar.make_header(f"{len(rows)}", len(image_bytes))
+            block = header + image_bytes + tar.padding_after(len(image_bytes))
+            out.write(block)
+            label = convert_label(label, cell)
+            label = STATED_NONE if label is None and columns.label else label
+            rows.append(Row(name, position + tar.BLOCK, len(image_bytes), label))
+            position += len(block)
+        out.write(tar.END)
     return plain, rows
+
+
+@contextlib.contextmanager
+def _named_damage(path: Path, words: str = "is damaged") -> Iterator[None]:
+    """Turn what pyarrow raises on damaged content into a sentence with the file's name."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's error, not the file's
+        reason = " ".join(f"{error}".split()).rstrip(".") or type(error).__name__
+        raise ValueError(f"{quote_name(str(path))} {words}: {reason}.") from None
 
 
 def _read_rows(file: Any, columns: Columns) -> Iterator[tuple[Any, Any]]:
@@ -211,16 +223,13 @@ def _read_rows(file: Any, columns: Columns) -> Iterator[tuple[Any, Any]]:
 
 def _open_parquet(path: Path) -> Any:
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise ValueError(
             f"{path} needs pyarrow to be read: pip install 'mocov3-ds[parquet]'."
         ) from None
-    try:
+    with _named_damage(path, "is not a parquet file"):
         return pq.ParquetFile(path)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path} is not a parquet file: {error}.".replace("\n", " ")) from None
 
 
 def _holds_images(kind: Any) -> bool:
@@ -299,7 +308,8 @@ def list_rows(path: Path, columns: Columns) -> list[Row]:
     file = _open_parquet(path)
     values: list[Any] = [None] * file.metadata.num_rows
     if columns.label:
-        values = file.read(columns=[columns.label]).column(columns.label).to_pylist()
+        with _named_damage(path):
+            values = file.read(columns=[columns.label]).column(columns.label).to_pylist()
     return [
         Row(
             f"{path.stem}-{number:07d}.jpg",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from data_prep import balance, parquet, pipes, scratch
+from data_prep import balance, command_sources, parquet, scratch
 from data_prep.balance import Balance
 from data_prep.listing import is_image_name
 from data_prep.member_names import is_hidden, join_names, quote_name
@@ -84,10 +84,11 @@ def expand_names(text: str) -> list[str]:
     Raises:
         ValueError: It is a `pipe:`, or the braces name too many files or are not closed.
     """
-    if pipes.names_command(text):
+    if command_sources.names_command(text):
+        shown = quote_name(command_sources.shorten_commands(text))
         raise ValueError(
-            f"{quote_name(pipes.shorten_commands(text))} is a command (pipe:), whose output cannot be read in any order; "
-            "name the files themselves, or let python -m data_prep shard run it: --run-pipes."
+            f"{shown} is a command (pipe:), whose output cannot be read in any order; name the "
+            "files themselves, or let python -m data_prep shard run it: --run-pipes."
         )
     return _expand(text)
 
@@ -103,14 +104,12 @@ def run_commands(source: str, folder: Path | None) -> str:
         ValueError: There is no folder, or a command fails.
     """
     if folder is None:
-        raise ValueError(
-            f"{quote_name(pipes.shorten_commands(source))} is a command, which only python -m "
-            "data_prep shard runs."
-        )
+        shown = quote_name(command_sources.shorten_commands(source))
+        raise ValueError(f"{shown} is a command, which only python -m data_prep shard runs.")
     names = _expand(source)
     for number, name in enumerate(names):
-        if name.startswith(pipes.PREFIX):
-            names[number] = str(pipes.run_command(name, number, folder))
+        if name.startswith(command_sources.PREFIX):
+            names[number] = str(command_sources.run_command(name, number, folder))
     return "::".join(names)
 
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data_prep import class_levels, parquet, pipes, scratch
+from data_prep import class_levels, command_sources, parquet, scratch
 from data_prep.class_files import read_class_names
 from data_prep.class_numbers import ClassNames, Unlabelled
 from data_prep.images import SUFFIXES
@@ -82,10 +82,10 @@ def list_images(
             one reading is possible.
     """
     class_levels.check_level(options.class_level)
-    is_run = options.run_pipes and pipes.names_command(source)
+    is_run = options.run_pipes and command_sources.names_command(source)
     files_of_source = run_commands(source, scratch_folder) if is_run else source
     source_files = find_source_files(files_of_source, options.files)
-    source = pipes.shorten_commands(source)
+    source = command_sources.shorten_commands(source)
     pick = MemberPick(image, label if labels is None else NO_LABEL)
     listed = _list_files(source_files, source, under.strip("/"), scratch_folder, pick, is_look)
     images = listed.images

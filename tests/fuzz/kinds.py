@@ -9,234 +9,33 @@ import contextlib
 import hashlib
 import io
 import json
-import re
-import tarfile
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.random import Generator
-from PIL import Image
 
-from data_prep.index import index_tars
-from data_prep.shard import make_shards
-from data_prep.shard_options import ShardOptions
-from data_prep.sources import list_images
-from data_prep.verify import verify_set
 from mocov3_ds.checkpoints import checkpoint, mirror, run_folder
 from mocov3_ds.config import encoder_shape
-from mocov3_ds.data import manifest as manifests
-from mocov3_ds.data.loader import Loader, LoaderSettings
-from mocov3_ds.data.manifest import ROW
 from mocov3_ds.data.sample_order import Order
 from mocov3_ds.data.storage.span import read_span
-from mocov3_ds.data.views import decode
-from mocov3_ds.data.views.decode import UnreadableImage
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
 from mocov3_ds.encoders.export import export_encoder
 from mocov3_ds.encoders.foreign_names import to_transformers
 from mocov3_ds.encoders.load import load_encoder, read_run_config
 from mocov3_ds.encoders.networks import Tensors
-from mocov3_ds.monitoring.run_log import drop_rows_after, read_rows
+from mocov3_ds.monitoring.metrics_file import drop_rows_after, read_rows
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.schedule import scaled_rate
-from tests.data.pictures import encode_image, picture
-from tests.data.sets import make_set
 from tests.evaluation.runs import make_run
-from tests.fuzz.mutate import mutated
-
-Outcome = Literal["accepted", "skipped"]
-Files = Mapping[str, bytes]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of input."""
-
-    name: str
-    share: int
-    """inputs of each round of all kinds"""
-    sound: Callable[[], list[Files]]
-    """undamaged inputs: path -> content"""
-    feed: Callable[[Path], Outcome]
-    seal: Callable[[dict[str, bytes]], None] | None = None
-    """makes digests right again, so that the damage is met behind them"""
-    names_files: bool = True
-    """whether an error must say which file it is about"""
-
-    def make(self, folder: Path, rng: Generator) -> None:
-        """Write a damaged input."""
-        choices = self.sound()
-        files = dict(choices[int(rng.integers(len(choices)))])
-        names = sorted(files)
-        for _ in range(1 + int(rng.random() < 0.2)):
-            name = names[int(rng.integers(len(names)))]
-            files[name] = mutated(name, files[name], rng)
-        if self.seal is not None and rng.random() < 0.6:
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                self.seal(files)
-        for name, data in files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-
-
-def _files_of(folder: Path) -> Files:
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
-    }
-
-
-# ----------------------------------------------------------------------------------------- images
-
-
-@cache
-def jpegs() -> list[Files]:
-    images = [
-        encode_image(picture(60, 80)),
-        encode_image(picture(61, 79), subsampling=1),
-        encode_image(picture(40, 70), progressive=True),
-        encode_image(picture(50, 50), restart_marker_blocks=3),
-        encode_image(picture(64, 48).convert("L")),
-        encode_image(picture(30, 30).convert("CMYK")),
-    ]
-    return [{"image.jpg": data} for data in images]
-
-
-@cache
-def other_images() -> list[Files]:
-    small = picture(30, 40)
-    kinds = ("PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
-    found = [{"image.png": encode_image(small, kind)} for kind in kinds]
-    grey = Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100)
-    found += [
-        {"image.png": encode_image(small.quantize(), "PNG")},
-        {"image.png": encode_image(grey, "PNG")},
-    ]
-    return found
-
-
-def read_image(folder: Path) -> Outcome:
-    data = next(folder.iterdir()).read_bytes()
-    try:
-        height, width = decode.read_size(data)
-        out = np.empty((2, 3, 16, 16), np.uint8)
-        box = (0, 0, height, width)
-        decode.cut_crops(data, (box, box), (False, True), out)
-        decode.centre_crop(data, 16, 20)
-    except UnreadableImage as error:
-        assert str(error)
-        return "skipped"
-    return "accepted"
-
-
-# ----------------------------------------------------------------------------------------- shards
-
-
-@cache
-def tars() -> list[Files]:
-    with TemporaryDirectory() as folder:
-        make_set(folder, [5])
-        samples = (Path(folder) / "t-000.tar").read_bytes()
-    classes = io.BytesIO()
-    with tarfile.open(fileobj=classes, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for number in range(4):
-            data = encode_image(picture(20, 20, number))
-            info = tarfile.TarInfo(f"train/class{number % 2}/{'x' * 90}{number}.jpg")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return [{"t-000.tar": samples}, {"t-000.tar": classes.getvalue()}]
-
-
-def read_tar(folder: Path) -> Outcome:
-    """Index and verify it where it lies, and shard what it holds."""
-    outcome: Outcome = "accepted"
-    trouble: list[Exception] = []
-    try:
-        made = index_tars(str(folder), workers=1, quiet=True)
-        if (
-            made.provenance["rejected"]
-            or not verify_set(str(folder), workers=1, quiet=True).is_sound
-        ):
-            outcome = "skipped"
-    except (ValueError, OSError) as error:
-        trouble.append(error)
-    try:
-        options = ShardOptions(shard_size="3")
-        summary = make_shards(
-            list_images(str(folder / "t-000.tar")),
-            str(folder / "out"),
-            options,
-            workers=1,
-            quiet=True,
-        )
-        if summary.rejects:
-            outcome = "skipped"
-    except (ValueError, OSError) as error:
-        trouble.append(error)
-    for error in trouble:
-        clear(error, folder)
-    if len(trouble) == 2:
-        raise trouble[-1]
-    return outcome
-
-
-@cache
-def sets() -> list[Files]:
-    with TemporaryDirectory() as folder:
-        make_set(folder, [5, 4])
-        return [_files_of(Path(folder))]
-
-
-def seal_set(files: dict[str, bytes]) -> None:
-    tree = json.loads(files["manifest.json"])
-    tree["index"]["sha256"] = hashlib.sha256(files["index.bin"]).hexdigest()
-    for entry in tree["shards"]:
-        if entry["name"] in files:
-            entry["sha256"] = hashlib.sha256(files[entry["name"]]).hexdigest()
-            entry["bytes"] = len(files[entry["name"]])
-    rows = np.frombuffer(files["index.bin"], ROW).copy()
-    shard = files["t-000.tar"]
-    for row in rows[:5]:  # the checksums of what lies there now
-        image = shard[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
-        row["crc32"] = zlib.crc32(image)
-    files["index.bin"] = rows.tobytes()
-    tree["index"]["sha256"] = hashlib.sha256(files["index.bin"]).hexdigest()
-    files["manifest.json"] = json.dumps(tree).encode()
-
-
-def read_set(folder: Path) -> Outcome:
-    """Load it, verify it, load two batches of it."""
-    made = manifests.load(str(folder))
-    sound = verify_set(str(folder), workers=1, quiet=True).is_sound
-    if made.samples > 10**6:
-        return "accepted"
-    settings = LoaderSettings(
-        views=ViewSpec(),
-        image_size=16,
-        global_batch=4,
-        rank=0,
-        world_size=1,
-        seed=0,
-        lanes=2,
-        pool=4,
-        threads=0,
-        bad_sample_budget=3,
-    )
-    with Loader(made, settings) as loader:
-        for _ in range(2):
-            next(loader)
-        return "skipped" if loader.bad_samples.counts or not sound else "accepted"
-
+from tests.fuzz.data_kinds import DATA_KINDS
+from tests.fuzz.kind import Files, Kind, Outcome, clear, files_of
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -317,7 +116,7 @@ def runs() -> list[Files]:
         made = make_run(Path(folder) / "run", step=3)
         rows = [{"step": n, "loss": 1 / n, "lr": 1e-3} for n in range(1, 6)]
         (made / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return [_files_of(made)]
+        return [files_of(made)]
 
 
 def seal_run(files: dict[str, bytes]) -> None:
@@ -373,7 +172,7 @@ def mirrors() -> list[Files]:
         made = make_run(Path(temporary) / "run", step=3)
         newest = made / "checkpoints/step-00000003"
         mirror.copy_checkpoint(f"{temporary}/mirror", made, newest, keep=1)
-        return [_files_of(Path(temporary) / "mirror")]
+        return [files_of(Path(temporary) / "mirror")]
 
 
 def read_mirror(folder: Path) -> Outcome:
@@ -436,7 +235,7 @@ def weights() -> list[Files]:
         for program in ("timm", "hf"):
             out = Path(temporary) / program
             export_encoder(made, out, to=program)  # type: ignore[arg-type]
-            found.append(_files_of(out))
+            found.append(files_of(out))
         vit = load_encoder(made).state_dict()
         file = io.BytesIO()
         prefixed = {f"module.base_encoder.{n}": t for n, t in vit.items()}
@@ -500,31 +299,8 @@ def read_weights(folder: Path) -> Outcome:
     return "accepted"
 
 
-# ------------------------------------------------------------------------------------------- judge
-
-
-def clear(error: BaseException, folder: Path | None) -> None:
-    """One sentence for people that says which file of `folder` it is about.
-
-    Raises:
-        AssertionError: it is none.
-    """
-    words = re.sub(r"(.)\1{99,}", r"\1...", f"{error}".strip())  # what was given may be repeated
-    if isinstance(error, SystemExit):  # a parser's own page, with a usage line
-        assert words, "ended without a word"
-        return
-    assert len(words) > 10, f"says nothing: {error!r}"
-    assert len(words) < 1500, f"{len(words)} characters: {words[:200]!r}"
-    assert words.count("\n") < 2, f"more than a sentence: {words[:300]!r}"
-    assert "Traceback" not in words
-    assert folder is None or folder.name in words, f"does not say which file: {words[:300]!r}"
-
-
 KINDS = [
-    Kind("JPEG", 3, jpegs, read_image),
-    Kind("other images", 2, other_images, read_image),
-    Kind("tar", 2, tars, read_tar),
-    Kind("sharded set", 2, sets, read_set, seal_set),
+    *DATA_KINDS,
     Kind("settings", 2, settings, read_settings, names_files=False),
     Kind("run folder", 2, runs, read_run_folder, seal_run),
     Kind("metrics", 1, metrics, read_metrics),

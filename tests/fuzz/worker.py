@@ -40,7 +40,8 @@ def main(folder: Path, seed: int, first: int, last: int) -> None:
     os.dup2(words.fileno(), 2)
     faulthandler.enable(words)
     warnings.simplefilter("error", ResourceWarning)  # files that only the collector closes
-    from tests.fuzz.kinds import KINDS, clear
+    from tests.fuzz.kind import clear
+    from tests.fuzz.kinds import KINDS
 
     signal.signal(signal.SIGPROF, _too_long)
     rounds = [kind for kind in KINDS for _ in range(kind.share)]

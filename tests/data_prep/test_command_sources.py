@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import pipes
+from data_prep import command_sources
 from data_prep.source_options import SourceOptions
 from data_prep.sources import list_images
 from tests.data_prep import forms
@@ -65,6 +65,6 @@ def test_nothing_runs_where_nothing_is_written(tars: Path) -> None:
 def test_what_commands_say_of_their_users_is_stored_nowhere() -> None:
     command = "pipe:curl -H 'Authorization: secret' https://host/t.tar"
     assert (
-        pipes.shorten_commands(f"{command}::a.tar::pipe:true") == "pipe:curl ...::a.tar::pipe:true"
+        command_sources.shorten_commands(f"{command}::a.tar::pipe:true") == "pipe:curl ...::a.tar::pipe:true"
     )
-    assert json.dumps("secret") not in pipes.shorten_commands("pipe:KEY=secret aws s3 cp x -")
+    assert json.dumps("secret") not in command_sources.shorten_commands("pipe:KEY=secret aws s3 cp x -")
