@@ -82,12 +82,18 @@ COMMANDS: Mapping[str, Command] = {
         "files that start a run on a cluster", "mocov3_ds.launch.kit:write_launch_files", "options"
     ),
     "doctor": Command("examine machines before a long run", "mocov3_ds.doctor:main"),
+    "gpu": Command("is a GPU right, and how fast: ten minutes", "mocov3_ds.bench.gpu.command:main"),
     "replay": Command(
         "one step of a run again, stage by stage", "mocov3_ds.faults.replay:repeat_step", "options"
     ),
     "views": Command(
         "a sheet of views as training sees them",
         "mocov3_ds.data.views.contact_sheet:show_views",
+        "options",
+    ),
+    "report": Command(
+        "a page about one run: curves, layers, alarms, settings, the command that repeats it",
+        "mocov3_ds.stability.run_page:report",
         "options",
     ),
     "stability": Command(

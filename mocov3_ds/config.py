@@ -9,15 +9,28 @@ The learning rate of the JSON's optimizer block is the paper's *base* rate: per 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.model.layer_groups import group_names
-from mocov3_ds.model.shapes import EncoderShape, Positions, VitShape
+from mocov3_ds.model.own_backbones import OWN_BACKBONE, make_own_backbone
+from mocov3_ds.model.shapes import (
+    CONV_STEM_SHAPES,
+    LARGEST_SIDE,
+    BackboneShape,
+    EncoderShape,
+    OwnShape,
+    Positions,
+    TimmShape,
+    VitShape,
+    parse_size,
+)
 from mocov3_ds.settings.bounds import (
     Bounds,
     Count,
@@ -28,6 +41,19 @@ from mocov3_ds.settings.bounds import (
     Share,
     check_bounds,
 )
+from mocov3_ds.settings.environment import DeviceChoice
+from mocov3_ds.settings.spelling import did_you_mean
+
+Logger = Literal[
+    "tensorboard", "csv", "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "aim",
+    "dvclive",
+]  # fmt: skip
+
+VIT_BACKBONES = ("vit", "vit_conv", *CONV_STEM_SHAPES)
+"""backbones that are Vision Transformers of ours"""
+RESNETS = ("resnet50", "resnet101")
+TIMM = "timm:"
+"""before the name of a timm model"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +91,49 @@ class DataConfig:
 class ViewConfig:
     """The two random views of an image (BYOL's asymmetric recipe, as the paper uses it)."""
 
-    image_size: Annotated[int, Bounds(1, 16384)] = 224
-    """side of a view, pixels"""
+    image_size: Annotated[int | str, Bounds(1, LARGEST_SIDE)] = 224
+    """size of a view, pixels: the side of a square, or HEIGHTxWIDTH (192x256)"""
+    channels: Annotated[int, Bounds(1, 256)] = 3
+    """channels of an image: 3 = RGB, 1 = grey; other numbers are taken as the images have them
+    (RGBA and CMYK: 4; arrays of .npy: any), and need --views.colour_ops off"""
+    mean: tuple[float, ...] = ViewSpec.mean
+    """mean of the pixels in [0, 1], for each channel (python -m data_prep stats prints it)"""
+    std: tuple[float, ...] = ViewSpec.std
+    """standard deviation of the pixels in [0, 1], for each channel"""
     crop_min: float = 0.08
     """smallest crop, as a share of the image area"""
     crop_max: float = 1.0
     """largest crop, as a share of the image area"""
+    aspect: tuple[float, float] = ViewSpec.aspect
+    """narrowest and widest crop, width / height"""
+    colour_ops: Literal["on", "off"] = "on"
+    """off = saturation and hue stay, and no view is grey, whatever their strengths: for images
+    without colours; brightness, contrast, blur and solarisation go on"""
+    jitter_p: Share = 0.8
+    """probability that brightness, contrast, saturation and hue change, in a drawn order"""
+    brightness: Share = 0.4
+    """brightness is multiplied by a factor from [1 - x, 1 + x]"""
+    contrast: Share = 0.4
+    """the same for the contrast"""
+    saturation: Share = 0.2
+    """the same for the saturation"""
+    hue: Annotated[float, Bounds(0, 0.5)] = 0.1
+    """hue turns by up to this share of the colour circle, either way"""
+    grey_p: Share = 0.2
+    """probability of a grey view"""
     blur_p: tuple[float, float] = (1.0, 0.1)
     """probability of the blur in view 1 and view 2"""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """range of the blur's standard deviation, pixels"""
     solarise_p: tuple[float, float] = (0.0, 0.2)
     """probability of solarisation in view 1 and view 2"""
+    solarise_threshold: Annotated[int, Bounds(1, 255)] = 128
+    """solarisation inverts pixels from this value on, of 255"""
+    flip_p: Share = 0.5
+    """probability of a horizontal flip"""
+    function: tuple[str, ...] = ()
+    """make the views with a Python function of yours instead, package.module:name, or with two, one
+    for each view; it gets the image and a random generator (mocov3_ds/data/README.md)"""
     colour: Literal["device", "threads"] = "device"
     """where jitter, grey, blur and solarisation run: on the training device or in the decode
     threads; threads suit machines whose processors idle while the device is busy"""
@@ -84,8 +143,15 @@ class ViewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The Vision Transformer and its heads."""
+    """The backbone and its heads."""
 
+    backbone: str = "vit"
+    """vit = the paper's Vision Transformer, whose sizes are the flags below; vit_conv = the same on
+    a stem of convolutions (vit_conv_s16, vit_conv_b16: with the published sizes); resnet50,
+    resnet101; timm:NAME = any model of timm, e.g. timm:convnext_tiny"""
+    timm: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """keyword of a timm model, e.g. --model.timm embed_dim=192 --model.timm depths=[2,2]
+    (repeatable)"""
     patch_size: Annotated[int, Bounds(1, 16384)] = 16
     """side of a patch, pixels"""
     dim: Annotated[int, Bounds(1, 2**20)] = 768
@@ -98,16 +164,22 @@ class ModelConfig:
     """hidden width of projector and predictor"""
     out: Annotated[int, Bounds(1, 2**24)] = 256
     """output width of projector and predictor"""
+    projector_layers: Annotated[int, Bounds(1, 64)] = 3
+    """linear layers of the projector; 2 with the paper's ResNets"""
+    predictor_norm: bool = True
+    """batch norm after the last layer of the predictor; none with the paper's ResNets"""
     positions: Positions = "sincos"
     """fixed 2-D sin-cos positions, or none (Sec. 6.2)"""
     patch_lr: Share = 0.0
-    """learning rate of the patch projection relative to the others; 0 freezes it (Sec. 4.3)"""
+    """learning rate of the patch projection of `vit` relative to the others; 0 freezes it (Sec.
+    4.3)"""
     drop_path: Share = 0.0
     """stochastic depth rate of the last block; its draws belong to samples: the same with any
     --chunk, number of ranks and sitting"""
     group_lr: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """learning rate of one layer group relative to the others, e.g. --model.group_lr block_0=0.2
-    (repeatable; 0 freezes it; patch_embed, cls, block_0 ..., norm, projector, predictor)"""
+    (repeatable; 0 freezes it; patch_embed, cls, block_0 ..., norm, projector, predictor; of other
+    backbones a name that there is not lists them, e.g. conv1, layer1.0)"""
     qk_norm: bool = False
     """LayerNorm on queries and keys of each attention head; it bounds the attention logits; of the
     export formats only timm can hold this architecture"""
@@ -205,7 +277,7 @@ class TroubleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Pretrain a Vision Transformer with MoCo v3 on DeepSpeed.
+    """Pretrain a vision encoder with MoCo v3 on DeepSpeed.
 
     Without arguments: a two-minute run on drawn sample images, on any machine. The same command
     again continues where the run folder ends.
@@ -263,11 +335,20 @@ class Config:
     stopped_status: Annotated[int, Bounds(0, 255)] = 0
     """exit status after a signal ended the run early, with a checkpoint; choose one that is not 0
     for a manager that restarts only what failed (Kubernetes)"""
+    log: tuple[Logger, ...] = ("tensorboard",)
+    """where the numbers of metrics.jsonl go as well, one or several: --log wandb csv; none after
+    --log = nowhere (monitoring/README.md)"""
     profile: Annotated[int, Bounds(0, 1000)] = 0
     """steps to profile, after two others; RUN/profile gets a table of where the time goes and a
     trace of each rank; 0 = none"""
     seed: Seed = 0
     """seed of the initialisation, the order of samples and the views"""
+    device: DeviceChoice = "auto"
+    """auto = the rank's GPU, or the CPU of a machine without one; cpu = leave GPUs alone, also where
+    the run would take days"""
+    tf32: bool = False
+    """let matrix products in fp32 round their inputs to TF32 (10 bits) on GPUs that have it: many
+    times faster, and the planner reckons with it; bf16 and fp16 are not touched"""
     deterministic: bool = False
     """refuse operations without a reproducible implementation (GPU; the CPU always reproduces)"""
     data: DataConfig = field(default_factory=DataConfig)
@@ -290,16 +371,45 @@ class Config:
         return self.runs / (self.name or self.recipe)
 
     @property
-    def vit(self) -> VitShape:
+    def backbone(self) -> BackboneShape:
         """Shape of the backbone."""
         model = self.model
-        return VitShape(
-            image_size=self.views.image_size,
+        height, width = parse_size(self.views.image_size)
+        if model.backbone.startswith(OWN_BACKBONE):
+            name = model.backbone.removeprefix(OWN_BACKBONE)
+            make = partial(make_own_backbone, name)
+            return OwnShape(
+                name=name, make=make, size=(height, width), channels=self.views.channels
+            )
+        if model.backbone not in VIT_BACKBONES:
+            return TimmShape(
+                name=model.backbone.removeprefix(TIMM),
+                size=(height, width),
+                channels=self.views.channels,
+                arguments=model.timm,
+            )
+        given = VitShape(
             patch_size=model.patch_size,
             dim=model.dim,
             depth=model.depth,
             heads=model.heads,
+            stem="patch" if model.backbone == "vit" else "conv",
         )
+        return dataclasses.replace(
+            CONV_STEM_SHAPES.get(model.backbone, given),
+            image_size=height,
+            image_width=0 if width == height else width,
+            channels=self.views.channels,
+        )
+
+    @property
+    def vit(self) -> VitShape:
+        """Shape of the backbone, where it is one of our Vision Transformers.
+
+        Raises:
+            ValueError: it is another network.
+        """
+        return encoder_shape(self).vit
 
 
 @dataclass(frozen=True)
@@ -341,12 +451,81 @@ def check_config(config: Config) -> None:
     if config.init_which != "base" and not config.init:
         raise ValueError(f"--init_which {config.init_which} has no effect without --init.")
     if config.extend_schedule != "longer" and not config.extend:
-        raise ValueError(f"--extend_schedule {config.extend_schedule} has no effect without --extend.")
-    group_rates(config.model)
+        raise ValueError(
+            f"--extend_schedule {config.extend_schedule} has no effect without --extend."
+        )
+    _check_backbone(config)
+    _check_views(config.views)
     if config.alarm.response != "none" and config.signals.every != 1:
         raise ValueError(
             f"--alarm.response {config.alarm.response} needs the signals of each step; give "
             "--signals.every 1."
+        )
+
+
+def _check_backbone(config: Config) -> None:
+    """Refuse a backbone that is not known, and settings of the model that name nothing."""
+    model = config.model
+    known = (*VIT_BACKBONES, *RESNETS)
+    if model.backbone not in known and not model.backbone.startswith((TIMM, OWN_BACKBONE)):
+        hint = did_you_mean(model.backbone, known)
+        raise ValueError(
+            f"--model.backbone {model.backbone} is not known{hint}; there are {', '.join(known)}, "
+            f"{TIMM}NAME for a model of timm, and {OWN_BACKBONE}PACKAGE.MODULE:FUNCTION for yours."
+        )
+    if model.backbone in VIT_BACKBONES:
+        if model.timm:
+            raise ValueError(
+                f"--model.timm {model.timm[0]} has no effect on --model.backbone "
+                f"{model.backbone}; it is for {TIMM}NAME."
+            )
+        group_rates(model, group_names(config.vit.depth))
+
+
+def check_backbone_flags(model: ModelConfig, recipe: ModelConfig) -> None:
+    """Refuse flags of the paper's Vision Transformer that were given for another backbone.
+
+    Args:
+        model: settings of the run.
+        recipe: the recipe's, from which a given flag differs.
+
+    Raises:
+        ValueError: names the first flag that would have no effect.
+    """
+    sizes = ("patch_size", "dim", "depth", "heads")
+    only_patches = ("patch_lr",)
+    without_effect = {
+        "vit": (),
+        "vit_conv": only_patches,
+        **dict.fromkeys(CONV_STEM_SHAPES, (*sizes, *only_patches)),
+    }.get(model.backbone, (*sizes, *only_patches, "positions", "qk_norm"))
+    for name in without_effect:
+        if getattr(model, name) != getattr(recipe, name):
+            raise ValueError(
+                f"--model.{name} {getattr(model, name)} has no effect on --model.backbone "
+                f"{model.backbone}, which has its own."
+            )
+
+
+def _check_views(views: ViewConfig) -> None:
+    """Refuse views that images of so many channels cannot have."""
+    parse_size(views.image_size)
+    for name, numbers in (("mean", views.mean), ("std", views.std)):
+        if len(numbers) != views.channels:
+            raise ValueError(
+                f"--views.{name} has {len(numbers)} numbers for --views.channels {views.channels}; "
+                f"python -m data_prep stats SHARDS --channels {views.channels} prints those of "
+                "your images."
+            )
+    if views.channels != 3 and views.colour_ops == "on" and not views.function:
+        raise ValueError(
+            f"--views.channels {views.channels}: saturation, hue and grey are of RGB alone; give "
+            "--views.colour_ops off to train without them."
+        )
+    if len(views.function) > 2:
+        raise ValueError(
+            f"--views.function names {len(views.function)} functions; give one for both views, or "
+            "two."
         )
 
 
@@ -366,20 +545,26 @@ def check_batch(batch: int) -> None:
         )
 
 
-def group_rates(model: ModelConfig) -> dict[str, float]:
-    """Learning rate of each layer group relative to the others, from input to output.
+def group_rates(model: ModelConfig, groups: Sequence[str] | None = None) -> dict[str, float]:
+    """Learning rate of layer groups relative to the others, from input to output.
+
+    Args:
+        model: settings of the model, of which `group_lr` counts.
+        groups: all layer groups of the encoder; None = those that `group_lr` names, unchecked.
 
     Raises:
         ValueError: `group_lr` has an unknown group, a group twice, a rate that is not a number from
             0 on, or a rate without effect.
     """
-    rates = dict.fromkeys(group_names(model.depth), 1.0)
+    rates = dict.fromkeys(groups or (), 1.0)
     assigned: set[str] = set()
     for entry in model.group_lr:
         group, _, value = entry.partition("=")
-        if group not in rates or group in assigned:
+        if (groups is not None and group not in rates) or group in assigned:
             problem = "is there twice" if group in assigned else "names no layer group"
-            raise ValueError(f"--model.group_lr {entry} {problem}; groups are {', '.join(rates)}.")
+            raise ValueError(
+                f"--model.group_lr {entry} {problem}; groups are {', '.join(groups or assigned)}."
+            )
         assigned.add(group)
         try:
             rates[group] = float(value)
@@ -390,12 +575,21 @@ def group_rates(model: ModelConfig) -> dict[str, float]:
                 f"--model.group_lr {entry} gives no rate; write GROUP=NUMBER with a number from 0 "
                 "on, e.g. patch_embed=0.2."
             )
-        if group == "patch_embed" and model.patch_lr == 0 and rates[group] > 0:
+        frozen = model.backbone == "vit" and group == "patch_embed" and model.patch_lr == 0
+        if frozen and rates[group] > 0:
             raise ValueError(
                 f"--model.group_lr {entry} has no effect on a frozen patch projection; give "
                 "--model.patch_lr 1 as well."
             )
     return rates
+
+
+def frozen_groups(model: ModelConfig) -> list[str]:
+    """Layer groups that the settings keep at their first weights."""
+    frozen = {group for group, rate in group_rates(model).items() if rate == 0}
+    if model.backbone == "vit" and model.patch_lr == 0:
+        frozen.add("patch_embed")
+    return sorted(frozen)
 
 
 def from_json(tree: Mapping[str, Any]) -> Config:
@@ -423,7 +617,7 @@ def _with_values(default: Any, tree: Mapping[str, Any]) -> Any:
         if dataclasses.is_dataclass(current):
             values[name] = _with_values(current, value)
         else:
-            values[name] = type(current)(value)
+            values[name] = value if name == "image_size" else type(current)(value)
     return dataclasses.replace(default, **values)
 
 
@@ -434,9 +628,11 @@ def encoder_shape(config: Config) -> EncoderShape:
         config: settings of the run.
     """
     return EncoderShape(
-        backbone=config.vit,
+        backbone=config.backbone,
         hidden=config.model.hidden,
         out=config.model.out,
+        projector_layers=config.model.projector_layers,
+        predictor_norm=config.model.predictor_norm,
         positions=config.model.positions,
         train_patch_projection=config.model.patch_lr > 0,
         drop_path=config.model.drop_path,

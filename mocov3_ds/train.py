@@ -10,6 +10,8 @@ The same command again continues where the run folder ends.
 import contextlib
 import sys
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from mocov3_ds.faults import bad_step_policy, exit_status
 from mocov3_ds.faults.preemption import Preemption, Stop, repeated_signals_ignored
 from mocov3_ds.model.loss import PairLoss
 from mocov3_ds.monitoring.profiler import Profile
-from mocov3_ds.monitoring.run_log import RunLog, peak_memory_gib
+from mocov3_ds.monitoring.run_log import RunLog, peak_memory
+from mocov3_ds.monitoring.trackers import check_loggers, sink_openers
+from mocov3_ds.monitoring.view_sheet import draw_view_sheet
 from mocov3_ds.planning.drift import Drift
 from mocov3_ds.recipes import parse
 from mocov3_ds.settings.environment import check_environment
@@ -44,39 +48,59 @@ _COLLECTIVES_S = 7200.0
 """seconds that ranks may wait for one that reads from a store or fetches a checkpoint; `heartbeat`
 sees those that are dead or hang long before"""
 
+_HASTY_CLOSE_S = 5.0
+"""seconds that loggers have to finish where a run has failed or was asked to stop"""
+_SHORTEST_WITH_PAGE = 50
+"""steps of a run that has a page at its end; `mocov3 report` makes one of any run"""
 
-def train(settings: Settings, loss: PairLoss | None = None) -> None:
-    """Start a pretraining run, continue it, or confirm that it is finished.
+
+StepWatcher = Callable[[Run, Mapping[str, Any]], object]
+"""is called after each step with the run and the step's row of the log, on all ranks"""
+
+
+def train(
+    settings: Settings, loss: PairLoss | None = None, *, on_step: StepWatcher | None = None
+) -> Run:
+    """Start a pretraining run, continue it, or confirm that it is finished; returns it closed.
 
     Args:
         settings: resolved command line of the run.
         loss: loss to train with; None = the paper's at `--moco.temperature`.
+        on_step: what is called after each step; None = nothing.
+
+    Raises:
+        SystemExit: a signal has ended the run early, and its checkpoint is written.
     """
-    config, device = settings.config, ranks.start(timeout_s=_COLLECTIVES_S)
+    config, device = settings.config, ranks.start(_COLLECTIVES_S, settings.config.device)
     heartbeat.start(config.hang_timeout)
     with contextlib.closing(Preemption(config.stopped_status)) as preemption:
         drift = Drift(device)
+        if ranks.is_first():
+            check_loggers(config.log)
         run = build_run(settings, device, loss)
         log = start_log(run)
-        if run.step == 0:
-            evaluate_start(run, log)
-            if config.trouble.policy == "rewind":
-                run.save_checkpoint()  # there is always something to return to
         last = min(run.total_steps, config.stop_after_steps or run.total_steps)
         try:
-            stop = train_until(last, run, log, drift, preemption)
+            if run.step == run.start.step:
+                evaluate_start(run, log)
+                if config.trouble.policy == "rewind" or run.start.parent is not None:
+                    run.save_checkpoint()  # there is always something to return to
+            stop = train_until(last, run, log, drift, preemption, on_step)
         except BaseException:
             run.abandon()
+            log.close(_HASTY_CLOSE_S)
             tell_end(log.describe_troubles())
             raise
         heartbeat.enter_stage(run.step, "close")
         run.close()
     heartbeat.stop()
+    finish_log(run, log)
     if ranks.is_first():
         tell_end([describe_end(run, log.describe_troubles())])
     if stop is not None and run.step < last:
         saved = checkpoint_folder(config.folder, run.step).name
         sys.exit(exit_status.report_stop(stop, config.stopped_status, saved))
+    return run
 
 
 def start_log(run: Run) -> RunLog:
@@ -87,9 +111,35 @@ def start_log(run: Run) -> RunLog:
         if run.step < run.total_steps:
             run_status.clear_finished(folder)
     heartbeat.explain_data(lambda: run.loader.describe_work())  # a rewound run has another loader
-    log = RunLog(folder, steps_done=run.step, total_steps=run.total_steps, speaks=is_first)
+    log = RunLog(
+        folder,
+        steps_done=run.step,
+        total_steps=run.total_steps,
+        speaks=is_first,
+        begins_at=run.start.step,
+        sinks=sink_openers(run.config.log) if run.step < run.total_steps else {},
+        device=run.device,
+    )
     log.print_line(describe_start(run))
+    if run.start.line:
+        log.print_line(run.start.line)
     return log
+
+
+def finish_log(run: Run, log: RunLog) -> None:
+    """Write the page of a finished run, and let the log finish."""
+    if not ranks.is_first():
+        return
+    if run.step < run.total_steps:
+        log.close(_HASTY_CLOSE_S)
+        return
+    is_news = run.step >= log.first_step
+    if is_news and run.total_steps - run.start.step >= _SHORTEST_WITH_PAGE:
+        from mocov3_ds.stability.run_page import write_in_time  # matplotlib takes a while
+
+        for name, picture in write_in_time(run.config.folder).items():
+            log.show_picture(run.step, name, picture.copy)
+    log.close()
 
 
 def tell_end(lines: list[str]) -> None:
@@ -100,23 +150,29 @@ def tell_end(lines: list[str]) -> None:
 
 
 def train_until(
-    last: int, run: Run, log: RunLog, drift: Drift, preemption: Preemption
+    last: int,
+    run: Run,
+    log: RunLog,
+    drift: Drift,
+    preemption: Preemption,
+    on_step: StepWatcher | None,
 ) -> Stop | None:
     """All steps up to `last`, with their checkpoints; why it ended early, where it did."""
     config, stop = run.config, None
     with contextlib.ExitStack() as closing:
-        closing.callback(log.close)
         profile = Profile(config.folder, config.profile, run.device, log.print_line)
         closing.callback(profile.close)
         preemption.enter_loop()
         while run.step < last and stop is None:
             with profile.step():
-                train_one_step(last, run, log)
+                row = train_one_step(last, run, log)
             drift.record_step()
+            if on_step is not None and row is not None:
+                on_step(run, row)
             stop = preemption.find_stop()
             ends = stop is not None or run.step == last
             if drift.is_due(ends):
-                log.print_line(drift_line(drift, run))
+                log.tell_plan(drift_line(drift, run))
             if ends or run.step % config.save.every_steps == 0:
                 heartbeat.enter_stage(run.step, "save")
                 log.sync()
@@ -127,13 +183,13 @@ def train_until(
     return stop
 
 
-def train_one_step(last: int, run: Run, log: RunLog) -> None:
-    """The exact step, what is measured of it, and its line in the log."""
+def train_one_step(last: int, run: Run, log: RunLog) -> dict[str, Any] | None:
+    """The exact step, what is measured of it, and its line in the log; None where it is undone."""
     started = time.perf_counter()
     step = advance_run(run)
     bad = bool(step.result.bad_reason)
     if bad and not bad_step_policy.handle_bad_step(run, log, step):
-        return  # rewound: the steps since the checkpoint come again, with other batches
+        return None  # rewound: the steps since the checkpoint come again, with other batches
     seconds = time.perf_counter() - started
     heartbeat.enter_stage(run.step, "look")
     row: dict[str, Any] = {
@@ -144,7 +200,7 @@ def train_one_step(last: int, run: Run, log: RunLog) -> None:
         "chance_loss": run.chance_loss,
         "images_per_s": run.config.batch / seconds,
         "save_s": run.take_save_seconds(),
-        "memory_gib": peak_memory_gib(run.device),
+        **peak_memory(run.device),
         "stand_ins": step.batch.stand_ins,
         **step_scale(run),
         **counters.take_counts(),
@@ -154,6 +210,14 @@ def train_one_step(last: int, run: Run, log: RunLog) -> None:
     row |= measure_knn(run, last=run.step == last)
     if step.result.applied:  # else it would be that of the step before
         row["grad_norm"] = run.optimizer.grad_norm()
+    if run.step == log.first_step:
+        log.show_picture(
+            run.step,
+            "train/views",
+            partial(
+                draw_view_sheet, step.x1_BCHW, step.x2_BCHW, run.view_spec.mean, run.view_spec.std
+            ),
+        )
     if not bad:
         row |= run.recorder.record(
             run.step,
@@ -164,9 +228,10 @@ def train_one_step(last: int, run: Run, log: RunLog) -> None:
             backbone=run.base.backbone,
         )
     heartbeat.enter_stage(run.step, "log")
-    log.log_step(row)
+    log.log_step(row, {} if bad else run.recorder.layer_values)
     if "knn_full" in row:
         log.print_line(f"k-NN after step {run.step}: {row['knn_full']:.2f} %")
+    return row
 
 
 def step_scale(run: Run) -> dict[str, float]:
@@ -176,14 +241,16 @@ def step_scale(run: Run) -> dict[str, float]:
 
 
 def evaluate_start(run: Run, log: RunLog) -> None:
-    """Log the k-NN accuracy of the random initialisation, and of guessing."""
+    """Log the k-NN accuracy of what the run begins with, and of guessing."""
     monitor = run.knn_monitor
     if monitor is None:
         log.print_line("no labelled probe images (--data.probe_shards), so no k-NN monitor")
         return
     accuracy, chance = monitor.full_accuracy(run.base.backbone), monitor.chance_accuracy()
-    log.log_values(0, knn_full=accuracy, knn_chance=chance, knn_probes=monitor.count_probes())
-    log.print_line(f"k-NN of the random initialisation: {accuracy:.2f} % (chance {chance:.2f} %)")
+    counts = {"knn_chance": chance, "knn_probes": monitor.count_probes()}
+    log.log_values(run.step, knn_full=accuracy, **counts)
+    beginning = "weights it begins with" if run.start.ancestry else "random initialisation"
+    log.print_line(f"k-NN of the {beginning}: {accuracy:.2f} % (chance {chance:.2f} %)")
 
 
 def update_knn_monitor(run: Run, step: AdvancedStep) -> None:

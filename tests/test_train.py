@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from mocov3_ds import train
-from mocov3_ds.monitoring.run_log import read_rows
+from mocov3_ds.monitoring.metrics_file import read_rows
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.advance import advance_run
 from mocov3_ds.training.build import build_run

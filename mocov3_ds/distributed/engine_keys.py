@@ -143,7 +143,7 @@ _DERIVED = {
 }
 """Keys that decide no number of a run, or that --batch decides: "auto" counts as left out."""
 
-_SINK = "a run writes RUN/metrics.jsonl and TensorBoard files by itself"
+_ALONE = "this block would get the learning rate alone"
 _CHECKPOINTS = "checkpoints are ours: --save.every_steps"
 _PROFILE = "use --profile STEPS"
 _REMOVED = "DeepSpeed has removed it"
@@ -158,11 +158,10 @@ _REFUSED: Mapping[str, str] = {
     "nebula": _CHECKPOINTS,
     "datastates": _CHECKPOINTS,
     "elasticity": "the global batch is fixed by --batch on any number of ranks",
-    "tensorboard": f"{_SINK}, and this block would get the learning rate alone",
-    "csv_monitor": f"{_SINK}, and this block would get the learning rate alone",
-    "wandb": f"{_SINK} (wandb sync --sync-tensorboard RUN), and this block would get the learning "
-    "rate alone",
-    "comet": f"{_SINK}, and this block would get the learning rate alone",
+    "tensorboard": f"use --log tensorboard, which is the default; {_ALONE}",
+    "csv_monitor": f"use --log csv; {_ALONE}",
+    "wandb": f"use --log wandb; {_ALONE}",
+    "comet": f"use --log comet_ml; {_ALONE}",
     "comms_logger": f"nothing asks DeepSpeed for its summary; {_PROFILE}",
     "timers": f"they time what is not printed; {_PROFILE}",
     "compile": "use --compile_blocks",

@@ -8,21 +8,34 @@ import contextlib
 import json
 import logging
 import resource
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from mocov3_ds.data.storage.atomic import Appender, sync_to_disk, write_text
+from mocov3_ds.monitoring.background_sink import BackgroundSink
+from mocov3_ds.monitoring.machine_figures import MachineFigures
+from mocov3_ds.monitoring.metrics_file import describe_gap, drop_rows_after
 from mocov3_ds.monitoring.run_review import RunReview
-from mocov3_ds.monitoring.sinks import Sink, SinkOpener, TensorBoardSink
+from mocov3_ds.monitoring.sinks import SinkOpener, grouped_numbers
 
 _IN_BAR = {"loss": "loss", "lr": "lr", "momentum": "m", "images_per_s": "img/s", "knn": "knn"}
 """name in a row -> name beside the progress bar"""
 
-_NAMED_SPANS = 8
+PLAN = "plan.txt"
+"""name of the file with the last comparison of plan and run"""
+
+_LAYER_ROWS = 1000
+"""rows with all layer signals that sinks get of a run; RUN/signals.f32 has every step"""
+_RARE_SIGNALS = ("max_logit", "entropy")
+"""layer signals that are measured every few tens of steps; sinks get each of them"""
+_CLOSE_S = 30.0
+"""seconds that sinks have to finish at the end of a run"""
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -35,7 +48,10 @@ class RunLog:
         steps_done: Number of optimizer steps that earlier attempts have done.
         total_steps: Number of steps of the complete run.
         speaks: Whether this is the first rank.
-        sinks: Openers of the places that rows go to besides `metrics.jsonl`.
+        begins_at: Number of steps before the run's own first one, as one has that goes on from
+            another run.
+        sinks: Name -> opener of each place that rows go to besides `metrics.jsonl`.
+        device: Device of this rank, whose figures the sinks get; None = the CPU.
     """
 
     def __init__(
@@ -45,33 +61,40 @@ class RunLog:
         steps_done: int,
         total_steps: int,
         speaks: bool,
-        sinks: Sequence[SinkOpener] = (TensorBoardSink,),
+        begins_at: int = 0,
+        sinks: Mapping[str, SinkOpener] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.speaks = speaks
+        self.speaks, self.first_step = speaks, steps_done + 1
         self._bar_values: dict[str, str] = {}
         if not speaks:
             return
-        self._folder, self._openers = folder, sinks
         self._path = folder / "metrics.jsonl"
         self._total_steps = total_steps
-        # at step 0 everything goes: the row of step 0 comes again as well
-        gap = describe_gap(self._begin_rows(steps_done or -1), steps_done)
+        # at the beginning everything goes: the row from before the first step comes again as well
+        kept = steps_done if steps_done > begins_at else begins_at - 1
+        gap = describe_gap(self._begin_rows(kept), steps_done, begins_at)
         if gap:
             _log.warning("%s %s", self._path, gap)
-        self._sinks = self._open_sinks(steps_done)
+        self._figures = MachineFigures(device or torch.device("cpu"))
+        self._sinks = [
+            BackgroundSink(name, opener, folder, steps_done)
+            for name, opener in (sinks or {}).items()
+        ]
         self._bar = tqdm(
             total=total_steps, initial=steps_done, unit="step", dynamic_ncols=True, mininterval=0.5
         )
 
-    def log_step(self, row: dict[str, Any]) -> None:
+    def log_step(self, row: dict[str, Any], layers: Mapping[str, float] | None = None) -> None:
         """Log the values of one step.
 
         Args:
             row: JSON values by name; `step` is the number of optimizer steps done, from 1.
+            layers: Signals of the layer groups in this step, GROUP/SIGNAL -> number, for sinks.
         """
         if not self.speaks:
             return
-        self._write_row(row)
+        self._write_row(row, layers or {})
         for key, name in _IN_BAR.items():
             if row.get(key) is not None:
                 self._bar_values[name] = f"{row[key]:.4g}"
@@ -87,7 +110,20 @@ class RunLog:
             values: Numbers to log, by name.
         """
         if self.speaks:
-            self._write_row({"step": step, **values})
+            self._write_row({"step": step, **values}, {})
+
+    def show_picture(self, step: int, name: str, draw: Callable[[], Image.Image]) -> None:
+        """Show a picture in the sinks that can.
+
+        Args:
+            step: Number of optimizer steps done.
+            name: GROUP/NAME of the picture.
+            draw: Draws it, in RGB; called where there are sinks.
+        """
+        if self.speaks and self._sinks:
+            picture = draw()
+            for sink in self._sinks:
+                sink.send(lambda opened: opened.show_picture(step, name, picture))
 
     def drop_steps_after(self, step: int) -> None:
         """Forget the later steps, because the run was rewound and will do them again.
@@ -99,8 +135,8 @@ class RunLog:
             return
         self._rows.close()
         self._begin_rows(step)
-        self._close_sinks()
-        self._sinks = self._open_sinks(step)
+        for sink in self._sinks:
+            sink.send(lambda opened: opened.drop_steps_after(step))
         self._bar.n = step
         with contextlib.suppress(OSError):
             self._bar.refresh()
@@ -130,120 +166,70 @@ class RunLog:
             with contextlib.suppress(OSError):  # the terminal may have gone with the launcher
                 self._bar.write(text)
 
+    def tell_plan(self, text: str) -> None:
+        """Print how the run compares with its plan, and keep it in RUN/plan.txt.
+
+        Args:
+            text: The comparison, one line.
+        """
+        self.print_line(text)
+        if self.speaks:
+            with contextlib.suppress(OSError):  # no reason to end a run
+                write_text(self._path.with_name(PLAN), text + "\n")
+
     def describe_troubles(self) -> list[str]:
         """Return what is wrong with the run so far, one line each; empty where nothing is."""
         return self._review.summarise() if self.speaks else []
 
-    def close(self) -> None:
-        """Finish the progress bar and the files."""
+    def close(self, limit_s: float = _CLOSE_S) -> None:
+        """Finish the progress bar, the files and the sinks.
+
+        Args:
+            limit_s: Seconds that all sinks together have to finish.
+        """
         if self.speaks:
             with contextlib.suppress(OSError):
                 self._bar.close()
             self._rows.close()
-            self._close_sinks()
+            deadline = time.monotonic() + limit_s
+            for sink in self._sinks:
+                loss = sink.close(deadline)
+                if loss:
+                    _log.warning("--log %s; metrics.jsonl has all", loss)
 
-    def _write_row(self, row: dict[str, Any]) -> None:
+    def _write_row(self, row: dict[str, Any], layers: Mapping[str, float]) -> None:
         self._rows.append((json.dumps(row) + "\n").encode())
         for line in self._review.push(row):
             self.print_line(line)
-        step = row["step"]
-        values = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
-        for sink in [*self._sinks]:
-            try:
-                sink.row(step, values)
-            except Exception as error:  # a sink is no reason to end a run
-                self._sinks.remove(sink)
-                _warn_of_sink(type(sink).__name__, error)
+        if self._sinks:
+            step = row["step"]
+            values = grouped_numbers(row) | self._figures.read() | self._choose_layers(step, layers)
+            for sink in self._sinks:
+                sink.send(lambda opened: opened.show_row(step, values))
 
-    def _open_sinks(self, steps_done: int) -> list[Sink]:
-        sinks = []
-        for opener in self._openers:
-            try:
-                sinks.append(opener(self._folder, steps_done))
-            except Exception as error:  # a sink is no reason to end a run
-                _warn_of_sink(getattr(opener, "__name__", str(opener)), error)
-        return sinks
-
-    def _close_sinks(self) -> None:
-        for sink in self._sinks:
-            try:
-                sink.close()
-            except Exception as error:  # a sink is no reason to end a run
-                _warn_of_sink(type(sink).__name__, error)
+    def _choose_layers(self, step: int, layers: Mapping[str, float]) -> dict[str, float]:
+        """Return the layer signals that sinks get of a step: all of them now and then."""
+        is_due = step % max(self._total_steps // _LAYER_ROWS, 1) == 0
+        chosen = {}
+        for column, value in layers.items():
+            group, _, signal = column.partition("/")
+            if is_due or signal in _RARE_SIGNALS:
+                chosen[f"layers/{signal}/{group}"] = value
+        return chosen
 
 
-def _warn_of_sink(name: str, error: Exception) -> None:
-    _log.warning("%s failed and gets nothing more until the next start: %s", name, error)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a `metrics.jsonl`, without lines that a kill cut short or a disk damaged.
-
-    Args:
-        path: The file, which may not exist yet.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
-
-
-def drop_rows_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrite a `metrics.jsonl` without the rows of later steps.
-
-    Args:
-        path: The file, which may not exist yet.
-        step: Number of the last step whose row stays.
-
-    Returns:
-        The rows that stay.
-
-    Raises:
-        OSError: The file cannot be written; its old content stays.
-    """
-    rows = [row for row in read_rows(path) if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def describe_gap(rows: Sequence[Mapping[str, Any]], steps_done: int) -> str:
-    """Say which steps have no row though they were done; empty where each has one.
-
-    Args:
-        rows: Rows of a `metrics.jsonl`.
-        steps_done: Number of steps done.
-    """
-    missing = sorted({*range(1, steps_done + 1)} - {row["step"] for row in rows})
-    if not missing:
-        return ""
-    spans: list[tuple[int, int]] = []
-    for step in missing:
-        if spans and spans[-1][1] == step - 1:
-            spans[-1] = (spans[-1][0], step)
-        else:
-            spans.append((step, step))
-    named = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in spans[:_NAMED_SPANS])
-    more = f" and {len(spans) - _NAMED_SPANS} more places" if len(spans) > _NAMED_SPANS else ""
-    noun = "row" if len(missing) == 1 else "rows"
-    return (
-        f"lacks the {noun} of step {named}{more} ({len(missing)} of {steps_done}), as a power cut, "
-        "a full disk or an edit leaves it; the checkpoint has these steps, curves do not"
-    )
-
-
-def peak_memory_gib(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the peak memory so far in GiB: of the accelerator, or of this process on a CPU.
 
     Args:
         device: The device of this rank.
+
+    Returns:
+        `memory_gib`, what tensors held or the process; on an accelerator also
+        `memory_reserved_gib`, what the allocator held to give it to them.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        allocated = torch.cuda.max_memory_allocated(device)
+        reserved = torch.cuda.max_memory_reserved(device)
+        return {"memory_gib": allocated / 2**30, "memory_reserved_gib": reserved / 2**30}
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.config import Config
@@ -33,7 +33,8 @@ from mocov3_ds.data.fetch import locate_sample
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.distributed import ranks
-from mocov3_ds.model.layer_groups import group_names
+from mocov3_ds.model.backbones import BackboneFacts
+from mocov3_ds.model.layer_groups import HEAD_GROUPS
 from mocov3_ds.monitoring.alarm_response import AlarmResponse
 from mocov3_ds.monitoring.alarms import RULES, AlarmRule, Alarms
 from mocov3_ds.monitoring.attention import attention_extremes, middle_and_ends
@@ -54,6 +55,7 @@ class SignalRecorder:
     Args:
         config: The settings of the run.
         optimizer: The run's optimizer, which measures each tensor in its steps.
+        facts: What is known of the backbone: its layer groups and its attention.
         tensor_groups: Layer group of each trained tensor, in the optimizer's order.
         manifest: Manifest of the training shards, to name the samples of a step.
         saved: The checkpoint that the run continues from; None = it starts from scratch.
@@ -64,13 +66,19 @@ class SignalRecorder:
         self,
         config: Config,
         optimizer: ShardedOptimizer,
+        facts: BackboneFacts,
         tensor_groups: Sequence[str],
         manifest: Manifest,
         saved: Checkpoint | None,
         rules: Mapping[str, AlarmRule] = RULES,
     ) -> None:
         self.config, self._optimizer, self._manifest = config, optimizer, manifest
-        self._groups = group_names(config.model.depth)
+        self._groups = (*facts.groups, *HEAD_GROUPS)
+        self._attention_blocks: tuple[int, ...] = ()
+        if config.signals.attention_every and facts.attention_blocks:
+            self._attention_blocks = middle_and_ends(facts.attention_blocks)
+        elif config.signals.attention_every and ranks.is_first():
+            _log.info("attention is not measured: the backbone has no blocks of a plain ViT")
         self._group_extremes = GroupExtremes(self._groups, tensor_groups)
         trained_groups = [g for g in self._groups if g in tensor_groups and g != "cls"]
         self._alarm_group = trained_groups[0] if trained_groups else ""
@@ -82,6 +90,8 @@ class SignalRecorder:
             self._alarms.load(state["alarms"])
             self._response.active_until = state["answer_until"]
             self._quiet_until = state["quiet_until"]
+        self.layer_values: dict[str, float] = {}
+        """what was measured of the layer groups in the last step, GROUP/SIGNAL -> number"""
         self._file: SignalFile | None = None
         self._recent: deque[Floats] = deque(maxlen=_ALARM_ROWS)
         if config.signals.every and ranks.is_first():
@@ -114,7 +124,7 @@ class SignalRecorder:
         sample_ids_B: Tensor,
         x1_BCHW: Tensor,
         pair: tuple[Tensor, Tensor],
-        backbone: VisionTransformer,
+        backbone: nn.Module,
     ) -> dict[str, Any]:
         """Write the row of the step just done; all ranks must call.
 
@@ -124,13 +134,14 @@ class SignalRecorder:
             sample_ids_B: Numbers of the samples in this rank's batch.
             x1_BCHW: First views of this rank, as the network got them.
             pair: Queries of view 1 and keys of view 2, (B, P) each.
-            backbone: Vision Transformer of the base encoder, for its attention.
+            backbone: Backbone of the base encoder, for its attention.
 
         Returns:
             What the log should say: `spread` of the queries (1 = even on the sphere, 0 = all
             alike) where it was measured, `alarms` and `response`; empty in most steps.
         """
         signals = self.config.signals
+        self.layer_values = {}
         if not signals.every:
             return {}
         values = {name: float(row[name]) for name in SCALARS if name in row}
@@ -140,7 +151,7 @@ class SignalRecorder:
             values |= feature_signals(*pair)
             said["spread"] = values["features_std"] * math.sqrt(pair[0].shape[1])
             is_due = True
-        if _is_due(step, signals.attention_every):
+        if self._attention_blocks and _is_due(step, signals.attention_every):
             values |= self._measure_attention(backbone, x1_BCHW)
             is_due = True
         if _is_due(step, signals.every) and row["applied"]:
@@ -149,15 +160,21 @@ class SignalRecorder:
             values |= self._group_extremes.reduce_tensors(tensor_signals.table())
         if self._file is not None and is_due:
             self._recent.append(self._file.write_row(values))
+            self.layer_values = {
+                name: value
+                for name, value in values.items()
+                if "/" in name and not math.isnan(value)
+            }
         if not _is_due(step, signals.every):
             return said
         return said | self._raise_alarms(step, sample_ids_B, values)
 
-    def _measure_attention(self, backbone: VisionTransformer, x1_BCHW: Tensor) -> dict[str, float]:
+    def _measure_attention(self, backbone: nn.Module, x1_BCHW: Tensor) -> dict[str, float]:
+        assert isinstance(backbone, VisionTransformer), "only a ViT has attention blocks"
         was_training = backbone.training
         backbone.eval()
-        blocks = middle_and_ends(self.config.model.depth)
-        extremes = attention_extremes(backbone, x1_BCHW[:_ATTENTION_IMAGES], blocks)
+        images_BCHW = x1_BCHW[:_ATTENTION_IMAGES]
+        extremes = attention_extremes(backbone, images_BCHW, self._attention_blocks)
         backbone.train(was_training)
         values: dict[str, float] = {}
         for index, (logit, entropy) in extremes.items():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mocov3_ds.monitoring.run_log import read_rows
+from mocov3_ds.monitoring.metrics_file import read_rows
 from mocov3_ds.stability.cells import list_cells, read_grid_json, read_outcome
 from mocov3_ds.stability.csv_file import write_csv
 

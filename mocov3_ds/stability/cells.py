@@ -26,11 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from mocov3_ds.data.storage import atomic
-from mocov3_ds.distributed import ranks
-from mocov3_ds.monitoring.run_log import read_rows
+from mocov3_ds.distributed import devices, ranks
+from mocov3_ds.monitoring.metrics_file import read_rows
 from mocov3_ds.settings.comparison import differences
 from mocov3_ds.stability.grid import Cell, Grid
 
@@ -173,7 +171,7 @@ def cell_command(folder: Path, tree: dict[str, Any], name: str) -> list[str]:
 
 def default_launcher() -> str:
     """`deepspeed` where there is an accelerator, else this Python alone."""
-    return "deepspeed --master_port {port}" if torch.cuda.is_available() else sys.executable
+    return "deepspeed --master_port {port}" if devices.has_usable_card() else sys.executable
 
 
 _running: set[subprocess.Popen[bytes]] = set()

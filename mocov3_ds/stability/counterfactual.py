@@ -24,7 +24,7 @@ import numpy as np
 
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.data.storage import atomic
-from mocov3_ds.monitoring.run_log import read_rows
+from mocov3_ds.monitoring.metrics_file import read_rows
 from mocov3_ds.settings.comparison import differences
 from mocov3_ds.stability import figures
 from mocov3_ds.stability.cells import default_launcher

@@ -102,7 +102,7 @@ def draw_heat_map(arms: Arms) -> Figure | None:
             extent=(int(series.steps_T[0]), int(series.steps_T[-1]), len(heat_GT) - 0.5, -0.5),
             interpolation="nearest",
         )
-        axes.set_yticks(*_group_ticks(series.groups), fontsize=7)
+        axes.set_yticks(*group_ticks(series.groups), fontsize=7)
         drawing.set_title(axes, f"{label} (seed {run.cell.seed})")
     panels[-1].set_xlim(0, max(int(run.series.steps_T[-1]) for run in runs.values()))
     bar = figure.colorbar(image, ax=panels, orientation="horizontal", aspect=40, pad=0.01)
@@ -350,7 +350,7 @@ def _reduce_columns(heat_GT: Array) -> Array:
         return np.stack([np.nanmax(slice_GT, axis=1) for slice_GT in slices], axis=1)
 
 
-def _group_ticks(groups: Sequence[str]) -> tuple[list[int], list[str]]:
+def group_ticks(groups: Sequence[str]) -> tuple[list[int], list[str]]:
     """Rows and labels of at most a dozen groups, both ends among them."""
     every = max(1, len(groups) // 10)
     rows = [row for row in range(len(groups)) if row % every == 0 or row == len(groups) - 1]

@@ -15,7 +15,7 @@ from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.config import from_json
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.distributed.engine_keys import drop_idle_keys
-from mocov3_ds.monitoring.run_log import drop_rows_after, read_rows
+from mocov3_ds.monitoring.metrics_file import drop_rows_after, read_rows
 from mocov3_ds.recipes import RECIPES
 from mocov3_ds.stability.cell_flags import config_flag, flatten_config
 from mocov3_ds.stability.cells import Outcome, read_outcome

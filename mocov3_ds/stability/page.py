@@ -63,6 +63,14 @@ tr:last-child td { border-bottom:0; }
 td small { display:block; color:var(--soft); font-size:.92em; }
 .v { font-weight:600; } .bad { color:var(--bad); } .warn { color:var(--warn); }
 .good { color:var(--good); }
+.tiles { display:grid; gap:10px; grid-template-columns:repeat(auto-fill, minmax(150px,1fr)); }
+.tiles div { background:var(--card); border:1px solid var(--line); border-radius:8px;
+  padding:8px 12px; } .tiles b { display:block; font-size:1.25rem; line-height:1.3; }
+.tiles small { display:block; color:var(--soft); }
+pre { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:10px 12px;
+  margin:.5em 0; white-space:pre-wrap; overflow-wrap:anywhere;
+  font:.85em/1.45 ui-monospace, Menlo, Consolas, monospace; }
+td.value { text-align:left; white-space:pre-wrap; overflow-wrap:anywhere; min-width:9em; }
 details summary { cursor:pointer; margin:1em 0 .4em; } dl { margin:.4em 0; }
 dt { font-weight:600; margin-top:.6em; } dd { margin:0; max-width:70ch; }
 """
@@ -125,23 +133,34 @@ def build_page(content: PageContent) -> str:
         "<h2>Verdicts</h2>",
         _build_arm_table(content.arms),
         f'<p class="soft">Means over seeds; below them least to largest. {_format_legend()}</p>',
-        f"<h2>What was found</h2>{_bullet_list(content.findings)}",
+        f"<h2>What was found</h2>{bullet_list(content.findings)}",
         "<h2>Pictures</h2>",
-        f'<div class="pictures">{"".join(map(_embed_picture, content.pictures))}</div>',
+        f'<div class="pictures">{"".join(map(embed_picture, content.pictures))}</div>',
         f'<p class="soft">Nothing to draw for: {escape(missing)}.</p>' * bool(missing),
         f"<h2>What to try next</h2>{_definition_list(content.advice)}",
         f"<details><summary>Every run</summary>{_build_run_table(content.runs)}</details>",
-        f"<h2>To keep in mind</h2>{_bullet_list(content.notes)}" * bool(content.notes),
+        f"<h2>To keep in mind</h2>{bullet_list(content.notes)}" * bool(content.notes),
     ]
+    return build_document(f"Stability: {title}", sections)
+
+
+def build_document(title: str, sections: Sequence[str]) -> str:
+    """A whole HTML file.
+
+    Args:
+        title: title of the window, as HTML.
+        sections: what stands on the page, as HTML.
+    """
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Stability: {title}</title><style>{_STYLE}</style></head>"
+        f"<title>{title}</title><style>{_STYLE}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
 
-def _bullet_list(sentences: Sequence[str]) -> str:
+def bullet_list(sentences: Sequence[str]) -> str:
+    """A list of sentences as HTML."""
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in sentences)}</ul>"
 
 
@@ -172,7 +191,7 @@ def _build_arm_table(arms: Sequence[Mapping[str, Any]]) -> str:
             f"<td>{escape(row['arm'])}</td><td class=words>{_colour_verdicts(row['verdicts'])}</td>"
             f"{_join_cells('td', values)}"
         )
-    return _wrap_table(lines)
+    return wrap_table(lines)
 
 
 def _build_run_table(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -184,10 +203,15 @@ def _build_run_table(runs: Sequence[Mapping[str, Any]]) -> str:
             f"<td>{escape(row['run'])}</td><td class=words>{_colour_verdicts(row['verdict'])}"
             f"<small>{escape(row['why'])}</small></td>{_join_cells('td', values)}"
         )
-    return _wrap_table(lines)
+    return wrap_table(lines)
 
 
-def _wrap_table(lines: Sequence[str]) -> str:
+def wrap_table(lines: Sequence[str]) -> str:
+    """A table as HTML, which scrolls where it is too wide.
+
+    Args:
+        lines: cells of each line as HTML.
+    """
     return (
         f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
     )
@@ -216,7 +240,8 @@ def _colour_verdicts(text: str) -> str:
     return html
 
 
-def _embed_picture(picture: Picture) -> str:
+def embed_picture(picture: Picture) -> str:
+    """A picture with title and caption as HTML; empty where there is nothing to draw."""
     if picture.data is None:
         return ""
     data = base64.b64encode(picture.data).decode()

@@ -9,7 +9,7 @@ import numpy as np
 
 from mocov3_ds.encoders.load import read_run_config
 from mocov3_ds.monitoring import signal_file
-from mocov3_ds.monitoring.run_log import read_rows
+from mocov3_ds.monitoring.metrics_file import read_rows
 from mocov3_ds.stability.findings import Array, Series, Steps
 
 

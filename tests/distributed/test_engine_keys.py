@@ -104,7 +104,7 @@ def test_no_key_takes_what_is_not_of_its_kind(name: str) -> None:
         ({"zero_optimization": {"stage": True}}, "stage is true; it must be a whole number 0 to 3"),
         ({"log_level": "inof"}, 'log_level is "inof"; it must be one of debug, info'),
         ({"optimizer": {"params": {"lr": "auto"}}}, 'optimizer.params.lr is "auto"'),
-        ({"wandb": {"enabled": "true"}}, "'wandb' has no effect here; a run writes RUN/metrics"),
+        ({"wandb": {"enabled": "true"}}, "'wandb' has no effect here; use --log wandb"),
         ({"tensorboard": {"enabled": True}}, "would get the learning rate alone"),
         (
             {"steps_per_print": 10},

@@ -19,7 +19,7 @@ import yaml
 
 from mocov3_ds.distributed.ranks import free_port
 from mocov3_ds.launch.kit import Kind, LaunchSettings, write_kit
-from mocov3_ds.monitoring.run_log import read_rows
+from mocov3_ds.monitoring.metrics_file import read_rows
 from tests.data.sets import make_set
 from tests.test_train import SMALL, environment
 

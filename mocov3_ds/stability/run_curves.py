@@ -1,0 +1,149 @@
+"""What did one run log? Its rows as arrays, and long curves made short enough to draw.
+
+Shape suffixes: T = rows logged, M = rows in which a value was measured, C = columns of a drawing,
+G = layer groups.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mocov3_ds.monitoring.metrics_file import Row, read_rows
+from mocov3_ds.monitoring.signal_file import SignalTable, read_signals
+from mocov3_ds.stability.findings import Array, Steps
+
+COLUMNS = 600
+"""most points of a drawn curve, and most columns of a heat map"""
+_PAST = 6  # columns whose median is the usual gradient of the next one
+
+
+@dataclass(frozen=True, eq=False)
+class RunCurves:
+    """The rows of a run, value by value."""
+
+    steps_T: Steps
+    """optimizer steps done at each row, ascending"""
+    values: Mapping[str, Array]
+    """name in `metrics.jsonl` -> (T,), NaN where a row has no such number"""
+    alarms: Mapping[str, Steps]
+    """name of an early alarm -> steps at which it was raised"""
+    signals: SignalTable | None
+    """signals of the layer groups; None where none were logged"""
+
+    def curve(self, name: str) -> tuple[Steps, Array]:
+        """Steps (M,) and values (M,) of a curve where it has some."""
+        values_T = self.values.get(name)
+        if values_T is None:
+            return np.empty(0, np.int64), np.empty(0)
+        is_there_T = np.isfinite(values_T)
+        return self.steps_T[is_there_T], values_T[is_there_T]
+
+    def median(self, name: str) -> float:
+        """Median of a value over the second half of its rows; NaN without any."""
+        _, values_M = self.curve(name)
+        return float(np.median(values_M[len(values_M) // 2 :])) if len(values_M) else math.nan
+
+    def last(self, name: str) -> float:
+        """Last value of a curve; NaN without any."""
+        _, values_M = self.curve(name)
+        return float(values_M[-1]) if len(values_M) else math.nan
+
+    def first(self, name: str) -> float:
+        """First value of a curve; NaN without any."""
+        _, values_M = self.curve(name)
+        return float(values_M[0]) if len(values_M) else math.nan
+
+    def total(self, name: str) -> float:
+        """Sum of a value over all rows."""
+        return float(self.curve(name)[1].sum())
+
+
+def read_curves(run: Path) -> tuple[RunCurves, Sequence[Row]]:
+    """Read the log of a run, finished or not; also its rows as they are.
+
+    Args:
+        run: run folder.
+
+    Raises:
+        ValueError: nothing is logged yet.
+    """
+    rows = sorted(read_rows(run / "metrics.jsonl"), key=lambda row: row["step"])
+    if not any("loss" in row for row in rows):
+        raise ValueError(f"{run} has not logged a step yet.")
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    alarms: dict[str, list[int]] = {}
+    for row in rows:
+        for alarm in row["alarms"] if isinstance(row.get("alarms"), list) else ():
+            alarms.setdefault(str(alarm), []).append(row["step"])
+    curves = RunCurves(
+        steps_T=np.array([row["step"] for row in rows], np.int64),
+        values={name: np.array([_as_number(row.get(name)) for row in rows]) for name in names},
+        alarms={name: np.array(steps, np.int64) for name, steps in alarms.items()},
+        signals=_read_signals(run),
+    )
+    return curves, rows
+
+
+def _as_number(value: Any) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def _read_signals(run: Path) -> SignalTable | None:
+    if not (run / "signals.json").exists():
+        return None
+    table = read_signals(run)
+    return table if len(table.steps) else None
+
+
+def shorten_curve(
+    steps_M: Steps, values_M: Array, columns: int = COLUMNS
+) -> tuple[Array, Array, Array, Array]:
+    """Middle step, least, median and largest value of at most `columns` stretches of a curve.
+
+    A curve that is short enough stays as it is.
+    """
+    if len(steps_M) <= columns:
+        return steps_M.astype(float), values_M, values_M, values_M
+    pieces = list(itertools.pairwise(np.linspace(0, len(steps_M), columns + 1).astype(int)))
+    reduced = [
+        np.array([reduce_piece(array[a:b]) for a, b in pieces])
+        for reduce_piece, array in (
+            (np.mean, steps_M), (np.min, values_M), (np.median, values_M), (np.max, values_M),
+        )
+    ]  # fmt: skip
+    return reduced[0], reduced[1], reduced[2], reduced[3]
+
+
+def gradient_heat(table: SignalTable, columns: int = COLUMNS) -> tuple[Sequence[str], Array]:
+    """Groups that are trained, and log10 of each one's largest gradient over its usual one, (G, C).
+
+    A column holds the largest gradient of its steps; the usual one is the median of the steps of
+    the six columns before it. NaN where nothing was measured, or nothing before.
+    """
+    grad_GT = table.grid("grad_linf").astype(float)
+    is_measured_T = np.isfinite(grad_GT).any(0)
+    is_trained_G = np.isfinite(grad_GT).any(1)
+    grad_GM = grad_GT[is_trained_G][:, is_measured_T]
+    groups = [group for group, trained in zip(table.groups, is_trained_G, strict=True) if trained]
+    steps = grad_GM.shape[1]
+    edges = np.linspace(0, steps, min(columns, steps) + 1).astype(int)
+    pieces = [grad_GM[:, a:b] for a, b in itertools.pairwise(edges)]
+    if not pieces:
+        return groups, np.empty((len(groups), 0))
+    past = max(_PAST, 30 * len(pieces) // max(steps, 1))  # 30 steps at least
+    largest_GC = np.stack([np.max(piece_GM, axis=1) for piece_GM in pieces], axis=1)
+    middle_GC = np.stack([np.median(piece_GM, axis=1) for piece_GM in pieces], axis=1)
+    heat_GC = np.full(largest_GC.shape, np.nan)
+    if len(pieces) > past:
+        earlier = np.lib.stride_tricks.sliding_window_view(middle_GC[:, :-1], past, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            heat_GC[:, past:] = np.log10(largest_GC[:, past:] / np.median(earlier, axis=2))
+    return groups, heat_GC
