@@ -19,18 +19,18 @@ from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.sample_order import Ids, spread_ids
 from mocov3_ds.data.storage.cache import Cache
 from mocov3_ds.data.views import decode
-from mocov3_ds.data.views.decode import UnreadableImage
+from mocov3_ds.data.views.decode import Sides, UnreadableImage
 
 
 def evaluation_batches(
     manifest: Manifest,
     *,
-    image_size: int,
-    resize: int,
+    image_size: int | Sides,
     batch: int,
     rank: int,
     world_size: int,
     threads: int,
+    channels: int = 3,
     limit: int | None = None,
     bad_sample_budget: int = 0,
     cache: Cache | None = None,
@@ -39,12 +39,13 @@ def evaluation_batches(
 
     Args:
         manifest: Manifest of the set that is read.
-        image_size: Side of the crop in pixels.
-        resize: Shorter side in pixels that the image gets before the crop.
+        image_size: Side of the crop in pixels, or its height and width; the image is resized until
+            it covers 256/224 of them before.
         batch: Most samples of a rank's batch.
         rank: Number of this rank; the ranks' batches differ by one sample at most.
         world_size: Number of ranks that share the samples.
         threads: Number of decoding threads; 0 = the caller decodes.
+        channels: Channels of the crops.
         limit: Samples of a fixed subset, spread evenly over the set; None = all.
         bad_sample_budget: Unreadable samples that are left out with a warning.
         cache: Cache that keeps on the local disk what comes from a store.
@@ -58,7 +59,7 @@ def evaluation_batches(
     """
     batches = spread_ids(manifest.samples, limit, rank, world_size, batch)
     bad = BadSamples(manifest, budget=bad_sample_budget, rank=rank)
-    make_crop = partial(_make_crop, bad, image_size, resize)
+    make_crop = partial(_make_crop, bad, image_size, channels)
     stop = threading.Event()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(max(threads, 1)) as decoders:
         run = decoders.map if threads else map
@@ -78,8 +79,8 @@ def evaluation_batches(
 
 def _make_crop(
     bad_samples: BadSamples,
-    image_size: int,
-    resize: int,
+    image_size: int | Sides,
+    channels: int,
     sample_id: int,
     image_bytes: bytes | Unreadable,
 ) -> NDArray[np.uint8] | None:
@@ -87,7 +88,7 @@ def _make_crop(
     try:
         if isinstance(image_bytes, Unreadable):
             raise UnreadableImage(image_bytes.reason)
-        return decode.centre_crop(image_bytes, image_size, resize)
+        return decode.centre_crop(image_bytes, image_size, channels=channels)
     except UnreadableImage as error:
         bad_samples.record_sample(sample_id, 0, str(error))
         return None

@@ -26,6 +26,7 @@ from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.run_paths import anchor_to_run
 from mocov3_ds.config import Config, Settings, from_json
 from mocov3_ds.data.storage.atomic import replace_when_whole
+from mocov3_ds.data.views import layers
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine_keys import drop_idle_keys
 from mocov3_ds.faults.bad_step_policy import (
@@ -219,10 +220,10 @@ def _write_pictures(
 
 
 def _make_picture(x_CHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Picture:
-    """Return a view as people see it, (H, W, C) uint8; black where it is not finite."""
+    """Return a view as people see it, (H, W, 3) uint8; black where it is not finite."""
     scale, shift = (x_CHW.new_tensor(values)[:, None, None].float() for values in (std, mean))
     pixels = (x_CHW.float() * scale + shift).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255
-    return pixels.round().byte().permute(1, 2, 0).cpu().numpy()
+    return np.asarray(layers.as_picture(pixels.round().byte().cpu().numpy()))
 
 
 def repeat_step(

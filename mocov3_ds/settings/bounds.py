@@ -61,5 +61,5 @@ def check_bounds(settings: object, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_bounds(value, f"{prefix}{entry.name}.")
         for bounds in getattr(entry.type, "__metadata__", ()):
-            if isinstance(bounds, Bounds):
+            if isinstance(bounds, Bounds) and isinstance(value, int | float):
                 bounds.check_value(f"{prefix}{entry.name}", value)

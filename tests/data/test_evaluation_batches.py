@@ -19,7 +19,6 @@ def test_evaluation_sees_each_sample_once(small, world_size, batch, threads):
         for crops_BCHW, labels_B, ids_B in evaluation_batches(
             small,
             image_size=8,
-            resize=9,
             batch=batch,
             rank=rank,
             world_size=world_size,
@@ -35,7 +34,7 @@ def test_evaluation_sees_each_sample_once(small, world_size, batch, threads):
 
 
 def test_evaluation_of_a_subset_and_with_bad_samples(writable):
-    options = {"image_size": 8, "resize": 9, "batch": 8, "threads": 2}
+    options = {"image_size": 8, "batch": 8, "threads": 2}
     some = [
         ids.tolist()
         for rank in range(2)
@@ -54,9 +53,7 @@ def test_evaluation_of_a_subset_and_with_bad_samples(writable):
 
 def test_an_abandoned_evaluation_ends_its_threads(small):
     before = threading.active_count()
-    batches = evaluation_batches(
-        small, image_size=8, resize=9, batch=4, rank=0, world_size=1, threads=3
-    )
+    batches = evaluation_batches(small, image_size=8, batch=4, rank=0, world_size=1, threads=3)
     next(batches)
     batches.close()
     assert threading.active_count() == before

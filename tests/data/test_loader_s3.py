@@ -210,7 +210,7 @@ def test_five_hundred_jpegs_from_s3_on_any_ranks_and_threads(s3_server):
             i
             for rank in range(3)
             for _, _, ids in evaluation_batches(
-                manifest, image_size=16, resize=18, batch=64, rank=rank, world_size=3, threads=2
+                manifest, image_size=16, batch=64, rank=rank, world_size=3, threads=2
             )
             for i in ids.tolist()
         ]

@@ -33,14 +33,15 @@ def make_crops(
         seed: Seed of the run.
         epoch: Number of the pass over the data.
         sample_id: Number of the sample in its manifest.
-        crops_VCHW: (2, 3, S, S) uint8 that is written; any strides.
+        crops_VCHW: (2, C, H, W) uint8 that is written; any strides.
         params_VP: (2, P) float32 that is written; any strides.
         augment: Whether to change the colours here as well, so that the device only normalises.
 
     Raises:
         decode.UnreadableImage: The image cannot be read; the outputs may be partly written.
     """
-    if decode.current_decoder() == "native" and crops_VCHW[0].flags.c_contiguous:
+    is_plain = crops_VCHW.shape[1] in (1, 3) and crops_VCHW[0].flags.c_contiguous
+    if is_plain and decode.current_decoder() == "native":
         sample, written_VP = (seed, epoch, sample_id), np.empty(params_VP.shape, np.float32)
         outputs = (crops_VCHW, written_VP)
         verdict = native.make_crops(image_bytes, spec, sample, *outputs, decode.MAX_PIXELS, augment)

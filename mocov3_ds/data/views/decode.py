@@ -4,8 +4,10 @@
 
 The pixels are those of torchvision on Pillow images: RandomResizedCrop, and Resize with CenterCrop.
 Every stored kind becomes RGB as Pillow converts it (grey repeated, CMYK by its formula, alpha
-dropped, palettes looked up, EXIF rotation not applied, as the reference loader does); pixels of
-more than 8 bits are scaled as `pixel_depth` says, where Pillow would clip them.
+dropped, palettes looked up, EXIF rotation not applied, as the reference loader does), or grey where
+one channel is asked for; pixels of more than 8 bits are scaled as `pixel_depth` says, where Pillow
+would clip them. Other numbers of channels are those that an image has (RGBA, CMYK, grey with alpha,
+a NumPy array): one that has others is unreadable.
 
 What one image may cost is bounded: its pixels, the work of its scans, and its text.
 
@@ -33,10 +35,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
-from mocov3_ds.data.views import native, pixel_depth
+from mocov3_ds.data.views import array_file, layers, native, pixel_depth
 from mocov3_ds.data.views.spec import Box
 
 Decoder = Literal["native", "simplejpeg", "pillow"]
+Sides = tuple[int, int]
+"""height and width, pixels"""
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused as decompression bombs, where Pillow itself raises: twice the size at
@@ -73,6 +77,11 @@ def read_size(image_bytes: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, in
     """
     if current_decoder() == "native" and (size := native.read_size(image_bytes, max_pixels)):
         return size
+    if array_file.is_array(image_bytes):
+        try:
+            return array_file.read_shape(image_bytes, max_pixels)[:2]
+        except Exception as error:  # a damaged header can raise almost anything
+            raise UnreadableImage(f"damaged array: {_describe_error(error)}") from error
     with _open(image_bytes, max_pixels) as image:
         return image.height, image.width
 
@@ -86,59 +95,70 @@ def cut_crops(
         image_bytes: Bytes of the stored image.
         boxes: Boxes of the two views, inside the image.
         flips: Whether to mirror each view left to right.
-        out_VCHW: (2, 3, S, S) uint8 that is written; any strides.
+        out_VCHW: (2, C, H, W) uint8 that is written; any strides.
 
     Raises:
         UnreadableImage: The image cannot be read; `out_VCHW` may be partly written.
     """
-    decoder = current_decoder()
+    channels = out_VCHW.shape[1]
+    decoder = current_decoder() if channels in (1, 3) else "pillow"
     if decoder == "native" and out_VCHW.strides[3] == 1:  # the library writes contiguous rows
         if native.cut_crops(image_bytes, boxes, flips, out_VCHW, MAX_PIXELS) == native.READ:
             return
     elif decoder == "simplejpeg" and _cut_by_simplejpeg(image_bytes, boxes, flips, out_VCHW):
         return
-    image = decode_rgb(image_bytes)
+    parts = decode_layers(image_bytes, channels)
     for (y, x, height, width), flip, crop_CHW in zip(boxes, flips, out_VCHW, strict=True):
-        crop = image.crop((x, y, x + width, y + height))
-        crop = crop.resize(crop_CHW.shape[:0:-1], Image.Resampling.BILINEAR)
-        resized_CHW = np.asarray(crop).transpose(2, 0, 1)
+        box, (tall, wide) = (x, y, x + width, y + height), crop_CHW.shape[1:]
+        resized_CHW = layers.stack(
+            part.crop(box).resize((wide, tall), Image.Resampling.BILINEAR) for part in parts
+        )
         crop_CHW[:] = resized_CHW[:, :, ::-1] if flip else resized_CHW
 
 
-def centre_crop(image_bytes: bytes, size: int, resize: int) -> NDArray[np.uint8]:
-    """The crop that evaluation uses: the shorter side resized to `resize`, then the centre.
+def centre_crop(
+    image_bytes: bytes, size: int | Sides, resize: int | Sides = 0, channels: int = 3
+) -> NDArray[np.uint8]:
+    """The crop that evaluation uses: the image resized until it covers `resize`, then the centre.
+
+    For a square, that is the shorter side resized to that of `resize`.
 
     Args:
         image_bytes: Bytes of the stored image.
-        size: Side of the crop in pixels.
-        resize: Shorter side in pixels before the crop is cut.
+        size: Height and width of the crop in pixels, or the side of a square.
+        resize: Height and width in pixels that the resized image has at least, or the side of a
+            square; 0 = 256/224 of `size`.
+        channels: Channels of the crop.
 
     Returns:
-        The crop (3, size, size), uint8.
+        The crop (channels, height, width), uint8.
 
     Raises:
         UnreadableImage: The image cannot be read.
         ValueError: The crop is larger than the resized image.
     """
-    if size > resize:
-        raise ValueError(f"a centre crop of {size} pixels needs resize >= {size}, got {resize}.")
-    if current_decoder() == "native" and (stored := native.read_size(image_bytes, MAX_PIXELS)):
-        window = _centre_window(*stored, size, resize)
-        crop_CHW = np.empty((3, size, size), np.uint8)
+    size = as_sides(size)
+    resize = as_sides(resize or resize_for(size))
+    if size[0] > resize[0] or size[1] > resize[1]:
+        raise ValueError(
+            f"a centre crop of {size[0]} x {size[1]} pixels needs resize >= {size[0]} x {size[1]}, "
+            f"got {resize[0]} x {resize[1]}."
+        )
+    is_native = channels in (1, 3) and current_decoder() == "native"
+    if is_native and (stored := native.read_size(image_bytes, MAX_PIXELS)):
+        window = _centre_window(stored, size, resize)
+        crop_CHW = np.empty((channels, *size), np.uint8)
         verdict = native.cut_window(image_bytes, stored, *window, crop_CHW, MAX_PIXELS)
         if verdict == native.READ:
             return crop_CHW
-    image = decode_rgb(image_bytes)
-    (height, width), (y, x) = _centre_window(image.height, image.width, size, resize)
-    if height * width <= MAX_PIXELS:
-        image = image.resize((width, height), Image.Resampling.BILINEAR).crop(
-            (x, y, x + size, y + size)
-        )
-    else:  # a strip, whose longer side would grow beyond all bounds: what is seen of it alone
-        across, down = image.width / width, image.height / height
-        box = (x * across, y * down, (x + size) * across, (y + size) * down)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return layers.stack(
+        _cut_centre(part, size, resize) for part in decode_layers(image_bytes, channels)
+    )
+
+
+def resize_for(size: Sides) -> Sides:
+    """Height and width, pixels, that evaluation resizes an image to before it cuts `size`."""
+    return round(size[0] * 256 / 224), round(size[1] * 256 / 224)
 
 
 def decode_rgb(image_bytes: bytes) -> Image.Image:
@@ -147,16 +167,37 @@ def decode_rgb(image_bytes: bytes) -> Image.Image:
     Raises:
         UnreadableImage: The image cannot be read.
     """
-    with _open(image_bytes, MAX_PIXELS) as image:
-        try:
+    (image,) = decode_layers(image_bytes, 3)
+    return image
+
+
+def decode_layers(image_bytes: bytes, channels: int) -> list[Image.Image]:
+    """The stored image at its full size: one image in RGB or grey, else a grey one a channel.
+
+    Args:
+        image_bytes: Bytes of the stored image.
+        channels: Channels that are wanted; 0 = those that the image has.
+
+    Raises:
+        UnreadableImage: The image cannot be read, or has other channels.
+    """
+    kind = "array"
+    try:
+        if array_file.is_array(image_bytes):
+            return layers.from_planes(array_file.read_planes(image_bytes, MAX_PIXELS), channels)
+        with _open(image_bytes, MAX_PIXELS) as image:
+            kind = f"{image.format} data"
             levels_HW = pixel_depth.load_bytes(image)
-            return _convert_to_rgb(image if levels_HW is None else Image.fromarray(levels_HW))
-        except MemoryError:
-            raise
-        except Exception as error:
-            reason = _describe_error(error)
-            kind = "truncated" if "truncated" in reason else "damaged"
-            raise UnreadableImage(f"{kind} {image.format} data: {reason}") from error
+            loaded = image if levels_HW is None else Image.fromarray(levels_HW)
+            return layers.from_image(loaded, channels)
+    except (MemoryError, UnreadableImage):
+        raise
+    except layers.OtherChannels as error:
+        raise UnreadableImage(str(error)) from error
+    except Exception as error:
+        reason = _describe_error(error)
+        damage = "truncated" if "truncated" in reason else "damaged"
+        raise UnreadableImage(f"{damage} {kind}: {reason}") from error
 
 
 # ------------------------------------------------------------------------------- the decoders
@@ -218,6 +259,8 @@ def _cut_by_simplejpeg(
     image_bytes: bytes, boxes: Sequence[Box], flips: Sequence[bool], out_VCHW: NDArray[np.uint8]
 ) -> bool:
     """Whether simplejpeg and torch have made the crops."""
+    if out_VCHW.shape[1] != 3:
+        return False
     import simplejpeg
     import torch  # here: a process that only reads images need not wait for its import
 
@@ -243,14 +286,32 @@ def _cut_by_simplejpeg(
 # ------------------------------------------------------------------------------------- details
 
 
-def _centre_window(
-    height: int, width: int, size: int, resize: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def as_sides(size: int | Sides) -> Sides:
+    """Height and width of a square, or of what is no square."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _centre_window(stored: Sides, size: Sides, resize: Sides) -> tuple[Sides, Sides]:
     """Height and width after the resize of a centre crop, and the crop's top left corner."""
-    short, long = sorted((height, width))
-    scaled = (int(resize * long / short), resize)
-    tall, wide = scaled if width <= height else scaled[::-1]
-    return (tall, wide), (round((tall - size) / 2), round((wide - size) / 2))
+    height, width = stored
+    if width * resize[0] <= height * resize[1]:  # the width decides the scale
+        tall, wide = int(resize[1] * height / width), resize[1]
+    else:
+        tall, wide = resize[0], int(resize[0] * width / height)
+    return (tall, wide), (round((tall - size[0]) / 2), round((wide - size[1]) / 2))
+
+
+def _cut_centre(image: Image.Image, size: Sides, resize: Sides) -> Image.Image:
+    """The centre crop of a decoded image."""
+    stored, (tall, wide) = (image.height, image.width), size
+    (height, width), (y, x) = _centre_window(stored, size, resize)
+    if height * width <= MAX_PIXELS:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return image.crop((x, y, x + wide, y + tall))
+    # a strip, whose longer side would grow beyond all bounds: what is seen of it alone
+    across, down = image.width / width, image.height / height
+    box = (x * across, y * down, (x + wide) * across, (y + tall) * down)
+    return image.resize((wide, tall), Image.Resampling.BILINEAR, box=box)
 
 
 def _open(image_bytes: bytes, max_pixels: int) -> ImageFile.ImageFile:
@@ -293,11 +354,6 @@ def _scans_are_bounded(image_bytes: bytes, pixels: int) -> bool:
     """Whether decoding a JPEG goes through its pixels a bounded number of times."""
     scans = _count_scans(image_bytes)
     return scans <= native.MAX_SCANS or scans * pixels <= MAX_SCAN_PIXELS
-
-
-def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    image.info.pop("transparency", None)  # dropped in any case, and Pillow warns about some kinds
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _describe_error(error: Exception) -> str:

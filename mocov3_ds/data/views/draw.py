@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from mocov3_ds.data import splitmix
 from mocov3_ds.data.views.spec import (
-    ASPECT_RATIOS,
     ATTEMPTS,
     ORDERS,
     PLAIN_PARAMS,
@@ -26,7 +25,6 @@ from mocov3_ds.data.views.spec import (
     ViewSpec,
 )
 
-_LOG_RATIO = float.fromhex("0x1.269621134db91p-2")  # log(4/3), the same on any machine
 _TAYLOR = tuple(1 / math.factorial(n) for n in range(13, -1, -1))
 
 
@@ -51,7 +49,7 @@ def draw_views(
     boxes, flips, rows = [], [], []
     for view in (0, 1):
         key = splitmix.hash_word(sample_key + view)
-        boxes.append(_draw_box(key, spec.crop_min, spec.crop_max, height, width))
+        boxes.append(_draw_box(key, spec, height, width))
         flips.append(_draw_uniform(key, Purpose.DRAW_FLIP) < spec.flip_p)
         rows.append(_draw_params(key, spec, view))
     return boxes, flips, np.array(rows, dtype=np.float32)
@@ -85,25 +83,31 @@ def _draw_below(key: int, place: int, bound: int) -> int:
 
 
 def _exp_series(x: float) -> float:
-    """exp(x) for |x| < 0.3 by its series: the same bits in any language, unlike a libm's."""
+    """exp(x) by its series and squares: the same bits in any language, unlike a libm's."""
+    if abs(x) >= 0.3:
+        half = _exp_series(x / 2)
+        return half * half
     total = 0.0
     for coefficient in _TAYLOR:
         total = total * x + coefficient
     return total
 
 
-def _draw_box(key: int, crop_min: float, crop_max: float, height: int, width: int) -> Box:
+def _draw_box(key: int, spec: ViewSpec, height: int, width: int) -> Box:
     """Random resized crop as torchvision draws it: ten attempts, then the central fallback."""
+    crop_min, crop_max = spec.crop_min, spec.crop_max
+    log_centre, log_reach = spec.log_aspect
     for attempt in range(ATTEMPTS):
         share = crop_min + (crop_max - crop_min) * _draw_uniform(key, 2 * attempt)
-        ratio = _exp_series((2 * _draw_uniform(key, 2 * attempt + 1) - 1) * _LOG_RATIO)
+        drawn = 2 * _draw_uniform(key, 2 * attempt + 1) - 1
+        ratio = _exp_series(log_centre + drawn * log_reach)
         area = share * (height * width)
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top = _draw_below(key, Purpose.DRAW_TOP, height - crop_height + 1)
             from_left = _draw_below(key, Purpose.DRAW_LEFT, width - crop_width + 1)
             return top, from_left, crop_height, crop_width
-    narrowest, widest = ASPECT_RATIOS
+    narrowest, widest = spec.aspect
     crop_height, crop_width = height, width
     if width / height < narrowest:
         crop_height = round(width / narrowest)
@@ -120,12 +124,14 @@ def _draw_params(key: int, spec: ViewSpec, view: int) -> list[float]:
             drawn = _draw_uniform(key, Purpose.DRAW_FACTORS + column)
             params[column] = 1 - strength + 2 * strength * drawn
         turn = spec.hue * (2 * _draw_uniform(key, Purpose.DRAW_FACTORS + Column.HUE) - 1)
-        params[Column.HUE] = int(turn * 255) & 255  # torchvision's truncation and 8-bit wrap
+        # torchvision's truncation and 8-bit wrap; without a strength it turns nothing, not by 0
+        params[Column.HUE] = int(turn * 255) & 255 if spec.hue else -1
         params[Column.ORDER] = _draw_below(key, Purpose.DRAW_ORDER, len(ORDERS))
     params[Column.GREY] = _draw_uniform(key, Purpose.DRAW_GREY) < spec.grey_p
     if _draw_uniform(key, Purpose.DRAW_BLUR) < spec.blur_p[view]:
         low, high = spec.blur_sigma
         sigma = low + (high - low) * _draw_uniform(key, Purpose.DRAW_SIGMA)
         params[Column.BOX_RADIUS : Column.BOX_EDGE + 1] = box_filter(sigma)
-    params[Column.SOLARISE] = _draw_uniform(key, Purpose.DRAW_SOLARISE) < spec.solarise_p[view]
+    if _draw_uniform(key, Purpose.DRAW_SOLARISE) < spec.solarise_p[view]:
+        params[Column.SOLARISE] = spec.solarise_threshold / 128
     return params

@@ -8,13 +8,16 @@ filters of fractional radius along each axis, each rounded to 8 bits.
 `make_views` picks the fastest implementation: the C++ library on a CPU, Triton kernels on a CUDA
 device, or the torch operations of this module, which define the numbers and run anywhere.
 
+Images of other than three channels have no colours: each channel is a grey image by itself, whose
+brightness and contrast (around its own mean) change with those of the others; saturation, hue and
+grey are not asked for (`ViewSpec` holds that).
+
 Shape suffixes: B = rank batch, R = rows that need an operation, C H W = image, T = operations of
 the jitter, P = parameters of a view.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from mocov3_ds.data.views import native
 from mocov3_ds.data.views.spec import ORDERS, PARAMETERS, Column
+from mocov3_ds.distributed import devices
 
 _NATIVE_KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 _CACHED_VALUES = 1 << 20  # 4 MiB of float32: what a core's cache can hold; measured best
@@ -63,9 +67,11 @@ def make_views(
         kind, out = _NATIVE_KINDS[dtype], out_BCHW.data_ptr()
         native.make_views(crops, params, scale, shift, kind, out)
         return out_BCHW
-    if crops_BCHW.device.type == "cuda" and find_spec("triton"):
+    if crops_BCHW.device.type == "cuda" and not devices.triton_problem(crops_BCHW.device):
         from mocov3_ds.data.views import photometric_triton
 
+        if crops_BCHW.shape[1] != 3:
+            crops_BCHW, params_BP = split_channels(crops_BCHW, params_BP)
         return photometric_triton.make_views(crops_BCHW, params_BP, scale_C, shift_C, out_BCHW)
     return make_views_torch(crops_BCHW, params_BP, scale_C, shift_C, out_BCHW)
 
@@ -135,23 +141,38 @@ def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor
 
 def _augment(x_BCHW: Tensor, params_BP: Tensor) -> Tensor:
     """All operations but the normalisation, in place."""
+    if x_BCHW.shape[1] not in (1, 3):
+        levels_B1HW, rows_BP = split_channels(x_BCHW, params_BP)
+        return _augment(levels_B1HW, rows_BP).view(x_BCHW.shape)
     order_BT = torch.tensor([*ORDERS, (-1,) * 4])[params_BP[:, Column.ORDER].long()]
     for turn, (column, operation) in itertools.product(range(4), enumerate(JITTER_OPERATIONS)):
-        for rows_R, device_rows_R in _select_rows(order_BT[:, turn] == column, x_BCHW.device):
+        wanted_B = order_BT[:, turn] == column
+        if column == Column.HUE:
+            wanted_B &= params_BP[:, column] >= 0
+        for rows_R, device_rows_R in _select_rows(wanted_B, x_BCHW.device):
             factor_R = params_BP[rows_R, column].to(x_BCHW.device, non_blocking=True)
             x_BCHW[device_rows_R] = operation(x_BCHW[device_rows_R], factor_R.view(-1, 1, 1, 1))
     for _, device_rows_R in _select_rows(params_BP[:, Column.GREY] > 0, x_BCHW.device):
-        x_BCHW[device_rows_R] = _luma(x_BCHW[device_rows_R]).expand(-1, 3, -1, -1)
+        x_BCHW[device_rows_R] = _luma(x_BCHW[device_rows_R]).expand(-1, x_BCHW.shape[1], -1, -1)
     radius_B = params_BP[:, Column.BOX_RADIUS]
     for radius in sorted({int(r) for r in radius_B.tolist() if r >= 0}):
         for rows_R, device_rows_R in _select_rows(radius_B == radius, x_BCHW.device):
             weights_R2 = params_BP[rows_R, Column.BOX_WEIGHT : Column.BOX_EDGE + 1].int()
             weights_R2 = weights_R2.to(x_BCHW.device, non_blocking=True)
             x_BCHW[device_rows_R] = _blur(x_BCHW[device_rows_R], radius, weights_R2)
-    for _, device_rows_R in _select_rows(params_BP[:, Column.SOLARISE] > 0, x_BCHW.device):
+    solarise_B = params_BP[:, Column.SOLARISE]
+    for rows_R, device_rows_R in _select_rows(solarise_B > 0, x_BCHW.device):
+        threshold_R = (solarise_B[rows_R] * 128).to(x_BCHW.device, non_blocking=True)
         x_RCHW = x_BCHW[device_rows_R]
-        x_BCHW[device_rows_R] = torch.where(x_RCHW < 128, x_RCHW, 255 - x_RCHW)
+        dark_RCHW = x_RCHW < threshold_R.view(-1, 1, 1, 1)
+        x_BCHW[device_rows_R] = torch.where(dark_RCHW, x_RCHW, 255 - x_RCHW)
     return x_BCHW
+
+
+def split_channels(x_BCHW: Tensor, params_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel as an image of its own, (B * C, 1, H, W), with its row (B * C, P)."""
+    channels = x_BCHW.shape[1]
+    return x_BCHW.flatten(0, 1).unsqueeze(1), params_BP.repeat_interleave(channels, 0)
 
 
 def _select_rows(mask_B: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -163,11 +184,13 @@ def _select_rows(mask_B: Tensor, device: torch.device) -> Iterator[tuple[Tensor,
 
 def _normalise(x_BCHW: Tensor, scale_C: Tensor, shift_C: Tensor) -> Tensor:
     scale_C, shift_C = (t.to(x_BCHW.device, non_blocking=True) for t in (scale_C, shift_C))
-    return x_BCHW.mul_(scale_C.view(3, 1, 1)).add_(shift_C.view(3, 1, 1))
+    return x_BCHW.mul_(scale_C.view(-1, 1, 1)).add_(shift_C.view(-1, 1, 1))
 
 
 def _luma(x_RCHW: Tensor) -> Tensor:
-    """Luma (R, 1, H, W) in Pillow's 16-bit fixed point."""
+    """Luma (R, 1, H, W) in Pillow's 16-bit fixed point; a grey image is its own."""
+    if x_RCHW.shape[1] == 1:
+        return x_RCHW
     r, g, b = x_RCHW.unbind(1)
     luma_RHW = (r * 19595).add_(g, alpha=38470).add_(b, alpha=7471)
     return luma_RHW.add_(32768).mul_(2**-16).floor_().unsqueeze(1)

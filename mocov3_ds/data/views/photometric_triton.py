@@ -26,6 +26,7 @@ from mocov3_ds.data.views.spec import ORDERS, PARAMETERS, Column
 _BLOCK = 1024
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
+_BRIGHTNESS = tl.constexpr(int(Column.BRIGHTNESS))
 _CONTRAST = tl.constexpr(int(Column.CONTRAST))
 _SATURATION = tl.constexpr(int(Column.SATURATION))
 _HUE = tl.constexpr(int(Column.HUE))
@@ -45,15 +46,16 @@ def make_views(
     """`photometric.make_views` on the device of the crops.
 
     Args:
-        crops_BCHW: uint8 crops on the device.
+        crops_BCHW: uint8 crops on the device, of three channels, or of one: each channel of an
+            image after the other, as `photometric.split_channels` lays them out.
         params_BP: Parameter rows of the crops, float32, in CPU memory.
         scale_C: Factor of a pixel for each channel, in CPU memory.
         shift_C: Summand of a scaled pixel for each channel, in CPU memory.
         out_BCHW: Contiguous tensor on the device that the views are written into, also returned.
     """
-    device = crops_BCHW.device
+    device, channels = crops_BCHW.device, len(scale_C)
     crops_BCHW = crops_BCHW.contiguous()
-    count, _, height, width = crops_BCHW.shape
+    count, planes, height, width = crops_BCHW.shape
     plane = height * width
     rows_BP = params_BP.to(device, non_blocking=True)
     if not count:
@@ -62,22 +64,31 @@ def make_views(
     sums_B = torch.zeros(count, dtype=torch.int32, device=device)
     blocks = triton.cdiv(plane, _BLOCK)
     colours = (rows_BP, _order_table(device), sums_B, plane, _BLOCK)
-    colour_pass[(blocks, count)](crops_BCHW, work_BCHW, *colours, False, **_OPTIONS)
-    colour_pass[(blocks, count)](work_BCHW, work_BCHW, *colours, True, **_OPTIONS)
+    change_colours = colour_pass if planes == 3 else level_pass
+    change_colours[(blocks, count)](crops_BCHW, work_BCHW, *colours, False, **_OPTIONS)
+    change_colours[(blocks, count)](work_BCHW, work_BCHW, *colours, True, **_OPTIONS)
     blurred_R = (params_BP[:, Column.BOX_RADIUS] >= 0).nonzero().flatten().int()
     if len(blurred_R):
         images_R = blurred_R.to(device, non_blocking=True)
-        grid = (blocks, 3, len(blurred_R))
+        grid = (blocks, planes, len(blurred_R))
         source, target = work_BCHW, torch.empty_like(work_BCHW)
         for vertical in (False, False, False, True, True, True):
-            sizes = (height, width, _BLOCK, vertical)
+            sizes = (height, width, planes, _BLOCK, vertical)
             box_pass[grid](source, target, rows_BP, images_R, *sizes, **_OPTIONS)
             source, target = target, source  # after six passes the result is in work_BCHW again
-    factors = (*scale_C.tolist(), *shift_C.tolist())
-    finish_pass[(blocks, 3, count)](
-        work_BCHW, out_BCHW, rows_BP, *factors, plane, _BLOCK, **_OPTIONS
+    factors_2C = _factor_table(tuple(scale_C.tolist()), tuple(shift_C.tolist()), device)
+    finish_pass[(blocks, planes, count)](
+        work_BCHW, out_BCHW, rows_BP, factors_2C, channels, planes, plane, _BLOCK, **_OPTIONS
     )
     return out_BCHW
+
+
+@cache
+def _factor_table(
+    scale: tuple[float, ...], shift: tuple[float, ...], device: torch.device
+) -> Tensor:
+    """Factor of a pixel in the first row, summand in the second, fp32 (2, C)."""
+    return torch.tensor([scale, shift], device=device)
 
 
 @cache
@@ -153,7 +164,8 @@ def colour_pass(
         if contrast_seen == SECOND:
             factor = tl.load(row + tl.maximum(operation, 0))
             if operation == _HUE:
-                r, g, b = _turn_hue(r, g, b, factor)
+                if factor >= 0:
+                    r, g, b = _turn_hue(r, g, b, factor)
             elif operation >= 0:
                 base = tl.zeros_like(r)  # of the brightness
                 if operation == _CONTRAST:
@@ -176,14 +188,43 @@ def colour_pass(
 
 
 @triton.jit
+def level_pass(
+    source, target, rows, orders, sums, plane, BLOCK: tl.constexpr, SECOND: tl.constexpr
+):
+    """`colour_pass` of images of one channel: brightness, and contrast around their own mean."""
+    image = tl.program_id(1)
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < plane
+    begin = image.to(tl.int64) * plane
+    x = tl.load(source + begin + pixel, mask, 0).to(tl.float32)
+    row = rows + image * _PARAMETERS
+    order = tl.load(row + _ORDER).to(tl.int32)
+    order = tl.where(order < 0, _NO_JITTER, order)
+    contrast_seen = False
+    for turn in tl.static_range(4):
+        operation = tl.load(orders + order * 4 + turn)
+        contrast_seen = contrast_seen | (operation == _CONTRAST)
+        if contrast_seen == SECOND:
+            base = tl.zeros_like(x)  # of the brightness
+            if operation == _CONTRAST:
+                total = tl.load(sums + image).to(tl.int64)
+                base += ((2 * total + plane) // (2 * plane)).to(tl.float32)
+            if (operation == _CONTRAST) | (operation == _BRIGHTNESS):
+                x = _blend(x, base, tl.load(row + operation))
+    if not SECOND:
+        tl.atomic_add(sums + image, tl.sum(tl.where(mask, x.to(tl.int32), 0), 0))
+    tl.store(target + begin + pixel, x.to(tl.uint8), mask)
+
+
+@triton.jit
 def box_pass(
-    source, target, rows, images, height, width, BLOCK: tl.constexpr, VERTICAL: tl.constexpr
+    source, target, rows, images, height, width, planes, BLOCK: tl.constexpr, VERTICAL: tl.constexpr
 ):
     """One pass of the blur along one axis of the images listed; borders repeat."""
     image = tl.load(images + tl.program_id(2))
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = pixel < height * width
-    begin = (image.to(tl.int64) * 3 + tl.program_id(1)) * height * width
+    begin = (image.to(tl.int64) * planes + tl.program_id(1)) * height * width
     y, x = pixel // width, pixel % width
     row = rows + image * _PARAMETERS
     radius = tl.load(row + _RADIUS).to(tl.int32)
@@ -207,18 +248,17 @@ def box_pass(
 
 
 @triton.jit
-def finish_pass(
-    source, target, rows, scale0, scale1, scale2, shift0, shift1, shift2, plane, BLOCK: tl.constexpr
-):
-    """Solarise, normalise and cast one channel."""
-    channel = tl.program_id(1)
+def finish_pass(source, target, rows, factors, channels, planes, plane, BLOCK: tl.constexpr):
+    """Solarise, normalise and cast one plane, of an image or of a channel that stands alone."""
     image = tl.program_id(2)
+    number = image.to(tl.int64) * planes + tl.program_id(1)
+    channel = number % channels
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = pixel < plane
-    begin = (image.to(tl.int64) * 3 + channel) * plane
+    begin = number * plane
     x = tl.load(source + begin + pixel, mask, 0).to(tl.float32)
-    solarised = tl.load(rows + image * _PARAMETERS + _SOLARISE) > 0
-    x = tl.where(solarised, tl.where(x >= 128.0, 255.0 - x, x), x)
-    scale = tl.where(channel == 0, scale0, tl.where(channel == 1, scale1, scale2))
-    shift = tl.where(channel == 0, shift0, tl.where(channel == 1, shift1, shift2))
+    threshold = tl.load(rows + image * _PARAMETERS + _SOLARISE) * 128.0
+    x = tl.where(threshold > 0, tl.where(x >= threshold, 255.0 - x, x), x)
+    scale = tl.load(factors + channel)
+    shift = tl.load(factors + channels + channel)
     tl.store(target + begin + pixel, (x * scale + shift).to(target.dtype.element_ty), mask)

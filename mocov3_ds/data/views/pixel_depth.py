@@ -7,12 +7,13 @@ Files seldom say which of their bits are used; the largest pixel does:
               the upper 8 of its bits are kept: a scan of 12 bits stays one in any container
     floats    up to 1: of 1; up to 255: of 255; up to 65535: of 65535
     PPM       its header names the largest value, which is white
+    arrays    the same rules, all channels of an image together; bytes stay as they are
     others    negative, beyond 16 bits, not finite: refused, as no range is stated
 
 Of colour images of 16 bits Pillow hands on the upper byte alone. Where that byte never exceeds 15,
 12 bits or fewer were used and little is left: refused.
 
-Shape suffixes: H W = image.
+Shape suffixes: H W = image, C = channels.
 """
 
 import numpy as np
@@ -50,6 +51,19 @@ def load_bytes(image: ImageFile.ImageFile) -> NDArray[np.uint8] | None:
     return None
 
 
+def scale_array(pixels_HWC: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Bytes of an array of numbers, (H, W, C).
+
+    Raises:
+        ValueError: The pixels have no range that could be told.
+    """
+    if pixels_HWC.dtype == np.uint8:
+        return pixels_HWC.view(np.uint8)
+    if pixels_HWC.dtype.kind == "f":
+        return _scale_floats(pixels_HWC.astype(np.float32))
+    return _scale_integers(pixels_HWC.astype(np.int64))
+
+
 def _scale_floats(levels_HW: NDArray[np.float32]) -> NDArray[np.uint8]:
     low, high = float(levels_HW.min()), float(levels_HW.max())
     if not (low >= 0 and high <= 65535):  # also where one of them is no number
@@ -60,7 +74,9 @@ def _scale_floats(levels_HW: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.round(levels_HW * (255 / full)).astype(np.uint8)
 
 
-def _scale_integers(levels_HW: NDArray[np.integer], depths: tuple[int, ...]) -> NDArray[np.uint8]:
+def _scale_integers(
+    levels_HW: NDArray[np.integer], depths: tuple[int, ...] = _DEPTHS
+) -> NDArray[np.uint8]:
     low, high = int(levels_HW.min()), int(levels_HW.max())
     if low < 0 or high > 65535:
         raise ValueError(f"integer pixels from {low} to {high}: 0 to 65535 can be read")

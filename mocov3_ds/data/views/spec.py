@@ -6,8 +6,14 @@ is refused when its numbers are others than those of this module.
 """
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 Box = tuple[int, int, int, int]
 """a region of the stored image: top, left, height, width, in pixels"""
@@ -22,13 +28,13 @@ class Column(IntEnum):
     BRIGHTNESS = 0  # factor
     CONTRAST = 1  # factor
     SATURATION = 2  # factor
-    HUE = 3  # turn of the colour circle in 1/256, 0 to 255
+    HUE = 3  # turn of the colour circle in 1/256, 0 to 255; -1 = the hue is left alone
     ORDER = 4  # index into ORDERS; -1 = no jitter
     GREY = 5  # 1 = yes
     BOX_RADIUS = 6  # of the blur, see `draw.box_filter`; -1 = no blur
     BOX_WEIGHT = 7  # in 1/2^24
     BOX_EDGE = 8  # weight of the two outermost pixels, in 1/2^24
-    SOLARISE = 9  # 1 = yes
+    SOLARISE = 9  # pixels from 128 times this on are inverted; 0 = none
 
 
 PARAMETERS = len(Column)
@@ -61,6 +67,10 @@ ATTEMPTS = 10
 """tries of a random crop before the central one is taken"""
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 """width / height of a crop, drawn uniformly in its logarithm"""
+_LOG_RATIO = float.fromhex("0x1.269621134db91p-2")  # log(4/3), the same on any machine
+
+ViewFunction = Callable[[Image.Image | NDArray[np.uint8], np.random.Generator], object]
+"""A user's own view of an image; `own_views` says what it gets and returns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +105,32 @@ class ViewSpec:
     """probability of solarisation"""
     flip_p: float = 0.5
     """probability of a horizontal flip"""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """mean of the pixels in [0, 1], for each channel"""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    aspect: tuple[float, float] = ASPECT_RATIOS
+    """range of a crop's width / height, drawn uniformly in its logarithm"""
+    solarise_threshold: int = 128
+    """pixels from this value on are inverted, of 255"""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """mean of the pixels in [0, 1], for each channel; as many as an image has"""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """standard deviation of the pixels in [0, 1], for each channel"""
+    functions: tuple[ViewFunction, ViewFunction] | None = None
+    """functions that make view 1 and view 2 in the place of all above but mean and deviation"""
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return len(self.mean)
+
+    @property
+    def log_aspect(self) -> tuple[float, float]:
+        """Centre and half width of the range of the logarithm of `aspect`.
+
+        Rounded to 1/2^40, so that it is the same number wherever it is computed.
+        """
+        if self.aspect == ASPECT_RATIOS:
+            return 0.0, _LOG_RATIO
+        low, high = (round(math.log(ratio) * 2**40) for ratio in self.aspect)
+        return (low + high) / 2**41, (high - low) / 2**41
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_min <= self.crop_max <= 1:
@@ -117,3 +149,25 @@ class ViewSpec:
             )
         if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1] <= 16:
             raise ValueError(f"blur sigma {self.blur_sigma} must be a range within [0, 16] pixels.")
+        if not 1 / 16 <= self.aspect[0] <= self.aspect[1] <= 16:
+            raise ValueError(f"aspect {self.aspect} of crops must be a range within [1/16, 16].")
+        if not 1 <= self.solarise_threshold <= 255:
+            raise ValueError(f"solarise threshold {self.solarise_threshold} must be 1 to 255.")
+        self._check_channels()
+
+    def _check_channels(self) -> None:
+        """Refuse numbers that images of so many channels cannot have."""
+        if len(self.std) != self.channels or not self.channels:
+            raise ValueError(
+                f"{self.channels} means and {len(self.std)} deviations: each channel has one of each."
+            )
+        if not all(map(math.isfinite, self.mean)) or not all(0 < s < math.inf for s in self.std):
+            raise ValueError(
+                f"means {self.mean} must be numbers, deviations {self.std} positive ones."
+            )
+        changes_colours = self.saturation or self.hue or self.grey_p
+        if self.functions is None and self.channels != 3 and changes_colours:
+            raise ValueError(
+                f"images of {self.channels} channels have no colours: saturation, hue and grey_p "
+                "must be 0."
+            )

@@ -18,7 +18,7 @@ extern "C" {
 int mocov3_open_libjpeg(const char*, int);
 int mocov3_read_size(const uint8_t*, int64_t, int64_t, int*);
 int mocov3_make_crops(const uint8_t*, int64_t, int64_t, const views::Spec*, uint64_t, uint64_t,
-                      uint64_t, int, uint8_t*, int64_t, int64_t, int64_t, float*, int);
+                      uint64_t, int, int, int, uint8_t*, int64_t, int64_t, int64_t, float*, int);
 }
 
 using Bytes = std::vector<uint8_t>;
@@ -60,7 +60,8 @@ int main(int count, char** arguments) {
     std::ifstream file(arguments[i], std::ios::binary);
     seeds.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
   }
-  const views::Spec spec{0.08, 1, 0.4, 0.4, 0.2, 0.1, 0.8, 0.2, {1, 0.1}, {0.1, 2}, {0, 0.2}, 0.5};
+  const views::Spec spec{0.08,     1,   0.4,           0.4,          0.2, 0.1, 0.8, 0.2, {1, 0.1}, {0.1, 2},
+                         {0, 0.2}, 0.5, {0.75, 4. / 3}, {0, 0.28768}, 128};
   const long wanted = std::atol(arguments[3]);
   long verdicts[8] = {};
   for (long i = 0; i < wanted; i++) {
@@ -69,14 +70,16 @@ int main(int count, char** arguments) {
     // Exact sizes on the heap: a byte too far in any of them is seen.
     std::unique_ptr<uint8_t[]> data(new uint8_t[mutated.size()]);
     std::copy(mutated.begin(), mutated.end(), data.get());
-    const int size = 1 + int(below(random, 48));
-    std::unique_ptr<uint8_t[]> out(new uint8_t[6 * size * size]);
+    const int tall = 1 + int(below(random, 48)), wide = 1 + int(below(random, 48));
+    const int channels = below(random, 2) ? 3 : 1, plane = tall * wide;
+    std::unique_ptr<uint8_t[]> out(new uint8_t[2 * channels * plane]);
     std::unique_ptr<float[]> rows(new float[2 * views::PARAMETERS]);
     int height_width[2];
     mocov3_read_size(data.get(), int64_t(mutated.size()), 1 << 22, height_width);
     const int verdict =
         mocov3_make_crops(data.get(), int64_t(mutated.size()), 1 << 22, &spec, 1, 2, uint64_t(i),
-                          size, out.get(), 3 * size * size, size * size, size, rows.get(), i % 2);
+                          channels, tall, wide, out.get(), channels * plane, plane, wide,
+                          rows.get(), i % 2);
     verdicts[verdict & 7]++;
   }
   std::printf("%ld mutations: read %ld, not plain %ld, damaged %ld, truncated %ld\n", wanted,

@@ -120,7 +120,7 @@ def test_centre_crop_is_torchvisions(height, width, size, resize):
 
 
 def test_centre_crop_larger_than_the_image_is_an_error():
-    with pytest.raises(ValueError, match="224 pixels needs resize >= 224, got 200"):
+    with pytest.raises(ValueError, match="224 pixels needs resize >= 224 x 224, got 200"):
         centre_crop(encode_image(picture()), 224, 200)
 
 

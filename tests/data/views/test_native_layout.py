@@ -43,7 +43,7 @@ def test_a_missing_library_is_a_reason(library_of, tmp_path):
 def test_the_library_tells_what_python_expects():
     layout = native.expected_layout()
     assert layout["PARAMETERS"] == 10 and layout["SOLARISE"] == 9 and layout["DRAW_FACTORS"] == 29
-    assert layout["sizeof Spec"] == 15 * 8 and layout["Crop.out"] == 56
+    assert layout["sizeof Spec"] == 20 * 8 and layout["Crop.out"] == 64
     assert native.load_library(SOURCES)
 
 
@@ -75,7 +75,7 @@ def test_a_structure_of_another_form_is_refused(monkeypatch):
 
     Longer.__name__ = "Spec"
     monkeypatch.setattr(native, "Spec", Longer)
-    with pytest.raises(ValueError, match=r"Spec\.gamma_p is None there, 120 here"):
+    with pytest.raises(ValueError, match=r"Spec\.gamma_p is None there, 160 here"):
         native.load_library(SOURCES)
 
 

@@ -39,6 +39,12 @@ def test_no_two_drawn_quantities_share_a_place():
         ({"blur_p": (0.0, -0.1)}, r"must lie in \[0, 1\]"),
         ({"hue": 0.6}, "hue"),
         ({"blur_sigma": (2.0, 0.1)}, "blur sigma"),
+        ({"aspect": (2.0, 1.0)}, "aspect"),
+        ({"aspect": (0.01, 1.0)}, "aspect"),
+        ({"solarise_threshold": 0}, "threshold 0"),
+        ({"std": (0.2, 0.2)}, "3 means and 2 deviations"),
+        ({"std": (0.2, 0.2, 0.0)}, "positive"),
+        ({"mean": (0.5,), "std": (0.2,)}, "images of 1 channels have no colours"),
     ],
 )
 def test_impossible_specifications_are_refused(settings, message):

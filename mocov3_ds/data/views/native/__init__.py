@@ -31,7 +31,7 @@ READ = 0
 """verdict of an image that was read"""
 FLOAT32, BFLOAT16 = 0, 1
 """types of views that `make_views` can write"""
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """raised, here and in crops.cpp, when a function of the library takes or returns something else"""
 MAX_SCANS = 32
 """scans of a JPEG that are read without a question; encoders write about ten"""
@@ -44,7 +44,8 @@ class Crop(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int) for name in ("top", "left", "height", "width", "out_height", "out_width")),
-        *((name, c_int) for name in ("window_top", "window_left", "size", "flip")),
+        *((name, c_int) for name in ("window_top", "window_left", "tall", "wide")),
+        *((name, c_int) for name in ("flip", "channels")),
         ("plane", c_int64),
         ("row", c_int64),
         ("out", c_void_p),
@@ -59,6 +60,8 @@ class Spec(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("saturation", "hue", "jitter_p", "grey_p")),
         *((name, ctypes.c_double * 2) for name in ("blur_p", "blur_sigma", "solarise_p")),
         ("flip_p", ctypes.c_double),
+        *((name, ctypes.c_double * 2) for name in ("aspect", "log_aspect")),
+        ("solarise_threshold", ctypes.c_double),
     )
 
 
@@ -177,9 +180,9 @@ def _declare_arguments(loaded: ctypes.CDLL) -> None:
     loaded.mocov3_use_own_huffman.restype = c_int64
     loaded.mocov3_cut_crops.argtypes = (*image, POINTER(Crop), c_int)
     loaded.mocov3_read_size.argtypes = (*image, POINTER(c_int))
-    sample, crops = (c_uint64,) * 3, (c_int, c_void_p, *strides)
+    sample, crops = (c_uint64,) * 3, (c_int, c_int, c_int, c_void_p, *strides)
     loaded.mocov3_make_crops.argtypes = (*image, POINTER(Spec), *sample, *crops, c_void_p, c_int)
-    batch = (c_void_p, c_void_p, c_int64, c_int, c_int)
+    batch = (c_void_p, c_void_p, c_int64, c_int, c_int, c_int)
     loaded.mocov3_augment_crops.argtypes = batch
     loaded.mocov3_make_views.argtypes = (*batch, c_void_p, c_void_p, c_int, c_void_p)
 
@@ -208,15 +211,15 @@ def cut_crops(
         image_bytes: Bytes of the stored image.
         boxes: Boxes of the two views.
         flips: Whether to mirror each view left to right.
-        out_VCHW: Crops that are written; their rows are contiguous.
+        out_VCHW: Crops of 3 channels or 1 that are written; their rows are contiguous.
         max_pixels: Larger images are not read.
         library: Library that is not proven yet; None = that of `jpeg_library`.
     """
     view, plane, row, _ = out_VCHW.strides
-    size, start = out_VCHW.shape[3], out_VCHW.ctypes.data
+    (_, channels, *size), start = out_VCHW.shape, out_VCHW.ctypes.data
     crops = (Crop * 2)(
         *(
-            Crop(*box, size, size, 0, 0, size, flip, plane, row, start + i * view)
+            Crop(*box, *size, 0, 0, *size, flip, channels, plane, row, start + i * view)
             for i, (box, flip) in enumerate(zip(boxes, flips, strict=True))
         )
     )
@@ -233,8 +236,8 @@ def cut_window(
     max_pixels: int,
 ) -> int:
     """Resize an image and keep the window of `out_CHW`'s size at `corner`. Returns the verdict."""
-    plane, row, _ = out_CHW.strides
-    out = (out_CHW.shape[2], 0, plane, row, out_CHW.ctypes.data)
+    (channels, *size), (plane, row, _) = out_CHW.shape, out_CHW.strides
+    out = (*size, 0, channels, plane, row, out_CHW.ctypes.data)
     crop = ctypes.byref(Crop(0, 0, *height_width, *resized, *corner, *out))
     return jpeg_library().mocov3_cut_crops(image_bytes, len(image_bytes), max_pixels, crop, 1)
 
@@ -254,8 +257,8 @@ def make_crops(
         image_bytes: Bytes of the stored image.
         spec: Distribution of the views.
         sample: Seed, epoch and sample number, each taken modulo 2^64.
-        crops_VCHW: Crops that are written; their rows are contiguous, and with `augment` all of a
-            view is.
+        crops_VCHW: Crops of 3 channels or 1 that are written; their rows are contiguous, and with
+            `augment` all of a view is.
         params_VP: Contiguous parameter rows that are written.
         max_pixels: Larger images are not read.
         augment: Whether to change the colours of the crops as well.
@@ -266,7 +269,7 @@ def make_crops(
         max_pixels,
         pack_spec(spec),
         *sample,
-        crops_VCHW.shape[3],
+        *crops_VCHW.shape[1:],
         crops_VCHW.ctypes.data,
         *crops_VCHW.strides[:3],
         params_VP.ctypes.data,
@@ -322,9 +325,8 @@ def augment_crops(crops_BCHW: NDArray[np.uint8], params_BP: NDArray[np.float32])
 
 def _batch_arguments(
     crops_BCHW: NDArray[np.uint8], params_BP: NDArray[np.float32]
-) -> tuple[int, int, int, int, int]:
-    count, _, height, width = crops_BCHW.shape
-    return crops_BCHW.ctypes.data, params_BP.ctypes.data, count, height, width
+) -> tuple[int, ...]:
+    return crops_BCHW.ctypes.data, params_BP.ctypes.data, *crops_BCHW.shape
 
 
 # ------------------------------------------------------------------------- Pillow's libjpeg

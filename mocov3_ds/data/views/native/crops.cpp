@@ -102,6 +102,14 @@ Verdict open_image(Reading& reading, const uint8_t* bytes, size_t size, int64_t 
   return grey || colour ? READ : NOT_PLAIN;
 }
 
+// Pillow's grey of RGBX pixels, in each of their three colours.
+void turn_grey(uint8_t* pixels, size_t count) {
+  for (size_t i = 0; i < count; i++, pixels += 4) {
+    const int luma = (pixels[0] * 19595 + pixels[1] * 38470 + pixels[2] * 7471 + 32768) >> 16;
+    pixels[0] = pixels[1] = pixels[2] = uint8_t(luma);
+  }
+}
+
 // Decodes what the crops look at, after open_image.
 Verdict decode_crops(Reading& reading, const Crop* crops, int count) {
   jpeg::Decompressor& object = reading.object;
@@ -134,6 +142,7 @@ Verdict decode_crops(Reading& reading, const Crop* crops, int count) {
   if (top > 0 && library.skip_rows(&object, unsigned(top)) != unsigned(top)) return DAMAGED;
   uint8_t* strip_rows[STRIP];
   for (int i = 0; i < STRIP; i++) strip_rows[i] = plan.strip + plan.strip_stride * i;
+  const bool to_grey = crops[0].channels == 1 && object.stored_colours != jpeg::GREY;
   for (int y = top; y < bottom;) {
     int taken = 0;
     const int count_in_strip = bottom - y < STRIP ? bottom - y : STRIP;
@@ -143,6 +152,7 @@ Verdict decode_crops(Reading& reading, const Crop* crops, int count) {
       if (!delivered) return DAMAGED;
       taken += int(delivered);
     }
+    for (int i = 0; i < taken && to_grey; i++) turn_grey(strip_rows[i], object.output_width);
     resample::take_strip(plan, crops, y, taken, int(column));
     y += taken;
   }
@@ -155,9 +165,10 @@ Verdict decode_crops(Reading& reading, const Crop* crops, int count) {
 bool lies_inside(const Crop& crop, int64_t height, int64_t width) {
   return crop.top >= 0 && crop.left >= 0 && crop.height > 0 && crop.width > 0 &&
          int64_t(crop.top) + crop.height <= height && int64_t(crop.left) + crop.width <= width &&
-         crop.size > 0 && crop.window_top >= 0 && crop.window_left >= 0 &&
-         int64_t(crop.window_top) + crop.size <= crop.out_height &&
-         int64_t(crop.window_left) + crop.size <= crop.out_width;
+         crop.tall > 0 && crop.wide > 0 && crop.window_top >= 0 && crop.window_left >= 0 &&
+         int64_t(crop.window_top) + crop.tall <= crop.out_height &&
+         int64_t(crop.window_left) + crop.wide <= crop.out_width &&
+         (crop.channels == 1 || crop.channels == 3);
 }
 
 // What is asked of an image: crops that are known, or views that are drawn for its size.
@@ -223,7 +234,7 @@ struct Fact {
   const char* name;
   int value;
 };
-constexpr int LAYOUT_VERSION = 1;
+constexpr int LAYOUT_VERSION = 2;
 #define NUMBER(name) {#name, int(views::name)}
 #define FIELD(type, name) {#type "." #name, int(offsetof(type, name))}
 using views::Spec;
@@ -238,11 +249,12 @@ constexpr Fact LAYOUT[] = {
     {"sizeof Spec", sizeof(Spec)}, FIELD(Spec, crop_min), FIELD(Spec, crop_max),
     FIELD(Spec, brightness), FIELD(Spec, contrast), FIELD(Spec, saturation), FIELD(Spec, hue),
     FIELD(Spec, jitter_p), FIELD(Spec, grey_p), FIELD(Spec, blur_p), FIELD(Spec, blur_sigma),
-    FIELD(Spec, solarise_p), FIELD(Spec, flip_p),
+    FIELD(Spec, solarise_p), FIELD(Spec, flip_p), FIELD(Spec, aspect), FIELD(Spec, log_aspect),
+    FIELD(Spec, solarise_threshold),
     {"sizeof Crop", sizeof(Crop)}, FIELD(Crop, top), FIELD(Crop, left), FIELD(Crop, height),
     FIELD(Crop, width), FIELD(Crop, out_height), FIELD(Crop, out_width), FIELD(Crop, window_top),
-    FIELD(Crop, window_left), FIELD(Crop, size), FIELD(Crop, flip), FIELD(Crop, plane),
-    FIELD(Crop, row), FIELD(Crop, out),
+    FIELD(Crop, window_left), FIELD(Crop, tall), FIELD(Crop, wide), FIELD(Crop, flip),
+    FIELD(Crop, channels), FIELD(Crop, plane), FIELD(Crop, row), FIELD(Crop, out),
 };
 // clang-format on
 
@@ -317,17 +329,21 @@ EXPORT int mocov3_read_size(const uint8_t* bytes, int64_t length, int64_t most_p
   return verdict;
 }
 
-// Draws the two views of a sample for the size of its image and cuts their crops, size x size at
-// `out` (strides in bytes); parameter rows (2, PARAMETERS) go to `params`. If `augment`, each crop
-// must be contiguous, and its colours are changed as its row says. Returns a Verdict.
+// Draws the two views of a sample for the size of its image and cuts their crops, of 1 or 3
+// channels, tall x wide, at `out` (strides in bytes); parameter rows (2, PARAMETERS) go to `params`.
+// If `augment`, each crop must be contiguous, and its colours are changed as its row says. Returns a
+// Verdict.
 EXPORT int mocov3_make_crops(const uint8_t* bytes, int64_t length, int64_t most_pixels,
                              const views::Spec* spec, uint64_t seed, uint64_t epoch,
-                             uint64_t sample_id, int size, uint8_t* out, int64_t view_stride,
-                             int64_t plane_stride, int64_t row_stride, float* params, int augment) {
+                             uint64_t sample_id, int channels, int tall, int wide, uint8_t* out,
+                             int64_t view_stride, int64_t plane_stride, int64_t row_stride,
+                             float* params, int augment) {
   Crop crops[2] = {};
   for (int view = 0; view < 2; view++) {
     Crop& crop = crops[view];
-    crop.size = crop.out_height = crop.out_width = size;
+    crop.tall = crop.out_height = tall;
+    crop.wide = crop.out_width = wide;
+    crop.channels = channels;
     crop.plane = plane_stride;
     crop.row = row_stride;
     crop.out = out + view * view_stride;
@@ -337,7 +353,7 @@ EXPORT int mocov3_make_crops(const uint8_t* bytes, int64_t length, int64_t most_
                  {crops, 2, spec, views::hash_counters(seed, epoch, sample_id), params});
   if (!augment) return verdict;
   for (int view = 0; view < 2 && verdict == READ; view++)
-    if (!views::augment(crops[view].out, size, size, params + view * views::PARAMETERS))
+    if (!views::augment(crops[view].out, channels, tall, wide, params + view * views::PARAMETERS))
       verdict = NO_MEMORY;
   return verdict;
 }

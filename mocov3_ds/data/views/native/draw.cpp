@@ -5,8 +5,6 @@
 namespace views {
 namespace {
 
-constexpr double NARROW = 3.0 / 4.0, WIDE = 4.0 / 3.0;
-
 // The first number of SplitMix64 from this state, as in mocov3_ds/data/splitmix.py.
 uint64_t hash_word(uint64_t word) {
   word += 0x9E3779B97F4A7C15u;
@@ -23,8 +21,12 @@ int draw_below(uint64_t key, int purpose, int bound) {
   return int(((hash_word(key + purpose) >> 32) * uint64_t(bound)) >> 32);
 }
 
-// exp(x) for |x| < 0.3 by its series: the same bits everywhere, unlike a libm's.
+// exp(x) by its series and squares: the same bits everywhere, unlike a libm's.
 double exp_series(double x) {
+  if (std::fabs(x) >= 0.3) {
+    const double half = exp_series(x / 2);
+    return half * half;
+  }
   static const struct Taylor {
     double coefficient[14];
     Taylor() {
@@ -44,13 +46,12 @@ double exp_series(double x) {
 int round_half_even(double x) { return int(std::nearbyint(x)); }
 
 Box draw_box(uint64_t key, const Spec& spec, int height, int width) {
-  // log of the double 4/3, by its bits: a libm may differ in the last one.
-  constexpr double LOG_RATIO = 0x1.269621134db91p-2;
   const double pixels = double(int64_t(height) * width);
   for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
     const double share =
         spec.crop_min + (spec.crop_max - spec.crop_min) * draw_uniform(key, 2 * attempt);
-    const double ratio = exp_series((2 * draw_uniform(key, 2 * attempt + 1) - 1) * LOG_RATIO);
+    const double drawn = 2 * draw_uniform(key, 2 * attempt + 1) - 1;
+    const double ratio = exp_series(spec.log_aspect[0] + drawn * spec.log_aspect[1]);
     const double area = share * pixels;
     const double w = std::nearbyint(std::sqrt(area * ratio));
     const double h = std::nearbyint(std::sqrt(area / ratio));
@@ -62,10 +63,10 @@ Box draw_box(uint64_t key, const Spec& spec, int height, int width) {
   }
   int crop_height = height, crop_width = width;
   const double aspect = double(width) / double(height);
-  if (aspect < NARROW)
-    crop_height = round_half_even(width / NARROW);
-  else if (aspect > WIDE)
-    crop_width = round_half_even(height * WIDE);
+  if (aspect < spec.aspect[0])
+    crop_height = round_half_even(width / spec.aspect[0]);
+  else if (aspect > spec.aspect[1])
+    crop_width = round_half_even(height * spec.aspect[1]);
   return {(height - crop_height) / 2, (width - crop_width) / 2, crop_height, crop_width};
 }
 
@@ -102,7 +103,7 @@ void draw_view(const Spec& spec, uint64_t sample_key, int view, int height, int 
     for (int i = 0; i < 3; i++)
       params[i] = float(1 - strengths[i] + 2 * strengths[i] * draw_uniform(key, DRAW_FACTORS + i));
     const double turn = spec.hue * (2 * draw_uniform(key, DRAW_FACTORS + HUE) - 1);
-    params[HUE] = float(int(turn * 255) & 255);
+    params[HUE] = spec.hue > 0 ? float(int(turn * 255) & 255) : -1.0f;
     params[ORDER] = float(draw_below(key, DRAW_ORDER, ORDER_COUNT));
   }
   params[GREY] = draw_uniform(key, DRAW_GREY) < spec.grey_p;
@@ -110,7 +111,8 @@ void draw_view(const Spec& spec, uint64_t sample_key, int view, int height, int 
     const double low = spec.blur_sigma[0], high = spec.blur_sigma[1];
     box_filter(low + (high - low) * draw_uniform(key, DRAW_SIGMA), params);
   }
-  params[SOLARISE] = draw_uniform(key, DRAW_SOLARISE) < spec.solarise_p[view];
+  if (draw_uniform(key, DRAW_SOLARISE) < spec.solarise_p[view])
+    params[SOLARISE] = float(spec.solarise_threshold / 128);
 }
 
 }  // namespace views

@@ -62,17 +62,19 @@ thread_local ThreadMemory<uint8_t> copy;     // the image being changed
 
 namespace views {
 
-bool augment(uint8_t* image, int height, int width, const float* params) {
+bool augment(uint8_t* image, int channels, int height, int width, const float* params) {
   const size_t reach = params[BOX_RADIUS] >= 0 ? size_t(params[BOX_RADIUS]) + 1 : 0;
   const size_t size = (height + 2 * reach) * (width + 2 * reach);
   if (!planes.ensure(2 * size)) return false;
-  ON_THIS_CPU(augment(image, height, width, params, planes.values, planes.values + size));
+  ON_THIS_CPU(
+      augment(image, channels, height, width, params, planes.values, planes.values + size));
   return true;
 }
 
 template <typename T>
-void normalise(const uint8_t* image, size_t plane, const float* scale, const float* shift, T* out) {
-  for (int c = 0; c < 3; c++) {
+void normalise(const uint8_t* image, int channels, size_t plane, const float* scale,
+               const float* shift, T* out) {
+  for (int c = 0; c < channels; c++) {
     ON_THIS_CPU(normalise(image + c * plane, plane, scale[c], shift[c], out + c * plane));
   }
 }
@@ -81,32 +83,34 @@ void normalise(const uint8_t* image, size_t plane, const float* scale, const flo
 
 extern "C" {
 
-// Views of crops (count, 3, height, width): colours as their rows (count, PARAMETERS) say,
+// Views of crops (count, channels, height, width): colours as their rows (count, PARAMETERS) say,
 // normalised to `out` of the same shape, float32 if kind is 0, bfloat16 if it is 1. Returns 0, or 1
 // without memory.
-EXPORT int mocov3_make_views(const uint8_t* crops, const float* params, int64_t count, int height,
-                             int width, const float* scale, const float* shift, int kind,
-                             void* out) {
-  const size_t plane = size_t(height) * width;
-  if (!copy.ensure(3 * plane)) return 1;
+EXPORT int mocov3_make_views(const uint8_t* crops, const float* params, int64_t count, int channels,
+                             int height, int width, const float* scale, const float* shift,
+                             int kind, void* out) {
+  const size_t plane = size_t(height) * width, size = channels * plane;
+  if (!copy.ensure(size)) return 1;
   uint8_t* image = copy.values;
   for (int64_t i = 0; i < count; i++) {
-    std::memcpy(image, crops + 3 * plane * i, 3 * plane);
-    if (!views::augment(image, height, width, params + i * views::PARAMETERS)) return 1;
+    std::memcpy(image, crops + size * i, size);
+    if (!views::augment(image, channels, height, width, params + i * views::PARAMETERS)) return 1;
     if (kind == 0)
-      views::normalise(image, plane, scale, shift, static_cast<float*>(out) + 3 * plane * i);
+      views::normalise(image, channels, plane, scale, shift, static_cast<float*>(out) + size * i);
     else
-      views::normalise(image, plane, scale, shift, static_cast<uint16_t*>(out) + 3 * plane * i);
+      views::normalise(image, channels, plane, scale, shift,
+                       static_cast<uint16_t*>(out) + size * i);
   }
   return 0;
 }
 
 // The same colours in place, without the normalisation. Returns 0, or 1 without memory.
-EXPORT int mocov3_augment_crops(uint8_t* crops, const float* params, int64_t count, int height,
-                                int width) {
-  const size_t image = 3 * size_t(height) * width;
+EXPORT int mocov3_augment_crops(uint8_t* crops, const float* params, int64_t count, int channels,
+                                int height, int width) {
+  const size_t image = size_t(channels) * height * width;
   for (int64_t i = 0; i < count; i++)
-    if (!views::augment(crops + image * i, height, width, params + i * views::PARAMETERS)) return 1;
+    if (!views::augment(crops + image * i, channels, height, width, params + i * views::PARAMETERS))
+      return 1;
   return 0;
 }
 

@@ -106,7 +106,8 @@ static void jitter(Block& x, int pixels, const int* order, int count, const floa
         blend_plane(x.b, pixels, mean, factor);
         break;
       case SATURATION: saturation(x, pixels, factor); break;
-      default: hue(x, pixels, factor);
+      default:
+        if (factor >= 0) hue(x, pixels, factor);
     }
   }
 }
@@ -206,20 +207,46 @@ static void blur(uint8_t* image, int height, int width, const float* params, uin
   }
 }
 
-static void solarise(uint8_t* x, size_t count) {
-  for (size_t i = 0; i < count; i++) x[i] = x[i] < 128 ? x[i] : uint8_t(255 - x[i]);
+static void solarise(uint8_t* x, size_t count, uint8_t threshold) {
+  for (size_t i = 0; i < count; i++) x[i] = x[i] < threshold ? x[i] : uint8_t(255 - x[i]);
+}
+
+// Brightness and contrast of one channel that is a grey image by itself, in their drawn order.
+static void change_levels(uint8_t* image, size_t plane, const float* params) {
+  if (params[ORDER] < 0) return;
+  int order[4];
+  fill_order(int(params[ORDER]), order);
+  float x[BLOCK];
+  for (int operation : order) {
+    if (operation != BRIGHTNESS && operation != CONTRAST) continue;
+    float mean = 0;
+    if (operation == CONTRAST) {
+      int64_t total = 0;
+      for (size_t i = 0; i < plane; i++) total += image[i];
+      mean = float(std::floor(double(total) / double(plane) + 0.5));
+    }
+    for (size_t start = 0; start < plane; start += BLOCK) {
+      const int pixels = plane - start < BLOCK ? int(plane - start) : BLOCK;
+      for (int i = 0; i < pixels; i++) x[i] = image[start + i];
+      blend_plane(x, pixels, mean, params[operation]);
+      store_plane(x, pixels, image + start);
+    }
+  }
 }
 
 // All but the normalisation, in position.
-static void augment(uint8_t* image, int height, int width, const float* params, uint16_t* first,
-                    uint16_t* second) {
+static void augment(uint8_t* image, int channels, int height, int width, const float* params,
+                    uint16_t* first, uint16_t* second) {
   const size_t plane = size_t(height) * width;
-  change_colours(image, plane, params);
-  const bool grey = params[GREY] > 0;
-  const int planes = grey ? 1 : 3;
+  const bool grey = channels == 3 && params[GREY] > 0;
+  const int planes = grey ? 1 : channels;
+  if (channels == 3)
+    change_colours(image, plane, params);
+  else
+    for (int c = 0; c < planes; c++) change_levels(image + c * plane, plane, params);
   if (params[BOX_RADIUS] >= 0)
     for (int c = 0; c < planes; c++) blur(image + c * plane, height, width, params, first, second);
-  if (params[SOLARISE] > 0) solarise(image, planes * plane);
+  if (params[SOLARISE] > 0) solarise(image, planes * plane, uint8_t(params[SOLARISE] * 128));
   if (grey) {
     std::memcpy(image + plane, image, plane);
     std::memcpy(image + 2 * plane, image, plane);

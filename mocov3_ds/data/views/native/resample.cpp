@@ -165,23 +165,25 @@ void find_range(const Axis& axis, int* first, int* end) {
 
 void lay_out(Pieces& pieces, Plan& plan, const Crop* crops, int image_width) {
   int most_taps = 0;
-  size_t longest = 0;
+  size_t longest = 0, widest = 0;
   for (int i = 0; i < plan.count; i++) {
     const Crop& crop = crops[i];
     Work& work = plan.works[i];
-    lay_out_axis(pieces, work.columns, crop.width, crop.out_width, crop.size, true);
-    lay_out_axis(pieces, work.rows, crop.height, crop.out_height, crop.size, false);
+    lay_out_axis(pieces, work.columns, crop.width, crop.out_width, crop.wide, true);
+    lay_out_axis(pieces, work.rows, crop.height, crop.out_height, crop.tall, false);
     if (work.columns.stride > most_taps) most_taps = work.columns.stride;
     if (work.rows.stride > most_taps) most_taps = work.rows.stride;
-    work.plane = size_t(crop.size);
+    work.plane = size_t(crop.wide);
     work.rows_first = rows_first(crop);
     work.stride = (work.rows_first ? 4 * size_t(crop.width) : 3 * work.plane) + 31;
     work.stride = work.stride / 32 * 32;
     if (work.stride > longest) longest = work.stride;
+    if (3 * work.plane > widest) widest = 3 * work.plane;
     work.rows_held = pieces.take<uint8_t>(work.stride * crop.height);
   }
   plan.weights = pieces.take<double>(most_taps);
   plan.line = pieces.take<uint8_t>(longest + 4 * most_taps);
+  plan.planes = pieces.take<uint8_t>(widest);
   // Neighbouring outputs are weighed together: each reads as many pixels as the most taps of them.
   plan.strip_stride = (4 * (size_t(image_width) + most_taps) + SLACK + 63) / 64 * 64;
   plan.strip = pieces.take<uint8_t>(plan.strip_stride * STRIP);
@@ -243,17 +245,19 @@ void write_crops(Plan& plan, const Crop* crops) {
   for (int i = 0; i < plan.count; i++) {
     const Crop& crop = crops[i];
     Work& work = plan.works[i];
-    for (int y = 0; y < crop.size; y++) {
+    for (int y = 0; y < crop.tall; y++) {
       const uint8_t* rows = work.rows_held + work.stride * work.rows.first[y];
-      uint8_t* out = crop.out + y * crop.row;
+      const uint8_t* planes = plan.line;
       if (work.rows_first) {
         weigh_rows(work.rows, y, rows, work.stride, 4 * size_t(crop.width), plan.line);
-        weigh_columns(work.columns, plan.line, out, size_t(crop.plane));
+        weigh_columns(work.columns, plan.line, plan.planes, work.plane);
+        planes = plan.planes;
       } else {
-        weigh_rows(work.rows, y, rows, work.stride, 3 * work.plane, plan.line);
-        for (int c = 0; c < 3; c++)
-          std::memcpy(out + c * crop.plane, plan.line + c * work.plane, work.plane);
+        weigh_rows(work.rows, y, rows, work.stride, crop.channels * work.plane, plan.line);
       }
+      uint8_t* out = crop.out + y * crop.row;
+      for (int c = 0; c < crop.channels; c++)
+        std::memcpy(out + c * crop.plane, planes + c * work.plane, work.plane);
     }
   }
 }

@@ -6,12 +6,13 @@
 #include <cstdint>
 
 // One crop: the box of the image is resized to out_height x out_width (mirrored if flip), and the
-// window of size x size at (window_top, window_left) of that is written.
+// window of tall x wide at (window_top, window_left) of that is written.
 struct Crop {
   int top, left, height, width;
   int out_height, out_width;
-  int window_top, window_left, size;
+  int window_top, window_left, tall, wide;
   int flip;
+  int channels;  // planes that are written: 3, or 1 where all three are the same
   int64_t plane, row;  // strides of `out` in bytes
   uint8_t* out;
 };
@@ -50,6 +51,7 @@ struct Plan {
   uint8_t* strip;
   size_t strip_stride;
   uint8_t* line;
+  uint8_t* planes;  // an output row, where it is not in `line`
 };
 
 // Whether the Pillow to be equal to weighs the rows of tall crops first, as newer ones do where

@@ -44,6 +44,8 @@ struct Spec {
   double jitter_p, grey_p;
   double blur_p[2], blur_sigma[2], solarise_p[2];
   double flip_p;
+  double aspect[2], log_aspect[2];  // ends of the range; centre and half width of its logarithm
+  double solarise_threshold;
 };
 
 }  // namespace views
