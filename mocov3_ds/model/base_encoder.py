@@ -7,31 +7,13 @@ Shape suffixes: B = images, C H W = image, D = backbone features, P = projector 
 output.
 """
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mocov3_ds.model.backbones import build_backbone, describe_backbone
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_predictor, build_projector
+from mocov3_ds.model.layer_groups import HEAD_GROUPS
 from mocov3_ds.model.shapes import EncoderShape as EncoderShape
-from mocov3_ds.model.stochastic_depth import replace_drop_paths
-from mocov3_ds.model.vit import build_vit
-
-
-def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> VisionTransformer:
-    """Backbone of the base or the momentum encoder, whose last block gives the class token alone.
-
-    Args:
-        shape: architecture of the encoder.
-        drop_path: stochastic depth rate of the last block.
-    """
-    return build_vit(
-        shape.vit,
-        positions=shape.positions,
-        train_patch_projection=shape.train_patch_projection,
-        drop_path=drop_path,
-        qk_norm=shape.qk_norm,
-        class_token_only=True,
-    )
 
 
 class BaseEncoder(nn.Module):
@@ -44,11 +26,21 @@ class BaseEncoder(nn.Module):
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
         self.backbone = build_backbone(shape, shape.drop_path)
-        replace_drop_paths(self.backbone)
-        self.projector = build_projector(shape.vit.dim, shape.hidden, shape.out)
-        self.predictor = build_predictor(shape.out, shape.hidden)
+        self.facts = describe_backbone(self.backbone, shape.backbone)
+        for name in self.facts.unused:
+            self.backbone.get_parameter(name).requires_grad_(False)
+        self.projector = build_projector(
+            self.facts.width, shape.hidden, shape.out, shape.projector_layers
+        )
+        self.predictor = build_predictor(shape.out, shape.hidden, last_norm=shape.predictor_norm)
         suit_cpu(self)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Layer groups from input to output, heads last."""
+        return (*self.facts.groups, *HEAD_GROUPS)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Queries (B, P) of one view, in a single pass."""
-        return self.predictor(self.projector(self.backbone(x_BCHW)))
+        queries_BP: Tensor = self.predictor(self.projector(self.backbone(x_BCHW)))
+        return queries_BP

@@ -100,28 +100,30 @@ class _NormaliseOverRanks(torch.autograd.Function):
         return (grad_BD - grad_sum_D / total - y_BD * (grad_y_sum_D / total)) * scale_D, None
 
 
-def build_projector(dim: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
-    """Three linear layers, batch norm after each, the last one without affine.
+def build_projector(dim: int, hidden: int = 4096, out: int = 256, layers: int = 3) -> nn.Sequential:
+    """Linear layers with batch norm after each, the last one without affine.
 
     Args:
         dim: width of the backbone's features.
-        hidden: width of both hidden layers.
+        hidden: width of the hidden layers.
         out: width of keys and of what the predictor is given.
+        layers: linear layers; the paper's Vision Transformers have three, its ResNets two.
     """
-    return _build_mlp([dim, hidden, hidden, out])
+    return _build_mlp([dim, *[hidden] * (layers - 1), out])
 
 
-def build_predictor(out: int = 256, hidden: int = 4096) -> nn.Sequential:
+def build_predictor(out: int = 256, hidden: int = 4096, *, last_norm: bool = True) -> nn.Sequential:
     """Two linear layers, batch norm after each, the last one without affine.
 
     Args:
         out: width of what it is given and of the queries.
         hidden: width of the hidden layer.
+        last_norm: whether a batch norm follows the last layer; not so with the paper's ResNets.
     """
-    return _build_mlp([out, hidden, out])
+    return _build_mlp([out, hidden, out], last_norm)
 
 
-def _build_mlp(sizes: list[int]) -> nn.Sequential:
+def _build_mlp(sizes: list[int], last_norm: bool = True) -> nn.Sequential:
     """Linear (no bias), batch norm, ReLU; the last layer is linear and batch norm alone.
 
     Sequential indices equal those of the published MoCo v3 weights (0, 1, 3, 4, 6, 7).
@@ -129,10 +131,9 @@ def _build_mlp(sizes: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         last = index == len(sizes) - 2
-        layers += [
-            nn.Linear(fan_in, fan_out, bias=False),
-            BatchNormOverRanks(fan_out, affine=not last),
-        ]
+        layers.append(nn.Linear(fan_in, fan_out, bias=False))
+        if last_norm or not last:
+            layers.append(BatchNormOverRanks(fan_out, affine=not last))
         if not last:
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)

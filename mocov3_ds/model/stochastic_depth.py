@@ -35,20 +35,27 @@ class StochasticDepth(nn.Module):
         self.factors_b: Tensor | None = None
         """what the branch of each image of the present pass is multiplied with"""
 
-    def forward(self, x_bND: Tensor) -> Tensor:
-        """The branch, scaled image by image."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The branch (b, ...), scaled image by image."""
         if not self.training:
-            return x_bND
+            return x
         if self.factors_b is None:
-            return drop_path(x_bND, self.rate, training=True)
-        return x_bND * self.factors_b.to(x_bND.dtype)[:, None, None]
+            return drop_path(x, self.rate, training=True)
+        if len(x) != len(self.factors_b):
+            raise ValueError(
+                f"a branch with stochastic depth holds {len(x)} rows for "
+                f"{len(self.factors_b)} images, so its draws cannot belong to images; give "
+                "--model.drop_path 0 with this backbone."
+            )
+        return x * self.factors_b.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 def replace_drop_paths(module: nn.Module) -> None:
     """Put `StochasticDepth` of the same rate in the place of each of timm's `DropPath`."""
     for child_name, child in list(module.named_children()):
         if isinstance(child, DropPath):
-            setattr(module, child_name, StochasticDepth(child.drop_prob))
+            branch = StochasticDepth(child.drop_prob) if child.drop_prob else nn.Identity()
+            setattr(module, child_name, branch)
         else:
             replace_drop_paths(child)
 

@@ -1,0 +1,226 @@
+"""Backbones, and all that the rest of the program may know of one, whatever network it is.
+
+A backbone is a module that maps images (B, C, H, W) to features (B, D). `build_backbone` makes it
+from its shape and `describe_backbone` says what else counts; code outside of this room asks these
+facts and never for patches, class tokens or blocks:
+
+    shape = encoder_shape(config)                      # shapes.EncoderShape
+    backbone = build_backbone(shape)                   # also BaseEncoder(shape).backbone
+    facts = describe_backbone(backbone, shape.backbone)   # also BaseEncoder(shape).facts
+    facts.width, facts.groups, facts.rows_know_each_other, ...
+
+A backbone whose rows know each other (batch norm) takes a rank's batch in one pass; its batch norm
+is that of all ranks (`body_norm`). Names of tensors stay those of the network's own library.
+
+Shape suffixes: B = images, C H W = image, D = features.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mocov3_ds.model import vit
+from mocov3_ds.model.body_norm import BodyBatchNorm, spread_batch_norms
+from mocov3_ds.model.layer_groups import order_groups, vit_groups
+from mocov3_ds.model.shapes import BackboneShape, EncoderShape, TimmShape, VitShape, write_size
+from mocov3_ds.model.stochastic_depth import replace_drop_paths
+from mocov3_ds.model.timm_backbone import build_timm
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneFacts:
+    """What counts of a backbone outside of it."""
+
+    width: int
+    """numbers D of an image's features"""
+    groups: tuple[str, ...]
+    """layer groups from input to output, see `layer_groups.layer_group`; the first is the first
+    layer"""
+    rows_know_each_other: bool
+    """whether an image's features depend on the other images (batch norm): no chunks then"""
+    attention_blocks: int = 0
+    """blocks whose attention can be measured, `backbone.blocks[i].attn`; 0 where there are none"""
+    has_tokens: bool = False
+    """whether `backbone.forward_features` gives tokens (B, N, D) and not a map (B, D, H, W)"""
+    unused: tuple[str, ...] = ()
+    """names of tensors that no feature depends on; they stay as they are"""
+
+
+def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> nn.Module:
+    """Backbone of the base or the momentum encoder, with batch norm over all ranks.
+
+    Args:
+        shape: architecture of the encoder.
+        drop_path: stochastic depth rate of the last block.
+
+    Raises:
+        ValueError: it cannot be built, or would not be exact; the sentence says why.
+    """
+    match shape.backbone:
+        case VitShape() as ours:
+            backbone: nn.Module = vit.build_vit(
+                ours,
+                positions=shape.positions,
+                train_patch_projection=shape.train_patch_projection,
+                drop_path=drop_path,
+                qk_norm=shape.qk_norm,
+                class_token_only=True,
+            )
+        case TimmShape() as named:
+            backbone = build_timm(named, drop_path)
+        case own:
+            backbone = own.make()
+    replace_drop_paths(backbone)
+    spread_batch_norms(backbone)
+    return backbone
+
+
+def describe_backbone(backbone: nn.Module, shape: BackboneShape) -> BackboneFacts:
+    """The facts of a backbone; one that is no ViT of ours is run once, without memory or time.
+
+    Args:
+        backbone: as `build_backbone` made it.
+        shape: what it was built from.
+
+    Raises:
+        ValueError: it does not take the images, or gives something else than features (B, D).
+    """
+    batch_norm = any(isinstance(module, BodyBatchNorm) for module in backbone.modules())
+    if isinstance(shape, VitShape):
+        return BackboneFacts(
+            width=shape.dim,
+            groups=vit_groups(shape.depth),
+            rows_know_each_other=batch_norm,
+            attention_blocks=shape.depth,
+            has_tokens=True,
+        )
+    facts = BackboneFacts(
+        width=0,
+        groups=order_groups([name for name, _ in backbone.named_parameters()]),
+        rows_know_each_other=batch_norm,
+        attention_blocks=_count_attention_blocks(backbone),
+    )
+    return _probe(backbone, shape, facts)
+
+
+def _count_attention_blocks(backbone: nn.Module) -> int:
+    """Blocks of a timm ViT whose attention is the plain one."""
+    if not isinstance(backbone, VisionTransformer):
+        return 0
+    plain = all(isinstance(getattr(block, "attn", None), Attention) for block in backbone.blocks)
+    return len(backbone.blocks) if plain else 0
+
+
+def _probe(backbone: nn.Module, shape: BackboneShape, facts: BackboneFacts) -> BackboneFacts:
+    """Add what two images of zeros on the meta device show, where nothing is computed."""
+    name, (height, width) = shape_name(shape), shape.size
+    tensors = {n: p.detach().to("meta").requires_grad_() for n, p in backbone.named_parameters()}
+    buffers = {n: b.to("meta") for n, b in backbone.named_buffers()}
+    images_BCHW = torch.zeros(2, shape.channels, height, width, device="meta")
+
+    def run(method: str) -> object:
+        with _eval_mode(backbone), torch.device("meta"):
+            bound = _Method(backbone, method)
+            named = {f"network.{n}": t for n, t in (tensors | buffers).items()}
+            return torch.func.functional_call(bound, named, (images_BCHW,))
+
+    try:
+        features_BD = run("forward")
+    except Exception as error:  # whatever a foreign network raises, one sentence says it
+        raise ValueError(
+            f"{name} does not take images of {shape.channels} channels and "
+            f"{write_size(shape.size)} pixels: {str(error).strip() or type(error).__name__}"
+        ) from None
+    if not isinstance(features_BD, Tensor) or features_BD.dim() != 2 or len(features_BD) != 2:
+        what = (
+            f"a tensor of the shape {tuple(features_BD.shape)}"
+            if isinstance(features_BD, Tensor)
+            else f"a {type(features_BD).__name__}"
+        )
+        raise ValueError(
+            f"{name} gives {what} for two images and not one row of features for each: it has no "
+            "pooling here (--model.timm global_pool=avg), or is no classification network."
+        )
+    names = list(tensors)
+    gradients = torch.autograd.grad(
+        features_BD.sum(), list(tensors.values()), allow_unused=True, materialize_grads=False
+    )
+    tokens = run("forward_features") if hasattr(backbone, "forward_features") else None
+    return replace(
+        facts,
+        width=features_BD.shape[1],
+        has_tokens=isinstance(tokens, Tensor) and tokens.dim() == 3,
+        unused=tuple(n for n, g in zip(names, gradients, strict=True) if g is None),
+    )
+
+
+def recompute_blocks(backbone: nn.Module, on: bool = True) -> None:
+    """Let the backbone recompute each of its blocks in the backward pass, or keep activations.
+
+    Raises:
+        ValueError: the network cannot do that.
+    """
+    try:
+        switch = backbone.set_grad_checkpointing
+        assert callable(switch)
+        switch(on)
+    except (AttributeError, AssertionError, NotImplementedError):
+        raise ValueError(
+            f"the backbone, a {type(backbone).__name__}, cannot recompute its blocks; leave out "
+            "--recompute_blocks."
+        ) from None
+
+
+def compile_blocks(backbone: nn.Module) -> None:
+    """Compile the blocks of a Vision Transformer with torch.compile at their first pass.
+
+    Raises:
+        ValueError: it is another network, or there is no C++ compiler.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        raise ValueError(
+            f"--compile_blocks is for the blocks of Vision Transformers, and the backbone is a "
+            f"{type(backbone).__name__}; leave it out."
+        )
+    vit.compile_blocks(backbone)
+
+
+class _Method(nn.Module):
+    """A method of a network as a module of its own, for `functional_call`."""
+
+    def __init__(self, network: nn.Module, method: str) -> None:
+        super().__init__()
+        self.network, self._method = network, method
+
+    def forward(self, x_BCHW: Tensor) -> object:
+        """What the method gives."""
+        return getattr(self.network, self._method)(x_BCHW)
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Within, batch norm takes its running statistics: nothing is exchanged between ranks."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def shape_name(shape: BackboneShape) -> str:
+    """A backbone in a few words: its name, or the sizes of a Vision Transformer."""
+    match shape:
+        case VitShape():
+            stem = " on convolutions" if shape.stem == "conv" else ""
+            return f"ViT {shape.dim} x {shape.depth} blocks{stem}"
+        case TimmShape():
+            return f"timm:{shape.name}"
+        case own:
+            return own.name
