@@ -84,7 +84,7 @@ class Choices:
     unused: Counter[str] = field(default_factory=Counter)
     """endings of label members that were not used"""
     apart: Counter[str] = field(default_factory=Counter)
-    """labels that do not follow their images, by the first of their keys in each archive"""
+    """labels that do not stand beside their images, by the first of their keys in each archive"""
 
     def add(self, other: "Choices") -> None:
         """Count the samples of another archive, too."""
@@ -114,9 +114,10 @@ class Choices:
                 )
         if self.apart:
             raise ValueError(
-                f"{self.apart.total()} labels of {source} do not follow their images, e.g. that of "
-                f"{quote_name(min(self.apart))}: the members of a sample must stand together; make "
-                "the archive again by name (tar --sort=name), or take no labels by --label -."
+                f"{self.apart.total()} labels of {source} do not stand beside their images, e.g. "
+                f"{quote_name(min(self.apart))}: the members of a sample follow each other, in one "
+                "folder and of one name but for the ending; make the archive again so (tar "
+                "--sort=name), or take no labels by --label -."
             )
 
 
@@ -163,7 +164,8 @@ def group_samples(
         group[suffix.lower()] = member
     if current is not None:
         yield from sorter.split_group(current, group)
-    if apart := sorter.bare_images & sorter.bare_labels:
+    images = {key.rpartition("/")[2] for key in sorter.bare_images}
+    if apart := {key for key in sorter.bare_labels if key.rpartition("/")[2] in images}:
         sorter.choices.apart[min(apart)] += len(apart)
 
 
