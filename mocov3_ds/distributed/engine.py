@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from mocov3_ds.distributed.engine_config import compute_dtype
+from mocov3_ds.distributed.gradient_norm import speed_up_norm
 
 Model = TypeVar("Model", bound=nn.Module)
 Model_co = TypeVar("Model_co", bound=nn.Module, covariant=True)
@@ -109,6 +110,7 @@ def start_engine(
     except (AssertionError, NotImplementedError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"DeepSpeed refuses its config: {reason}.") from error
+    speed_up_norm(engine.optimizer)
     optimizer.attach(engine)
     return engine
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import Engine
-from mocov3_ds.distributed.guarded_step import DROP, scale_is_exhausted, step_within
+from mocov3_ds.distributed.guarded_step import scale_is_exhausted, step_within
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import Chunks, chunked_features, count_kept_chunks
 from mocov3_ds.model.loss import PairLoss
@@ -187,14 +187,12 @@ def train_step(
     with phase(StepPhase.MOMENTUM):
         momentum_encoder.begin_move(momentum)
     forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, factors_VBM)
-    rank_loss = forward.loss.detach().float().clone()
-    loss = float(ranks.all_reduce_sum(rank_loss)) / ranks.world_size()
+    loss_sum = ranks.all_reduce_sum(forward.loss.detach().float().clone())
     with phase(StepPhase.BACKWARD), phase(StepPhase.BACKWARD_OF_HEADS):
         engine.backward(forward.loss)
     with phase(StepPhase.OPTIMIZER):
-        bad_loss = not loss <= loss_limit or not math.isfinite(loss)
         scale_can_shrink = engine.fp16_enabled() and not scale_is_exhausted(engine)
-        norm = step_within(engine, DROP if bad_loss else norm_limit)
+        norm, loss = step_within(engine, norm_limit, loss_sum=loss_sum, loss_limit=loss_limit)
     applied, reason = engine.was_step_applied(), ""
     if not applied:
         reason = _bad_reason(loss, loss_limit, norm, norm_limit, scale_can_shrink)

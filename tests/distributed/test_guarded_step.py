@@ -9,12 +9,19 @@ import pytest
 import torch
 
 from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed.gradient_norm import speed_up_norm
 from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.distributed.guarded_step import DROP, scale_is_exhausted, step_within
 from tests.optim import engines
 from tests.optim.engines import Case
 from tests.ranks_pool import run_ranks
 
+LOSSES: dict[str, dict[str, Any]] = {
+    "low loss": {"loss_sum": torch.tensor(6.0), "loss_limit": 6.5},
+    "high loss": {"loss_sum": torch.tensor(6.0), "loss_limit": 2.5},
+    "nan loss": {"loss_sum": torch.tensor(math.nan)},
+}
+"""What the steps of a series are told of the loss"""
 CASES = [Case(0), Case(0, "bf16"), Case(1), Case(2, "fp16"), Case(3, "bf16")]
 
 
@@ -28,10 +35,11 @@ def poison_gradient(parameter: torch.nn.Parameter) -> None:
 def run_case(case: Case) -> dict[str, Any]:
     """Norms and whether the weights moved, for a series of limits."""
     engine, optimizer = engines.start(case)
-    scale = engine.optimizer.loss_scale if case.precision == "fp16" else 1.0
+    speed_up_norm(engine.optimizer)
     parameters = dict(engine.module.named_parameters())
     result: dict[str, Any] = {}
     limits = {"free": math.inf, "wide": 1e3, "narrow": 1e-6, "drop": DROP, "nan": math.inf}
+    limits |= {"low loss": 1e3, "high loss": 1e3, "nan loss": math.inf}
     for (name, limit), ((x, y),) in zip(
         limits.items(), engines.batches(case, len(limits)), strict=True
     ):
@@ -39,11 +47,13 @@ def run_case(case: Case) -> dict[str, Any]:
         if name == "nan":
             poison_gradient(parameters["out.weight"])
         engines.backward(engine, x, y)
+        scale = engine.optimizer.loss_scale if case.precision == "fp16" else 1.0
         gradients = {n: g / scale for n, g in full_gradients(engine.module)}
         expected = float(torch.stack([g.double().norm() for g in gradients.values()]).norm())
-        norm = step_within(engine, limit)
+        norm, loss = step_within(engine, limit, **LOSSES.get(name, {}))
         moved = any(not torch.equal(w, weights[n]) for n, w in engines.weights(optimizer).items())
         result[name] = (norm, expected, moved, engine.was_step_applied())
+        result["losses"] = [*result.get("losses", []), loss]
     result["count"] = optimizer.step_count
     if case.precision == "fp16":
         result["exhausted"] = exhaust_scale(case, engine, parameters["out.weight"])
@@ -59,7 +69,7 @@ def exhaust_scale(case: Case, engine: Any, parameter: torch.nn.Parameter) -> lis
     for ((x, y),) in engines.batches(case, 2):
         poison_gradient(parameter)
         engines.backward(engine, x, y)
-        seen += [scale_is_exhausted(engine), step_within(engine), engine.was_step_applied()]
+        seen += [scale_is_exhausted(engine), step_within(engine).norm, engine.was_step_applied()]
     scaler.min_scale = floor
     return [*seen, scale_is_exhausted(engine)]
 
@@ -75,17 +85,19 @@ def test_limits_decide_alike_on_all_ranks(world_size: int) -> None:
     for results in run_ranks(world_size, run_cases):
         assert len(results) == len(CASES)
         for case, result in results.items():
-            for name in ("free", "wide"):
+            for name in ("free", "wide", "low loss"):
                 norm, expected, moved, applied = result[name]
                 assert norm == pytest.approx(expected, rel=1e-3), (case, name)
                 assert moved and applied, (case, name)
-            for name in ("narrow", "drop"):
+            for name in ("narrow", "drop", "high loss", "nan loss"):
                 norm, expected, moved, applied = result[name]
                 assert norm == pytest.approx(expected, rel=1e-3), (case, name)
                 assert not moved and not applied, (case, name)
             norm, _, moved, applied = result["nan"]
             assert not math.isfinite(norm) and not moved and not applied, case
-            assert result["count"] == 2, case
+            assert result["count"] == 3, case
+            *losses, last = result["losses"]
+            assert losses == [0.0] * 5 + [6.0 / world_size] * 2 and math.isnan(last), case
             if "fp16" in case:
                 assert result["exhausted"] == [True, math.inf, False] * 2 + [False], case
 
