@@ -77,8 +77,11 @@ class Preemption:
         All ranks must call together. Sends one number, and at the end a sentence.
         """
         lost = heartbeat.lost_launcher()
-        is_asked = torch.tensor(int(bool(lost or self._asked_by)), device=ranks.this_device())
-        if not ranks.all_reduce_max(is_asked):
+        is_asked = bool(lost or self._asked_by)
+        if ranks.world_size() > 1:
+            flag = torch.full((), int(is_asked), device=ranks.this_device())
+            is_asked = bool(ranks.all_reduce_max(flag))
+        if not is_asked:
             return None
         answers = ranks.gather_objects((lost, self._asked_by))
         for sentence, _ in answers:

@@ -71,7 +71,7 @@ class KnnMonitor:
             momentum_BD: Features of the momentum encoder, of the same view; needed where it is
                 monitored.
         """
-        labels_B = labels_B.to(features_BD.device)
+        labels_B = labels_B.to(features_BD.device, non_blocking=True)
         self.queue.push(features_BD, labels_B)
         if self.momentum_queue is not None:
             assert momentum_BD is not None

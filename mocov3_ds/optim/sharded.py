@@ -107,6 +107,7 @@ class ShardedOptimizer(OptimizerContract):
         self._tables: dict[tuple[tuple[int, ...], frozenset[str]], StepTables] = {}
         self._parts: Parts = {}
         self._records: dict[tuple[int, ...], StepRecord] = {}
+        self._signals: Signals | None = None  # of these records, once somebody asked
         self._engine: Engine[nn.Module] | None = None
         self._watch: GradientWatch | None = None
         self._exchange_device: torch.device | None = None
@@ -153,7 +154,7 @@ class ShardedOptimizer(OptimizerContract):
         self._exchange_device = None if engine is None else torch.device(engine.device)
         self._flats = {flat.tensor: flat for flat in flats}
         self._watch = watch_engine(engine, self._names, flats)
-        self._tables, self._parts, self._records = {}, {}, {}
+        self._tables, self._parts, self._records, self._signals = {}, {}, {}, None
         for flat in flats:
             # here and not at the first step: DeepSpeed links state fragments after the first
             # group's step and does not find those of the others otherwise
@@ -273,6 +274,7 @@ class ShardedOptimizer(OptimizerContract):
             if self._flats and tensors:
                 key = tuple(id(tensor) for tensor in tensors)
                 tables = self._find_tables(key, tensors)
+                self._signals = None
                 self._records[key] = self._step_tensors(tables, group)
             elif any(tensor.grad is not None and tensor.grad.any() for tensor in tensors):
                 self._require_attached()  # DeepSpeed's own call with zero gradients is fine
@@ -302,9 +304,8 @@ class ShardedOptimizer(OptimizerContract):
             measure_absent(share, self._flats[share.flat.tensor], tables.absent, local_QS)
         sums_QS = sum_over_ranks(tables, block_QS, self._exchange_device)
         if self._measures_all:
-            first_updates = find_first_updates(tables, self.state)
-            first_S = torch.tensor(first_updates, device=tables.device)
-            sums_QS = mark_undefined(sums_QS, measures_rms=self.measures_rms, first_S=first_S)
+            is_first = find_first_updates(tables, self.state)
+            sums_QS = mark_undefined(sums_QS, measures_rms=self.measures_rms, is_first=is_first)
         sums = StepSums(tables, local_QS, sums_QS)
         factors = self.compute_factors(sums, group)
         for flat_step in flat_steps:
@@ -343,13 +344,14 @@ class ShardedOptimizer(OptimizerContract):
 
     def signals(self) -> Signals | None:
         """What the last step measured, without communication; None before the first."""
-        records = list(self._records.values())
-        return join_signals(records, list(self._shapes)) if records else None
+        if self._signals is None and self._records:
+            self._signals = join_signals(list(self._records.values()), list(self._shapes))
+        return self._signals
 
     def grad_norm(self) -> float:
         """Norm of the whole gradient of the last step, as the optimizer was given it."""
         signals = self.signals()
-        return 0.0 if signals is None else float(signals.grad_norm_S.norm())
+        return 0.0 if signals is None else signals.whole_grad_norm
 
     def full_state(self, *keys: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Name and whole state of each tensor, one at a time; all ranks must iterate together.

@@ -5,6 +5,7 @@ Legend: S = tensors; Q = quantities measured of each, see `kernel_types`; K = ke
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -110,12 +111,22 @@ class Signals:
         return NORM_KEYS + EXTRA_KEYS * self.complete
 
     def table(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Key -> values (S,) in the order of `names`; waits for the device once."""
-        table_KS = torch.stack([getattr(self, f"{key}_S").float() for key in self.keys])
-        return dict(zip(self.keys, table_KS.cpu().numpy(), strict=True))
+        """Key -> values (S,) in the order of `names`; the first call waits for the device."""
+        return dict(zip(self.keys, self._read_values, strict=True))
+
+    @cached_property
+    def _read_values(self) -> npt.NDArray[np.float32]:
+        values_KS = torch.stack([getattr(self, f"{key}_S").float() for key in self.keys])
+        values: npt.NDArray[np.float32] = values_KS.cpu().numpy()
+        return values
+
+    @property
+    def whole_grad_norm(self) -> float:
+        """Norm of the gradient of all tensors together; read with the table."""
+        return float(torch.from_numpy(self.table()["grad_norm"]).norm())
 
     def rows(self) -> dict[str, dict[str, float]]:
-        """Tensor name -> value of each key; waits for the device once."""
+        """Tensor name -> value of each key; read with the table."""
         table = self.table()
         return {
             name: {key: float(values_S[row]) for key, values_S in table.items()}
@@ -123,22 +134,24 @@ class Signals:
         }
 
 
-def mark_undefined(sums_QS: Tensor, *, measures_rms: bool, first_S: Tensor) -> Tensor:
+def mark_undefined(sums_QS: Tensor, *, measures_rms: bool, is_first: Sequence[bool]) -> Tensor:
     """Replace by NaN what has no meaning, where everything was measured.
 
     Args:
         sums_QS: Sums over all ranks.
         measures_rms: Whether the optimizer has a second moment, so that g / sqrt(v) exists.
-        first_S: Whether a tensor's second moment was still zero before this step; bool.
+        is_first: Whether each tensor's second moment was still zero before this step.
 
     Returns:
         A tensor of the same shape; `sums_QS` itself stays as it is.
     """
+    if measures_rms and not any(is_first):
+        return sums_QS
     marked_QS = sums_QS.clone()
     if not measures_rms:
-        marked_QS[[Quantity.AFTER, Quantity.BEFORE]] = torch.nan
+        marked_QS[Quantity.AFTER : Quantity.BEFORE + 1] = torch.nan
     else:
-        marked_QS[Quantity.BEFORE, first_S] = torch.nan
+        marked_QS[Quantity.BEFORE, torch.tensor(is_first, device=sums_QS.device)] = torch.nan
     return marked_QS
 
 
@@ -152,11 +165,14 @@ def join_signals(records: Sequence[StepRecord], order: Sequence[str]) -> Signals
     names = [name for record in records for name in record.sums.tables.names]
     row_by_name = {name: row for row, name in enumerate(names)}
     ordered = tuple(name for name in order if name in row_by_name)
-    device = records[0].sums.tables.device
-    rows = torch.tensor([row_by_name[name] for name in ordered], device=device)
+    rows = [row_by_name[name] for name in ordered]
+    is_in_order = rows == list(
+        range(len(names))
+    )  # as nearly always, and then no index goes to the device
 
     def joined(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors, dim=-1)[..., rows]
+        whole = torch.cat(tensors, dim=-1)
+        return whole if is_in_order else whole[..., rows]
 
     sums_QS = joined([record.sums.sums_QS for record in records])
     weight_S, update_S, grad_S = sums_QS[:NORMS].sqrt()
