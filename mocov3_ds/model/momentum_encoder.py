@@ -14,7 +14,8 @@ Shape suffixes: B = images, C H W = image, D = backbone features, P = projector 
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape, build_backbo
 from mocov3_ds.model.chunking import chunked_features
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_projector
+
+if TYPE_CHECKING:
+    from mocov3_ds.model.momentum_triton import MoveTable
 
 
 class ViewKeys(NamedTuple):
@@ -65,6 +69,7 @@ class MomentumEncoder(nn.Module):
                 parameter.data = parameter.data.to(dtype)
         self._trained: dict[str, nn.Parameter] = {}
         self._partitioned = False
+        self._table: MoveTable | None = None
         self._pending: set[str] = set()
         self._weight_of_base = 0.0
 
@@ -115,11 +120,25 @@ class MomentumEncoder(nn.Module):
         triples: list[Triple] = [
             (self._master[name], self._trained[name].detach(), low.get(name)) for name in names
         ]
+        if not self._partitioned and triples and triples[0][0].is_cuda and find_spec("triton"):
+            self._move_by_table(triples)
+            return
         for masters, bases, copies in _bounded_groups(triples):
             bases = [base.to(torch.float32) for base in bases]
             torch._foreach_lerp_(masters, bases, self._weight_of_base)
             if copies:
                 torch._foreach_copy_(copies, masters)
+
+    def _move_by_table(self, triples: "list[Triple]") -> None:
+        """One launch for all tensors, which keep their places from step to step."""
+        from mocov3_ds.model.momentum_triton import MoveTable
+
+        masters = [master for master, _, _ in triples]
+        bases = [base for _, base, _ in triples]
+        copies = [copy for _, _, copy in triples if copy is not None]
+        if self._table is None or not self._table.holds(masters, bases, copies):
+            self._table = MoveTable(masters, bases, copies)
+        self._table.move(self._weight_of_base)
 
     def begin_move(self, momentum: float) -> None:
         """Start this step's move `k <- momentum * k + (1 - momentum) * q`.
