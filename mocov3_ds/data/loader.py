@@ -9,6 +9,9 @@
 Threads, not worker processes: reading and decoding release the interpreter's lock, and nothing is
 copied between processes. Which thread does what changes nothing that comes out.
 
+Where the batches go to a GPU, the thread that decodes the last row of one starts its copy there
+(`device_copy`), and the buffer is written again only after that copy.
+
 Memory of a rank: encoded bytes of its share of the shuffle pool plus `READ_AHEAD_BYTES`, and `RING`
 batch buffers. Open files: one a reading thread.
 
@@ -28,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mocov3_ds.data.bad_samples import BadSamples
+from mocov3_ds.data.device_copy import DeviceCopy, new_stream
 from mocov3_ds.data.fetch import read_samples
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.read_ahead import EncodedBatch, ReadAhead
@@ -79,8 +83,8 @@ class LoaderSettings:
     """file that gets a JSON line for each of them; None = no file"""
     cache: Cache | None = None
     """keeps what comes from a store on the local disk"""
-    pin: bool = False
-    """page-locked buffers, for copies to a CUDA device"""
+    device: torch.device | None = None
+    """where the batches go; to a CUDA device they are copied ahead, from page-locked buffers"""
     readers: int = READERS
     """reading threads"""
     read_ahead_bytes: int = READ_AHEAD_BYTES
@@ -92,7 +96,7 @@ class Batch:
     """A rank's part of a global batch. The tensors are reused after the second `next` from here."""
 
     crops_VBCHW: Tensor
-    """(2, B, 3, S, S) uint8, pinned if asked for; with colour work done if the loader augments"""
+    """(2, B, 3, S, S) uint8 in CPU memory; with colour work done if the loader augments"""
     params_VBP: Tensor
     """(2, B, P) float32 rows that were drawn for the views, in CPU memory"""
     labels_B: Tensor
@@ -103,6 +107,8 @@ class Batch:
     """samples that stand in for unreadable ones"""
     wait_s: float
     """seconds that the caller waited for it"""
+    copy: DeviceCopy | None = None
+    """the crops on their way to a GPU; None where they stay"""
 
 
 class Loader:
@@ -194,9 +200,11 @@ class Loader:
         started = time.perf_counter()
         if not self._threads:
             self._start_threads()
-        with self._lock:
-            while len(self._lent) > 1:
-                self._free.append(self._lent.popleft())
+        while len(self._lent) > 1:
+            buffer = self._lent.popleft()
+            buffer.end_copy()
+            with self._lock:
+                self._free.append(buffer)
                 self._may_decode.notify_all()
         while (batch := self._take_decoded()) is None:
             rows = self._take_rows(until_decoded=True)
@@ -210,6 +218,7 @@ class Loader:
             torch.from_numpy(batch.sample_ids_B),
             batch.stand_ins,
             time.perf_counter() - started,
+            batch.buffer.copy,
         )
 
     def close(self) -> None:
@@ -235,8 +244,10 @@ class Loader:
         if self._stop.is_set():
             raise ValueError("the loader is closed.")
         settings = self._settings
+        device = settings.device
+        stream = new_stream(device) if device is not None and device.type == "cuda" else None
         self._free = [
-            _Buffer(self._rank_batch, settings.image_size, settings.pin) for _ in range(RING)
+            _Buffer(self._rank_batch, settings.image_size, stream) for _ in range(RING)
         ]
         stages = [self._read_stage] * settings.readers + [self._views_stage] * settings.threads
         for stage in stages:
@@ -300,7 +311,7 @@ class Loader:
         """
         with self._lock:
             while not self._has_ended():
-                if until_decoded and self._batches and not self._batches[0].missing:
+                if until_decoded and self._batches and self._batches[0].is_ready:
                     return None
                 if until_decoded and self._settings.threads:  # others decode
                     self._is_decoded.wait()
@@ -332,8 +343,12 @@ class Loader:
             self._read_ahead.held_bytes -= batch.encoded_bytes(rows)
             self._may_read.notify()
             batch.missing -= len(rows)
-            if not batch.missing:
-                self._is_decoded.notify_all()
+            if batch.missing:
+                return
+        batch.buffer.start_copy()
+        with self._lock:
+            batch.is_ready = True
+            self._is_decoded.notify_all()
 
     def _make_row(self, batch: "_DecodingBatch", row: int) -> bool:
         """Write the two crops of a row; returns whether another sample had to stand in."""
@@ -369,7 +384,7 @@ class Loader:
                 raise self._error
             if self._stop.is_set():
                 raise ValueError("the loader is closed.")
-            if not self._batches or self._batches[0].missing:
+            if not self._batches or not self._batches[0].is_ready:
                 return None
             batch = self._batches.popleft()
             self._lent.append(batch.buffer)
@@ -377,14 +392,34 @@ class Loader:
 
 
 class _Buffer:
-    """A batch's memory, seen as tensors by the caller and as arrays by the decoder."""
+    """A batch's memory, seen as tensors by the caller and as arrays by the decoder.
 
-    def __init__(self, rows: int, size: int, pin: bool) -> None:
+    Args:
+        rows: samples of a batch.
+        size: side of a crop, pixels.
+        stream: stream of the GPU that the crops are copied to; None = they stay.
+    """
+
+    def __init__(self, rows: int, size: int, stream: torch.cuda.Stream | None) -> None:
         shape = (2, rows, 3, size, size)
+        pin = stream is not None
         self.crops_VBCHW = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        self.copy: DeviceCopy | None = None
+        self._stream = stream
         self.params_VBP = torch.empty(2, rows, PARAMETERS)
         self.crops: NDArray[np.uint8] = self.crops_VBCHW.numpy()
         self.params: NDArray[np.float32] = self.params_VBP.numpy()
+
+    def start_copy(self) -> None:
+        """Start the copy to a GPU, where there is one."""
+        if self._stream is not None:
+            self.copy = DeviceCopy(self.crops_VBCHW, self._stream)
+
+    def end_copy(self) -> None:
+        """Wait until the memory may be written again, and let go of the crops on the GPU."""
+        if self.copy is not None:
+            self.copy.wait()
+            self.copy = None
 
 
 class _DecodingBatch:
@@ -396,6 +431,7 @@ class _DecodingBatch:
         self._size_B = manifest.index_N["size"][self.sample_ids_B]
         self.next_row, self.missing = 0, len(self.sample_ids_B)  # rows not decoded
         self.stand_ins = 0
+        self.is_ready = False  # decoded, and on its way to a GPU
 
     def take_rows(self) -> range:
         """Return the next rows to decode; none when all are taken."""

@@ -129,7 +129,7 @@ def open_loader(
         config: settings of the run.
         manifest: manifest of the training shards.
         spec: distribution of the two views.
-        device: where the batches go; a CUDA device gets them from page-locked memory.
+        device: where the batches go.
         position: global batches gone through.
         bad_samples: unreadable samples that all ranks met so far, id -> reason.
 
@@ -151,7 +151,7 @@ def open_loader(
         bad_sample_budget=config.data.max_bad_samples,
         bad_sample_listing=config.folder / "bad_samples.jsonl",
         cache=_open_cache(config),
-        pin=device.type == "cuda",
+        device=device,
     )
     return Loader(manifest, settings, position=position, earlier_bad=bad_samples)
 
@@ -176,7 +176,7 @@ def network_views(
         coloured: whether the decode threads have done jitter, grey, blur and solarisation already.
     """
     mean, std = spec.mean, spec.std
-    crops_VBCHW = batch.crops_VBCHW.to(device, non_blocking=True)
+    crops_VBCHW = batch.crops_VBCHW.to(device) if batch.copy is None else batch.copy.take()
     views: Iterator[Tensor]
     if coloured:
         views = (normalise_crops(crops_BCHW, mean, std, dtype) for crops_BCHW in crops_VBCHW)

@@ -193,6 +193,32 @@ def test_a_batch_stays_until_the_second_next(small):
     assert len(addresses) == RING
 
 
+class LateCopy:
+    """A copy to a GPU that reads the memory as late as it may: when somebody waits for it."""
+
+    def __init__(self, crops_VBCHW):
+        self.source_VBCHW, self.read_VBCHW = crops_VBCHW, None
+
+    def wait(self):
+        assert self.read_VBCHW is None
+        self.read_VBCHW = self.source_VBCHW.clone()
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_a_buffer_is_written_again_only_after_its_copy(small, threads, monkeypatch):
+    def start_copy(buffer):
+        buffer.copy = LateCopy(buffer.crops_VBCHW)
+
+    expected = [crops_VBCHW for _, crops_VBCHW, _ in run(small, 1, 12)]
+    monkeypatch.setattr(loader_module._Buffer, "start_copy", start_copy)
+    with open_loader(small, threads=threads) as loader:
+        copies = [next(loader).copy for _ in range(12)]
+    assert len({id(copy) for copy in copies}) == 12
+    assert [copy.read_VBCHW is None for copy in copies] == [False] * 10 + [True] * 2
+    for copy, crops_VBCHW in zip(copies[:10], expected, strict=False):
+        assert torch.equal(copy.read_VBCHW, crops_VBCHW)
+
+
 def test_memory_is_bounded_by_pool_and_read_ahead(small):
     """A caller that never asks again must not make the readers fetch on and on."""
     with open_loader(small, pool=4, lanes=1, read_ahead_bytes=4000) as loader:
