@@ -29,7 +29,7 @@ import tyro
 from mocov3_ds.checks import equivalence, machine, network, restart, run_disk, storage_access
 from mocov3_ds.checks.finding import Finding, merge_findings
 from mocov3_ds.data.storage import StorageError
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.recipes import find_recipe, without_launcher_flags
 from mocov3_ds.settings.environment import check_environment
 from mocov3_ds.settings.paths import expand_home
@@ -62,6 +62,7 @@ def list_checks(
     device: torch.device,
     folder: Path,
     sizes_mb: Sequence[int] = network.SIZES_MB,
+    unusable_card: str = "",
 ) -> list[Check]:
     """What is examined, in order: title and check. All ranks run each.
 
@@ -70,6 +71,7 @@ def list_checks(
         device: the device of this rank.
         folder: empty folder below `options.runs` that all ranks see; it is deleted afterwards.
         sizes_mb: buffer sizes of the collectives, 10^6 bytes.
+        unusable_card: why torch cannot use the card of this machine; empty = it can.
     """
     config = find_recipe(options.recipe).config
     return [
@@ -80,7 +82,7 @@ def list_checks(
         (
             "machine",
             lambda: [
-                machine.check_accelerator(device),
+                machine.check_accelerator(device, unusable=unusable_card),
                 *machine.check_limits(),
                 *machine.check_fast_paths(device),
                 network.check_clock(),
@@ -169,14 +171,17 @@ def examine_machines(options: DoctorOptions, sizes_mb: Sequence[int] = network.S
         ValueError: the recipe is unknown, or the folder of runs cannot be written.
     """
     find_recipe(options.recipe)
-    device = ranks.start(timeout_s=_TIMEOUT_S)
+    unusable_card = devices.describe_unusable_card()
+    device = ranks.start(timeout_s=_TIMEOUT_S, device_choice="cpu" if unusable_card else "auto")
     torch.backends.cudnn.allow_tf32 = False  # comparisons are made in full fp32
     hosts: list[str] = ranks.gather_objects(socket.gethostname())
     start = time.monotonic()
     _show_progress(f"{ranks.world_size()} ranks on {len({*hosts})} machines, {device.type}")
     folder = Path(ranks.run_on_first(partial(_make_folder, options.runs)))
     try:
-        findings = run_checks(list_checks(options, device, folder, sizes_mb), hosts)
+        findings = run_checks(
+            list_checks(options, device, folder, sizes_mb, unusable_card), hosts
+        )
     finally:
         ranks.barrier()
         if ranks.is_first():

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from mocov3_ds import version
 from mocov3_ds.checks.finding import Finding, Status, judge_problem
 from mocov3_ds.data.views import decode, native
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import devices, ranks
 
 _GIB = 2**30
 _FILES_NEEDED, _FILES_ADVISED = 512, 4096
@@ -37,7 +36,7 @@ def read_versions() -> dict[str, str]:
         "numpy": _package_version("numpy"),
         "mocov3-ds": f"{version.__version__} ({_source_digest()[:8]})",
     }
-    if torch.cuda.is_available():
+    if devices.has_usable_card():
         versions["CUDA"] = f"{torch.version.cuda}"
         versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
         versions["driver"] = _nvidia_smi("driver_version") or "unknown"
@@ -105,24 +104,29 @@ def _name_ranks(numbers: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------------ this machine
 
 
-def check_accelerator(device: torch.device, ecc_errors: str | None = None) -> Finding:
+def check_accelerator(
+    device: torch.device, ecc_errors: str | None = None, unusable: str = ""
+) -> Finding:
     """Free memory, capability and memory errors of the card of this rank.
 
     Args:
         device: the device of this rank.
         ecc_errors: number of uncorrected ECC errors as nvidia-smi writes it; None = ask it.
+        unusable: why torch cannot use the machine's card, see `devices.describe_unusable_card`;
+            empty = it can, or there is none.
     """
     name = "accelerator"
     if device.type != "cuda":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return Finding(name, "note", f"no CUDA device: {cores} CPU cores, fp32 and bf16", "")
+        measured = f"no CUDA device: {cores} CPU cores, fp32 and bf16"
+        return Finding(name, "fail" if unusable else "note", measured, "", unusable)
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     if ecc_errors is None:
         ecc_errors = _nvidia_smi("ecc.errors.uncorrected.volatile.total")
     broken = ecc_errors.isdecimal() and int(ecc_errors) > 0
     busy = free < 0.9 * total
-    old = properties.major < 8
+    old = not devices.has_bf16(device)
     measured = (
         f"{properties.name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free, capability "
         f"{properties.major}.{properties.minor}, uncorrected ECC errors: {ecc_errors or 'unknown'}"
@@ -161,7 +165,7 @@ def check_limits(files: int | None = None, shared: int | None = None) -> list[Fi
     if shared is None:
         shm = Path("/dev/shm")
         shared = shutil.disk_usage(shm).total if shm.is_dir() else 0
-    cards = torch.cuda.is_available()
+    cards = devices.has_usable_card()
     low_limit, small = files < _FILES_ADVISED, shared < _SHM_ADVISED
     return [
         Finding(
@@ -190,8 +194,9 @@ def check_limits(files: int | None = None, shared: int | None = None) -> list[Fi
 
 def check_fast_paths(device: torch.device) -> list[Finding]:
     """Which decoder, colour kernels and optimizer kernels run here, and why no faster ones?"""
-    triton = find_spec("triton") is not None
     on_cards = device.type == "cuda"
+    problem = devices.triton_problem(device) if on_cards else ""
+    triton = not problem
     colour = (
         ("Triton" if triton else "torch")
         if on_cards
@@ -213,8 +218,8 @@ def check_fast_paths(device: torch.device) -> list[Finding]:
             "note" if colour == "torch" or optimizer == "plain torch" else "pass",
             f"colour work: {colour}, optimizer: {optimizer}",
             "compiled ones",
-            "the same numbers, slower: pip install triton."
-            if on_cards and not triton
+            f"the same numbers, slower: Triton cannot be used, {problem}."
+            if problem
             else "the same numbers, slower: install a C++ compiler and run pip install -e . again."
             if colour == "torch"
             else "",

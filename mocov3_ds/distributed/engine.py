@@ -16,6 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from mocov3_ds.distributed import devices
 from mocov3_ds.distributed.engine_config import compute_dtype
 from mocov3_ds.distributed.gradient_norm import speed_up_norm
 
@@ -122,9 +123,11 @@ def check_precision(config: Mapping[str, Any]) -> None:
         config: DeepSpeed config, as `engine_config` gave it.
 
     Raises:
-        ValueError: The device has no fp16, or no bf16.
+        ValueError: The device has no fp16, or no bf16 of its own.
     """
     accelerator, precision = get_accelerator(), compute_dtype(config)
+    if precision == torch.bfloat16:
+        devices.check_bf16(torch.device(accelerator.current_device_name()))
     missing = {
         torch.float16: not accelerator.is_fp16_supported(),
         torch.bfloat16: not accelerator.is_bf16_supported(),

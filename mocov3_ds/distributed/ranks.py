@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mocov3_ds.distributed import launcher_variables
+from mocov3_ds.distributed import devices, launcher_variables
 from mocov3_ds.distributed.meeting import Newcomer, meet_ranks, spoken_wait
+from mocov3_ds.settings.environment import DeviceChoice
 
 LAUNCHER_VARIABLES = launcher_variables.NAMES
 _COLLECTIVES = (
@@ -29,7 +30,7 @@ _COLLECTIVES = (
 )
 
 
-def start(timeout_s: float = 600.0) -> torch.device:
+def start(timeout_s: float = 600.0, device_choice: DeviceChoice = "auto") -> torch.device:
     """Join the process group that the launcher describes and return this rank's device.
 
     Reads the variables that `deepspeed`, `torchrun` and `accelerate launch` set, then those of a
@@ -38,13 +39,23 @@ def start(timeout_s: float = 600.0) -> torch.device:
 
     Args:
         timeout_s: Seconds that a rank may wait for another one in a collective.
+        device_choice: "cpu" leaves cards alone; "auto" uses the rank's own, and the CPU only where
+            the machine has none.
 
     Raises:
         ValueError: A launcher set only some of the variables or values that cannot be, the port is
-            held by another run, or ranks contradict each other.
+            held by another run, ranks contradict each other, or torch cannot use the machine's
+            card.
     """
     launcher_variables.fill_variables()
+    if device_choice == "cpu":
+        devices.insist_on_cpu()
+    problem = devices.describe_unusable_card()
+    if problem:
+        raise ValueError(problem)
     device = this_device()
+    if device.type == "cuda":
+        devices.check_kernels(device)
     if not dist.is_initialized():
         _join_group(device, timedelta(seconds=timeout_s))
     return device
@@ -91,13 +102,14 @@ def stop() -> None:
 
 def this_device() -> torch.device:
     """Return the accelerator with the number of this rank on its machine, or else the CPU."""
-    if torch.cuda.is_available():
-        device = torch.device(
-            "cuda", launcher_variables.choose_device(local_rank(), torch.cuda.device_count())
-        )
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
+    if not devices.has_usable_card():
+        return torch.device("cpu")
+    devices.choose_allocator()
+    device = torch.device(
+        "cuda", launcher_variables.choose_device(local_rank(), torch.cuda.device_count())
+    )
+    torch.cuda.set_device(device)
+    return device
 
 
 def rank() -> int:

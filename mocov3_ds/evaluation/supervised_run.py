@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mocov3_ds.data.storage import StorageError
 from mocov3_ds.data.storage.atomic import replace_when_whole
 from mocov3_ds.data.storage.tensor_file import save_tensors
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.encoders.load import read_weights
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.features import Batch, show_progress
@@ -261,14 +261,16 @@ def start_accelerator(precision: Precision) -> Accelerator:
     """Join the ranks of this launch, on their GPUs or on their CPUs.
 
     Raises:
-        ValueError: fp16 without a GPU.
+        ValueError: fp16 without a GPU, bf16 on a GPU that has none, or a GPU that torch cannot use.
     """
-    gpu = torch.cuda.is_available()
+    device = ranks.start()
+    gpu = device.type == "cuda"
     if precision == "fp16" and not gpu:
         raise ValueError("fp16 needs a GPU; use --precision fp32 or bf16.")
-    ranks.start()
+    if precision == "bf16":
+        devices.check_bf16(device)
     if precision == "auto":
-        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if gpu and devices.has_bf16(device) else "fp32"
     return Accelerator(cpu=not gpu, mixed_precision="no" if precision == "fp32" else precision)
 
 

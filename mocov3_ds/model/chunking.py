@@ -104,7 +104,9 @@ def choose_chunks(images: int, batch: int) -> Chunks:
     """
     if images >= 2 * batch:
         return Chunks()
-    size = min(max(images // 2, 1), LARGEST_CHUNK, batch)
+    largest = min(max(images // 2, 1), LARGEST_CHUNK, batch)
+    # as many chunks of nearly the same size: a small last one would keep less than was planned
+    size = math.ceil(batch / math.ceil(batch / largest))
     return Chunks(size=size, keep=max(images // size - 1, 0))
 
 

@@ -29,6 +29,7 @@ on values that the pass has read in any case (LARS alone reads m in pass 1 as we
 
 import torch
 
+from mocov3_ds.distributed import devices
 from mocov3_ds.optim import plain_kernels
 from mocov3_ds.optim.block_kernels import BlockKernels
 from mocov3_ds.optim.kernel_types import BACKENDS, Kernels
@@ -47,11 +48,14 @@ def choose_kernels(backend: str, device: torch.device) -> Kernels:
     if backend == "blocks" and device.type != "cpu":
         raise ValueError(f"backend 'blocks' is for the CPU, the weights are on {device}; use auto.")
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        problem = devices.triton_problem(device) if device.type == "cuda" else ""
+        if problem and backend == "auto":
+            return plain_kernels
+        if problem:
+            raise ValueError(f"backend 'triton': {problem}; use auto.")
         try:
             from mocov3_ds.optim import triton_kernels
         except ImportError:
-            if backend == "auto":
-                return plain_kernels
             raise ValueError("backend 'triton' needs the triton package; use auto.") from None
         triton_kernels.check_device(device)
         return triton_kernels

@@ -33,16 +33,24 @@ class Drift:
         self._steps = 0
         self._step_ends: deque[float] = deque(maxlen=SETTLED)
 
-    def describe(self, plan: Memory, measured_gib: float, pace: Pace | None = None) -> str:
+    def describe(
+        self,
+        plan: Memory,
+        measured_gib: float,
+        pace: Pace | None = None,
+        *,
+        reserved_gib: float = 0.0,
+    ) -> str:
         """The line of the log.
 
         Args:
             plan: what the planner computes for this rank.
             measured_gib: peak of this rank's memory in GiB, the program itself included.
             pace: planned time of a step; None where the planner does not know the card.
+            reserved_gib: peak of what a GPU's allocator held for it, GiB; 0 = it is not known.
         """
         planned, measured = plan.peak_bytes / GIB, measured_gib - self._program_gib
-        extras, program = "", ""
+        extras, program = f"; {reserved_gib:.2f} reserved" if reserved_gib else "", ""
         if self._program_gib:
             extras = "; with loader, k-NN and copies for checkpoints"
             program = f", beside {self._program_gib:.2f} of the program itself"

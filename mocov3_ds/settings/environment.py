@@ -8,8 +8,12 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from mocov3_ds.settings.spelling import did_you_mean
+
+DeviceChoice = Literal["auto", "cpu"]
+"""what `--device` of a command may be"""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Literal
 
 import torch
 
-from mocov3_ds.config import encoder_shape
-from mocov3_ds.distributed import ranks
-from mocov3_ds.monitoring.run_log import peak_memory_gib
-from mocov3_ds.planning.cards import find_card_of_device
+from mocov3_ds.config import Config, encoder_shape
+from mocov3_ds.distributed import devices, ranks
+from mocov3_ds.monitoring.run_log import peak_memory
+from mocov3_ds.planning.architecture import model_operations
+from mocov3_ds.planning.cards import PRESETS, find_card_of_device
 from mocov3_ds.planning.drift import Drift
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.memory import plan_memory
@@ -21,6 +22,9 @@ from mocov3_ds.planning.step_setup import StepSetup
 from mocov3_ds.training.run import Run
 
 _log = logging.getLogger("mocov3_ds")
+
+_LONGEST_ON_CPU = 2
+"""days; the recipes for a CPU take minutes"""
 
 _PRECISIONS: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
     torch.float32: "fp32",
@@ -39,10 +43,42 @@ def drift_line(drift: Drift, run: Run) -> str:
     try:
         setup = run_setup(run)
         plan = plan_memory(setup, on_demand=run.device.type == "cpu")
-        return drift.describe(plan, peak_memory_gib(run.device), run_pace(run, setup))
+        memory, pace = peak_memory(run.device), run_pace(run, setup)
+        reserved = memory.get("memory_reserved_gib", 0.0)
+        return drift.describe(plan, memory["memory_gib"], pace, reserved_gib=reserved)
     except Exception as error:
         _log.debug("the run and its plan", exc_info=True)
         return f"plan: this run cannot be compared with one ({type(error).__name__}: {error})"
+
+
+def check_length(config: Config, device: torch.device, total_steps: int) -> None:
+    """Refuse a run of days on the CPU that nobody has asked for.
+
+    A torch built for GPUs on a machine where none is seen is most often a container without its
+    cards, or a login node.
+
+    Args:
+        config: settings of the run.
+        device: device of this rank.
+        total_steps: steps of the whole run.
+
+    Raises:
+        ValueError: the CPU would take days, this torch is built for GPUs, and `--device cpu` is
+            not given.
+    """
+    for_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    if device.type != "cpu" or not for_gpus or devices.is_cpu_meant():
+        return
+    steps = min(total_steps, config.stop_after_steps or total_steps)
+    operations = model_operations(encoder_shape(config)) * config.batch * steps
+    machines = max(1, ranks.world_size() // ranks.local_world_size())
+    days = operations / machines / PRESETS["cpu"].fp32_rate / 86400
+    if days > _LONGEST_ON_CPU:
+        raise ValueError(
+            f"no GPU is seen on this machine, and {steps} steps would take {days:.0f} days or more "
+            "on its CPU: look at nvidia-smi, and start a container with --gpus all; --device cpu "
+            "trains on the CPU all the same."
+        )
 
 
 def run_setup(run: Run) -> StepSetup:

@@ -64,11 +64,12 @@ def test_a_chunk_leaves_class_tokens_behind_and_nothing_else(
     ("images", "batch", "chunks"),
     [
         (16, 8, Chunks()),
-        (15, 8, Chunks(size=7, keep=1)),
+        (15, 8, Chunks(size=4, keep=2)),  # 7 and 1 would be 8 as well
         (2, 8, Chunks(size=1, keep=1)),
         (1, 8, Chunks(size=1, keep=0)),
         (200, 512, Chunks(size=64, keep=2)),
         (1000, 512, Chunks(size=64, keep=14)),
+        (84, 512, Chunks(size=40, keep=1)),  # 42 would leave a last chunk of 8
     ],
 )
 def test_the_choice(images: int, batch: int, chunks: Chunks) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mocov3_ds.distributed import devices
 from mocov3_ds.optim import plain_kernels
 from mocov3_ds.optim.block_kernels import BlockKernels
 from mocov3_ds.optim.kernel_types import Kernels
@@ -23,9 +24,17 @@ def test_choice(backend: str, device: str, expected: Kernels) -> None:
     assert choose_kernels(backend, torch.device(device)) == expected
 
 
-def test_cuda_means_triton() -> None:
+@pytest.mark.parametrize("problem", ["", "it cannot build its launcher"])
+def test_cuda_means_triton_where_it_can_be_used(
+    monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
     triton_kernels = pytest.importorskip("mocov3_ds.optim.triton_kernels")
-    assert choose_kernels("auto", torch.device("cuda")) is triton_kernels
+    monkeypatch.setattr(devices, "triton_problem", lambda device: problem)
+    expected = plain_kernels if problem else triton_kernels
+    assert choose_kernels("auto", torch.device("cuda")) is expected
+    if problem:
+        with pytest.raises(ValueError, match=f"'triton': {problem}; use auto"):
+            choose_kernels("triton", torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
