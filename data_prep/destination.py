@@ -67,15 +67,19 @@ def claim_folder(url: str, plan: Mapping[str, Any]) -> None:
     Raises:
         ValueError: The folder holds shards of another plan, or other files.
     """
-    plan_url = storage.join_url(url, PLAN)
+    plan_url, stored = storage.join_url(url, PLAN), b""
     try:
-        earlier = json.loads(storage.read(plan_url))
+        stored = storage.read(plan_url)
+        earlier = json.loads(stored)
     except FileNotFoundError:
         earlier = None
     except (ValueError, RecursionError):
         earlier = ()
     if not (earlier is None or isinstance(earlier, dict)):
-        raise ValueError(f"{plan_url} is damaged; use a new folder, or empty this one.")
+        raise ValueError(
+            f"{plan_url} is no plan of shards, it begins with {stored[:40]!r}: a store that "
+            "answers so is no store, or the file is damaged; use a new folder, or empty this one."
+        )
     if earlier == plan:
         return
     if earlier is not None:

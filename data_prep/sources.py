@@ -273,7 +273,15 @@ def _check_images(images: UnsortedImages, source: str, under: str, pick: MemberP
         for reason, omission in images.balance.left_out.items()
         if ".tar," in reason or ".parquet," in reason
     ]
-    advice = f"; no image is called {quote_name(pick.image)} (--image)." if pick.image else "."
+    omitted = max(images.balance.left_out.values(), key=lambda it: it.count, default=None)
+    advice = f", e.g. {quote_name(omitted.example)}." if omitted else "."
+    if pick.image:
+        advice = f"; no image is called {quote_name(pick.image)} (--image)."
+    if (Path(source) / manifest.NAME).is_file():
+        advice = (
+            "; its manifest describes shards that lie elsewhere, which python -m data_prep stats "
+            "and verify read."
+        )
     if archives:
         archive_folder = archives[0].rpartition("/")[0]
         advice = (

@@ -48,7 +48,7 @@ def test_foreign_folders_are_refused(tree, tmp_path):
         make(tree, out)
     assert forms.files_of(out) == {"other.tar": b"mine"}
     (out / "plan.json").write_text("{")
-    with pytest.raises(ValueError, match=r"plan.json is damaged"):
+    with pytest.raises(ValueError, match=r"plan.json is no plan of shards, it begins with"):
         make(tree, out)
 
 
