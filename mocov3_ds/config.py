@@ -584,14 +584,6 @@ def group_rates(model: ModelConfig, groups: Sequence[str] | None = None) -> dict
     return rates
 
 
-def frozen_groups(model: ModelConfig) -> list[str]:
-    """Layer groups that the settings keep at their first weights."""
-    frozen = {group for group, rate in group_rates(model).items() if rate == 0}
-    if model.backbone == "vit" and model.patch_lr == 0:
-        frozen.add("patch_embed")
-    return sorted(frozen)
-
-
 def from_json(tree: Mapping[str, Any]) -> Config:
     """The `Config` of a run from the content of its `config.json`.
 

@@ -24,6 +24,7 @@ from mocov3_ds.config import (
     ViewConfig,
     check_batch,
     check_config,
+    from_json,
 )
 from mocov3_ds.data import storage
 from mocov3_ds.distributed.engine_keys import read_settings
@@ -151,12 +152,65 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     """
     arguments = expand_home(without_launcher_flags(list(sys.argv[1:] if argv is None else argv)))
     check_text(arguments)
-    recipe = find_recipe(_recipe_name(arguments))
+    recipe = choose_defaults(_last_value(arguments, "recipe"), _last_value(arguments, "extend"))
     config = tyro.cli(Config, default=recipe.config, args=arguments, prog="train.py")
+    return resolve(config, recipe.engine)
+
+
+def choose_defaults(recipe: str | None, extend: str | None) -> Recipe:
+    """The settings that flags and keywords change: those of a recipe, or of a run to go on from.
+
+    Args:
+        recipe: name of a recipe; None = not given.
+        extend: folder of a finished run; None = not given.
+
+    Raises:
+        ValueError: there is no such recipe or run, or the run has another recipe.
+    """
+    if not extend:
+        return find_recipe(recipe or "tiny")
+    folder = Path(extend)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--extend {folder} is no run folder: it holds no config.json.")
+    tree = read_json(folder / "config.json")
+    parent = from_json(tree)
+    if recipe not in (None, parent.recipe):
+        raise ValueError(
+            f"--recipe {recipe} does not go with --extend {folder}, whose settings (recipe "
+            f"{parent.recipe}) are the defaults; leave --recipe out."
+        )
+    config = dataclasses.replace(
+        parent,
+        name=f"{folder.resolve().name}-extended",
+        runs=folder.parent,
+        init="",
+        init_which="base",
+        extend=extend,
+        extend_schedule="longer",
+        stop_after_steps=0,
+        profile=0,
+        save=dataclasses.replace(parent.save, mirror=""),
+    )
+    return Recipe(config, tree["deepspeed"])
+
+
+def resolve(config: Config, engine: Mapping[str, Any]) -> Settings:
+    """Check settings and join them with DeepSpeed's.
+
+    Args:
+        config: our settings, with paths as a user gives them.
+        engine: the DeepSpeed JSON that `deepspeed_config` and `ds` of the settings change.
+
+    Raises:
+        ValueError: numbers out of their bounds, settings that contradict one another, or keys and
+            values that DeepSpeed's settings cannot have.
+    """
     config = _anchor_paths(config)
     check_config(config)
+    if config.extend and Path(config.extend).resolve() == config.folder.resolve():
+        raise ValueError(f"--extend {config.extend} is the run's own folder; give another --name.")
     check_batch(config.batch)
-    engine = dict(recipe.engine)
+    engine = dict(engine)
     if config.deepspeed_config is not None:
         engine = {"optimizer": engine["optimizer"]} | read_json(config.deepspeed_config)
     return Settings(config, read_settings(with_overrides(engine, config.ds)))
@@ -178,23 +232,27 @@ def without_launcher_flags(arguments: list[str]) -> list[str]:
 def _anchor_paths(config: Config) -> Config:
     """The settings with absolute paths to data, which config.json keeps for any working folder."""
     data, save = config.data, config.save
-    shards, images, probes, cache, mirror = (
+    shards, images, probes, cache, mirror, init, extend = (
         str(storage.local_path(url).absolute()) if url and storage.is_local(url) else url
-        for url in (data.shards, data.images, data.probe_shards, data.cache, save.mirror)
+        for url in (
+            *(data.shards, data.images, data.probe_shards, data.cache, save.mirror),
+            *(config.init, config.extend),
+        )
     )
     data = dataclasses.replace(data, shards=shards, images=images, probe_shards=probes, cache=cache)
-    return dataclasses.replace(config, data=data, save=dataclasses.replace(save, mirror=mirror))
+    save = dataclasses.replace(save, mirror=mirror)
+    return dataclasses.replace(config, data=data, save=save, init=init, extend=extend)
 
 
-def _recipe_name(arguments: list[str]) -> str:
-    """Value of `--recipe`: it is needed before tyro reads the flags, for their defaults."""
-    name = "tiny"
+def _last_value(arguments: list[str], flag: str) -> str | None:
+    """Value of a flag that decides the defaults of the others, so is needed before tyro reads."""
+    value = None
     for position, argument in enumerate(arguments):
-        if argument == "--recipe" and position + 1 < len(arguments):
-            name = arguments[position + 1]
-        elif argument.startswith("--recipe="):
-            name = argument.partition("=")[2]
-    return name
+        if argument == f"--{flag}" and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"--{flag}="):
+            value = argument.partition("=")[2]
+    return value
 
 
 # ------------------------------------------------------------------------------- the DeepSpeed JSON

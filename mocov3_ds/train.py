@@ -94,7 +94,7 @@ def train(
         heartbeat.enter_stage(run.step, "close")
         run.close()
     heartbeat.stop()
-    finish_log(run, log)
+    finish_log(run, log, in_haste=stop is not None)
     if ranks.is_first():
         tell_end([describe_end(run, log.describe_troubles())])
     if stop is not None and run.step < last:
@@ -126,20 +126,17 @@ def start_log(run: Run) -> RunLog:
     return log
 
 
-def finish_log(run: Run, log: RunLog) -> None:
-    """Write the page of a finished run, and let the log finish."""
+def finish_log(run: Run, log: RunLog, *, in_haste: bool) -> None:
+    """Write the page of a run that has come to its end, and let its loggers finish."""
     if not ranks.is_first():
         return
-    if run.step < run.total_steps:
-        log.close(_HASTY_CLOSE_S)
-        return
-    is_news = run.step >= log.first_step
+    is_news = run.step == run.total_steps and run.step >= log.first_step
     if is_news and run.total_steps - run.start.step >= _SHORTEST_WITH_PAGE:
         from mocov3_ds.stability.run_page import write_in_time  # matplotlib takes a while
 
         for name, picture in write_in_time(run.config.folder).items():
             log.show_picture(run.step, name, picture.copy)
-    log.close()
+    log.close(*[_HASTY_CLOSE_S] * in_haste)
 
 
 def tell_end(lines: list[str]) -> None:

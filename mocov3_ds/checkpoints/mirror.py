@@ -227,6 +227,18 @@ def check_mirror(url: str, resolved: Mapping[str, Any], data_digest: str) -> Non
         check_same_run(text, url, resolved, data_digest)
 
 
+def has_checkpoint(url: str) -> bool:
+    """Tell whether a mirror names a complete checkpoint.
+
+    Args:
+        url: URL of the mirror, or a folder.
+
+    Raises:
+        ValueError: The mirror is damaged or cannot be read.
+    """
+    return bool(_read_index(url)[0])
+
+
 def fetch_newer_checkpoint(url: str, run: Path) -> Path | None:
     """Copy the newest undamaged checkpoint of a mirror to the run folder, if it is newer.
 

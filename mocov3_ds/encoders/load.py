@@ -1,10 +1,11 @@
 """How does a trained encoder become a plain module, outside any engine?
 
 Read are runs of this package and single checkpoints of them, exported folders, the published MoCo
-v3 files (`.pth.tar`), the ViTs of mmpretrain, DINO, DeiT, timm and transformers, and folders that
-DeepSpeed's `save_checkpoint` and `ds_to_universal` wrote. Each tensor of the backbone is used, or
-the file is refused; so is a setting beside the weights that this network cannot obey. Nothing is
-unpickled but tensors and plain containers.
+v3 files (`.pth.tar`), the ViTs of mmpretrain, DINO, DeiT, timm and transformers, ResNets and any
+model of timm whose name is known (`timm_networks`), and folders that DeepSpeed's `save_checkpoint`
+and `ds_to_universal` wrote. Each tensor of the backbone is used, or the file is refused; so is a
+setting beside the weights that this network cannot obey. Nothing is unpickled but tensors and plain
+containers.
 """
 
 import json
@@ -16,16 +17,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.checkpoints.run_paths import anchor_to_run
-from mocov3_ds.config import Config, from_json
+from mocov3_ds.config import Config, encoder_shape, from_json
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.choices import EncoderRole
-from mocov3_ds.encoders.foreign_names import has_qk_norm, infer_shape, take_backbone, to_timm
+from mocov3_ds.encoders.foreign_names import (
+    has_qk_norm,
+    infer_shape,
+    replace_prefix,
+    take_backbone,
+    to_timm,
+)
 from mocov3_ds.encoders.networks import CLASS_TOKEN, choose_prefix, summarise_names
 from mocov3_ds.encoders.owner_settings import (
     TRANSFORMERS_EPS,
@@ -33,9 +39,19 @@ from mocov3_ds.encoders.owner_settings import (
     read_settings_beside,
     read_settings_inside,
 )
+from mocov3_ds.encoders.timm_networks import (
+    ClaimedNetwork,
+    build_network,
+    find_claim,
+    load_network,
+    take_tensors,
+    with_size,
+)
 from mocov3_ds.encoders.torch_file import first_sentence
 from mocov3_ds.encoders.weight_files import FoundWeights, check_readable, find_weights
+from mocov3_ds.model.backbones import describe_backbone, shape_name
 from mocov3_ds.model.cpu_ops import suit_cpu
+from mocov3_ds.model.shapes import LARGEST_SIDE, BackboneShape, EncoderShape, write_size
 from mocov3_ds.model.tensor_differences import differing_tensors
 from mocov3_ds.model.vit import Positions, VitShape, build_vit, sincos_positions
 from mocov3_ds.recipes import read_json
@@ -43,7 +59,6 @@ from mocov3_ds.settings.paths import expand_user
 
 _log = logging.getLogger("mocov3_ds")
 
-_LARGEST_IMAGE = 16384  # pixels, as in training
 _LOW_PRECISION = 2e-2  # positions between -1 and 1, perhaps stored in fp16 or bf16
 
 
@@ -59,7 +74,10 @@ class Weights:
     """base or momentum encoder"""
     tensors: Mapping[str, Tensor]
     """the backbone in timm's names, fp32"""
-    shape: VitShape
+    backbone: BackboneShape
+    """what the backbone is built from"""
+    width: int
+    """numbers of an image's features"""
     positions: Positions = "sincos"
     settings: OwnerSettings = OwnerSettings()  # noqa: RUF009 - frozen
     """what lies beside the weights: epsilon of the norms, mean and deviation of the images"""
@@ -71,6 +89,29 @@ class Weights:
     """settings of the run; None = the weights are not from a run of this package"""
     saved: Checkpoint | None = None
     """checkpoint that the weights were read from; None = not from a run of this package"""
+
+    @property
+    def shape(self) -> VitShape:
+        """Sizes of the backbone, where it is a Vision Transformer of this program.
+
+        Raises:
+            ValueError: it is another network.
+        """
+        return EncoderShape(backbone=self.backbone).vit
+
+    @property
+    def is_plain_vit(self) -> bool:
+        """Whether it is the Vision Transformer of the paper, which many programs can load."""
+        return isinstance(self.backbone, VitShape) and self.backbone.stem == "patch"
+
+    @property
+    def image_size(self) -> int:
+        """Side of an image as trained, pixels; its height, where it is no square."""
+        return self.backbone.size[0]
+
+    def size_for(self, image_size: int) -> tuple[int, int]:
+        """Height and width of the images, pixels: a square of that side; 0 = as trained."""
+        return (image_size, image_size) if image_size else self.backbone.size
 
     @property
     def title(self) -> str:
@@ -91,11 +132,16 @@ class Weights:
 
     def describe(self) -> str:
         """What was understood, in one line: sizes, source, what was left out, what was guessed."""
-        shape, settings = self.shape, self.settings
-        parts = [
-            f"{self.path}: {self.kind}, {self.role} encoder, {shape.dim} wide, {shape.depth} "
-            f"blocks, {shape.heads} heads, patch {shape.patch_size}, {shape.image_size} px"
-        ]
+        settings, size = self.settings, write_size(self.backbone.size)
+        if isinstance(self.backbone, VitShape):
+            shape = self.backbone
+            sizes = (
+                f"{shape.dim} wide, {shape.depth} blocks, {shape.heads} heads, patch "
+                f"{shape.patch_size}{' by convolutions' * (shape.stem == 'conv')}, {size} px"
+            )
+        else:
+            sizes = f"{shape_name(self.backbone)}, {self.width} features, {size} px"
+        parts = [f"{self.path}: {self.kind}, {self.role} encoder, {sizes}"]
         parts.append(
             f"settings from {settings.source}"
             if settings.source
@@ -111,8 +157,10 @@ class Weights:
 
 def load_encoder(
     path: str | Path, which: EncoderRole = "base", *, image_size: int = 0, heads: int = 0
-) -> VisionTransformer:
-    """A trained backbone, fp32, in eval mode: images (B, 3, H, W) -> class-token features (B, D).
+) -> nn.Module:
+    """A trained backbone, fp32, in eval mode: images (B, 3, H, W) -> features (B, D).
+
+    They are the class token's of a Vision Transformer, and what the network pools of any other.
 
     Images are RGB scaled to [0, 1], then normalised by the ImageNet mean (0.485, 0.456, 0.406) and
     standard deviation (0.229, 0.224, 0.225), at the size the encoder was trained with (or
@@ -156,13 +204,22 @@ def read_run_config(run: Path) -> Config:
         raise ValueError(f"{run}: {error}") from None
 
 
-def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0) -> Weights:
+def read_weights(
+    path: str | Path,
+    role: EncoderRole = "base",
+    *,
+    heads: int = 0,
+    assumed_heads: int = 0,
+    tells: bool = True,
+) -> Weights:
     """Find out what kind of file or folder `path` is and read the backbone from it.
 
     Args:
         path: anything that `load_encoder` reads.
         role: base or momentum encoder.
         heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
+        assumed_heads: the same without contradicting what is told; 0 = the paper's, and a guess.
+        tells: whether what was understood goes to the log; False = the caller says it.
 
     Raises:
         ValueError: no such file, nothing usable in it, or weights that are missing.
@@ -177,7 +234,7 @@ def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0
     if run is not None:
         return _read_run_weights(path, run, role, heads)
     try:
-        weights = _interpret_tensors(path, find_weights(path), role, heads)
+        weights = _interpret_tensors(path, find_weights(path), role, heads, assumed_heads)
     except ValueError as error:
         raise ValueError(f"{path} gives no encoder: {error}") from None
     except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
@@ -185,15 +242,19 @@ def read_weights(path: str | Path, role: EncoderRole = "base", *, heads: int = 0
             f"{path} gives no encoder: it is damaged, or of a layout that is not known here "
             f"({first_sentence(error)})."
         ) from None
-    if ranks.is_first():
+    if tells and ranks.is_first():
         is_plain = weights.settings.source and not weights.guess and not weights.left_out
         level = logging.INFO if is_plain else logging.WARNING
         _log.log(level, "%s", weights.describe())
     return weights
 
 
-def _interpret_tensors(path: Path, found: FoundWeights, role: EncoderRole, heads: int) -> Weights:
+def _interpret_tensors(
+    path: Path, found: FoundWeights, role: EncoderRole, heads: int, assumed_heads: int
+) -> Weights:
     """The encoder among the tensors of a file, by the settings within and beside it."""
+    if (claim := find_claim(found)) is not None:
+        return _take_claimed(path, found, role, claim, heads)
     try:
         settings = read_settings_beside(found.folder)
         options = read_settings_inside(found.tree, choose_prefix(found.tensors, role), heads)
@@ -208,7 +269,7 @@ def _interpret_tensors(path: Path, found: FoundWeights, role: EncoderRole, heads
     if len(claims) > 1:
         sentence = ", ".join(f"{source} says {count}" for count, source in claims.items())
         raise ValueError(f"the number of attention heads is not clear: {sentence}.")
-    shape = infer_shape(backbone.tensors, next(iter(claims), 0))
+    shape = infer_shape(backbone.tensors, next(iter(claims), assumed_heads))
     if contradiction := settings.contradiction_of(shape) or options.contradiction_of(shape):
         raise ValueError(
             f"{contradiction}; they do not belong together. Move the weights alone to a folder, or "
@@ -223,11 +284,33 @@ def _interpret_tensors(path: Path, found: FoundWeights, role: EncoderRole, heads
         kind=found.kind,
         role=role,
         tensors=backbone.tensors,
-        shape=shape,
+        backbone=shape,
+        width=shape.dim,
         positions="sincos" if "pos_embed" in backbone.tensors else "none",
         settings=settings,
         left_out=backbone.left_out,
-        guess="" if claims else explain_guess(shape),
+        guess="" if claims or assumed_heads else explain_guess(shape),
+    )
+
+
+def _take_claimed(
+    path: Path, found: FoundWeights, role: EncoderRole, claim: ClaimedNetwork, heads: int
+) -> Weights:
+    """The encoder of a file whose settings or tensors say that it is no plain ViT."""
+    if heads:
+        raise ValueError(
+            f"{claim.settings.source} decides its architecture; leave out --heads {heads}."
+        )
+    tensors, left_out = take_tensors(found.tensors, claim.shape, role)
+    return Weights(
+        path=path,
+        kind=found.kind,
+        role=role,
+        tensors=tensors,
+        backbone=claim.shape,
+        width=_count_features(claim.shape),
+        settings=claim.settings,
+        left_out=left_out,
     )
 
 
@@ -245,9 +328,7 @@ def explain_guess(shape: VitShape) -> str:
     )
 
 
-def build_encoder(
-    weights: Weights, *, image_size: int = 0, drop_path: float = 0.0
-) -> VisionTransformer:
+def build_encoder(weights: Weights, *, image_size: int = 0, drop_path: float = 0.0) -> nn.Module:
     """The module of these weights, fp32, in eval mode.
 
     Args:
@@ -258,12 +339,19 @@ def build_encoder(
     Raises:
         ValueError: shapes that do not fit together, or an impossible image size.
     """
-    if not 0 <= image_size <= _LARGEST_IMAGE:
+    if not 0 <= image_size <= LARGEST_SIDE:
         raise ValueError(
-            f"image size {image_size} is no side of an image (at most {_LARGEST_IMAGE}); "
+            f"image size {image_size} is no side of an image (at most {LARGEST_SIDE}); "
             "0 = as trained."
         )
-    shape = replace(weights.shape, image_size=image_size or weights.shape.image_size)
+    shape = with_size(weights.backbone, image_size)
+    if not isinstance(shape, VitShape):
+        try:
+            network = load_network(shape, weights.tensors, drop_path)
+        except ValueError as error:
+            raise ValueError(f"{weights.path} gives no encoder: {error}") from None
+        suit_cpu(network)
+        return network.eval()
     try:
         with torch.device("meta"):  # saves the time of an initialisation that is thrown away
             vit = build_vit(
@@ -277,9 +365,7 @@ def build_encoder(
         raise ValueError(f"{weights.path} gives no encoder: {error}") from None
     tensors = dict(weights.tensors)
     if "pos_embed" in tensors:
-        tensors["pos_embed"] = positions_for(
-            tensors["pos_embed"], shape.image_size // shape.patch_size
-        )
+        tensors["pos_embed"] = positions_for(tensors["pos_embed"], shape.grid, weights.shape.grid)
     if names := differing_tensors(vit.state_dict(), tensors):
         raise ValueError(
             f"{len(names)} weights of {weights.path} do not fit a ViT of width {shape.dim} and "
@@ -290,16 +376,16 @@ def build_encoder(
     return vit.eval()
 
 
-def positions_for(pos_1ND: Tensor, grid: int) -> Tensor:
-    """Positions for `grid` x `grid` patches.
+def positions_for(pos_1ND: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
+    """Positions for another grid of patches.
 
     Sin-cos positions are computed by their formula, others are interpolated.
 
     Args:
-        pos_1ND: positions of another grid, (1, 1 + patches, D), the class token's row first.
-        grid: number of patches along a side.
+        pos_1ND: positions of the old grid, (1, 1 + patches, D), the class token's row first.
+        grid: rows and columns of patches.
+        old_grid: those of `pos_1ND`.
     """
-    old_grid = round((pos_1ND.shape[1] - 1) ** 0.5)
     if old_grid == grid:
         return pos_1ND
     dim = pos_1ND.shape[2]
@@ -307,7 +393,7 @@ def positions_for(pos_1ND: Tensor, grid: int) -> Tensor:
         pos_1ND.float(), sincos_positions(old_grid, dim), atol=_LOW_PRECISION
     ):
         return sincos_positions(grid, dim)
-    return resample_abs_pos_embed(pos_1ND, [grid, grid], [old_grid, old_grid])
+    return resample_abs_pos_embed(pos_1ND, [*grid], [*old_grid])
 
 
 def _find_run(path: Path) -> Path | None:
@@ -328,6 +414,10 @@ def _find_run(path: Path) -> Path | None:
 def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> Weights:
     """The backbone from one checkpoint (`path`) or the newest checkpoint of a run."""
     config = read_run_config(run)
+    shape = encoder_shape(config).backbone
+    is_vit = isinstance(shape, VitShape)
+    if heads and not is_vit:
+        raise ValueError(f"{run} says what its backbone is; leave out --heads {heads}.")
     if heads not in (0, config.model.heads):
         raise ValueError(
             f"{run} has {config.model.heads} attention heads; leave out --heads {heads}."
@@ -345,7 +435,7 @@ def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> W
             raise ValueError(f"{run} holds no complete checkpoint yet.")
         saved = newest
     try:
-        tensors = to_timm(saved.read_group(role))
+        tensors = _read_backbone(saved, role, shape)
     except ValueError as error:
         raise ValueError(f"checkpoint {saved.folder} gives no encoder: {error}") from None
     names = [f"{group}.{n}" for group in ("base", "momentum") for n in saved.tensor_names(group)]
@@ -355,9 +445,40 @@ def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> W
         kind="mocov3-ds run",
         role=role,
         tensors=tensors,
-        shape=config.vit,
+        backbone=shape,
+        width=_count_features(shape),
         positions=config.model.positions,
+        settings=OwnerSettings(mean=config.views.mean, std=config.views.std),
         config=config,
         saved=saved,
         left_out=summarise_names(unused, f"{role}.backbone."),
     )
+
+
+def _count_features(shape: BackboneShape) -> int:
+    if isinstance(shape, VitShape):
+        return shape.dim
+    return describe_backbone(build_network(shape), shape).width
+
+
+def _read_backbone(saved: Checkpoint, role: EncoderRole, shape: BackboneShape) -> dict[str, Tensor]:
+    """The backbone of a saved encoder in the names of its own library, fp32."""
+    group = saved.read_group(role)
+    if isinstance(shape, VitShape) and shape.stem == "patch":
+        return to_timm(group)
+    tensors = replace_prefix(group, "backbone.", "")
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def read_saved_encoder(weights: Weights, saved: Checkpoint, role: EncoderRole) -> Weights:
+    """The other encoder of the run that weights are from.
+
+    Args:
+        weights: what `read_weights` returned for a run.
+        saved: the checkpoint that they are from.
+        role: base or momentum encoder.
+    """
+    assert weights.config is not None
+    backbone = encoder_shape(weights.config).backbone  # for the images that it was trained with
+    tensors = _read_backbone(saved, role, backbone)
+    return replace(weights, role=role, backbone=backbone, tensors=tensors)

@@ -112,14 +112,15 @@ def batch_views(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def scheduled_rates(run: Run) -> tuple[float, float]:
     """Learning rate and encoder momentum of the coming step."""
-    step, total, moco = run.step, run.total_steps, run.config.moco
+    begins, moco = run.start.schedule_begins(run.config), run.config.moco
+    step, total = run.step - begins, run.total_steps - begins
     cosine = run.config.lr_schedule == "cosine"
     lr = learning_rate(
         step, peak=run.peak_rate, warmup_steps=run.warmup_steps, total_steps=total, cosine=cosine
     )
     cosine = moco.momentum_schedule == "cosine"
     momentum = encoder_momentum(step, start=moco.momentum, total_steps=total, cosine=cosine)
-    return run.recorder.adjust_rate(step, lr), momentum
+    return run.recorder.adjust_rate(run.step, lr), momentum
 
 
 def draw_depth(run: Run, sample_ids_B: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@
 What a user can have wrong is found before the folder is touched, as far as possible.
 """
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -14,26 +15,30 @@ import torch
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.config import Config, Settings
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.distributed.engine import Engine, check_precision, gradient_bytes, start_engine
 from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
+from mocov3_ds.model.backbones import compile_blocks
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.layer_groups import layer_group
 from mocov3_ds.model.loss import PairLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
-from mocov3_ds.model.vit import compile_blocks
 from mocov3_ds.monitoring.alarm_response import check_response
 from mocov3_ds.monitoring.signal_recorder import SignalRecorder
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.training import chunk_size, trained_state
+from mocov3_ds.training.planned import check_length
 from mocov3_ds.training.resume import build_saver, claim_run, merge_bad_samples
 from mocov3_ds.training.run import Run
 from mocov3_ds.training.run_data import build_knn_monitor, open_loader, open_shards, view_spec
 from mocov3_ds.training.run_model import build_model, start_momentum_encoder, trained_parameters
 from mocov3_ds.training.schedule import scaled_rate
+from mocov3_ds.training.start import find_start, start_of
 from mocov3_ds.training.step import QueriesToLoss
 from mocov3_ds.training.step_limits import StepLimits
 from mocov3_ds.training.tensor_rules import tensor_rules
+
+_log = logging.getLogger("mocov3_ds")
 
 
 def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = None) -> Run:
@@ -51,41 +56,59 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     engine_json = _check_engine(settings)
     peak_rate = scaled_rate(base_rate(block), config.batch)
     train, probes = open_shards(config)
+    total_steps, warmup_steps = count_steps(config, train)
+    check_length(config, device, total_steps)
     spec = view_spec(config)
     model = build_model(config, ranks.world_size(), loss)
     trained = trained_parameters(model)
     optimizer = build_optimizer(block, trained, tensor_rules(config))
     check_response(config.alarm, optimizer)
+    start = find_start(settings, train, model)
+    if start.parent is not None:
+        _load_weights(model, start.parent)
+    elif start.tensors:
+        model.base.load_state_dict({**model.base.state_dict(), **start.tensors})
     # the last thing that can be refused is the folder itself
-    saved = claim_run(settings, train.digest)
+    saved = claim_run(settings, train.digest, start.ancestry)
     if saved is not None:
-        trained_state.load_weights(model, saved)
-        trained_state.check_loss(model.loss, saved)
+        start = start_of(saved)
+        _load_weights(model, saved)
     engine = start_engine(model.to(device), optimizer, engine_json)
     dtype = compute_dtype(engine_json)
     momentum_encoder = start_momentum_encoder(config, engine, device, dtype)
     conditions = _set_chunks(config, engine, momentum_encoder, saved)
     _compile_networks(config, model, momentum_encoder)
     groups = [layer_group(name) for name, _ in trained]
-    recorder_from = partial(SignalRecorder, config, optimizer, groups, train)
+    recorder_from = partial(SignalRecorder, config, optimizer, model.base.facts, groups, train)
     loader_from = partial(open_loader, config, train, spec, device)
-    state, position = (saved.state, saved.position) if saved else ({}, 0)
-    total_steps, warmup_steps = count_steps(config, train)
+    state = saved.state if saved else {}
+    step, position = (saved.step, saved.position) if saved else (start.step, start.position)
     run = Run(
         config=config, device=device, dtype=dtype,
         engine=engine, optimizer=optimizer, momentum_encoder=momentum_encoder,
         loader=loader_from(position, merge_bad_samples([state.get("bad_samples", {})])),
-        knn_monitor=build_knn_monitor(config, spec, train, probes, device, dtype),
+        knn_monitor=build_knn_monitor(
+            config, spec, train, probes, device, dtype, width=model.base.facts.width
+        ),
         view_spec=spec, manifest=train, chunk_conditions=conditions,
         peak_rate=peak_rate, total_steps=total_steps, warmup_steps=warmup_steps,
-        step=saved.step if saved else 0, position=position,
+        step=step, position=position, start=start,
         saver=build_saver(config), recorder=recorder_from(saved),
         limits=StepLimits(config.trouble, state.get("trouble", {})),
         open_loader=loader_from, open_recorder=recorder_from,
     )  # fmt: skip
     if saved is not None:
         run.restore(saved)
+        _log.info("continuing %s from step %d", config.folder, saved.step)
+    elif start.parent is not None:
+        run.restore(start.parent, with_queues=start.parent_has_same_samples)
     return run
+
+
+def _load_weights(model: QueriesToLoss, saved: Checkpoint) -> None:
+    """Fill the trained module from a checkpoint of the same network and loss."""
+    trained_state.load_weights(model, saved)
+    trained_state.check_loss(model.loss, saved)
 
 
 def _compile_networks(config: Config, model: QueriesToLoss, encoder: MomentumEncoder) -> None:
@@ -104,6 +127,8 @@ def _check_engine(settings: Settings) -> dict[str, Any]:
     config = settings.config
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
+    device = ranks.this_device()
+    devices.set_tf32(config.tf32, device)
     engine_json = engine_config(
         settings.engine, global_batch=config.batch, world_size=ranks.world_size()
     )
@@ -112,6 +137,11 @@ def _check_engine(settings: Settings) -> dict[str, Any]:
         raise ValueError(
             "--compile_blocks does not go with ZeRO stage 3, which gathers weights inside of a "
             "block; use --ds zero_optimization.stage=2."
+        )
+    if config.compile_blocks and device.type == "cuda" and devices.triton_problem(device):
+        raise ValueError(
+            f"--compile_blocks needs Triton on a GPU: {devices.triton_problem(device)}; or leave "
+            "the flag out."
         )
     return engine_json
 
@@ -145,7 +175,7 @@ def _set_chunks(
             gradient_bytes=gradient_bytes(engine),
             recompute_blocks=config.recompute_blocks,
         )
-        return chunk_size.agree_on_chunks(room, batch)
+        return chunk_size.agree_on_chunks(room, batch, whole=encoder.facts.rows_know_each_other)
 
     memory_bytes = chunk_size.smallest_memory_bytes(ranks.this_device())
     conditions = chunk_size.chunk_conditions(

@@ -3,7 +3,7 @@
 Nothing of the folder changes before the settings are known to be those of the run that lives there.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,15 @@ from mocov3_ds.config import Config, Settings
 from mocov3_ds.distributed import ranks
 
 
-def claim_run(settings: Settings, data_digest: str) -> Checkpoint | None:
+def claim_run(
+    settings: Settings, data_digest: str, ancestry: Sequence[Mapping[str, Any]] = ()
+) -> Checkpoint | None:
     """Enter the run folder and find the checkpoint to go on from; all ranks must call.
 
     Args:
         settings: resolved command line of the run.
         data_digest: digest of the training shards' manifest.
+        ancestry: what a new run begins with, for its `config.json`.
 
     Returns:
         the newest checkpoint of folder and mirror; None for a new run.
@@ -28,7 +31,10 @@ def claim_run(settings: Settings, data_digest: str) -> Checkpoint | None:
         ValueError: the folder belongs to another run or another process, or no checkpoint of it is
             whole.
     """
-    ranks.run_on_first(partial(_enter_folder, settings.config, settings.as_json(), data_digest))
+    resolved = settings.as_json()
+    if ancestry:
+        resolved["ancestry"] = [dict(entry) for entry in ancestry]
+    ranks.run_on_first(partial(_enter_folder, settings.config, resolved, data_digest))
     return checkpoint.find_newest_on_all_ranks(settings.config.folder)
 
 

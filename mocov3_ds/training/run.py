@@ -3,7 +3,6 @@
 `build` puts the parts together, `advance` does the steps.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +25,12 @@ from mocov3_ds.monitoring.signal_recorder import SignalRecorder
 from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.training import trained_state
 from mocov3_ds.training.resume import merge_bad_samples
+from mocov3_ds.training.start import Start
 from mocov3_ds.training.step import QueriesToLoss
 from mocov3_ds.training.step_limits import StepLimits, rewound_limits
 
 _LAST_WRITE_S = 20.0
 """seconds that a failing run waits for a checkpoint that is on its way to the disk"""
-
-_log = logging.getLogger("mocov3_ds")
 
 
 @dataclass
@@ -60,6 +58,8 @@ class Run:
     limits: StepLimits
     position: int
     """global batches gone through; the next one, counted from 0"""
+    start: Start
+    """what the run began with"""
     manifest: Manifest
     """manifest of the training shards"""
     chunk_conditions: Mapping[str, Any]
@@ -124,15 +124,18 @@ class Run:
             "position": self.position,
             "trouble": self.limits.state(),
             "bad_samples": self._all_bad_samples(),
+            "ancestry": [dict(entry) for entry in self.start.ancestry],
         }
         background = self.config.save.background and not last
         self.save_s += self.saver.save(self.step, groups, state, background=background)
 
-    def restore(self, saved: Checkpoint) -> None:
+    def restore(self, saved: Checkpoint, *, with_queues: bool = True) -> None:
         """Set optimizer, momentum encoder and k-NN queues back to a checkpoint; all ranks call.
 
         Args:
-            saved: checkpoint of this run; the module's weights come with the optimizer's masters.
+            saved: checkpoint of this run or of the one that it goes on from; the module's weights
+                come with the optimizer's masters.
+            with_queues: False leaves the k-NN queues empty, as for other samples.
 
         Raises:
             ValueError: the checkpoint is of another model or another optimizer.
@@ -140,9 +143,8 @@ class Run:
         trained_state.load_optimizer(self.optimizer, saved)
         zero.load_loss_scale(self.engine, saved.state_value("loss_scale"))
         self.momentum_encoder.load_full_state(saved.read_group("momentum"))
-        if self.knn_monitor is not None and saved.tensor_names("extra"):
+        if with_queues and self.knn_monitor is not None and saved.tensor_names("extra"):
             self.knn_monitor.load_full_state(saved.read_group("extra"))
-        _log.info("continuing %s from step %d", self.config.folder, saved.step)
 
     def rewind_to(self, saved: Checkpoint) -> None:
         """Be as a checkpoint of this run says, but go on with the batch after the present one.

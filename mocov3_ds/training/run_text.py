@@ -8,6 +8,7 @@ import torch
 from mocov3_ds.checkpoints.checkpoint import checkpoint_folder
 from mocov3_ds.data.views import decode
 from mocov3_ds.distributed import ranks
+from mocov3_ds.model.backbones import shape_name
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.training.run import Run
@@ -18,7 +19,7 @@ def describe_start(run: Run) -> str:
     config, order, world_size = run.config, run.loader.order, ranks.world_size()
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in run.base.parameters())
     return (
-        f"run {config.folder}: ViT {config.model.dim} x {config.model.depth} blocks "
+        f"run {config.folder}: {shape_name(config.backbone)} "
         f"({weights / 1e6:.1f} M weights with heads), {order.samples} samples, "
         f"global batch {config.batch} on {count_noun(world_size, 'rank')}, "
         f"{order.batches_per_epoch} steps an epoch "
@@ -65,7 +66,9 @@ def describe_end(run: Run, troubles: Sequence[str] = ()) -> str:
     return "\n".join(
         [
             f"{state}; checkpoint in {checkpoint_folder(folder, run.step)}",
-            "resume:   the same command again" + (" (with more --epochs: a new --name)" * finished),
+            f"longer:   --extend {shlex.quote(str(folder))} --epochs MORE"
+            if finished
+            else "resume:   the same command again",
             f"k-NN:     {shlex.join(['mocov3', 'knn', str(folder)])}",
             f"export:   {shlex.join(['mocov3', 'export', str(folder)])}",
             f"curves:   {shlex.join(['tensorboard', '--logdir', str(folder / 'tensorboard')])}"

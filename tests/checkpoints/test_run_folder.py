@@ -28,7 +28,7 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     run_folder.claim_folder(run, resolved(save={"keep": 9}), "data")  # decides no number
     run_folder.claim_folder(run, resolved(data={"threads": 7, "lanes": 4}), "data")
     before = (run / "config.json").read_text()
-    with pytest.raises(ValueError, match=r"epochs is 3 there, 5 here.*--name .* random weights"):
+    with pytest.raises(ValueError, match=r"epochs is 3 there, 5 here.*--name .* --extend goes on"):
         run_folder.claim_folder(run, resolved(epochs=5), "data")
     with pytest.raises(ValueError, match=r"model\.dim is 16 there, 32 here.*started with\.$"):
         run_folder.claim_folder(run, resolved(model={"dim": 32}), "data")

@@ -78,7 +78,7 @@ def test_the_end_says_what_can_be_done() -> None:
     )
     assert stopped[1] == "resume:   the same command again"
     assert finished[0] == "finished; checkpoint in runs/tiny/checkpoints/step-00000012"
-    assert finished[1].endswith("again (with more --epochs: a new --name)")
-    assert [line.split(":")[0] for line in finished[1:]] == ["resume", "k-NN", "export", "curves"]
+    assert finished[1] == "longer:   --extend runs/tiny --epochs MORE"
+    assert [line.split(":")[0] for line in finished[1:]] == ["longer", "k-NN", "export", "curves"]
     troubled = describe_end(stopped_run(5), ["k-NN fell", "3 steps skipped"]).splitlines()
     assert troubled[-2:] == ["warning:  k-NN fell", "warning:  3 steps skipped"]
