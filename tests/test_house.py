@@ -27,7 +27,7 @@ FLOORS = (
     ("training",),
     ("faults",),
     ("bench", "checks", "launch", "stability"),
-    ("cli", "doctor", "train", "mocov3_ds"),
+    ("cli", "doctor", "pretraining", "train", "mocov3_ds"),
 )
 """The rooms from the ground up; imports lead downwards, or sideways on a floor without a circle."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocov3_ds.data import storage
-from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.manifest import Manifest, SampleSource
 from mocov3_ds.data.storage.cache import Cache
 
 GAP = 256 << 10
@@ -57,6 +57,9 @@ def read_samples(
         FileNotFoundError: A shard does not exist.
         OSError: The store cannot be read.
     """
+    if manifest.source is not None:
+        yield from _ask_source(manifest.source, sample_ids_M, stop)
+        return
     for number, indices_R in _group_neighbours(manifest, sample_ids_M):
         rows_R = manifest.index_N[sample_ids_M[indices_R]]
         begin_R = rows_R["offset"].astype(np.int64)
@@ -90,6 +93,20 @@ def read_samples(
                     yield index, _reread_sample(url, begin, end, crc32, stop)
 
 
+def _ask_source(
+    source: SampleSource, sample_ids_M: NDArray[np.int64], stop: threading.Event | None
+) -> Iterator[tuple[int, bytes | Unreadable]]:
+    """Index and bytes of each sample that lies in no shard; what its owner raises is the reason."""
+    for index, sample_id in enumerate(sample_ids_M.tolist()):
+        if stop is not None and stop.is_set():
+            raise storage.Stopped(f"sample {sample_id}: stopped before it was asked for")
+        try:
+            image_bytes: bytes | Unreadable = source.read(sample_id)
+        except Exception as error:
+            image_bytes = Unreadable(f"{type(error).__name__}: {error}")
+        yield index, image_bytes
+
+
 def _group_neighbours(
     manifest: Manifest, sample_ids_M: NDArray[np.int64]
 ) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -117,6 +134,8 @@ def read_sample(
 
 def locate_sample(manifest: Manifest, sample_id: int) -> tuple[str, str]:
     """Return the shard name and the member name of a sample, for people who look for it."""
+    if manifest.source is not None:
+        return manifest.shards[0].name, manifest.source.name(sample_id)
     shard = int(np.searchsorted(manifest.first_S, sample_id, side="right")) - 1
     offset = int(manifest.index_N["offset"][sample_id])
     try:  # the member's header ends where the image begins

@@ -21,12 +21,13 @@ import hashlib
 import json
 import re
 import shlex
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,21 @@ INDEX_LIMIT = 1 << 40
 """Bytes of the largest index that is mapped: 3.4 x 10^10 samples."""
 CLASS_LIMIT = 1 << 24
 """Classes of a set, at most."""
+OWN_SET = "own://"
+"""Beginning of the address of a set in memory, see `hold_set`."""
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class SampleSource(Protocol):
+    """Gives the image bytes of samples that lie in no shard, see `own_images`."""
+
+    def read(self, sample_id: int) -> bytes:
+        """Return the bytes of an image file; any thread may call."""
+        ...
+
+    def name(self, sample_id: int) -> str:
+        """Return what messages call the sample."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +84,8 @@ class Manifest:
     """where the set lies on this machine, with what its check found; None = it is only in memory"""
     shards_at: str = ""
     """folder of the shards, an absolute path or URL; empty = beside the manifest"""
+    source: SampleSource | None = field(default=None, repr=False)
+    """who gives the samples where no shard does"""
 
     def __post_init__(self) -> None:
         if not isinstance(self.shards, ShardTable):
@@ -191,6 +208,9 @@ class Manifest:
             ) from None
 
 
+_own_sets: weakref.WeakValueDictionary[str, Manifest] = weakref.WeakValueDictionary()
+
+
 def write(
     url: str,
     shards: Sequence[Shard],
@@ -262,6 +282,8 @@ def load(
             at odds with itself; or there is no place for it on this machine.
         OSError: The store cannot be read.
     """
+    if url.startswith(OWN_SET):
+        return find_own_set(url)
     url = storage.folder_url(storage.take_login(url), NAME)
     try:
         if checked is None:
@@ -298,6 +320,36 @@ def load(
         checked,
         described.shards_at,
     )
+
+
+def hold_set(manifest: Manifest) -> str:
+    """Give a set that lies in no folder an address which this process can open.
+
+    Args:
+        manifest: The set; the address holds as long as somebody keeps it.
+    """
+    url = f"{OWN_SET}{len(_own_sets) + 1}"
+    while url in _own_sets:
+        url += "+"
+    _own_sets[url] = manifest
+    return url
+
+
+def find_own_set(url: str) -> Manifest:
+    """Return the set that `hold_set` gave an address.
+
+    Args:
+        url: The address.
+
+    Raises:
+        ValueError: This process holds no such set.
+    """
+    if url not in _own_sets:
+        raise ValueError(
+            f"{url} was a dataset in the memory of a program; only a program that gives it again "
+            "(mocov3_ds.pretrain) can go on with it, or name shards in its place."
+        )
+    return _own_sets[url]
 
 
 def _check_size(url: str, limit: int) -> int:

@@ -19,8 +19,11 @@ _SHELL_STEPS = {"4294967290", "4294967291", "batch", "interactive"}
 _log = logging.getLogger("mocov3_ds")
 
 
-def fill_variables() -> None:
+def fill_variables() -> set[str]:
     """Set those of `NAMES` that the launcher left out, where it is clear what they must be.
+
+    Returns:
+        The names of those that were set.
 
     Raises:
         ValueError: A launcher set only some of them, or values that cannot be.
@@ -28,6 +31,7 @@ def fill_variables() -> None:
     present = [name for name in NAMES if os.environ.get(name)]
     if len(present) < len(NAMES):
         _fill_missing(present)
+    filled = {*NAMES} - {*present}
     rank, world_size = (int(read_number(name)) for name in ("RANK", "WORLD_SIZE"))
     local_rank = int(read_number("LOCAL_RANK"))
     read_number("MASTER_PORT")
@@ -37,6 +41,7 @@ def fill_variables() -> None:
                 f"{name}={value} cannot be with WORLD_SIZE={world_size}: ranks are counted from 0 "
                 f"to {world_size - 1}. Each process of a run gets the same WORLD_SIZE."
             )
+    return filled
 
 
 def _fill_missing(present: list[str]) -> None:

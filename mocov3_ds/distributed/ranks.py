@@ -8,6 +8,7 @@ Shape suffixes: B = rows of this rank, G = rows of all ranks.
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
 from mocov3_ds.distributed import devices, launcher_variables
 from mocov3_ds.distributed.meeting import Newcomer, meet_ranks, spoken_wait
@@ -28,6 +30,11 @@ _COLLECTIVES = (
     *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single"),
     *("reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced", "alltoall_base"),
 )
+
+
+_groups_joined = 0  # by this process, one after another
+_stores: list[Store] = []  # kept where ranks that a launcher started meet again
+_filled: set[str] = set()  # variables that no launcher has set, but `start`
 
 
 def start(timeout_s: float = 600.0, device_choice: DeviceChoice = "auto") -> torch.device:
@@ -47,7 +54,7 @@ def start(timeout_s: float = 600.0, device_choice: DeviceChoice = "auto") -> tor
             held by another run, ranks contradict each other, or torch cannot use the machine's
             card.
     """
-    launcher_variables.fill_variables()
+    _filled.update(launcher_variables.fill_variables())
     if device_choice == "cpu":
         devices.insist_on_cpu()
     problem = devices.describe_unusable_card()
@@ -62,6 +69,7 @@ def start(timeout_s: float = 600.0, device_choice: DeviceChoice = "auto") -> tor
 
 
 def _join_group(device: torch.device, timeout: timedelta) -> None:
+    global _groups_joined
     backend = "nccl" if device.type == "cuda" else "gloo"
     rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     identity = str(torch.cuda.get_device_properties(device).uuid) if backend == "nccl" else ""
@@ -71,8 +79,11 @@ def _join_group(device: torch.device, timeout: timedelta) -> None:
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         hosted=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        attempt=f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{_groups_joined}",
     )
+    _groups_joined += 1
+    if not _filled:  # the next group of these ranks meets at the same port
+        _stores.append(store)
     with spoken_wait(rank) as wait:
         if rank == 0:
             wait.reason = (
@@ -95,9 +106,20 @@ def free_port() -> int:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, ours and DeepSpeed's; `start` may join another one."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed_comm = sys.modules.get("deepspeed.comm.comm")
+        if deepspeed_comm is not None and deepspeed_comm.cdb is not None:
+            deepspeed_comm.destroy_process_group()
+        else:
+            dist.destroy_process_group()
+    while _filled:
+        os.environ.pop(_filled.pop(), None)
+
+
+def has_group() -> bool:
+    """Tell whether this process is in a process group, ours or the caller's."""
+    return dist.is_initialized()
 
 
 def this_device() -> torch.device:
@@ -280,6 +302,17 @@ def gather_objects(obj: Any) -> list[Any]:
     objects: list[Any] = [None] * world_size()
     dist.all_gather_object(objects, obj)
     return objects
+
+
+def count_collectives() -> int:
+    """Return how many collectives this rank has entered, ours and DeepSpeed's, in all threads.
+
+    The process groups count them when they are called, not when they are done; any thread may ask.
+    """
+    if not dist.is_initialized():
+        return 0
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    return sum(int(group._get_sequence_number_for_group()) for group in groups)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ does. Before the loop there is nothing to save, and a signal ends the run at onc
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
@@ -56,7 +57,9 @@ class Preemption:
     def __init__(self, status: int = 0) -> None:
         self._status, self._asked_by, self._is_in_loop = status, "", False
         self._handlers: dict[signal.Signals, Any] = {}
-        for number in SIGNALS:
+        # a notebook may train in another thread, where Python lets nobody handle signals
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        for number in SIGNALS if in_main_thread else ():
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._note)
 
