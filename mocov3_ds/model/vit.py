@@ -16,14 +16,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mocov3_ds.model.cpu_ops import attend
 from mocov3_ds.model.shapes import PAPER_SHAPES as PAPER_SHAPES
 from mocov3_ds.model.shapes import Positions as Positions
 from mocov3_ds.model.shapes import VitShape as VitShape
+
+_NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def build_vit(
@@ -117,8 +121,21 @@ class ClassTokenAttention(Attention):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        values_BH1d = attend(q[:, :, :1], k, v)
+        values_BH1d = attend_from_one(q[:, :, :1], k, v)
         return self.proj(values_BH1d.transpose(1, 2).reshape(batch, 1, self.attn_dim))
+
+
+def attend_from_one(q_BH1d: Tensor, k_BHNd: Tensor, v_BHNd: Tensor) -> Tensor:
+    """Attention from one token to all, (B, H, 1, d), on a GPU never by cuDNN.
+
+    torch takes cuDNN's kernels for it on compute capability 9.0 (H100, H200), which are those for
+    the decoding of text: torch itself keeps away from them on 10.0, and a backward pass of this
+    shape has failed there (pytorch#138529). The other kernels are those of other cards.
+    """
+    if q_BH1d.device.type == "cpu":
+        return attend(q_BH1d, k_BHNd, v_BHNd)
+    with sdpa_kernel(_NOT_CUDNN):
+        return F.scaled_dot_product_attention(q_BH1d, k_BHNd, v_BHNd)
 
 
 def compile_blocks(vit: VisionTransformer) -> None:

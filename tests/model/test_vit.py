@@ -6,7 +6,14 @@ import pytest
 import timm
 import torch
 
-from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, build_vit, sincos_positions
+from mocov3_ds.model import vit as vit_module
+from mocov3_ds.model.vit import (
+    PAPER_SHAPES,
+    VitShape,
+    attend_from_one,
+    build_vit,
+    sincos_positions,
+)
 from tests import reference
 
 TINY = VitShape(image_size=32, patch_size=8, dim=48, depth=2, heads=4)
@@ -115,3 +122,20 @@ def test_the_class_token_alone_is_the_same_network(qk_norm: bool) -> None:
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-8, atol=1e-10)
     assert alone.forward_features(images).shape == (6, 1, 48)
+
+
+def test_attention_from_one_token_never_asks_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[tuple[bool, ...]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def note_and_attend(*args: torch.Tensor) -> torch.Tensor:
+        asked = torch.backends.cuda
+        names = ("cudnn", "flash", "mem_efficient", "math")
+        allowed.append(tuple(getattr(asked, f"{name}_sdp_enabled")() for name in names))
+        return attend(*args)
+
+    monkeypatch.setattr(vit_module.F, "scaled_dot_product_attention", note_and_attend)
+    q_BH1d, k_BHNd = torch.empty(2, 3, 1, 8, device="meta"), torch.empty(2, 3, 5, 8, device="meta")
+    assert attend_from_one(q_BH1d, k_BHNd, k_BHNd).shape == (2, 3, 1, 8)
+    assert allowed == [(False, True, True, True)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # other attention may still take it
