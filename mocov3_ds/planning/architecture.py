@@ -184,8 +184,8 @@ def head_working_bytes(shape: EncoderShape, number_bytes: int) -> int:
 
 
 def view_bytes(shape: EncoderShape, number_bytes: int) -> int:
-    """A view of one image on the device and the uint8 crop it was made of."""
-    return 3 * shape.vit.image_size**2 * (number_bytes + 1)
+    """A view of one image on the device, the uint8 crop it was made of, and that of the next batch."""
+    return 3 * shape.vit.image_size**2 * (number_bytes + 2)
 
 
 # -- operations ------------------------------------------------------------------------------------

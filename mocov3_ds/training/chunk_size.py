@@ -78,7 +78,8 @@ def measure_room(
         per_image += activation_bytes(backbone.blocks[0], tokens_1ND)
     # the predictor is smaller than the projector
     heads = 2 * activation_bytes(encoder.projector, features_1D)
-    image = example_1CHW.numel() * (example_1CHW.element_size() + 1)  # and its uint8 crop
+    # a view, its uint8 crop, and that of the next batch, which is copied ahead
+    image = example_1CHW.numel() * (example_1CHW.element_size() + 2)
     logits = reserved_logits_bytes(batch, global_batch)
     return Room(
         free=free_bytes(example_1CHW.device),
