@@ -8,9 +8,11 @@ prints launches, copies, waits and memory of each step, and the places of the wa
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.fake_gpu.card import FakeGpu
 from tests.fake_gpu.process import run_on_fake_gpu
@@ -29,18 +31,22 @@ def main() -> int:
     parser.add_argument("--program", default="mocov3_ds.train", help="module whose main is called")
     parser.add_argument("--names", action="store_true", help="list the kernels of the last step")
     parser.add_argument("--environment", action="append", default=[], help="NAME=VALUE, repeatable")
+    parser.add_argument("--json", type=Path, help="file for status, output and steps")
     parser.add_argument("arguments", nargs="*", help="flags of the program, behind --")
     options = parser.parse_args()
     major, minor = map(int, options.capability.split("."))
     gpu = FakeGpu(memory_gb=options.memory_gb, capability=(major, minor))
     changes = dict(entry.split("=", 1) for entry in options.environment)
     folder = str(Path.cwd())
-    status, text = run_on_fake_gpu(count_program, options, folder, gpu=gpu, changes=changes)
+    counts = run_on_fake_gpu(count_program, options, folder, gpu=gpu, changes=changes)
+    status, text = counts["status"], counts["text"]
     print(text)
+    if options.json:
+        options.json.write_text(json.dumps(counts))
     return int(status)
 
 
-def count_program(options: argparse.Namespace, folder: str) -> tuple[int, str]:
+def count_program(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Run the program on the fake card and return its status and what it did.
 
     Args:
@@ -63,7 +69,12 @@ def count_program(options: argparse.Namespace, folder: str) -> tuple[int, str]:
     lines += [f"  Triton {count} x {name}" for name, count in use.triton.most_common()]
     if options.names:
         lines += [f"  {count} x {name}" for name, count in use.names.most_common()]
-    return finished.status, "\n".join(lines)
+    return {
+        "status": finished.status,
+        "text": "\n".join(lines),
+        "output": finished.output,
+        "steps": [vars(step) for step in finished.steps],
+    }
 
 
 if __name__ == "__main__":

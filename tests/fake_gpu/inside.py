@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 
 from mocov3_ds.distributed import heartbeat, ranks, zero
+from mocov3_ds.faults.preemption import Preemption
+from mocov3_ds.monitoring.profiler import TABLE_ROWS, PhaseClock, StepPhase, running_clock
 
 COUNTS = (
     *("kernels", "compiled", "products", "to_device", "to_device_bytes", "to_host"),
@@ -80,6 +82,8 @@ class Use:
     """launches of torch's kernels, by mangled name"""
     places: Counter[str] = field(default_factory=Counter)
     """waits of the host, by kind and place"""
+    phases: Counter[str] = field(default_factory=Counter)
+    """launches in each phase of a step, by its row in the profile"""
     mistakes: list[str] = field(default_factory=list)
     """arguments of Triton kernels and of collectives that are on the wrong device or not
     contiguous"""
@@ -130,6 +134,32 @@ def counted() -> Iterator[Use]:
         use.allocated_gb = _memory("allocated_bytes.all.peak") / 2**30
         use.reserved_gb = _memory("reserved_bytes.all.peak") / 2**30
         use.retries = _memory("num_alloc_retries") - retries
+
+
+class _LaunchClock(PhaseClock):
+    """Counts launches where a profile counts time.
+
+    Args:
+        use: what the step does, which gets the launches of its phases.
+    """
+
+    def __init__(self, use: Use) -> None:
+        super().__init__(torch.device("cpu"))
+        self._use = use
+
+    def _mark_time(self) -> object:
+        counts = (
+            _library.fake_gpu_count(COUNTS.index(n)) for n in ("kernels", "compiled", "products")
+        )
+        images = sum(number for name, number in _launches().items() if "im2col" in name)
+        return sum(counts) + self._use.triton.total() - 2 * images
+
+    def close(self) -> None:
+        """Give the launches to the rows of the profile."""
+        for path, begin, end in self._spans:
+            title = next(row.title for row in TABLE_ROWS if row.counts(path))
+            assert isinstance(begin, int) and isinstance(end, int)
+            self._use.phases[title] += end - begin
 
 
 def _launches() -> Counter[str]:
@@ -278,7 +308,21 @@ def run_program(
             before_step(len(steps) + 1)
         with counted() as use:
             steps.append(use)
-            original(*args)
+            clock = _LaunchClock(use)
+            with running_clock(clock):
+                clock.enter(StepPhase.STEP)
+                original(*args)
+                clock.leave()
+            clock.close()
+
+    find_stop = Preemption.find_stop
+
+    def count_find_stop(self: Any) -> Any:
+        with counted() as use:  # a part of the step, too
+            stop = find_stop(self)
+        steps[-1].syncs += use.syncs
+        steps[-1].places += use.places
+        return stop
 
     output = io.StringIO()
     gc.collect()
@@ -286,6 +330,7 @@ def run_program(
     with (
         mock.patch.object(sys, "argv", [module, *arguments]),
         mock.patch.object(train, "train_one_step", count_step),
+        mock.patch.object(Preemption, "find_stop", count_find_stop),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):
