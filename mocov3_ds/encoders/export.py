@@ -6,7 +6,9 @@
     hf        model.safetensors, config.json, ...     transformers.ViTModel.from_pretrained(...)
     moco-v3   model.pth.tar {"state_dict": ...}       the published code's --pretrained
 
-Fixed positions are written out as weights, for the image size that is asked for.
+The first holds any model of timm, the last also ResNets and convolutional stems, the others the
+plain Vision Transformer alone. Fixed positions are written out as weights, for the image size that
+is asked for.
 """
 
 import contextlib
@@ -31,13 +33,23 @@ from mocov3_ds.encoders.foreign_names import (
     has_qk_norm,
     replace_prefix,
     timm_sizes,
-    to_timm,
     to_transformers,
 )
-from mocov3_ds.encoders.load import Weights, build_encoder, read_weights
+from mocov3_ds.encoders.load import Weights, build_encoder, read_saved_encoder, read_weights
 from mocov3_ds.encoders.model_card import write_card
-from mocov3_ds.encoders.picture_settings import timm_config, transformers_preprocessor
-from mocov3_ds.model.vit import VitShape
+from mocov3_ds.encoders.picture_settings import (
+    any_timm_config,
+    timm_config,
+    transformers_preprocessor,
+)
+from mocov3_ds.encoders.timm_networks import (
+    build_network,
+    load_network,
+    with_size,
+    write_arguments,
+)
+from mocov3_ds.model.backbones import shape_name
+from mocov3_ds.model.shapes import BackboneShape, TimmShape, VitShape
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -47,6 +59,8 @@ Writer = Callable[[Weights, dict[str, Tensor], Path], Forward]
 """Writes tensors (in timm's names) into a folder and loads them from there as the program does."""
 
 TOLERANCE = 1e-5  # of the largest feature, fp32
+_PUBLISHED_RESNETS = ("resnet50", "resnet101", "resnet152", "resnet18", "resnet34")
+"""ResNets whose names in timm and torchvision are the same, as the published code builds them"""
 
 
 def export_encoder(
@@ -85,22 +99,48 @@ def export_encoder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; give another --out.")
     weights = read_weights(path, role, heads=heads)
-    if has_qk_norm(weights.tensors) and to != "timm":
+    check_format(weights, to)
+    if weights.is_plain_vit and has_qk_norm(weights.tensors) and to != "timm":
         raise ValueError(
             f"{path} was trained with --model.qk_norm: its attention has norms on queries and "
             f"keys, for which --to {to} has no place; use --to timm."
         )
     encoder = build_encoder(weights, image_size=image_size)
-    size = image_size or weights.shape.image_size
-    weights = replace(weights, shape=replace(weights.shape, image_size=size))
+    weights = replace(weights, backbone=with_size(weights.backbone, image_size))
     with _replace_folder(out) as temporary:
-        exported = (writers or WRITERS)[to](weights, _state_dict(encoder, weights.shape), temporary)
-        difference = _compare_features(encoder, exported, size, out, weights.settings.norm_eps)
+        exported = (writers or WRITERS)[to](weights, _state_dict(encoder, weights), temporary)
+        difference = _compare_features(encoder, exported, weights, out)
         table = describe_results(weights) if describe_results is not None else ""
         (temporary / "README.md").write_text(write_card(weights, to, difference, table))
     if left_out := weights.left_out_of(to):
         _log.warning("%s holds the %s encoder; left out: %s", out, role, left_out)
     return difference
+
+
+def check_format(weights: Weights, to: Format) -> None:
+    """Refuse a format that has no place for a backbone.
+
+    Args:
+        weights: the encoder.
+        to: program that it is to be written for.
+
+    Raises:
+        ValueError: the sentence names the formats that have.
+    """
+    if weights.is_plain_vit:
+        return
+    formats: dict[Format, str] = {}
+    if isinstance(weights.backbone, TimmShape):
+        formats["timm"] = "--to timm"
+    if isinstance(weights.backbone, VitShape) or weights.backbone.name in _PUBLISHED_RESNETS:
+        formats["moco-v3"] = "--to moco-v3"
+    if to not in formats:
+        where = " or ".join(formats.values()) or (
+            "save the state_dict() of mocov3_ds.load_encoder and load it in your own network"
+        )
+        raise ValueError(
+            f"--to {to} has no place for the backbone {shape_name(weights.backbone)}; {where}."
+        )
 
 
 @contextlib.contextmanager
@@ -119,22 +159,22 @@ def _replace_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _state_dict(encoder: nn.Module, shape: VitShape) -> dict[str, Tensor]:
-    """The encoder's weights, with positions of zero where it has none."""
+def _state_dict(encoder: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """The encoder's weights; those of a ViT of ours with positions of zero where it has none."""
     tensors = {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
-    if "pos_embed" not in tensors:
-        patches = (shape.image_size // shape.patch_size) ** 2
-        tensors["pos_embed"] = torch.zeros(1, patches + 1, shape.dim)
+    shape = weights.backbone
+    if isinstance(shape, VitShape) and "pos_embed" not in tensors:
+        rows, columns = shape.grid
+        tensors["pos_embed"] = torch.zeros(1, rows * columns + 1, shape.dim)
     return tensors
 
 
 @torch.no_grad()
-def _compare_features(
-    encoder: nn.Module, exported: Forward, size: int, out: Path, norm_eps: float
-) -> float:
+def _compare_features(encoder: nn.Module, exported: Forward, weights: Weights, out: Path) -> float:
     """Largest difference between the features of two networks; more than rounding is refused."""
-    generator = torch.Generator().manual_seed(0)
-    images_BCHW = torch.randn(1, 3, size, size, generator=generator)
+    generator, norm_eps = torch.Generator().manual_seed(0), weights.settings.norm_eps
+    shape = weights.backbone
+    images_BCHW = torch.randn(1, shape.channels, *shape.size, generator=generator)
     features_BD, exported_BD = encoder(images_BCHW), exported(images_BCHW)
     difference, largest = (float(x.abs().max()) for x in (features_BD - exported_BD, features_BD))
     if not difference <= TOLERANCE * max(largest, 1.0):
@@ -155,11 +195,33 @@ def _compare_features(
 
 def _write_timm(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forward:
     file = out / "model.safetensors"
+    if isinstance(weights.backbone, TimmShape):
+        return _write_any_timm(weights.backbone, weights, tensors, out)
     sizes = timm_sizes(weights.shape, qk_norm=has_qk_norm(tensors))
     save_tensors(tensors, file, {"format": "pt", "num_heads": f"{weights.shape.heads}"})
     (out / "timm.json").write_text(json.dumps(sizes, indent=1) + "\n")
     config = timm_config(weights.shape, weights.settings, sizes)
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return _load_local_dir(out)
+
+
+def _write_any_timm(
+    shape: TimmShape, weights: Weights, tensors: dict[str, Tensor], out: Path
+) -> Forward:
+    """A model of timm that is no plain ViT; its metadata says what it is, without the folder."""
+    arguments = write_arguments(shape)
+    about = {"architecture": shape.name, "model_args": json.dumps(arguments)}
+    save_tensors(tensors, out / "model.safetensors", {"format": "pt", **about})
+    (out / "timm.json").write_text(json.dumps(arguments, indent=1) + "\n")
+    network: Any = build_network(shape)
+    config = any_timm_config(
+        shape, weights.width, network.pretrained_cfg, weights.settings, arguments
+    )
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return _load_local_dir(out)
+
+
+def _load_local_dir(out: Path) -> nn.Module:
     model: nn.Module = timm.create_model(f"local-dir:{out}", pretrained=True)
     return model.eval()
 
@@ -176,16 +238,21 @@ def _write_moco_v3(weights: Weights, tensors: dict[str, Tensor], out: Path) -> F
     if weights.saved is not None:
         state |= _read_other_modules(weights, weights.saved)
     file = out / "model.pth.tar"
-    content = {
-        "arch": architecture_names(weights.shape)[1],
-        "num_heads": weights.shape.heads,
-        "epoch": 0,
-        "state_dict": state,
-    }
+    shape = weights.backbone
+    content = {"arch": published_name(shape), "epoch": 0, "state_dict": state}
+    if isinstance(shape, VitShape):
+        content["num_heads"] = shape.heads
+    elif isinstance(shape, TimmShape):
+        content["model_args"] = write_arguments(shape)
     torch.save(content, file)
     saved = replace_prefix(torch.load(file, weights_only=True)["state_dict"], prefix, "")
-    backbone = {name: tensor for name, tensor in saved.items() if not name.startswith("head.")}
-    return _load_in_timm(weights.shape, backbone)
+    head = head_name(shape)
+    backbone = {name: t for name, t in saved.items() if not name.startswith(f"{head}.")}
+    if isinstance(shape, TimmShape):
+        return load_network(shape, backbone).eval()
+    if weights.is_plain_vit:
+        return _load_in_timm(weights.shape, backbone)
+    return build_encoder(replace(weights, tensors=backbone))
 
 
 def _write_hf(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forward:
@@ -243,13 +310,28 @@ def _read_other_modules(weights: Weights, saved: Checkpoint) -> dict[str, Tensor
     for it, and stands there alone: predictor and base encoder belong to another network.
     """
     base, momentum = saved.read_group("base"), saved.read_group("momentum")
+    head = head_name(weights.backbone)
     if weights.role == "momentum":
-        return replace_prefix(momentum, "projector.", "module.base_encoder.head.")
-    encoder = replace(weights, role="momentum", tensors=to_timm(momentum))
-    backbone = build_encoder(encoder, image_size=weights.shape.image_size).state_dict()
+        return replace_prefix(momentum, "projector.", f"module.base_encoder.{head}.")
+    other = read_saved_encoder(weights, saved, "momentum")
+    backbone = build_encoder(other, image_size=weights.image_size).state_dict()
     return {
-        **replace_prefix(base, "projector.", "module.base_encoder.head."),
+        **replace_prefix(base, "projector.", f"module.base_encoder.{head}."),
         **replace_prefix(base, "predictor.", "module.predictor."),
         **replace_prefix(backbone, "", "module.momentum_encoder."),
-        **replace_prefix(momentum, "projector.", "module.momentum_encoder.head."),
+        **replace_prefix(momentum, "projector.", f"module.momentum_encoder.{head}."),
     }
+
+
+def head_name(shape: BackboneShape) -> str:
+    """What the published code calls the projector, which has the place of a classifier."""
+    return "head" if isinstance(shape, VitShape) else "fc"
+
+
+def published_name(shape: BackboneShape) -> str:
+    """What the published code calls an architecture."""
+    if not isinstance(shape, VitShape):
+        return shape_name(shape).removeprefix("timm:")
+    if shape.stem == "conv":
+        return "vit_conv_small" if shape.dim == 384 else "vit_conv_base"
+    return architecture_names(shape)[1]

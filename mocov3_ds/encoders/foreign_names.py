@@ -214,7 +214,7 @@ def infer_shape(tensors: Tensors, heads: int = 0) -> VitShape:
     projection = tensors["patch_embed.proj.weight"]
     if projection.dim() != 4 or projection.shape[2] != projection.shape[3]:
         raise ValueError(f"its patches of the shape {[*projection.shape]} are no squares.")
-    dim, _, patch, _ = projection.shape
+    dim, channels, patch, _ = projection.shape
     heads = heads or {shape.dim: shape.heads for shape in PAPER_SHAPES.values()}.get(dim, 0)
     if not heads:
         raise ValueError(
@@ -232,7 +232,9 @@ def infer_shape(tensors: Tensors, heads: int = 0) -> VitShape:
                 f"its {tokens + 1} positions are no square grid with one more for the class token."
             )
         image = grid * patch
-    return VitShape(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads)
+    return VitShape(
+        image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, channels=channels
+    )
 
 
 def to_transformers(tensors: Tensors) -> dict[str, Tensor]:
@@ -306,7 +308,8 @@ def timm_sizes(shape: VitShape, *, qk_norm: bool = False) -> dict[str, Any]:
         qk_norm: whether its attention has norms on queries and keys.
     """
     sizes = {
-        "img_size": shape.image_size,
+        "img_size": shape.size if shape.image_width else shape.image_size,
+        **({"in_chans": shape.channels} if shape.channels != 3 else {}),
         "patch_size": shape.patch_size,
         "embed_dim": shape.dim,
         "depth": shape.depth,
@@ -319,6 +322,6 @@ def timm_sizes(shape: VitShape, *, qk_norm: bool = False) -> dict[str, Any]:
 def architecture_names(shape: VitShape) -> tuple[str, str]:
     """Names of an architecture in timm and in the published code."""
     for name, paper_shape in PAPER_SHAPES.items():
-        if replace(shape, image_size=224) == paper_shape:
+        if replace(shape, image_size=224, image_width=0, channels=3) == paper_shape:
             return _ARCHITECTURES[name]
     return "vit_base_patch16_224", f"vit_{shape.dim}_{shape.depth}_{shape.patch_size}"

@@ -209,7 +209,7 @@ def read_weights(
     role: EncoderRole = "base",
     *,
     heads: int = 0,
-    assumed_heads: int = 0,
+    expected: BackboneShape | None = None,
     tells: bool = True,
 ) -> Weights:
     """Find out what kind of file or folder `path` is and read the backbone from it.
@@ -218,7 +218,8 @@ def read_weights(
         path: anything that `load_encoder` reads.
         role: base or momentum encoder.
         heads: attention heads where the weights cannot tell; 0 = the paper's for their width.
-        assumed_heads: the same without contradicting what is told; 0 = the paper's, and a guess.
+        expected: the network, or the number of heads, that it is where nothing tells another one;
+            None = the plain ViT with the paper's heads, and a guess.
         tells: whether what was understood goes to the log; False = the caller says it.
 
     Raises:
@@ -234,7 +235,7 @@ def read_weights(
     if run is not None:
         return _read_run_weights(path, run, role, heads)
     try:
-        weights = _interpret_tensors(path, find_weights(path), role, heads, assumed_heads)
+        weights = _interpret_tensors(path, find_weights(path), role, heads, expected)
     except ValueError as error:
         raise ValueError(f"{path} gives no encoder: {error}") from None
     except (TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
@@ -250,10 +251,17 @@ def read_weights(
 
 
 def _interpret_tensors(
-    path: Path, found: FoundWeights, role: EncoderRole, heads: int, assumed_heads: int
+    path: Path,
+    found: FoundWeights,
+    role: EncoderRole,
+    heads: int,
+    expected: BackboneShape | None,
 ) -> Weights:
     """The encoder among the tensors of a file, by the settings within and beside it."""
-    if (claim := find_claim(found)) is not None:
+    claim, is_plain = find_claim(found), isinstance(expected, VitShape) and expected.stem == "patch"
+    if claim is None and expected is not None and not is_plain:
+        claim = ClaimedNetwork(shape=expected, settings=OwnerSettings(source="what is expected"))
+    if claim is not None:
         return _take_claimed(path, found, role, claim, heads)
     try:
         settings = read_settings_beside(found.folder)
@@ -269,6 +277,7 @@ def _interpret_tensors(
     if len(claims) > 1:
         sentence = ", ".join(f"{source} says {count}" for count, source in claims.items())
         raise ValueError(f"the number of attention heads is not clear: {sentence}.")
+    assumed_heads = expected.heads if isinstance(expected, VitShape) else 0
     shape = infer_shape(backbone.tensors, next(iter(claims), assumed_heads))
     if contradiction := settings.contradiction_of(shape) or options.contradiction_of(shape):
         raise ValueError(

@@ -6,6 +6,9 @@ from pathlib import Path
 from mocov3_ds.encoders.choices import Format
 from mocov3_ds.encoders.foreign_names import architecture_names, has_qk_norm, timm_sizes
 from mocov3_ds.encoders.load import Weights
+from mocov3_ds.encoders.timm_networks import write_arguments
+from mocov3_ds.model.backbones import shape_name
+from mocov3_ds.model.shapes import TimmShape, VitShape, write_size
 
 
 def write_card(weights: Weights, to: Format, difference: float, results_table: str) -> str:
@@ -17,19 +20,24 @@ def write_card(weights: Weights, to: Format, difference: float, results_table: s
         difference: largest difference of a feature between the encoder and the exported one.
         results_table: Markdown table of its accuracies; empty = it was not evaluated.
     """
-    shape = weights.shape
+    height, width = weights.backbone.size
+    kind = (
+        "Class-token features of a Vision Transformer"
+        if isinstance(weights.backbone, VitShape)
+        else f"Features of a network ({shape_name(weights.backbone)})"
+    )
     return "\n\n".join(
         [
             _FRONT_MATTER[to] + f"# {weights.title}: MoCo v3 features",
-            "Class-token features of a Vision Transformer pretrained without labels "
+            f"{kind} pretrained without labels "
             "([MoCo v3](https://arxiv.org/abs/2104.02057)), exported with mocov3-ds.",
             "## Load it",
             _explain_loading(weights, to),
             f"Input: RGB in [0, 1], normalised by mean {weights.settings.mean} and std "
             f"{weights.settings.std}, "
-            f"{shape.image_size} x {shape.image_size} pixels. Evaluation resizes the shorter side "
-            f"to {round(shape.image_size * 256 / 224)} (bilinear) and crops the centre. Output: "
-            f"{shape.dim} features.",
+            f"{height} x {width} pixels. Evaluation resizes the shorter side "
+            f"to {round(height * 256 / 224)} (bilinear) and crops the centre. Output: "
+            f"{weights.width} features.",
             f"Loaded this way its features differ from the encoder's by {difference:.1e} at most "
             "(fp32, checked when it was exported).",
             "## What it is",
@@ -60,9 +68,12 @@ transform = create_transform(**resolve_model_data_config(model), is_training=Fal
 
 
 def _explain_loading(weights: Weights, to: Format) -> str:
-    name = architecture_names(weights.shape)[0]
-    sizes = timm_sizes(weights.shape, qk_norm=has_qk_norm(weights.tensors))
-    arguments = ", ".join(f"{key}={value}" for key, value in sizes.items())
+    if isinstance(weights.backbone, TimmShape):
+        name, sizes = weights.backbone.name, write_arguments(weights.backbone)
+    else:
+        name = architecture_names(weights.shape)[0]
+        sizes = timm_sizes(weights.shape, qk_norm=has_qk_norm(weights.tensors))
+    arguments = ", ".join(f"{key}={value!r}" for key, value in sizes.items())
     code = {
         "timm": f'import timm\n\nmodel = timm.create_model(\n    "{name}", '
         f'checkpoint_path="model.safetensors",\n    {arguments},\n).eval()\n'
@@ -85,13 +96,16 @@ def _explain_loading(weights: Weights, to: Format) -> str:
 
 
 def _describe_encoder(weights: Weights) -> str:
-    shape = weights.shape
-    rows = [
-        ("weights from", f"{weights.kind} `{weights.path.name}`, {weights.role} encoder"),
-        ("width, blocks, heads", f"{shape.dim}, {shape.depth}, {shape.heads}"),
-        ("patch, image", f"{shape.patch_size}, {shape.image_size} pixels"),
-        ("positions", "2-D, written out" if weights.positions == "sincos" else "none (zeros)"),
-    ]
+    shape = weights.backbone
+    rows = [("weights from", f"{weights.kind} `{weights.path.name}`, {weights.role} encoder")]
+    if isinstance(shape, VitShape):
+        rows += [
+            ("width, blocks, heads", f"{shape.dim}, {shape.depth}, {shape.heads}"),
+            ("patch, image", f"{shape.patch_size}, {write_size(shape.size)} pixels"),
+            ("positions", "2-D, written out" if weights.positions == "sincos" else "none (zeros)"),
+        ]
+    else:
+        rows.append(("network, image", f"{shape_name(shape)}, {write_size(shape.size)} pixels"))
     if weights.config is not None and weights.saved is not None:
         config = weights.config
         rows += [
@@ -100,7 +114,11 @@ def _describe_encoder(weights: Weights) -> str:
              f"{config.warmup_epochs:g} of warm-up"),
             ("loss", f"temperature {config.moco.temperature}, momentum {config.moco.momentum} "
              f"({config.moco.momentum_schedule})"),
-            ("patch projection", "trained" if config.model.patch_lr else "frozen at random"),
+            *(
+                [("patch projection", "trained" if config.model.patch_lr else "frozen at random")]
+                if weights.is_plain_vit
+                else []
+            ),
             ("optimizer", _describe_optimizer(weights.path)),
         ]  # fmt: skip
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

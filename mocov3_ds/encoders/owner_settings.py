@@ -26,7 +26,8 @@ from mocov3_ds.recipes import read_json
 
 _log = logging.getLogger("mocov3_ds")
 
-Colour = tuple[float, float, float]
+Colour = tuple[float, ...]
+"""a number for each channel of an image"""
 
 _PLAIN_TRANSFORMERS = ("vit", "vit_mae", "vit_msn")
 """model types of transformers whose encoder is this one"""
@@ -58,9 +59,9 @@ class OwnerSettings:
     sizes: Mapping[str, int] | None = None
     """fields of the shape that are told; they must be those of the tensors"""
     mean: Colour = ViewSpec.mean
-    """what is subtracted from RGB in [0, 1]"""
+    """what is subtracted from pixels in [0, 1]"""
     std: Colour = ViewSpec.std
-    """what RGB is divided by after that"""
+    """what they are divided by after that"""
 
     def contradiction_of(self, shape: VitShape) -> str:
         """What is told otherwise than the tensors are, in words; empty = nothing."""
@@ -144,6 +145,19 @@ def _read_timm(tree: Mapping[str, Any]) -> OwnerSettings:
     picture = tree.get("pretrained_cfg", tree)
     if not isinstance(picture, Mapping):
         raise ValueError(f"config.json says pretrained_cfg {picture!r}, which is no object.")
+    return read_picture(settings, picture)
+
+
+def read_picture(settings: OwnerSettings, picture: Mapping[str, Any]) -> OwnerSettings:
+    """The settings with the mean and deviation that a config.json of timm tells.
+
+    Args:
+        settings: what is known besides.
+        picture: its entry `pretrained_cfg`.
+
+    Raises:
+        ValueError: they are no three numbers.
+    """
     return replace(
         settings,
         mean=_read_colour(picture.get("mean", settings.mean), "config.json", "mean"),
@@ -152,14 +166,13 @@ def _read_timm(tree: Mapping[str, Any]) -> OwnerSettings:
 
 
 def _read_colour(value: Any, source: str, name: str) -> Colour:
-    """Three numbers out of a foreign file."""
+    """A number for each channel out of a foreign file."""
     numbers = value if isinstance(value, list | tuple) else ()
-    if len(numbers) != 3 or not all(
+    if not numbers or not all(
         isinstance(n, float | int) and not isinstance(n, bool) and abs(n) < 1e3 for n in numbers
     ) or ("std" in name and min(numbers) <= 0):  # fmt: skip
-        raise ValueError(f"{source} says {name} {value!r}; three numbers it must be.")
-    red, green, blue = (float(number) for number in numbers)
-    return red, green, blue
+        raise ValueError(f"{source} says {name} {value!r}; a number for each channel it must be.")
+    return tuple(float(number) for number in numbers)
 
 
 # --------------------------------------------------------------------------- a model of timm
@@ -194,7 +207,7 @@ def inspect_timm(architecture: object, arguments: Mapping[str, Any], source: str
     except Exception as error:  # whatever timm's constructors do with a stranger's values
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{source}: timm does not make {plain} of it ({reason}).") from None
-    if difference := _difference_from_plain(model):
+    if difference := find_difference(model):
         raise ValueError(f"{source} says {plain}: {difference}, which the plain ViT here has not.")
     block = model.blocks[0]
     return OwnerSettings(
@@ -206,8 +219,12 @@ def inspect_timm(architecture: object, arguments: Mapping[str, Any], source: str
     )
 
 
-def _difference_from_plain(model: nn.Module) -> str:
-    """The first thing in which a model of timm computes something else; empty = nothing."""
+def find_difference(model: nn.Module) -> str:
+    """The first thing in which a model of timm computes something else; empty = nothing.
+
+    Args:
+        model: one of timm's, of one block or more.
+    """
     if type(model) is not VisionTransformer:
         return f"a {type(model).__name__}"
     block: Any = model.blocks[0]

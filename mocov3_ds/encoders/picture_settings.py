@@ -10,7 +10,7 @@ from typing import Any
 
 from mocov3_ds.encoders.foreign_names import architecture_names
 from mocov3_ds.encoders.owner_settings import OwnerSettings
-from mocov3_ds.model.vit import VitShape
+from mocov3_ds.model.shapes import TimmShape, VitShape
 
 
 def timm_config(
@@ -23,7 +23,6 @@ def timm_config(
         settings: mean and deviation of the images.
         sizes: arguments that turn the named architecture into this one.
     """
-    size = shape.image_size
     return {
         "architecture": architecture_names(shape)[0],
         "num_classes": 0,
@@ -31,10 +30,10 @@ def timm_config(
         "global_pool": "token",
         "model_args": dict(sizes),
         "pretrained_cfg": {
-            "input_size": [3, size, size],
+            "input_size": [shape.channels, *shape.size],
             "fixed_input_size": True,
             "interpolation": "bilinear",
-            "crop_pct": _crop_share(size),
+            "crop_pct": _crop_share(shape.image_size),
             "crop_mode": "center",
             "mean": list(settings.mean),
             "std": list(settings.std),
@@ -42,6 +41,42 @@ def timm_config(
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
+        },
+    }
+
+
+def any_timm_config(
+    shape: TimmShape,
+    width: int,
+    own: Mapping[str, Any],
+    settings: OwnerSettings,
+    arguments: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The same for a model of timm that is no plain Vision Transformer.
+
+    Args:
+        shape: model, with the image size that it is exported for.
+        width: numbers of an image's features.
+        own: the model's own `pretrained_cfg`, which knows its first layer and its classifier.
+        settings: mean and deviation of the images.
+        arguments: keywords that `timm.create_model` needs for it.
+    """
+    height, width_of_image = shape.size
+    kept = {key: own.get(key) for key in ("first_conv", "classifier", "pool_size")}
+    return {
+        "architecture": shape.name,
+        "num_classes": 0,
+        "num_features": width,
+        "model_args": dict(arguments),
+        "pretrained_cfg": {
+            "input_size": [shape.channels, height, width_of_image],
+            "interpolation": "bilinear",
+            "crop_pct": _crop_share(height),
+            "crop_mode": "center",
+            "mean": list(settings.mean),
+            "std": list(settings.std),
+            "num_classes": 0,
+            **kept,
         },
     }
 

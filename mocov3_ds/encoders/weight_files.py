@@ -7,6 +7,8 @@ FOLDER/latest, *_model_states.pt           what DeepSpeed's save_checkpoint wrot
 FOLDER/zero/NAME/fp32.pt                   what DeepSpeed's ds_to_universal made of that
 """
 
+import contextlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -124,24 +126,33 @@ def _read_file(path: Path) -> FoundWeights:
     """The tensors of one file; its folder may hold settings of it."""
     check_readable(path)
     if path.suffix == ".safetensors":
-        tensors, heads = _read_safetensors(path)
-        tree = {"num_heads": heads} if heads else {}
-        return FoundWeights(tensors, "safetensors file", tree, path.parent)
+        tensors, metadata = _read_safetensors(path)
+        return FoundWeights(tensors, "safetensors file", _read_metadata(metadata), path.parent)
     tree = read_torch_file(path)
     if not isinstance(tree, Mapping):
         raise ValueError(f"it holds a {type(tree).__name__}, not weights by name.")
     return FoundWeights(flatten_tensors(tree), "torch file", tree, path.parent)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors of a file, and the number of heads in its metadata (0 = not there)."""
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and its metadata."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            number = (file.metadata() or {}).get("num_heads", "")
-            names = file.keys()
-            return {n: file.get_tensor(n) for n in names}, int(number) if number.isdecimal() else 0
+            return {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"it is no complete safetensors file ({error}).") from None
+
+
+def _read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What our own files say of their network: its number of heads, or a model of timm."""
+    tree: dict[str, Any] = {}
+    if metadata.get("num_heads", "").isdecimal():
+        tree["num_heads"] = int(metadata["num_heads"])
+    if "architecture" in metadata:
+        tree["architecture"] = metadata["architecture"]
+        with contextlib.suppress(ValueError):
+            tree["model_args"] = json.loads(metadata.get("model_args", "{}"))
+    return tree
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
+from torch import Tensor
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.choices import EncoderRole
@@ -14,9 +16,18 @@ from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.embed import embed_images
 from mocov3_ds.evaluation.features import split_features
 from mocov3_ds.evaluation.flags import EmbedCommand, ExportOptions, KnnOptions, LookCommand
-from mocov3_ds.evaluation.knn import knn_accuracy
+from mocov3_ds.evaluation.knn import classify_probes
+from mocov3_ds.evaluation.label_lists import (
+    ListedSplits,
+    average_precisions,
+    open_listed_splits,
+    score_classes,
+    write_precisions,
+)
 from mocov3_ds.evaluation.labelled_images import Splits, choose_split_urls, open_splits
+from mocov3_ds.evaluation.per_class import write_class_table
 from mocov3_ds.evaluation.pictures import draw_pictures
+from mocov3_ds.model.shapes import write_size
 
 # ------------------------------------------------------------------------------- a trained encoder
 
@@ -37,9 +48,10 @@ def evaluate_knn(options: Annotated[KnnOptions, tyro.conf.arg(name="")]) -> None
             f"k {k}, batch {options.batch}, temperature {temperature} must be positive."
         )
     weights = read_weights(options.run, which, heads=options.heads)
-    splits = open_splits(*choose_split_urls(weights, options.train, options.val))
-    size = options.image_size or weights.shape.image_size
-    encoder = build_encoder(weights, image_size=size).to(device)
+    urls = choose_split_urls(weights, options.train, options.val)
+    splits = open_listed_splits(*urls, options.labels) if options.labels else open_splits(*urls)
+    size = weights.size_for(options.image_size)
+    encoder = build_encoder(weights, image_size=options.image_size).to(device)
     (bank_ND, labels_N, _), (probes_PD, targets_P, _) = (
         split_features(
             encoder,
@@ -52,17 +64,52 @@ def evaluate_knn(options: Annotated[KnnOptions, tyro.conf.arg(name="")]) -> None
         )
         for split in (splits.train, splits.val)
     )
-    first, step = ranks.rank(), ranks.world_size()
-    bank = bank_ND[first::step], labels_N[first::step]
-    accuracy = knn_accuracy(*bank, probes_PD, targets_P, k=k, temperature=temperature)
-    entry = {"top1": accuracy, "k": k, "temperature": temperature, "image_size": size}
+    if isinstance(splits, ListedSplits):
+        entry = _judge_lists(options, splits, bank_ND, probes_PD)
+    else:
+        entry = _judge_classes(options, splits, (bank_ND, labels_N), (probes_PD, targets_P))
+    entry |= {"k": k, "temperature": temperature, "image_size": write_size(size)}
     entry |= {"bank_images": len(labels_N), "val_images": len(targets_P)}
     if ranks.is_first():
         folder = options.out or results.results_folder(weights.path)
         _report_knn(folder, which, entry | _describe_sources(weights, splits))
 
 
-def _describe_sources(weights: Weights, splits: Splits) -> dict[str, Any]:
+def _judge_classes(
+    options: KnnOptions, splits: Splits, bank: tuple[Tensor, Tensor], probes: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
+    """Top-1 in percent of images that have one class, and the table of `--per_class`."""
+    own = slice(ranks.rank(), None, ranks.world_size())
+    (bank_ND, labels_N), (probes_PD, targets_P) = bank, probes
+    classes_P = classify_probes(
+        bank_ND[own], labels_N[own], probes_PD, k=options.k, temperature=options.temperature
+    )
+    if options.per_class is not None and ranks.is_first():
+        write_class_table(options.per_class, classes_P, targets_P, splits.train.classes)
+    return {"top1": 100.0 * int((classes_P == targets_P).sum()) / len(targets_P)}
+
+
+def _judge_lists(
+    options: KnnOptions, splits: ListedSplits, bank_ND: Tensor, probes_PD: Tensor
+) -> dict[str, Any]:
+    """Mean average precision in percent of images that have lists of classes, and the table."""
+    own = slice(ranks.rank(), None, ranks.world_size())
+    rows_N = torch.arange(len(bank_ND), device=bank_ND.device)
+    score_PC = score_classes(
+        bank_ND[own],
+        rows_N[own],
+        splits.has_train_NC.to(bank_ND.device),
+        probes_PD,
+        k=options.k,
+        temperature=options.temperature,
+    )
+    precision_C = average_precisions(score_PC.cpu(), splits.has_val_PC)
+    if options.per_class is not None and ranks.is_first():
+        write_precisions(options.per_class, splits.classes, splits.has_val_PC, precision_C)
+    return {"mean_ap": 100.0 * float(precision_C.nanmean()), "labels": options.labels}
+
+
+def _describe_sources(weights: Weights, splits: Splits | ListedSplits) -> dict[str, Any]:
     """The encoder and the sets that an accuracy belongs to, as results.json names them."""
     return {
         "encoder": weights.title,
@@ -74,11 +121,16 @@ def _describe_sources(weights: Weights, splits: Splits) -> dict[str, Any]:
 
 def _report_knn(folder: Path, which: EncoderRole, entry: dict[str, Any]) -> None:
     """Write the entry to results.json and print it."""
-    results.record_result(folder, "knn", which, entry)
+    is_multilabel = "mean_ap" in entry
+    results.record_result(folder, "multilabel" if is_multilabel else "knn", which, entry)
+    found = (
+        f"mean average precision {entry['mean_ap']:.2f} % on"
+        if is_multilabel
+        else f"{entry['top1']:.2f} % of"
+    )
     print(
         f"k-NN (k = {entry['k']}, T = {entry['temperature']}) of {entry['encoder']}: "
-        f"{entry['top1']:.2f} % of {entry['val_images']} held-out images, "
-        f"bank of {entry['bank_images']}"
+        f"{found} {entry['val_images']} held-out images, bank of {entry['bank_images']}"
     )
     print(results.format_table(folder, which))
 

@@ -29,6 +29,7 @@ from mocov3_ds.evaluation.feature_file import FeatureFile, check_format
 from mocov3_ds.evaluation.features import Batch, join_ranks, make_inputs
 from mocov3_ds.evaluation.flags import EmbedOptions, FeatureType
 from mocov3_ds.evaluation.image_folder import ImageFolder
+from mocov3_ds.model.shapes import write_size
 from mocov3_ds.settings.paths import expand_user
 
 
@@ -53,15 +54,15 @@ def embed_images(run: Path, images: str, out: Path, options: EmbedOptions) -> st
     ranks.run_on_first(lambda: _check_target(out))
     device = ranks.this_device()
     weights = read_weights(run, options.which, heads=options.heads)
-    size = options.image_size or weights.shape.image_size
+    size = weights.size_for(options.image_size)
     source = _open_source(images)
-    encoder = build_encoder(weights, image_size=size).to(device)
-    batches = _read_batches(source, options, size)
+    encoder = build_encoder(weights, image_size=options.image_size).to(device)
+    batches = _read_batches(source, options, size, weights.backbone.channels)
     blocks = math.ceil(_count_images(source) / (options.batch * ranks.world_size()))
     about = {
         "encoder": weights.title,
         "images": images,
-        "image_size": size,
+        "image_size": write_size(size),
         "classes": source.classes,
         "mean": weights.settings.mean,
         "std": weights.settings.std,
@@ -71,11 +72,16 @@ def embed_images(run: Path, images: str, out: Path, options: EmbedOptions) -> st
         total=blocks, desc=title, unit="block", disable=not ranks.is_first(), leave=False
     ) as bar:
         rows = _write_blocks(
-            encoder, batches, source, weights.settings, _Target(out, options.dtype, about), bar
+            encoder,
+            batches,
+            source,
+            weights.settings,
+            _Target(out, options.dtype, weights.width, about),
+            bar,
         )
     left_out = _count_images(source) - rows
     return (
-        f"{out}: {rows} rows of {weights.shape.dim} features ({options.dtype}) of {weights.title}; "
+        f"{out}: {rows} rows of {weights.width} features ({options.dtype}) of {weights.title}; "
         f"{left_out} unreadable images"
         + (f" and {source.left_out} other files" if isinstance(source, ImageFolder) else "")
         + " left out"
@@ -86,6 +92,7 @@ def embed_images(run: Path, images: str, out: Path, options: EmbedOptions) -> st
 class _Target:
     path: Path
     kind: FeatureType
+    width: int
     about: dict[str, Any]
 
 
@@ -123,12 +130,13 @@ def _name_images(source: Manifest | ImageFolder, ids: Sequence[int]) -> list[str
 
 
 def _read_batches(
-    source: Manifest | ImageFolder, options: EmbedOptions, size: int
+    source: Manifest | ImageFolder, options: EmbedOptions, size: tuple[int, int], channels: int
 ) -> Iterator[Batch]:
     rank, world = ranks.rank(), ranks.world_size()
     if isinstance(source, ImageFolder):
         return source.read_batches(
             image_size=size,
+            channels=channels,
             batch=options.batch,
             rank=rank,
             world_size=world,
@@ -138,7 +146,7 @@ def _read_batches(
     return evaluation_batches(
         source,
         image_size=size,
-        resize=round(size * 256 / 224),
+        channels=channels,
         batch=options.batch,
         rank=rank,
         world_size=world,
@@ -157,7 +165,7 @@ def _write_blocks(
 ) -> int:
     """Compute, join and write block by block until no rank has images left; number of rows."""
     device = ranks.this_device()
-    none = torch.zeros(0, encoder.num_features, device=device)  # type: ignore[call-overload]
+    none = torch.zeros(0, target.width, device=device)
     no_ids = torch.zeros(0, dtype=torch.int64, device=device)
     rows = 0
     writing = replace_when_whole(target.path) if ranks.is_first() else nullcontext(target.path)

@@ -7,6 +7,7 @@ G = samples of all ranks.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from mocov3_ds.distributed import ranks
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """images or crops (B, C, H, W), labels (B,) and sample ids (B,)"""
-Colour = tuple[float, float, float]
+Colour = tuple[float, ...]
 InputTransform = Callable[[Tensor], Tensor]
 """uint8 crops (B, C, H, W) on the CPU -> normalised images on the device in the network's dtype"""
 
@@ -92,7 +93,7 @@ def split_features(
     backbone: nn.Module,
     manifest: Manifest,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     batch: int = 256,
     threads: int = 4,
     limit: int | None = None,
@@ -104,12 +105,13 @@ def split_features(
     Args:
         backbone: network in eval mode; the features are computed on its device.
         manifest: index of the shards of the split.
-        image_size: side of a crop, pixels; the shorter side is resized to 256/224 of it before.
+        image_size: side of a crop, or its height and width, pixels; the image is resized until it
+            covers 256/224 of them before.
         batch: images per forward pass of a rank.
         threads: number of decoding threads of a rank.
         limit: number of samples in a fixed subset, spread evenly over the set; None = all samples.
-        mean: what the backbone's owner subtracts from RGB in [0, 1].
-        std: what RGB is divided by after that.
+        mean: what the backbone's owner subtracts from pixels in [0, 1], for each channel.
+        std: what they are divided by after that.
 
     Returns:
         (G, D) features fp32, (G,) labels and (G,) sample ids, in the order of the ids.
@@ -125,7 +127,7 @@ def split_features(
     batches = evaluation_batches(
         manifest,
         image_size=image_size,
-        resize=round(image_size * 256 / 224),
+        channels=len(mean),
         batch=batch,
         rank=ranks.rank(),
         world_size=world,
@@ -156,8 +158,23 @@ def make_inputs(
     Args:
         crops_BCHW: crops on the CPU.
         device: where the inputs are made.
-        mean: what is subtracted from RGB in [0, 1].
-        std: what RGB is divided by after that.
+        mean: what is subtracted from pixels in [0, 1], for each channel.
+        std: what they are divided by after that.
     """
     crops_BCHW = crops_BCHW.to(device, non_blocking=True)
     return normalise_crops(crops_BCHW, mean, std, torch.float32)
+
+
+def compute_tokens(backbone: nn.Module, images_BCHW: Tensor) -> Tensor:
+    """All tokens (B, N, D) of a backbone, or all places of its last map, before any pooling.
+
+    Args:
+        backbone: a network of timm.
+        images_BCHW: network inputs.
+    """
+    network: Any = backbone
+    x: Tensor = network.forward_features(images_BCHW)
+    if x.dim() == 4:  # Swin and its kin put the features last
+        is_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
+        x = x.flatten(1, 2) if is_last else x.flatten(2).transpose(1, 2)
+    return x

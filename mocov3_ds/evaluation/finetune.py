@@ -27,7 +27,6 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -35,9 +34,12 @@ from torch import Tensor, nn
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import Weights, build_encoder
 from mocov3_ds.encoders.owner_settings import OwnerSettings
+from mocov3_ds.encoders.timm_networks import write_arguments
 from mocov3_ds.evaluation.flags import FinetuneConfig, read_finetune_flags
 from mocov3_ds.evaluation.labelled_images import SeededTransform, seed_generators
-from mocov3_ds.evaluation.supervised_run import SupervisedRun, run_command
+from mocov3_ds.evaluation.supervised_run import SupervisedRun, measure_top1, run_command
+from mocov3_ds.model.backbones import shape_name
+from mocov3_ds.model.shapes import TimmShape, VitShape
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,17 +50,19 @@ def resolve_config(config: FinetuneConfig, dim: int, world_size: int = 1) -> Fin
 
     Args:
         config: settings as the user gave them.
-        dim: width of the encoder; 1024 is ViT-L's.
+        dim: width of the Vision Transformer, 1024 is ViT-L's; 0 = it is another network, which
+            gets the epochs of ViT-B and no drop path.
         world_size: number of ranks that share a batch.
 
     Raises:
         ValueError: settings that cannot be.
     """
     large = dim >= 1024
+    drop_path = 0.5 if large else 0.1 if dim else 0.0
     config = replace(
         config,
         epochs=config.epochs or (100 if large else 150),
-        drop_path=config.drop_path if config.drop_path >= 0 else (0.5 if large else 0.1),
+        drop_path=config.drop_path if config.drop_path >= 0 else drop_path,
     )
     if config.batch % world_size:
         raise ValueError(
@@ -88,7 +92,7 @@ def learning_rate_at(step: int, *, config: FinetuneConfig, steps_per_epoch: int)
     return config.min_rate + 0.5 * (peak - config.min_rate) * (1 + math.cos(math.pi * progress))
 
 
-def build_classifier(weights: Weights, classes: int, config: FinetuneConfig) -> VisionTransformer:
+def build_classifier(weights: Weights, classes: int, config: FinetuneConfig) -> nn.Module:
     """The encoder with a fresh linear head, in train mode, every weight trained.
 
     Args:
@@ -96,25 +100,36 @@ def build_classifier(weights: Weights, classes: int, config: FinetuneConfig) -> 
         classes: number of classes that the head tells apart.
         config: image size, drop path and seed are taken from it.
     """
-    vit = build_encoder(weights, image_size=config.image_size, drop_path=config.drop_path)
+    network: Any = build_encoder(weights, image_size=config.image_size, drop_path=config.drop_path)
     seed_generators(config.seed)
-    vit.reset_classifier(classes)
-    assert isinstance(vit.head, nn.Linear)
-    nn.init.trunc_normal_(vit.head.weight, std=0.02)
-    nn.init.zeros_(vit.head.bias)
-    return vit.requires_grad_(True).train()
+    network.reset_classifier(classes)
+    head = network.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"the classifier of {shape_name(weights.backbone)} is a {type(head).__name__}; one "
+            "linear layer is what is trained here."
+        )
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    classifier: nn.Module = network.requires_grad_(True).train()
+    return classifier
 
 
-def build_parameter_groups(vit: VisionTransformer, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Weights by decay and by block; `lr_scale` multiplies the learning rate of the step.
+def build_parameter_groups(network: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Weights by decay and by layer; `lr_scale` multiplies the learning rate of the step.
 
     The head has scale 1, the last block `layer_decay`, and so on down to the patch projection,
-    class token and positions with `layer_decay` ^ (blocks + 1).
+    class token and positions with `layer_decay` ^ (blocks + 1); timm knows the layers of others.
+
+    Args:
+        network: classifier that `build_classifier` made.
+        config: weight decay and layer decay are taken from it.
     """
+    undecayed = getattr(network, "no_weight_decay", set)
     return param_groups_layer_decay(
-        vit,
+        network,
         weight_decay=config.weight_decay,
-        no_weight_decay_list=vit.no_weight_decay(),
+        no_weight_decay_list=undecayed(),
         layer_decay=config.layer_decay,
     )
 
@@ -134,14 +149,14 @@ def mean_loss(logits_BK: Tensor, target: Tensor, smoothing: float) -> Tensor:
 
 def build_transform(
     config: FinetuneConfig,
-    size: int,
+    size: int | tuple[int, int],
     settings: OwnerSettings = OwnerSettings(),  # noqa: B008
 ) -> Callable[[Image.Image], Tensor]:
     """Augmentation of a training image, which ends normalised as the encoder's owner does.
 
     Args:
         config: crop, augmentation policy and erasing are taken from it.
-        size: side of the crop, pixels.
+        size: side of the crop, or its height and width, pixels.
         settings: mean and deviation; by default ImageNet's.
     """
     transform: Callable[[Image.Image], Tensor] = create_transform(
@@ -187,12 +202,14 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
                 f"batch of {config.batch}; lower --batch."
             )
         self.save_every_epochs = config.save_every_epochs
-        self.vit = build_classifier(self.weights, self.splits.classes, config).to(self.device)
-        self.ema = ModelEmaV3(self.vit, decay=config.ema) if config.ema else None
-        groups = build_parameter_groups(self.vit, config)
+        self.network = build_classifier(self.weights, self.splits.classes, config).to(self.device)
+        self.ema = ModelEmaV3(self.network, decay=config.ema) if config.ema else None
+        groups = build_parameter_groups(self.network, config)
         self.adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=_BETAS, eps=_EPS)
         # as accelerate wraps them, for the ranks' gradients and for mixed precision
-        self.wrapped_vit, self.wrapped_adamw = self.accelerator.prepare(self.vit, self.adamw)
+        self.wrapped_network, self.wrapped_adamw = self.accelerator.prepare(
+            self.network, self.adamw
+        )
         self.best_top1 = 0.0
         self.mix = Mixup(  # type: ignore[no-untyped-call]
             mixup_alpha=config.mixup,
@@ -203,12 +220,14 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
 
     def resolve(self, config: FinetuneConfig) -> FinetuneConfig:
         """Fill in the paper's numbers for the width of the encoder."""
-        return resolve_config(config, self.weights.shape.dim, ranks.world_size())
+        backbone = self.weights.backbone
+        dim = backbone.dim if isinstance(backbone, VitShape) else 0
+        return resolve_config(config, dim, ranks.world_size())
 
     def train_epoch(self, *, final: bool) -> str:
         """Train one epoch; mean loss over steps and ranks, and the accuracy if it is due."""
         config, epoch = self.config, self.epochs_done + 1
-        transform = build_transform(config, self.image_size, self.weights.settings)
+        transform = build_transform(config, self.size, self.weights.settings)
         passes_per_step, batches = self.open_epoch(
             SeededTransform(transform, config.seed),
             images_per_pass=config.batch // ranks.world_size(),
@@ -216,7 +235,7 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
             repeats=config.repeats,
         )
         steps = len(passes_per_step)
-        self.wrapped_vit.train()
+        self.wrapped_network.train()
         total = torch.zeros((), device=self.device)
         for index, (images_BCHW, labels_B, _) in enumerate(batches):
             step = self.epochs_done * steps + index
@@ -230,7 +249,7 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
             )
         summary = f"loss {loss:.4f}"
         if config.judge_every_epochs and epoch % config.judge_every_epochs == 0 and not final:
-            top1 = self.judge_network(self.vit)
+            top1 = self.judge_network(self.network)
             self.best_top1 = max(self.best_top1, top1)
             summary += f", top-1 {top1:.2f} %"
         return summary
@@ -254,11 +273,11 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
             x_BCHW, target = self.mix(x_BCHW, target)
         loss = self.accumulate_gradients(x_BCHW, target)
         if config.clip:
-            self.accelerator.clip_grad_norm_(self.wrapped_vit.parameters(), config.clip)
+            self.accelerator.clip_grad_norm_(self.wrapped_network.parameters(), config.clip)
         self.wrapped_adamw.step()
         self.wrapped_adamw.zero_grad()
         if self.ema is not None:
-            self.ema.update(self.vit)
+            self.ema.update(self.network)
         return loss
 
     def accumulate_gradients(self, x_BCHW: Tensor, target: Tensor) -> Tensor:
@@ -273,9 +292,9 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
         inputs, targets = (torch.split(x, config.micro_batch) for x in (x_BCHW, target))
         for number, (x, y) in enumerate(zip(inputs, targets, strict=True), 1):
             last = number == len(inputs)  # ranks exchange gradients once
-            with nullcontext() if last else accelerator.no_sync(self.wrapped_vit):
+            with nullcontext() if last else accelerator.no_sync(self.wrapped_network):
                 with accelerator.autocast():
-                    logits_BK = self.wrapped_vit(x)
+                    logits_BK = self.wrapped_network(x)
                 loss = mean_loss(logits_BK.float(), y, config.label_smoothing)
                 loss = loss * len(x) / len(x_BCHW)
                 accelerator.backward(loss)
@@ -284,16 +303,21 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
 
     def judge(self) -> tuple[dict[str, Any], str]:
         """Accuracy of the trained weights and, if there are any, of the averaged ones."""
-        top1 = self.judge_network(self.vit)
+        top1 = self.judge_network(self.network, final=True)
         entry = {"top1": top1, "best_top1_seen": max(self.best_top1, top1)}
         if self.ema is not None:
             entry["top1_of_averaged_weights"] = self.judge_network(self.ema.module)
         return entry, f"top-1 {top1:.2f} % of {self.splits.val.samples} held-out images"
 
-    def judge_network(self, network: nn.Module) -> float:
-        """Top-1 in percent on centre crops of the held-out images."""
+    def judge_network(self, network: nn.Module, *, final: bool = False) -> float:
+        """Top-1 in percent on centre crops of the held-out images.
+
+        Args:
+            network: classifier to judge.
+            final: whether the table of classes is that of this look.
+        """
         transform = create_transform(
-            input_size=self.image_size,
+            input_size=self.size,
             is_training=False,
             interpolation="bicubic",
             crop_pct=224 / 256,
@@ -307,13 +331,17 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
 
         was_training = network.training
         network.eval()
-        top1 = self.measure_top1(SeededTransform(transform, self.config.seed), classify)
+        classes_NM, labels_N = self.classify_held_out(
+            SeededTransform(transform, self.config.seed), classify
+        )
         network.train(was_training)
-        return float(top1)
+        if final:
+            self.write_class_table(classes_NM[:, 0], labels_N)
+        return float(measure_top1(classes_NM, labels_N))
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         """The trained and the averaged weights, by the names they have in the state file."""
-        yield "model", self.vit
+        yield "model", self.network
         if self.ema is not None:
             yield "ema", self.ema.module
 
@@ -325,24 +353,37 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
             for name, tensor in network.state_dict().items()
         }
         steps = 0
-        for name, parameter in self.vit.named_parameters():
-            moments = self.adamw.state[parameter]
-            steps = int(moments["step"])
-            tensors |= {f"{key}/{name}": moments[key] for key in _MOMENTS}
+        for name, parameter in self.network.named_parameters():
+            if moments := self.adamw.state[parameter]:  # none where no gradient has come
+                steps = int(moments["step"])
+                tensors |= {f"{key}/{name}": moments[key] for key in _MOMENTS}
         scaler = self.accelerator.scaler
         return tensors, {
-            "num_heads": self.weights.shape.heads,
+            **self.describe_network(),
             "optimizer_steps": steps,
             "best": self.best_top1,
             "loss_scale": scaler.state_dict() if scaler is not None else {},
         }
+
+    def describe_network(self) -> dict[str, Any]:
+        """What the state file says of the network, so that it is read like other weights."""
+        match self.weights.backbone:
+            case VitShape() as vit:
+                return {"num_heads": vit.heads}
+            case TimmShape() as named:
+                shape = replace(named, size=self.size)
+                return {"architecture": named.name, "model_args": write_arguments(shape)}
+            case _:
+                return {}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Continue from saved weights and moments."""
         for prefix, network in self.networks():
             network.load_state_dict({n: tensors[f"{prefix}.{n}"] for n in network.state_dict()})
         step = float(values["optimizer_steps"])
-        for name, parameter in self.vit.named_parameters():
+        for name, parameter in self.network.named_parameters():
+            if f"{_MOMENTS[0]}/{name}" not in tensors:
+                continue
             moments = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in _MOMENTS}
             self.adamw.state[parameter] = {"step": torch.tensor(step), **moments}
         scaler = self.accelerator.scaler

@@ -93,13 +93,15 @@ class SupervisedConfig:
     """arithmetic of the encoder; auto = bf16 on a GPU that has it, else fp32"""
     stop_after_epochs: Count = 0
     """end early, as a kill would; 0 = run to the end"""
+    per_class: Path | None = None
+    """CSV file to write: each class, its held-out images, top-1 and what it is confused with"""
     out: Path | None = None
     """folder of results.json and of the state; empty = RUN, or FILE-evaluation"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(SupervisedConfig):
-    """Linear probe of an encoder; the defaults are the paper's protocol.
+    """Linear or attentive probe of an encoder; the defaults are the paper's protocol.
 
     Runs on one process or many (`accelerate launch`), and continues where it was stopped.
     """
@@ -108,6 +110,9 @@ class LinearConfig(SupervisedConfig):
     """passes over the training images"""
     batch: int = 4096
     """global batch: images per step over all ranks"""
+    probe: Literal["linear", "attentive"] = "linear"
+    """linear = a linear classifier of the features, the paper's; attentive = one that sees all
+    tokens (of a ResNet: all places of the last map) through one learned attention query"""
     micro_batch: int = 256
     """images of a rank in one forward pass; changes nothing but memory"""
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -205,6 +210,12 @@ class KnnOptions:
     """images per forward pass of a rank"""
     threads: int = 4
     """decode threads of a rank"""
+    labels: str = ""
+    """entry of each sample's KEY.json that lists its classes, several or none (multi-label); the
+    result is then the mean average precision over classes; empty = one class an image"""
+    per_class: Path | None = None
+    """CSV file to write: each class, its held-out images, top-1 and what it is confused with; with
+    --labels its average precision"""
     out: Path | None = None
     """folder of results.json; empty = RUN, or FILE-evaluation"""
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mocov3_ds.data.sample_order import spread_ids
 from mocov3_ds.data.views import decode
-from mocov3_ds.data.views.decode import UnreadableImage
+from mocov3_ds.data.views.decode import Sides, UnreadableImage
 
 _SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm"),
+    *(".ppm", ".pgm", ".pbm", ".npy"),
 }
 
 
@@ -65,7 +65,8 @@ class ImageFolder:
     def read_batches(
         self,
         *,
-        image_size: int,
+        image_size: int | Sides,
+        channels: int = 3,
         batch: int,
         rank: int,
         world_size: int,
@@ -75,7 +76,9 @@ class ImageFolder:
         """Yield centre crops of this rank's images, as `data.evaluation_batches` does for shards.
 
         Args:
-            image_size: side of a crop, pixels; the shorter side is resized to 256/224 of it before.
+            image_size: side of a crop, or its height and width, pixels; the image is resized until
+                it covers 256/224 of them before.
+            channels: channels of a crop.
             batch: most images of a batch.
             rank: number of this rank.
             world_size: number of ranks that share the images.
@@ -89,7 +92,7 @@ class ImageFolder:
             ValueError: more unreadable images than that; the last one is named.
         """
         unreadable = 0
-        make_crop = partial(self._make_crop, image_size)
+        make_crop = partial(self._make_crop, image_size, channels)
         with ThreadPoolExecutor(max(threads, 1)) as decoders:
             run = decoders.map if threads else map
             for ids_B in spread_ids(len(self.paths), None, rank, world_size, batch):
@@ -110,12 +113,14 @@ class ImageFolder:
                         torch.from_numpy(ids_B[kept_B]),
                     )
 
-    def _make_crop(self, image_size: int, number: int) -> NDArray[np.uint8] | str:
+    def _make_crop(
+        self, image_size: int | Sides, channels: int, number: int
+    ) -> NDArray[np.uint8] | str:
         """The centre crop (C, H, W) of an image, or its name and why it has none."""
         path = self.root / self.paths[number]
         try:
             image_bytes = path.read_bytes()
-            return decode.centre_crop(image_bytes, image_size, round(image_size * 256 / 224))
+            return decode.centre_crop(image_bytes, image_size, channels=channels)
         except (UnreadableImage, OSError) as error:
             return f"{self.paths[number]!r} ({error})"
 

@@ -79,18 +79,32 @@ def knn_accuracy(
     Raises:
         ValueError: no probe has a label.
     """
-    bank_ND = F.normalize(bank_ND[labels_N >= 0].float(), dim=1)
-    labels_N = labels_N[labels_N >= 0]
     probes_PD, targets_P = probes_PD[targets_P >= 0], targets_P[targets_P >= 0]
     if not len(targets_P):
         raise ValueError("no held-out image has a label, so that none can be classified rightly.")
-    correct = 0
-    for probes, targets in zip(
-        torch.split(probes_PD, block), torch.split(targets_P, block), strict=True
-    ):
-        cosine_PK, label_PK = find_nearest(bank_ND, labels_N, F.normalize(probes.float(), dim=1), k)
-        correct += int((vote_class(cosine_PK, label_PK, temperature) == targets).sum())
-    return 100.0 * correct / len(targets_P)
+    classes_P = classify_probes(
+        bank_ND, labels_N, probes_PD, k=k, temperature=temperature, block=block
+    )
+    return 100.0 * int((classes_P == targets_P).sum()) / len(targets_P)
+
+
+def classify_probes(
+    bank_ND: Tensor,
+    labels_N: Tensor,
+    probes_PD: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    block: int = 1024,
+) -> Tensor:
+    """Class of each probe (P,) by the weighted vote; see `knn_accuracy`."""
+    bank_ND = F.normalize(bank_ND[labels_N >= 0].float(), dim=1)
+    labels_N = labels_N[labels_N >= 0]
+    classes = []
+    for part_PD in torch.split(probes_PD, block):
+        probes = F.normalize(part_PD.float(), dim=1)
+        classes.append(vote_class(*find_nearest(bank_ND, labels_N, probes, k), temperature))
+    return torch.cat(classes)
 
 
 class FeatureQueue:

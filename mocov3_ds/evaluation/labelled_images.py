@@ -29,7 +29,7 @@ from mocov3_ds.data.fetch import Unreadable, locate_sample, read_sample
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.own_space import folder_of_images
 from mocov3_ds.data.views import decode
-from mocov3_ds.data.views.decode import UnreadableImage
+from mocov3_ds.data.views.decode import Sides, UnreadableImage
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
@@ -221,32 +221,33 @@ def seed_generators(*numbers: int) -> None:
 class RandomCrop:
     """Random resized crop and flip, uint8: what a linear probe is trained on."""
 
-    size: int
-    """side of the crop, pixels"""
+    size: int | Sides
+    """side of the crop, or its height and width, pixels"""
     spec: ViewSpec
-    """distribution of the crops and flips"""
+    """distribution of the crops and flips, and the channels"""
     seed: int
 
     def __call__(self, image_bytes: bytes, sample_id: int, epoch: int, position: int) -> Tensor:
         """The crop (C, H, W) that the seed, the epoch and the sample id decide."""
         height, width = decode.read_size(image_bytes)
         boxes, flips, _ = draw_views(self.spec, self.seed, epoch, sample_id, height, width)
-        crops_1CHW = np.empty((1, 3, self.size, self.size), dtype=np.uint8)
+        crops_1CHW = np.empty((1, self.spec.channels, *decode.as_sides(self.size)), np.uint8)
         decode.cut_crops(image_bytes, boxes[:1], flips[:1], crops_1CHW)
         return torch.from_numpy(crops_1CHW[0])
 
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """Shorter side to 256/224 of the size, then the centre, uint8."""
+    """The image resized until it covers 256/224 of the size, then the centre, uint8."""
 
-    size: int
-    """side of the crop, pixels"""
+    size: int | Sides
+    """side of the crop, or its height and width, pixels"""
+    channels: int = 3
 
     def __call__(self, image_bytes: bytes, sample_id: int, epoch: int, position: int) -> Tensor:
         """The crop (C, H, W) at the centre, the same in each epoch."""
-        resize = round(self.size * 256 / 224)
-        return torch.from_numpy(decode.centre_crop(image_bytes, self.size, resize))
+        crop_CHW = decode.centre_crop(image_bytes, self.size, channels=self.channels)
+        return torch.from_numpy(crop_CHW)
 
 
 @dataclass(frozen=True)

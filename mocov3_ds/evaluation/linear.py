@@ -2,19 +2,22 @@
 
     accelerate launch -m mocov3_ds.evaluation.linear RUN
     python -m mocov3_ds.evaluation.linear RUN --learning_rates 0.3 1 3 --batch 1024
+    python -m mocov3_ds.evaluation.linear RUN --probe attentive --per_class classes.csv
 
 The backbone is frozen and in eval mode. Its features of random-resized, flipped crops train linear
 heads by SGD with momentum, a cosine schedule and no weight decay. There is one head for each base
 learning rate; all heads share each batch of features and know nothing of each other, so each ends
-where it would have ended alone.
+where it would have ended alone. The attentive probe differs in the heads alone: they see all tokens
+of the backbone, or all places of its last map, and learn which to look at (see `probe_banks`).
 
-Shape suffixes: L = learning rates, B = images of a pass, C = classes, D = features.
+Shape suffixes: L = learning rates, B = images of a pass, C = classes, D = features, N = tokens,
+M = classifiers.
 """
 
 import math
 import sys
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,98 +25,13 @@ from torch import Tensor
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.load import build_encoder
-from mocov3_ds.evaluation.features import make_inputs
+from mocov3_ds.evaluation import results
+from mocov3_ds.evaluation.features import compute_tokens, make_inputs
 from mocov3_ds.evaluation.flags import LinearConfig, read_linear_flags
 from mocov3_ds.evaluation.labelled_images import CentreCrop, RandomCrop
-from mocov3_ds.evaluation.supervised_run import SupervisedRun, run_command
+from mocov3_ds.evaluation.probe_banks import AttentiveBank, HeadBank, ProbeBank
+from mocov3_ds.evaluation.supervised_run import SupervisedRun, measure_top1, run_command
 from mocov3_ds.settings.bounds import Bounds
-
-
-@dataclass
-class HeadBank:
-    """Linear classifiers that see the same features, each with its own learning rate."""
-
-    weight_LCD: Tensor
-    bias_LC: Tensor
-    weight_velocity_LCD: Tensor
-    bias_velocity_LC: Tensor
-
-    @classmethod
-    def start(cls, rates: int, classes: int, dim: int, seed: int) -> "HeadBank":
-        """Heads that all have the same N(0, 0.01) weights and zero biases.
-
-        Args:
-            rates: number of learning rates, and so of heads.
-            classes: number of classes that a head tells apart.
-            dim: width of a feature.
-            seed: seed of the weights.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        weight_LCD = 0.01 * torch.randn(classes, dim, generator=generator).repeat(rates, 1, 1)
-        bias_LC = torch.zeros(rates, classes)
-        return cls(weight_LCD, bias_LC, torch.zeros_like(weight_LCD), torch.zeros_like(bias_LC))
-
-    def to(self, device: torch.device) -> "HeadBank":
-        """A copy of the heads on another device."""
-        return HeadBank(*(tensor.to(device) for tensor in vars(self).values()))
-
-    def logits(self, x_BD: Tensor) -> Tensor:
-        """Scores (L, B, C) of all heads for features (B, D)."""
-        return torch.baddbmm(
-            self.bias_LC[:, None],
-            x_BD.expand(len(self.weight_LCD), *x_BD.shape),
-            self.weight_LCD.transpose(1, 2),
-        )
-
-    def add_gradient(
-        self, x_BD: Tensor, labels_B: Tensor, grad_LCD: Tensor, grad_LC: Tensor
-    ) -> Tensor:
-        """Add the gradient of the *summed* cross entropy.
-
-        d loss / d logits = softmax(logits) - one_hot(label), so no graph is built.
-
-        Args:
-            x_BD: features of a pass, fp32.
-            labels_B: class of each image, int64.
-            grad_LCD: gradient of the weights, added to in place.
-            grad_LC: gradient of the biases, added to in place.
-
-        Returns:
-            (L,) losses, summed over the images.
-        """
-        log_p_LBC = self.logits(x_BD).log_softmax(2)
-        labels_LB1 = labels_B.expand(len(log_p_LBC), -1)[..., None]
-        loss_L = -log_p_LBC.gather(2, labels_LB1).sum((1, 2))
-        residual_LBC = log_p_LBC.exp_()
-        residual_LBC.scatter_add_(2, labels_LB1, -torch.ones_like(residual_LBC[..., :1]))
-        grad_LCD += residual_LBC.transpose(1, 2) @ x_BD
-        grad_LC += residual_LBC.sum(1)
-        return loss_L
-
-    def step(
-        self,
-        grad_LCD: Tensor,
-        grad_LC: Tensor,
-        *,
-        rate_L: Tensor,
-        momentum: float,
-        weight_decay: float,
-    ) -> None:
-        """One step of SGD as torch has it: v <- momentum v + (g + decay w), w <- w - rate v.
-
-        Args:
-            grad_LCD: mean gradient of the weights.
-            grad_LC: mean gradient of the biases.
-            rate_L: learning rate of each head in this step.
-            momentum: factor of the velocity v.
-            weight_decay: factor of the weight in the gradient.
-        """
-        for w, v, g, rate in (
-            (self.weight_LCD, self.weight_velocity_LCD, grad_LCD, rate_L[:, None, None]),
-            (self.bias_LC, self.bias_velocity_LC, grad_LC, rate_L[:, None]),
-        ):
-            v.mul_(momentum).add_(g).add_(w, alpha=weight_decay)
-            w.sub_(rate * v)
 
 
 def cosine_share(step: int, total: int) -> float:
@@ -136,16 +54,27 @@ def annealed_step(anneal: str, epoch: int, steps: int, index: int) -> int:
 class LinearProbe(SupervisedRun[LinearConfig]):
     """A linear probe in training: the frozen backbone and a head for each learning rate."""
 
-    name = "linear"
+    name: ClassVar[results.Evaluation] = "linear"
     title = "linear probe"
+    bank_type: ClassVar[type[HeadBank] | type[AttentiveBank]] = HeadBank
     required = tuple(field.name for field in fields(HeadBank))
 
     def __init__(self, config: LinearConfig) -> None:
         super().__init__(config)
-        backbone = build_encoder(self.weights, image_size=self.image_size)
+        backbone = build_encoder(self.weights, image_size=self.config.image_size)
         self.backbone = backbone.requires_grad_(False).to(self.device)
-        rates, dim = len(config.learning_rates), self.weights.shape.dim
-        self.bank = HeadBank.start(rates, self.splits.classes, dim, config.seed).to(self.device)
+        rates, dim = len(config.learning_rates), self.count_features()
+        bank = self.bank_type.start(rates, self.splits.classes, dim, config.seed)
+        self.bank: ProbeBank = bank.to(self.device)
+
+    def count_features(self) -> int:
+        """Width of what `encode` gives."""
+        return self.weights.width
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """What the heads see of network inputs: features (B, D)."""
+        features_BD: Tensor = self.backbone(images_BCHW)
+        return features_BD
 
     def resolve(self, config: LinearConfig) -> LinearConfig:
         """Check the learning rates."""
@@ -159,35 +88,37 @@ class LinearProbe(SupervisedRun[LinearConfig]):
 
     @torch.no_grad()
     def compute_features(self, crops_BCHW: Tensor) -> Tensor:
-        """Class-token features (B, D), fp32, of uint8 crops."""
+        """What the heads see of uint8 crops, fp32."""
         images_BCHW = make_inputs(
             crops_BCHW, self.device, self.weights.settings.mean, self.weights.settings.std
         )
         with self.accelerator.autocast():
-            features_BD = self.backbone(images_BCHW)
-        return features_BD.float()
+            return self.encode(images_BCHW).float()
 
     def train_epoch(self, *, final: bool) -> str:
         """Train one epoch; the lowest mean loss over the training images."""
         config, samples = self.config, self.splits.train.samples
-        crop = RandomCrop(self.image_size, ViewSpec(crop_min=config.crop_min), config.seed)
+        settings = self.weights.settings
+        spec = ViewSpec(
+            crop_min=config.crop_min, saturation=0.0, hue=0.0, grey_p=0.0,
+            mean=settings.mean, std=settings.std,
+        )  # fmt: skip
+        crop = RandomCrop(self.size, spec, config.seed)
         passes_per_step, batches = self.open_epoch(crop, images_per_pass=config.micro_batch)
         steps = len(passes_per_step)
         peak_L = torch.tensor(config.learning_rates, device=self.device) * config.batch / 256
         losses_L = torch.zeros_like(peak_L)
         for index, passes in enumerate(passes_per_step):
             images = min(config.batch, samples - index * config.batch)
-            grad_LCD = torch.zeros_like(self.bank.weight_LCD)
-            grad_LC = torch.zeros_like(self.bank.bias_LC)
+            gradients = [torch.zeros_like(weight) for weight in self.bank.weights]
             for _ in range(passes):
                 crops_BCHW, labels_B, _ = next(batches)
                 labels_B = labels_B.to(self.device)
-                features_BD = self.compute_features(crops_BCHW)
-                losses_L += self.bank.add_gradient(features_BD, labels_B, grad_LCD, grad_LC)
+                x = self.compute_features(crops_BCHW)
+                losses_L += self.bank.add_gradient(x, labels_B, *gradients)
             step = annealed_step(config.anneal, self.epochs_done, steps, index)
             self.bank.step(
-                ranks.all_reduce_sum(grad_LCD) / images,
-                ranks.all_reduce_sum(grad_LC) / images,
+                *(ranks.all_reduce_sum(gradient) / images for gradient in gradients),
                 rate_L=peak_L * cosine_share(step, config.epochs * steps),
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
@@ -201,12 +132,14 @@ class LinearProbe(SupervisedRun[LinearConfig]):
     def judge(self) -> tuple[dict[str, Any], str]:
         """Accuracy of each head; `top1` is that of the best learning rate."""
         rates = self.config.learning_rates
-        top1_L = self.measure_top1(
-            CentreCrop(self.image_size),
+        classes_NM, labels_N = self.classify_held_out(
+            CentreCrop(self.size, len(self.weights.settings.mean)),
             lambda crops_BCHW: self.bank.logits(self.compute_features(crops_BCHW)).argmax(2),
             classifiers=len(rates),
-        ).tolist()
+        )
+        top1_L = measure_top1(classes_NM, labels_N).tolist()
         best = top1_L.index(max(top1_L))
+        self.write_class_table(classes_NM[:, best], labels_N)
         pairs = [(f"{rate:g}", top1) for rate, top1 in zip(rates, top1_L, strict=True)]
         lines = [f"{rate:>7}   {top1:6.2f} %" for rate, top1 in pairs]
         lines[best] += "  <- best"
@@ -220,7 +153,27 @@ class LinearProbe(SupervisedRun[LinearConfig]):
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Continue from saved heads and velocities."""
-        self.bank = HeadBank(**tensors).to(self.device)
+        self.bank = self.bank_type(**tensors).to(self.device)
+
+
+class AttentiveProbe(LinearProbe):
+    """A probe whose heads see all tokens of the frozen backbone."""
+
+    name = "attentive"
+    title = "attentive probe"
+    bank_type = AttentiveBank
+    required = tuple(field.name for field in fields(AttentiveBank))
+
+    def count_features(self) -> int:
+        """Width of a token."""
+        channels = self.weights.backbone.channels
+        images_BCHW = torch.zeros(1, channels, *self.size, device=self.device)
+        with torch.no_grad():
+            return self.encode(images_BCHW).shape[-1]
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """The tokens (B, N, D) that the heads attend to."""
+        return compute_tokens(self.backbone, images_BCHW)
 
 
 def train_probe(config: LinearConfig) -> dict[str, Any]:
@@ -232,7 +185,8 @@ def train_probe(config: LinearConfig) -> dict[str, Any]:
     Raises:
         ValueError: anything a user can have wrong.
     """
-    return LinearProbe(config).run()
+    probe = AttentiveProbe if config.probe == "attentive" else LinearProbe
+    return probe(config).run()
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """What does an encoder see? Pictures of its attention, nearest neighbours and similarities.
 
     attention.png    where the class token looks in the last block: the mean of the heads, then each
+                     (not of networks without a class token and plain attention)
     neighbours.png   held-out images, and the training images whose features are most alike
     similarity.png   cosines between held-out images of one class and of different classes; features
                      that have collapsed stand at 1, features that say nothing show one heap
@@ -10,6 +11,7 @@ P = probes, K = neighbours, C H W = image.
 """
 
 import io
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,10 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.views import layers
 from mocov3_ds.encoders.load import build_encoder, read_weights
 from mocov3_ds.evaluation.features import make_inputs, split_features
 from mocov3_ds.evaluation.flags import LookOptions
@@ -33,6 +37,9 @@ from mocov3_ds.evaluation.labelled_images import (
     open_splits,
     read_batches,
 )
+from mocov3_ds.model.backbones import shape_name
+
+_log = logging.getLogger("mocov3_ds")
 
 TILE = 112
 """Side of an image in a picture, pixels."""
@@ -49,7 +56,8 @@ _SCALE = np.array([(13, 22, 60), (26, 93, 122), (54, 158, 116), (172, 205, 66), 
 def class_attention(vit: VisionTransformer, images_BCHW: Tensor) -> Tensor:
     """Attention of the class token to the patches in the last block, (B, H, G, G).
 
-    A map sums to less than one, as the class token's attention to itself is left out.
+    A map sums to less than one, as the class token's attention to itself (and to registers) is left
+    out.
 
     Args:
         vit: encoder in eval mode.
@@ -69,12 +77,25 @@ def class_attention(vit: VisionTransformer, images_BCHW: Tensor) -> Tensor:
     q, k = attention.q_norm(q), attention.k_norm(k)
     q_BHD, k_BHND = q[:, 0], k.transpose(1, 2)
     score_BHN = torch.einsum("bhd,bhnd->bhn", q_BHD, k_BHND) * (dim // heads) ** -0.5
-    grid = round((tokens - 1) ** 0.5)
-    return score_BHN.softmax(2)[:, :, 1:].reshape(batch, heads, grid, grid)
+    patch_BHN = score_BHN.softmax(2)[:, :, vit.num_prefix_tokens :]
+    return patch_BHN.reshape(batch, heads, *vit.patch_embed.grid_size)
+
+
+def has_class_attention(network: nn.Module) -> bool:
+    """Whether `class_attention` can draw it: a ViT of timm with class token and plain attention.
+
+    Args:
+        network: any encoder.
+    """
+    return (
+        isinstance(network, VisionTransformer)
+        and network.cls_token is not None
+        and isinstance(getattr(network.blocks[-1], "attn", None), Attention)
+    )
 
 
 def draw_pictures(run: Path, out: Path, options: LookOptions) -> list[Path]:
-    """Draw the three pictures; returns their paths.
+    """Draw the three pictures, or two of a network without attention; returns their paths.
 
     Args:
         run: run folder, or anything else that holds an encoder.
@@ -88,19 +109,27 @@ def draw_pictures(run: Path, out: Path, options: LookOptions) -> list[Path]:
     if min(images, neighbours, bank) < 1:
         raise ValueError(f"images {images}, neighbours {neighbours}, bank {bank}: 1 at least each.")
     weights = read_weights(run, options.which, heads=options.heads)
-    vit, size = build_encoder(weights), weights.shape.image_size
+    encoder, size = build_encoder(weights), weights.backbone.size
     splits = open_splits(*choose_split_urls(weights, options.train, options.val))
     mean, std = weights.settings.mean, weights.settings.std
     extract = partial(
-        split_features, vit, image_size=size, threads=options.threads, mean=mean, std=std
+        split_features, encoder, image_size=size, threads=options.threads, mean=mean, std=std
     )
     bank_split = extract(splits.train, limit=bank)
     probes_PD, labels_P, ids_P = extract(splits.val, limit=_PROBES)
     rows = np.linspace(0, len(ids_P) - 1, min(images, len(ids_P))).round().astype(int).tolist()
-    shown_BCHW = read_crops(splits.val, ids_P[rows], size)
-    attention_BHGG = class_attention(vit, make_inputs(shown_BCHW, mean=mean, std=std))
-    pictures = {
-        "attention.png": attention_picture(shown_BCHW, attention_BHGG),
+    shown_BCHW = read_crops(splits.val, ids_P[rows], size, len(mean))
+    pictures = {}
+    if has_class_attention(encoder):
+        assert isinstance(encoder, VisionTransformer)
+        attention_BHGG = class_attention(encoder, make_inputs(shown_BCHW, mean=mean, std=std))
+        pictures["attention.png"] = attention_picture(shown_BCHW, attention_BHGG)
+    else:
+        _log.warning(
+            "no attention.png: %s has no class token with plain attention to draw.",
+            shape_name(weights.backbone),
+        )
+    pictures |= {
         "neighbours.png": _draw_neighbours(
             splits.train, bank_split, shown_BCHW, probes_PD[rows], labels_P[rows], neighbours
         ),
@@ -112,17 +141,21 @@ def draw_pictures(run: Path, out: Path, options: LookOptions) -> list[Path]:
     return [out / name for name in pictures]
 
 
-def read_crops(manifest: Manifest, ids_B: Tensor, size: int) -> Tensor:
+def read_crops(
+    manifest: Manifest, ids_B: Tensor, size: int | tuple[int, int], channels: int = 3
+) -> Tensor:
     """Centre crops (B, C, H, W) uint8 of the samples with these ids.
 
     Args:
         manifest: index of the shards that hold the samples.
         ids_B: ids of the samples, int64.
-        size: side of a crop, pixels.
+        size: side of a crop, or its height and width, pixels.
+        channels: channels of a crop.
     """
     order_B = ids_B.cpu().numpy().astype(np.int64)
     passes = [[position] for position in range(len(order_B))]
-    return torch.cat([x for x, _, _ in read_batches(manifest, CentreCrop(size), order_B, passes)])
+    make_crop = CentreCrop(size, channels)
+    return torch.cat([x for x, _, _ in read_batches(manifest, make_crop, order_B, passes)])
 
 
 def _draw_neighbours(
@@ -140,7 +173,12 @@ def _draw_neighbours(
         F.normalize(features_BD, dim=1),
         min(neighbours, len(bank_ND)),
     )
-    crops_XCHW = read_crops(manifest, bank_ids_N[index_BK.flatten()], shown_BCHW.shape[-1])
+    crops_XCHW = read_crops(
+        manifest,
+        bank_ids_N[index_BK.flatten()],
+        (shown_BCHW.shape[2], shown_BCHW.shape[3]),
+        shown_BCHW.shape[1],
+    )
     near_BKCHW = crops_XCHW.view(*index_BK.shape, *crops_XCHW.shape[1:])
     same_class_BK = bank_labels_N[index_BK] == labels_B[:, None]
     return neighbours_picture(shown_BCHW, near_BKCHW, cosine_BK, same_class_BK)
@@ -246,7 +284,7 @@ def tile_corner(row: int, column: int) -> tuple[int, int]:
 
 
 def _tile(image_CHW: Tensor) -> Image.Image:
-    image = Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().numpy())
+    image = layers.as_picture(image_CHW.numpy())
     return image.resize((TILE, TILE), Image.Resampling.BICUBIC)
 
 

@@ -8,14 +8,23 @@ An evaluation that is run again replaces its own entry.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mocov3_ds.data.storage import atomic
 
-Evaluation = Literal["knn", "linear", "finetune"]
+Evaluation = Literal["knn", "linear", "finetune", "attentive", "multilabel"]
 
 FILE_NAME = "results.json"
-TABLE_HEADER = "| encoder | k-NN top-1 | linear top-1 | fine-tune top-1 |\n|---|---|---|---|"
+_ALWAYS: Mapping[str, str] = {
+    "knn": "k-NN top-1",
+    "linear": "linear top-1",
+    "finetune": "fine-tune top-1",
+}
+_COLUMNS: Mapping[str, str] = {
+    **_ALWAYS,
+    "attentive": "attentive top-1",
+    "multilabel": "multi-label k-NN mAP",
+}
 
 
 def results_folder(path: Path) -> Path:
@@ -35,7 +44,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
         for entry in entries.values():
-            float(entry["top1"])
+            _measure(entry)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is no results file; move it away.") from None
     return entries
@@ -50,7 +59,8 @@ def record_result(
         folder: folder of results.json, made if it is missing.
         evaluation: the evaluation that was run.
         role: base or momentum encoder.
-        entry: JSON values, among them `top1` in percent and the title of the `encoder`.
+        entry: JSON values, among them `top1` or `mean_ap` in percent and the title of the
+            `encoder`.
     """
     entries = read_results(folder) | {f"{evaluation} {role}": dict(entry)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,16 +70,25 @@ def record_result(
 def format_table(folder: Path, role: str) -> str:
     """Markdown table with one row, the results of an encoder; empty where there is none.
 
-    An evaluation that was not run shows as a dash.
+    Of the paper's evaluations, those that were not run show as a dash.
 
     Args:
         folder: folder that holds results.json, if anything was evaluated.
         role: base or momentum encoder.
     """
     entries = read_results(folder)
-    row = [entries.get(f"{evaluation} {role}") for evaluation in get_args(Evaluation)]
-    titles = [entry["encoder"] for entry in row if entry]
+    row = {name: entries.get(f"{name} {role}") for name in _COLUMNS}
+    titles = [entry["encoder"] for entry in row.values() if entry]
     if not titles:
         return ""
-    cells = [f"{entry['top1']:.2f} %" if entry else "-" for entry in row]
-    return f"{TABLE_HEADER}\n| {titles[0]} | {' | '.join(cells)} |"
+    shown = [name for name in _COLUMNS if name in _ALWAYS or row[name]]
+    entries_shown = [row[name] for name in shown]
+    cells = [f"{_measure(entry):.2f} %" if entry else "-" for entry in entries_shown]
+    lines = [["encoder", *(_COLUMNS[name] for name in shown)], [titles[0], *cells]]
+    header, values = (f"| {' | '.join(line)} |" for line in lines)
+    return f"{header}\n|{'---|' * (len(shown) + 1)}\n{values}"
+
+
+def _measure(entry: Mapping[str, Any]) -> float:
+    """What an evaluation found, in percent."""
+    return float(entry["mean_ap"] if "mean_ap" in entry else entry["top1"])

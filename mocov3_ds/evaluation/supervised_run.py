@@ -4,7 +4,8 @@ Both run on one process or many (`accelerate launch`), read the same labelled im
 state after an epoch, go on from it when the same command is given again, and write their accuracy
 to results.json. `SupervisedRun` does that; a protocol adds its network, its step and its schedule.
 
-Shape suffixes: B = images of a batch, C H W = image, M = classifiers that are judged at once.
+Shape suffixes: B = images of a batch, C H W = image, M = classifiers that are judged at once,
+N = held-out images.
 """
 
 import json
@@ -26,7 +27,7 @@ from mocov3_ds.data.storage.tensor_file import save_tensors
 from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.encoders.load import read_weights
 from mocov3_ds.evaluation import results
-from mocov3_ds.evaluation.features import Batch, show_progress
+from mocov3_ds.evaluation.features import Batch, join_ranks, show_progress
 from mocov3_ds.evaluation.flags import Precision, SupervisedConfig
 from mocov3_ds.evaluation.labelled_images import (
     ImageMaker,
@@ -37,6 +38,8 @@ from mocov3_ds.evaluation.labelled_images import (
     read_batches,
     split_into_passes,
 )
+from mocov3_ds.evaluation.per_class import write_class_table
+from mocov3_ds.model.shapes import write_size
 from mocov3_ds.settings.bounds import check_bounds
 from mocov3_ds.settings.comparison import differences
 from mocov3_ds.settings.environment import check_environment
@@ -44,7 +47,8 @@ from mocov3_ds.settings.environment import check_environment
 CHANGEABLE_ON_RESUME = frozenset(
     {
         *("run", "out", "train", "val", "micro_batch", "workers"),
-        *("stop_after_epochs", "judge_every_epochs", "save_every_epochs"),
+        *("stop_after_epochs", "judge_every_epochs", "save_every_epochs", "per_class"),
+        "probe",  # each kind has a state file of its own
     }
 )
 """Settings that decide no number of the result, so that a resumed run may change them. The shards
@@ -84,7 +88,7 @@ class SupervisedRun(ABC, Generic[ConfigT]):
                 f"{config.epochs} must be 1 at least."
             )
         check_bounds(config)
-        self.image_size = config.image_size or self.weights.shape.image_size
+        self.size = self.weights.size_for(config.image_size)
         self.splits = open_splits(*choose_split_urls(self.weights, config.train, config.val))
         self.folder = config.out or results.results_folder(self.weights.path)
         self.state_file = self.folder / f"{self.name}-{config.which}.safetensors"
@@ -150,7 +154,7 @@ class SupervisedRun(ABC, Generic[ConfigT]):
         config = {k: v for k, v in asdict(self.config).items() if k not in CHANGEABLE_ON_RESUME}
         return {
             **json.loads(json.dumps(config)),
-            "image_size": self.image_size,
+            "image_size": write_size(self.size),
             "step": self.weights.saved.step if self.weights.saved is not None else None,
             "train": self.splits.train.digest,
             "val": self.splits.val.digest,
@@ -237,10 +241,10 @@ class SupervisedRun(ABC, Generic[ConfigT]):
         return [len(step) for step in steps], show_progress(batches, len(passes), title)
 
     @torch.no_grad()
-    def measure_top1(
+    def classify_held_out(
         self, make_image: ImageMaker, classify: Callable[[Tensor], Tensor], classifiers: int = 1
-    ) -> Tensor:
-        """Top-1 (M,) float64 in percent; each held-out image counts once over all ranks.
+    ) -> tuple[Tensor, Tensor]:
+        """Classes (N, M) given to the held-out images of all ranks, each once, and labels (N,).
 
         Args:
             make_image: turns the bytes of a sample into an image.
@@ -250,11 +254,34 @@ class SupervisedRun(ABC, Generic[ConfigT]):
         _, batches = self.open_epoch(
             make_image, images_per_pass=self.config.micro_batch, held_out=True
         )
-        correct_M = torch.zeros(classifiers, dtype=torch.float64, device=self.device)
-        for images_BCHW, labels_B, _ in batches:
-            classes_MB = classify(images_BCHW.to(self.device, non_blocking=True))
-            correct_M += (classes_MB == labels_B.to(self.device)).sum(1)
-        return 100.0 * ranks.all_reduce_sum(correct_M).cpu() / self.splits.val.samples
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)  # a rank may have no images
+        classes, labels, ids = [none.new_zeros(0, classifiers)], [none], [none]
+        for images_BCHW, labels_B, ids_B in batches:
+            classes.append(classify(images_BCHW.to(self.device, non_blocking=True)).T)
+            labels.append(labels_B.to(self.device))
+            ids.append(ids_B.to(self.device))
+        return join_ranks(torch.cat(classes), torch.cat(labels), torch.cat(ids))[:2]
+
+    def write_class_table(self, classes_N: Tensor, labels_N: Tensor) -> None:
+        """Write the table of `--per_class`, if it is asked for.
+
+        Args:
+            classes_N: class that each held-out image was given.
+            labels_N: its true class.
+        """
+        path = self.config.per_class
+        if path is not None and ranks.is_first():
+            write_class_table(path, classes_N, labels_N, self.splits.train.classes)
+
+
+def measure_top1(classes_NM: Tensor, labels_N: Tensor) -> Tensor:
+    """Top-1 (M,) float64 in percent, on the CPU.
+
+    Args:
+        classes_NM: class that each classifier gives each image.
+        labels_N: true class of each image.
+    """
+    return 100.0 * (classes_NM == labels_N[:, None]).sum(0).double().cpu() / len(labels_N)
 
 
 def start_accelerator(precision: Precision) -> Accelerator:

@@ -70,7 +70,7 @@ def test_another_size_and_no_positions(tmp_path: Path, to: Format) -> None:
     run = make_run(tmp_path / "run")
     export_encoder(run, tmp_path / "large", to=to, image_size=24)
     larger = load_encoder(run, image_size=24)
-    assert torch.equal(larger.pos_embed, sincos_positions(6, DIM))
+    assert torch.equal(larger.pos_embed, sincos_positions((6, 6), DIM))
     shape = VitShape(image_size=24, patch_size=4, dim=DIM, depth=2, heads=HEADS)
     there = features_there(tmp_path / "large", to, shape, images(24))
     torch.testing.assert_close(there, larger(images(24)), atol=1e-5, rtol=1e-5)

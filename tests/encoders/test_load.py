@@ -316,13 +316,13 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_other_sizes() -> None:
     torch.manual_seed(0)
     vit = build_vit(SHAPE).eval()
-    large = sincos_positions(6, DIM)
-    assert torch.equal(positions_for(vit.pos_embed.half(), 6), large)
+    large = sincos_positions((6, 3), DIM)
+    assert torch.equal(positions_for(vit.pos_embed.half(), (6, 3), (4, 4)), large)
     learned = torch.randn(1, 17, DIM)
-    resampled = positions_for(learned, 6)
-    assert resampled.shape == (1, 37, DIM)
+    resampled = positions_for(learned, (6, 3), (4, 4))
+    assert resampled.shape == (1, 19, DIM)
     assert torch.equal(resampled[:, 0], learned[:, 0])
-    assert positions_for(learned, 4) is learned
+    assert positions_for(learned, (4, 4), (4, 4)) is learned
 
 
 def test_a_built_encoder_has_its_own_weights(tmp_path: Path) -> None:

@@ -53,19 +53,19 @@ def test_a_folder_of_timm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"architecture": "vit_base_patch16_rpn_224"}, "ResPostBlock"),
+    [({"architecture": "vit_base_patch16_rpn_224"}, "no place for 5 tensors: blocks.0.attn.qkv"),
      ({"architecture": "hf-hub:someone/else"}, "timm does not know"),
-     ({"architecture": "resnet50"}, "timm does not make resnet50"),
+     ({"architecture": "resnet50"}, "timm:resnet50 knows no keyword 'depth'"),
      ({"architecture": 3}, "timm does not know"),
-     ({"global_pool": "avg"}, "pooled by 'avg'"),
-     ({"model_args": {"act_layer": "relu"}}, "activation ReLU"),
-     ({"model_args": {"checkpoint_path": "x"}}, "'checkpoint_path', which no ViT"),
+     ({"global_pool": "avg"}, "no place for 2 tensors: norm.bias, norm.weight"),
+     ({"model_args": {"act_layer": "relu"}}, "are not those of timm:vit_small"),
+     ({"model_args": {"checkpoint_path": "x"}}, "model that cannot be made: .*checkpoint_path"),
      ({"model_args": {"embed_dim": 384}}, "says dim 384, the weights 32"),
      ({"model_args": {**SIZES, "depth": 10**9}}, "says depth 1000000000, the weights 2"),
-     ({"model_args": {**SIZES, "pre_norm": True}}, "a norm before the blocks"),
+     ({"model_args": {**SIZES, "pre_norm": True}}, "no place for 1 tensor: patch_embed"),
      ({"model_args": [[1]]}, "which is no object"),
      ({"pretrained_cfg": 3}, "which is no object"),
-     ({"pretrained_cfg": {"std": [0, 1, 1]}}, "three numbers")],
+     ({"pretrained_cfg": {"std": [0, 1, 1]}}, "a number for each channel")],
 )  # fmt: skip
 def test_what_timm_would_compute_otherwise(tmp_path: Path, change: Any, sentence: str) -> None:
     tree = {"architecture": NAME, "model_args": SIZES, **change}

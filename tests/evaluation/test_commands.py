@@ -52,13 +52,18 @@ def test_knn(
 ) -> None:
     train, val = make_splits(tmp_path)
     run = make_run(tmp_path / "run", train=train, val=val)
-    assert call(monkeypatch, "knn", run, "--k", 5, "--batch", 8) == 0
+    table = tmp_path / "classes.csv"
+    assert call(monkeypatch, "knn", run, "--k", 5, "--batch", 8, "--per_class", table) == 0
     said = capsys.readouterr().out
     expected = plain_knn(run, train, val, 5)
     assert f"{expected:.2f} % of 37 held-out images, bank of 61" in said
     assert f"| run (base encoder, step 7) | {expected:.2f} % | - | - |" in said
     entry = json.loads((run / "results.json").read_text())["knn base"]
     assert (entry["top1"], entry["k"]) == (pytest.approx(expected), 5)
+    rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["0", "13"], ["1", "12"], ["2", "12"]]
+    right = sum(int(row[1]) * float(row[2]) for row in rows) / 37
+    assert right == pytest.approx(expected, abs=0.01)
     assert ranks.world_size() == 1
     assert not torch.distributed.is_initialized()
     # a foreign file, its results beside it

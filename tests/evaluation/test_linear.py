@@ -23,12 +23,8 @@ from mocov3_ds.evaluation.labelled_images import (
     draw_epoch_order,
     read_batches,
 )
-from mocov3_ds.evaluation.linear import (
-    HeadBank,
-    annealed_step,
-    cosine_share,
-    train_probe,
-)
+from mocov3_ds.evaluation.linear import annealed_step, cosine_share, train_probe
+from mocov3_ds.evaluation.probe_banks import HeadBank
 from tests.evaluation.runs import make_labelled_run
 
 RATES = (0.1, 3.0, 40.0)
@@ -45,47 +41,6 @@ def settings(folder: Path, **changes: Any) -> LinearConfig:
         crop_min=0.4,
     )
     return replace(config, **changes)
-
-
-def test_gradients_equal_autograd() -> None:
-    torch.manual_seed(0)
-    bank = HeadBank(*(torch.randn(s, dtype=torch.float64) for s in [(2, 5, 7), (2, 5)] * 2))
-    x, labels = torch.randn(9, 7, dtype=torch.float64), torch.randint(5, (9,))
-    weight = bank.weight_LCD.clone().requires_grad_()
-    bias = bank.bias_LC.clone().requires_grad_()
-    losses = [F.cross_entropy(x @ weight[i].T + bias[i], labels, reduction="sum") for i in range(2)]
-    sum(losses).backward()
-    grads = torch.zeros_like(bank.weight_LCD), torch.zeros_like(bank.bias_LC)
-    for part in (slice(0, 4), slice(4, 9)):  # micro-batches add up
-        bank.add_gradient(x[part], labels[part], *grads)
-    torch.testing.assert_close(grads[0], weight.grad)
-    torch.testing.assert_close(grads[1], bias.grad)
-    again = bank.add_gradient(x, labels, *grads)
-    torch.testing.assert_close(again, torch.stack(losses).detach())
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_each_head_equals_torchs_sgd(decay: float) -> None:
-    bank = HeadBank.start(len(RATES), 4, 6, seed=1)
-    rate_L = torch.tensor(RATES)
-    layers = []
-    for rate in RATES:
-        layer = torch.nn.Linear(6, 4)
-        layer.weight.data, layer.bias.data = bank.weight_LCD[0].clone(), bank.bias_LC[0].clone()
-        layers.append((layer, torch.optim.SGD(layer.parameters(), rate, 0.9, weight_decay=decay)))
-    torch.manual_seed(2)
-    for _ in range(6):
-        x, labels = torch.randn(8, 6), torch.randint(4, (8,))
-        grads = torch.zeros_like(bank.weight_LCD), torch.zeros_like(bank.bias_LC)
-        bank.add_gradient(x, labels, *grads)
-        bank.step(grads[0] / 8, grads[1] / 8, rate_L=rate_L, momentum=0.9, weight_decay=decay)
-        for layer, sgd in layers:
-            sgd.zero_grad()
-            F.cross_entropy(layer(x), labels).backward()
-            sgd.step()
-    for head, (layer, _) in enumerate(layers):
-        torch.testing.assert_close(bank.weight_LCD[head], layer.weight, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(bank.bias_LC[head], layer.bias, atol=2e-5, rtol=1e-4)
 
 
 def plain_probe(folder: Path, rate: float) -> tuple[float, Tensor]:
@@ -166,6 +121,26 @@ def test_resumed_bits_are_those_of_an_unbroken_probe(tmp_path: Path) -> None:
         train_probe(settings(tmp_path, out=tmp_path / "b", stop_after_epochs=last))
     a, b = (load_file(tmp_path / f / "linear-base.safetensors") for f in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_attentive_probe_learns_and_has_a_state_and_a_result_of_its_own(tmp_path: Path) -> None:
+    run = make_labelled_run(tmp_path)
+    attentive = {"probe": "attentive", "learning_rates": (1.0, 10.0), "epochs": 8}
+    table = tmp_path / "classes.csv"
+    train_probe(settings(tmp_path, **attentive, stop_after_epochs=3))
+    entry = train_probe(settings(tmp_path, **attentive, per_class=table))
+    whole = train_probe(settings(tmp_path, **attentive, out=tmp_path / "whole"))
+    assert entry["top1_by_learning_rate"] == whole["top1_by_learning_rate"]
+    a, b = (load_file(f / "attentive-base.safetensors") for f in (run, tmp_path / "whole"))
+    assert a["query_LHD"].shape == (2, 1, 32)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert 40 < entry["top1"] <= 100  # chance is 33 %
+    assert a["query_LHD"].abs().max() > 1e-3  # it has learned where to look
+    rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
+    right = sum(int(row[1]) * float(row[2]) for row in rows) / 37
+    assert right == pytest.approx(entry["top1"], abs=0.01)
+    train_probe(settings(tmp_path, epochs=1))
+    assert {*results.read_results(run)} == {"attentive base", "linear base"}
 
 
 def test_a_rate_that_diverges_hurts_no_other(tmp_path: Path) -> None:

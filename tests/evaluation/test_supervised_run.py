@@ -33,7 +33,7 @@ class Counter(SupervisedRun[SupervisedConfig]):
 
     def train_epoch(self, *, final: bool) -> str:
         passes_per_step, batches = self.open_epoch(
-            CentreCrop(self.image_size), images_per_pass=self.config.micro_batch, drop_last=True
+            CentreCrop(self.size), images_per_pass=self.config.micro_batch, drop_last=True
         )
         sizes = [len(labels) for _, labels, _ in batches]
         assert sum(passes_per_step) == len(sizes)
@@ -42,7 +42,7 @@ class Counter(SupervisedRun[SupervisedConfig]):
 
     def judge(self) -> tuple[dict[str, Any], str]:
         top1_M = self.measure_top1(
-            CentreCrop(self.image_size),
+            CentreCrop(self.size),
             lambda images: torch.tensor([[1], [2]]).expand(2, len(images)),
             classifiers=2,
         )
