@@ -25,6 +25,8 @@ SUFFIXES = {
     "pgm": "ppm",
     "pnm": "ppm",
     **({"avif": "avif"} if "AVIF" in decode.FORMATS else {}),
+    **({"heic": "heic", "heif": "heic"} if "HEIF" in decode.FORMATS else {}),
+    **({"jxl": "jxl"} if "JXL" in decode.FORMATS else {}),
 }
 """Name endings (lower case) that make a file an image, and the member ending each gets."""
 

@@ -13,6 +13,7 @@ from data_prep.source_options import SourceOptions
 from data_prep.sources import list_images
 from data_prep.tar import Member
 from data_prep.tar_listing import FileWindow, list_tar
+from mocov3_ds.data.views import decode
 from tests.data_prep import forms
 from tests.data_prep.making import describe_listing, make
 
@@ -175,6 +176,8 @@ def test_every_format_that_pillow_reads_here_is_an_image(tmp_path):
     forms_of = {"jfif": "JPEG", "jpe": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
     if features.check("avif"):
         forms_of["avif"] = "AVIF"
+    if "HEIF" in decode.FORMATS:
+        forms_of["heic"] = forms_of["heif"] = "HEIF"
     for number, (ending, form) in enumerate(forms_of.items()):
         members |= {f"{number}.{ending}": forms.picture(number, form=form)}
         members |= {f"{number}.cls": b"%d" % number}

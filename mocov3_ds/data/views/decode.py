@@ -24,6 +24,7 @@ decides what is readable.
 Shape suffixes: V = the two views, C H W = crop.
 """
 
+import importlib
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -63,6 +64,12 @@ FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are read, by Pillow's names."""
 if find_spec("PIL.AvifImagePlugin") and features.check("avif"):  # Pillow 11.3 and later
     FORMATS += ("AVIF",)
+if find_spec("pillow_heif"):  # the photographs of phones; the extra "formats" brings both packages
+    importlib.import_module("pillow_heif").register_heif_opener()
+    FORMATS += ("HEIF",)
+if find_spec("pillow_jxl"):
+    importlib.import_module("pillow_jxl")
+    FORMATS += ("JXL",)
 
 
 class UnreadableImage(Exception):  # noqa: N818 - it says what the sample is; the loader counts it
@@ -357,4 +364,4 @@ def _scans_are_bounded(image_bytes: bytes, pixels: int) -> bool:
 
 
 def _describe_error(error: Exception) -> str:
-    return f"{error}" or type(error).__name__
+    return " ".join(f"{error}".split()) or type(error).__name__
