@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ from mocov3_ds.data.read_ahead import EncodedBatch, ReadAhead
 from mocov3_ds.data.sample_order import Order, Piece
 from mocov3_ds.data.storage.cache import Cache
 from mocov3_ds.data.views.crops import make_crops
-from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
+from mocov3_ds.data.views.own_views import make_own_views
+from mocov3_ds.data.views.spec import PLAIN_PARAMS, ViewSpec
 
 READ_AHEAD_BYTES = 256 << 20
 """Encoded bytes that a rank may hold beyond its share of the shuffle pool."""
@@ -57,8 +59,8 @@ class LoaderSettings:
 
     views: ViewSpec
     """distribution of the two views"""
-    image_size: int
-    """side of a view, pixels"""
+    image_size: int | tuple[int, int]
+    """side of a view, or its height and width, pixels"""
     global_batch: int
     """samples of a batch over all ranks"""
     rank: int
@@ -96,7 +98,8 @@ class Batch:
     """A rank's part of a global batch. The tensors are reused after the second `next` from here."""
 
     crops_VBCHW: Tensor
-    """(2, B, 3, S, S) uint8 in CPU memory; with colour work done if the loader augments"""
+    """(2, B, C, H, W) uint8 in CPU memory, with colour work done if the loader augments; float32
+    and normalised where a user's functions make the views"""
     params_VBP: Tensor
     """(2, B, P) float32 rows that were drawn for the views, in CPU memory"""
     labels_B: Tensor
@@ -247,7 +250,8 @@ class Loader:
         device = settings.device
         stream = new_stream(device) if device is not None and device.type == "cuda" else None
         self._free = [
-            _Buffer(self._rank_batch, settings.image_size, stream) for _ in range(RING)
+            _Buffer(self._rank_batch, settings.views, settings.image_size, stream)
+            for _ in range(RING)
         ]
         stages = [self._read_stage] * settings.readers + [self._views_stage] * settings.threads
         for stage in stages:
@@ -357,15 +361,13 @@ class Loader:
 
         def decode(sample_id: int, image_bytes: bytes) -> None:
             self._at_work[threading.get_ident()] = sample_id
+            key = settings.seed, epoch, sample_id
+            crops_VCHW, params_VP = buffer.crops[:, row], buffer.params[:, row]
+            if settings.views.functions is not None:
+                make_own_views(image_bytes, settings.views, key, crops_VCHW)
+                return
             make_crops(
-                image_bytes,
-                settings.views,
-                settings.seed,
-                epoch,
-                sample_id,
-                buffer.crops[:, row],
-                buffer.params[:, row],
-                augment=settings.augment,
+                image_bytes, settings.views, *key, crops_VCHW, params_VP, augment=settings.augment
             )
 
         planned_id = int(batch.sample_ids_B[row])
@@ -396,18 +398,27 @@ class _Buffer:
 
     Args:
         rows: samples of a batch.
-        size: side of a crop, pixels.
+        views: distribution of the views, of which channels and functions count here.
+        size: side of a crop, or its height and width, pixels.
         stream: stream of the GPU that the crops are copied to; None = they stay.
     """
 
-    def __init__(self, rows: int, size: int, stream: torch.cuda.Stream | None) -> None:
-        shape = (2, rows, 3, size, size)
+    def __init__(
+        self,
+        rows: int,
+        views: ViewSpec,
+        size: int | tuple[int, int],
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (2, rows, views.channels, height, width)
+        dtype = torch.uint8 if views.functions is None else torch.float32
         pin = stream is not None
-        self.crops_VBCHW = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        self.crops_VBCHW = torch.empty(shape, dtype=dtype, pin_memory=pin)
         self.copy: DeviceCopy | None = None
         self._stream = stream
-        self.params_VBP = torch.empty(2, rows, PARAMETERS)
-        self.crops: NDArray[np.uint8] = self.crops_VBCHW.numpy()
+        self.params_VBP = torch.tensor(PLAIN_PARAMS).repeat(2, rows, 1)
+        self.crops: NDArray[Any] = self.crops_VBCHW.numpy()
         self.params: NDArray[np.float32] = self.params_VBP.numpy()
 
     def start_copy(self) -> None:

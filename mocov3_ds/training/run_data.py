@@ -5,6 +5,7 @@ Shape suffixes: V = the two views, B = rank batch, C H W = image.
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from mocov3_ds.data.loader import Batch, Loader, LoaderSettings
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.shared_set import load_on_ranks
 from mocov3_ds.data.storage.cache import Cache
+from mocov3_ds.data.views.own_views import load_functions
 from mocov3_ds.data.views.photometric import make_views, normalise_crops
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
@@ -104,15 +106,14 @@ def view_spec(config: Config) -> ViewSpec:
     """Distribution of the two views that the settings describe.
 
     Raises:
-        ValueError: a share or probability that cannot be.
+        ValueError: a share or probability that cannot be, or a function that is not there.
     """
     views = config.views
-    return ViewSpec(
-        crop_min=views.crop_min,
-        crop_max=views.crop_max,
-        blur_p=views.blur_p,
-        solarise_p=views.solarise_p,
-    )
+    shared = {entry.name for entry in fields(ViewSpec)} & {entry.name for entry in fields(views)}
+    values = {name: getattr(views, name) for name in shared}
+    if views.colour_ops == "off":
+        values |= {"saturation": 0.0, "hue": 0.0, "grey_p": 0.0}
+    return ViewSpec(**values, functions=load_functions(views.function))
 
 
 def open_loader(
@@ -138,7 +139,7 @@ def open_loader(
     """
     settings = LoaderSettings(
         views=spec,
-        image_size=config.views.image_size,
+        image_size=config.backbone.size,
         global_batch=config.batch,
         rank=ranks.rank(),
         world_size=ranks.world_size(),
@@ -178,7 +179,9 @@ def network_views(
     mean, std = spec.mean, spec.std
     crops_VBCHW = batch.crops_VBCHW.to(device) if batch.copy is None else batch.copy.take()
     views: Iterator[Tensor]
-    if coloured:
+    if crops_VBCHW.is_floating_point():  # of a user's functions: normalised
+        views = (crops_BCHW.to(dtype) for crops_BCHW in crops_VBCHW)
+    elif coloured:
         views = (normalise_crops(crops_BCHW, mean, std, dtype) for crops_BCHW in crops_VBCHW)
     else:
         views = (
@@ -196,6 +199,8 @@ def build_knn_monitor(
     probes: Manifest | None,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    width: int,
 ) -> KnnMonitor | None:
     """The k-NN monitor of a run; None without labelled probe images.
 
@@ -206,16 +211,17 @@ def build_knn_monitor(
         probes: manifest of the held-out images.
         device: where the features of the queues live.
         dtype: dtype of the network's input.
+        width: numbers of an image's features.
     """
     if probes is None or not config.knn.probes:
         return None
-    size, world_size = config.views.image_size, ranks.world_size()
+    world_size = ranks.world_size()
     bank = config.knn.bank or max(train.samples // 10, 4096)
     bank = min(bank, train.samples) // world_size * world_size
     open_batches = partial(
         evaluation_batches,
-        image_size=size,
-        resize=round(size * 256 / 224),
+        image_size=config.backbone.size,
+        channels=spec.channels,
         batch=256,
         rank=ranks.rank(),
         world_size=world_size,
@@ -231,7 +237,7 @@ def build_knn_monitor(
         probes=open_batches(probes, limit=config.knn.probes),
         bank=partial(open_batches, train, limit=bank),
         capacity=bank // world_size,
-        dim=config.model.dim,
+        dim=width,
         k=config.knn.k,
         temperature=config.knn.temperature,
         prepare=prepare_input,

@@ -11,6 +11,7 @@ from PIL import Image
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
 from mocov3_ds.data.manifest import ROW, Shard
+from mocov3_ds.data.views import decode
 
 
 def picture(number, size=12):
@@ -47,8 +48,7 @@ def make_set(url, sizes, image=picture, classes=10):
         shards.append(Shard(name, len(tar), count, hashlib.sha256(tar).hexdigest()))
         for place, number in enumerate(range(first, first + count)):
             data = members[2 * place][1]
-            with Image.open(io.BytesIO(data)) as opened:
-                width, height = opened.size
+            height, width = decode.read_size(data)
             crc = zlib.crc32(data)
             row = (begins[2 * place], len(data), crc, number % classes, width, height, 0)
             rows.append(row)

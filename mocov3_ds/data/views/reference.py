@@ -59,11 +59,11 @@ def view_transform(
     sigma = spec.blur_sigma
     blur = kit.GaussianBlur(BLUR_TAPS, sigma) if second_set else PillowBlur(sigma)
     steps = [
-        kit.RandomResizedCrop(size, (spec.crop_min, spec.crop_max)),
+        kit.RandomResizedCrop(size, (spec.crop_min, spec.crop_max), spec.aspect),
         kit.RandomApply([jitter], spec.jitter_p),
         kit.RandomGrayscale(spec.grey_p),
         kit.RandomApply([blur], spec.blur_p[view]),
-        kit.RandomSolarize(128, spec.solarise_p[view]),
+        kit.RandomSolarize(spec.solarise_threshold, spec.solarise_p[view]),
         kit.RandomHorizontalFlip(spec.flip_p),
     ]
     if normalised:
@@ -144,23 +144,30 @@ def make_loader(
 
 
 def make_drawn_view(
-    image: Image.Image, box: Box, flip: bool, params: Sequence[float], size: int
+    image: Image.Image,
+    box: Box,
+    flip: bool,
+    params: Sequence[float],
+    size: int | tuple[int, int],
 ) -> Image.Image:
     """Make the view that `draw.draw_views` describes with Pillow and torchvision.
 
     Args:
-        image: The stored image in RGB at its full size.
+        image: The stored image at its full size, in RGB, or in grey: each channel of an image that
+            has others.
         box: Region of the image that becomes the view.
         flip: Whether to mirror the view left to right.
         params: Parameter row (P,) of the view.
-        size: Side of the view in pixels.
+        size: Side of the view in pixels, or its height and width.
     """
-    view = tvf.resized_crop(image, *box, [size, size])
+    view = tvf.resized_crop(image, *box, [size, size] if isinstance(size, int) else [*size])
     if flip:
         view = tvf.hflip(view)
     adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
     order = int(params[Column.ORDER])
     for column in ORDERS[order] if order >= 0 else ():
+        if column == Column.HUE and params[Column.HUE] < 0:
+            continue
         if column == Column.HUE:
             turn = int(params[Column.HUE])
             turn = turn - 256 if turn > 127 else turn
@@ -168,10 +175,11 @@ def make_drawn_view(
         else:
             view = adjust[column](view, params[column])
     if params[Column.GREY]:
-        view = tvf.to_grayscale(view, 3)
+        view = tvf.to_grayscale(view, len(view.getbands()))
     if params[Column.BOX_RADIUS] >= 0:
         view = view.filter(ImageFilter.GaussianBlur(find_sigma(params)))
-    return ImageOps.solarize(view) if params[Column.SOLARISE] else view
+    threshold = int(128 * params[Column.SOLARISE])
+    return ImageOps.solarize(view, threshold) if threshold else view
 
 
 def find_sigma(params: Sequence[float]) -> float:

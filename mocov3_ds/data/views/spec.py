@@ -159,7 +159,7 @@ class ViewSpec:
         """Refuse numbers that images of so many channels cannot have."""
         if len(self.std) != self.channels or not self.channels:
             raise ValueError(
-                f"{self.channels} means and {len(self.std)} deviations: each channel has one of each."
+                f"{self.channels} means and {len(self.std)} deviations: each channel has both."
             )
         if not all(map(math.isfinite, self.mean)) or not all(0 < s < math.inf for s in self.std):
             raise ValueError(

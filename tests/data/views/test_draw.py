@@ -79,16 +79,22 @@ def ks_bound(n, m):
     return 2.23 * math.sqrt((n + m) / (n * m))
 
 
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (300, 900), (900, 280), (32, 32)])
-def test_boxes_are_distributed_as_torchvisions(height, width):
+WIDE = ViewSpec(aspect=(0.4, 1.9))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "spec"),
+    [(375, 500, SPEC), (300, 900, SPEC), (900, 280, SPEC), (32, 32, SPEC), (375, 500, WIDE)],
+)
+def test_boxes_are_distributed_as_torchvisions(height, width, spec):
     count = 6000
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    scale, ratio = [SPEC.crop_min, SPEC.crop_max], list(ASPECT_RATIOS)
+    scale, ratio = [spec.crop_min, spec.crop_max], list(spec.aspect)
     theirs = np.array(
         [tv.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)], float
     )
-    drawn = [draw_views(SPEC, 0, 0, i, height, width)[0] for i in range(count // 2)]
+    drawn = [draw_views(spec, 0, 0, i, height, width)[0] for i in range(count // 2)]
     mine = np.array(drawn, float).reshape(-1, 4)
     for box in (theirs, mine):
         assert (box >= 0).all() and (box[:, 2:] >= 1).all()
@@ -215,6 +221,8 @@ def draw_in_cpp(tmp_path_factory):
         SPEC,
         ViewSpec(crop_min=1.0),  # the central fallback
         ViewSpec(hue=0.5, blur_sigma=(0.0, 16.0), blur_p=(1.0, 1.0), solarise_p=(0.5, 0.5)),
+        ViewSpec(hue=0.0, aspect=(0.5, 3.7), solarise_threshold=77, solarise_p=(0.5, 0.5)),
+        ViewSpec(crop_min=0.5, aspect=(1 / 16, 0.1)),
     ],
 )
 def test_the_extension_draws_the_same_bits(spec, draw_in_cpp):

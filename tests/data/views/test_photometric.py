@@ -222,6 +222,71 @@ def test_a_row_does_not_depend_on_its_place_in_the_batch():
     assert torch.equal(one_by_one, whole)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_channels_without_colours_are_grey_images_of_their_own(channels):
+    spec = without_colours(channels)
+    planes = crops(2 * channels, 40).flatten(0, 1)[: 2 * channels]
+    x_BCHW = planes.view(-1, channels, 40, 40).repeat(24, 1, 1, 1)
+    params = torch.from_numpy(
+        np.stack([draw_views(spec, 3, 1, i, 300, 400)[2][i % 2] for i in range(len(x_BCHW))])
+    )
+    unit = {"mean": (0.0,) * channels, "std": (1 / 255,) * channels, "dtype": torch.float32}
+    got_BCHW = make_views(x_BCHW, params, **unit).round().to(torch.uint8)
+    for got_CHW, crop_CHW, row in zip(got_BCHW, x_BCHW, params.tolist(), strict=True):
+        for got_HW, crop_HW in zip(got_CHW, crop_CHW, strict=True):
+            grey = Image.fromarray(crop_HW.numpy())
+            view = reference.make_drawn_view(grey, (0, 0, 40, 40), False, row, 40)
+            assert np.array_equal(np.asarray(view), got_HW.numpy())
+    augmented = x_BCHW.clone()
+    photometric.augment_crops(augmented.numpy(), params.numpy())
+    assert torch.equal(augmented, got_BCHW)
+
+
+def without_colours(channels):
+    return ViewSpec(
+        mean=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)[:channels],
+        std=(0.6, 0.5, 0.4, 0.3, 0.2, 0.1)[:channels],
+        saturation=0.0,
+        hue=0.0,
+        grey_p=0.0,
+        blur_sigma=(0.1, 4.0),
+        solarise_p=(0.3, 0.5),
+        solarise_threshold=100,
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 6])
+def test_each_channel_has_its_own_mean_and_deviation(channels):
+    spec = without_colours(channels)
+    x_BCHW = crops(6).flatten(0, 1).view(-1, channels, 48, 48)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = make_views(x_BCHW, rows(order=[-1] * len(x_BCHW)), spec.mean, spec.std, dtype)
+        for c in range(channels):
+            expected = x_BCHW[:, c].float() * np.float32(1 / (255 * spec.std[c]))
+            expected += np.float32(-spec.mean[c] / spec.std[c])
+            assert torch.equal(got[:, c], expected.to(dtype))
+
+
+def test_a_jitter_without_hue_leaves_the_hue_alone():
+    """As torchvision's does, whose turn by 0 goes through rounded HSV."""
+    x_BCHW = crops(8)
+    plain = ViewSpec(hue=0.0, jitter_p=1.0, brightness=0.0, contrast=0.0, saturation=0.0)
+    params = torch.from_numpy(np.stack([draw_views(plain, 0, 0, i, 9, 9)[2][1] for i in range(8)]))
+    params[:, Column.GREY] = params[:, Column.SOLARISE] = 0
+    params[:, Column.BOX_RADIUS] = -1
+    assert torch.equal(ours(x_BCHW, params), x_BCHW)
+    params[:, Column.HUE] = 0
+    assert not torch.equal(ours(x_BCHW, params), x_BCHW)
+
+
+def test_solarisation_begins_at_its_threshold():
+    x_BCHW = crops(4)
+    for threshold in (1, 77, 128, 255):
+        got_BCHW = ours(x_BCHW, rows(solarise=[threshold / 128] * 4))
+        for got, crop in zip(got_BCHW, x_BCHW, strict=True):
+            assert torch.equal(got, pixels_of(ImageOps.solarize(image_of(crop), threshold)))
+
+
 def test_the_crops_are_not_changed():
     x_BCHW = crops(4)
     before = x_BCHW.clone()

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mocov3_ds.checks.view_kernels import SPEC, draw_cases
 from mocov3_ds.data.views import photometric
+from mocov3_ds.data.views.draw import draw_views
+from mocov3_ds.data.views.spec import ViewSpec
 
 pytest.importorskip("triton")
 
@@ -29,7 +32,28 @@ def compare():
         else:
             assert torch.equal(got, expected), (tuple(crops_BCHW.shape), dtype)
         assert torch.equal(crops_BCHW, before)
+    compare_channels()
     print("all equal")
+
+
+def compare_channels():
+    from mocov3_ds.data.views import photometric_triton
+
+    for channels in (1, 2, 5):
+        spec = ViewSpec(
+            mean=(0.1, 0.2, 0.3, 0.4, 0.5)[:channels], std=(0.3, 0.2, 0.1, 0.2, 0.4)[:channels],
+            saturation=0.0, hue=0.0, grey_p=0.0, solarise_p=(0.5, 0.5), solarise_threshold=99,
+        )  # fmt: skip
+        rows = np.concatenate([draw_views(spec, 0, 0, i, 90, 90)[2] for i in range(3)])
+        shape = (len(rows), channels, 11, 7)
+        crops = np.random.default_rng(channels).integers(0, 256, shape, dtype=np.uint8)
+        crops_BCHW, rows_BP = torch.from_numpy(crops), torch.from_numpy(rows)
+        normalisation = photometric.scale_and_shift(spec.mean, spec.std)
+        expected, got = torch.empty(shape), torch.empty(shape)
+        photometric.make_views_torch(crops_BCHW, rows_BP, *normalisation, expected)
+        split = photometric.split_channels(crops_BCHW, rows_BP)
+        photometric_triton.make_views(*split, *normalisation, got)
+        assert torch.equal(got, expected), channels
 
 
 def test_the_interpreted_kernels_equal_torch():
