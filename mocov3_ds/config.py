@@ -284,7 +284,8 @@ class Config:
     """
 
     recipe: str = "tiny"
-    """named starting point: tiny, cifar10, vit_s16, vit_b16, vit_l16, vit_h14 (and *_lamb)"""
+    """named starting point: tiny, cifar10, vit_s16, vit_b16, vit_l16, vit_h14 (and *_lamb),
+    vit_conv_s16, vit_conv_b16, r50, r50_1000"""
     name: str = ""
     """name of the run folder in `runs`; empty = the recipe's name"""
     runs: Path = Path("runs")

@@ -18,10 +18,12 @@ import tyro
 from mocov3_ds.config import (
     Config,
     KnnConfig,
+    MocoConfig,
     ModelConfig,
     SaveConfig,
     Settings,
     ViewConfig,
+    check_backbone_flags,
     check_batch,
     check_config,
     from_json,
@@ -29,7 +31,7 @@ from mocov3_ds.config import (
 from mocov3_ds.data import storage
 from mocov3_ds.distributed.engine_keys import read_settings
 from mocov3_ds.distributed.engine_values import check_depth
-from mocov3_ds.model.shapes import PAPER_SHAPES
+from mocov3_ds.model.shapes import CONV_STEM_SHAPES, PAPER_SHAPES
 from mocov3_ds.settings.paths import check_text, expand_home
 from mocov3_ds.settings.spelling import did_you_mean
 
@@ -73,8 +75,30 @@ def _paper_config(shape: str, **changes: Any) -> Config:
     return dataclasses.replace(Config(recipe=shape, model=model), **changes)
 
 
+def _conv_config(backbone: str) -> Config:
+    """The same for a Vision Transformer on a stem of convolutions."""
+    shape = CONV_STEM_SHAPES[backbone]
+    model = ModelConfig(backbone=backbone, dim=shape.dim, depth=shape.depth, heads=shape.heads)
+    return Config(recipe=backbone, model=model)
+
+
 _ADAMW = engine_defaults("AdamW", 1, "bf16", lr=1.5e-4, betas=[0.9, 0.999], weight_decay=0.1)
+# CONFIG.md and moco/optimizer.py of the authors' code: SGD momentum 0.9, trust coefficient 1e-3
+_LARS = engine_defaults(
+    "Lars", 1, "bf16", lr=0.6, momentum=0.9, weight_decay=1e-6, trust_coeff=1e-3, moco_v3=True
+)
 _LAMB = engine_defaults("Lamb", 1, "bf16", lr=5e-4, betas=[0.9, 0.999], weight_decay=1e-3)
+
+# main_moco.py and CONFIG.md of the authors' code, 100 epochs: defaults, --moco-m-cos --crop-min=.2
+_RESNET = Config(
+    recipe="r50",
+    epochs=100,
+    warmup_epochs=10,
+    decay="matrices",
+    views=ViewConfig(crop_min=0.2),
+    model=ModelConfig(backbone="resnet50", projector_layers=2, predictor_norm=False),
+    moco=MocoConfig(temperature=1.0),
+)
 
 
 # arXiv 2104.02057: Sec. 5 (recipe), Tables 1-3 (accuracy); base rate and decay from CONFIG.md of
@@ -110,6 +134,28 @@ RECIPES: dict[str, Recipe] = {
     "vit_b16": Recipe(_paper_config("vit_b16"), _ADAMW, "linear probe 76.5 %"),
     "vit_l16": Recipe(_paper_config("vit_l16"), _ADAMW, "linear probe 77.6 %"),
     "vit_h14": Recipe(_paper_config("vit_h14"), _ADAMW, "linear probe 78.1 %"),
+    "vit_conv_s16": Recipe(_conv_config("vit_conv_s16"), _ADAMW, "not in the paper"),
+    "vit_conv_b16": Recipe(_conv_config("vit_conv_b16"), _ADAMW, "not in the paper"),
+    "r50": Recipe(_RESNET, _LARS, "linear probe 68.9 % after 100 epochs"),
+    "r50_1000": Recipe(
+        dataclasses.replace(
+            _RESNET,
+            recipe="r50_1000",
+            epochs=1000,
+            moco=MocoConfig(temperature=1.0, momentum=0.996),
+        ),
+        engine_defaults(
+            "Lars",
+            1,
+            "bf16",
+            lr=0.3,
+            momentum=0.9,
+            weight_decay=1.5e-6,
+            trust_coeff=1e-3,
+            moco_v3=True,
+        ),
+        "linear probe 74.6 % after 1000 epochs",
+    ),
     "vit_b16_lamb": Recipe(
         _paper_config("vit_b16", recipe="vit_b16_lamb", epochs=100),
         _LAMB,
@@ -207,6 +253,8 @@ def resolve(config: Config, engine: Mapping[str, Any]) -> Settings:
     """
     config = _anchor_paths(config)
     check_config(config)
+    if config.recipe in RECIPES:
+        check_backbone_flags(config.model, RECIPES[config.recipe].config.model)
     if config.extend and Path(config.extend).resolve() == config.folder.resolve():
         raise ValueError(f"--extend {config.extend} is the run's own folder; give another --name.")
     check_batch(config.batch)

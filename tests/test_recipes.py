@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mocov3_ds.model.shapes import TimmShape
 from mocov3_ds.recipes import RECIPES, parse, with_overrides
 
 
@@ -108,6 +109,59 @@ def test_overrides_do_not_touch_the_recipe() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_name_themselves(name: str) -> None:
     assert RECIPES[name].config.recipe == name
+
+
+# defaults of main_moco.py, and CONFIG.md of the authors' code
+@pytest.mark.parametrize(
+    ("name", "epochs", "lr", "decay", "momentum"),
+    [("r50", 100, 0.6, 1e-6, 0.99), ("r50_1000", 1000, 0.3, 1.5e-6, 0.996)],
+)
+def test_the_published_resnets_values(
+    name: str, epochs: int, lr: float, decay: float, momentum: float
+) -> None:
+    config, engine = RECIPES[name].config, RECIPES[name].engine
+    assert (config.batch, config.epochs, config.warmup_epochs) == (4096, epochs, 10)
+    assert (config.moco.temperature, config.moco.momentum) == (1.0, momentum)
+    assert config.moco.momentum_schedule == "cosine" and config.views.crop_min == 0.2
+    assert config.views.blur_p == (1.0, 0.1) and config.views.solarise_p == (0.0, 0.2)
+    model = config.model
+    assert (model.backbone, model.projector_layers, model.predictor_norm) == ("resnet50", 2, False)
+    assert (model.hidden, model.out) == (4096, 256)
+    assert engine["optimizer"]["type"] == "Lars"
+    params = engine["optimizer"]["params"]
+    assert (params["lr"], params["weight_decay"], params["momentum"]) == (lr, decay, 0.9)
+    assert params["moco_v3"] and params["trust_coeff"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.backbone", "resnet5O"], r"is not known \(did you mean resnet50\?\)"),
+        (["--model.backbone", "resnet50", "--model.dim", "64"], "--model.dim 64 has no effect on"),
+        (["--model.backbone", "vit_conv", "--model.patch_lr", "1"], "--model.patch_lr 1.0 has no"),
+        (["--model.backbone", "vit_conv_s16", "--model.depth", "3"], "--model.depth 3 has no eff"),
+        (["--model.backbone", "timm:resnet18", "--model.qk_norm"], "--model.qk_norm True has no"),
+        (["--model.timm", "embed_dim=3"], "has no effect on --model.backbone vit"),
+        (["--model.backbone", "vit_conv_b16", "--model.group_lr", "block_11=0"], "names no layer"),
+        (["--model.projector_layers", "0"], "projector_layers"),
+    ],
+)
+def test_settings_of_a_backbone_that_name_nothing(flags: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse(flags)
+
+
+def test_backbones_by_name() -> None:
+    assert parse(["--model.backbone", "vit_conv_s16"]).config.vit.dim == 384
+    conv = parse(["--recipe", "tiny", "--model.backbone", "vit_conv"]).config.vit
+    assert (conv.dim, conv.stem, conv.size) == (128, "conv", (32, 32))
+    flags = ["--model.timm", "depths=[1,1]", "--model.timm", "mlp_ratio=2"]
+    config = parse(["--model.backbone", "timm:swin_tiny_patch4_window7_224", *flags]).config
+    shape = config.backbone
+    assert isinstance(shape, TimmShape) and shape.name == "swin_tiny_patch4_window7_224"
+    assert shape.arguments == ("depths=[1,1]", "mlp_ratio=2") and shape.size == (32, 32)
+    with pytest.raises(ValueError, match="none of the Vision Transformers of this program"):
+        _ = config.vit
 
 
 # Sec. 5 of the paper and CONFIG.md of its code

@@ -36,16 +36,18 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import tyro
 from timm.layers.config import use_fused_attn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mocov3_ds.bench.random_network import RandomNetwork, draw_views, start_network
 from mocov3_ds.bench.resource_use import peak_resident_bytes, resident_bytes, time_call
 from mocov3_ds.bench.script_step import build_script_step
 from mocov3_ds.distributed import ranks
+from mocov3_ds.model.backbones import compile_blocks, recompute_blocks
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.cpu_ops import linear
-from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, as_written, compile_blocks
+from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, as_written
 from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.training.step import QueriesToLoss
 
@@ -88,6 +90,8 @@ class Variant:
     @property
     def name(self) -> str:
         """Name in the table."""
+        if self.kind == "compiled" and self.chunks.size:
+            return f"chunks of {self.chunks.size}, compiled"
         if self.kind != "chunks":
             return {
                 "direct": "one pass",
@@ -288,7 +292,7 @@ def build_steps(
         network = start_network(
             shape, settings, batch=options.batch, device=device, module=QueriesOfEitherWay
         )
-        if Variant("compiled") in variants:
+        if any(variant.kind == "compiled" for variant in variants):
             compile_blocks(network.engine.module.base.backbone)
             compile_blocks(network.momentum_encoder.backbone)
         last = network
@@ -316,9 +320,10 @@ def run_variant(network: RandomNetwork, variant: Variant) -> float:
     module = network.engine.module
     assert isinstance(module, QueriesOfEitherWay)
     module.chunks, module.joint = variant.chunks, variant.kind == "joint"
-    module.base.backbone.set_grad_checkpointing(variant.kind == "blocks")
-    compiled = variant.kind == "compiled"
-    with nullcontext() if compiled else as_written(module.base.backbone):
+    backbone = module.base.backbone
+    assert isinstance(backbone, VisionTransformer)
+    recompute_blocks(backbone, variant.kind == "blocks")
+    with nullcontext() if variant.kind == "compiled" else as_written(backbone):
         return network.run_step()
 
 

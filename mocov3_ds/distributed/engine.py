@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import devices
+from mocov3_ds.distributed.buffers import persistent_buffers
 from mocov3_ds.distributed.engine_config import compute_dtype
 from mocov3_ds.distributed.gradient_norm import speed_up_norm
 
@@ -164,9 +165,9 @@ def _gather_parameters(parameters: Iterable[nn.Parameter]) -> AbstractContextMan
 
 
 def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of each parameter and buffer, one at a time; all ranks must iterate."""
+    """Name and whole tensor of each parameter and saved buffer, one by one; all ranks iterate."""
     for name, parameter in module.named_parameters():
         with _gather_parameters([parameter]):
             yield name, parameter.detach().clone()
-    for name, buffer in module.named_buffers():
+    for name, buffer in persistent_buffers(module):
         yield name, buffer.detach().clone()

@@ -124,7 +124,7 @@ def _probe(backbone: nn.Module, shape: BackboneShape, facts: BackboneFacts) -> B
     images_BCHW = torch.zeros(2, shape.channels, height, width, device="meta")
 
     def run(method: str) -> object:
-        with _eval_mode(backbone), torch.device("meta"):
+        with evaluating(backbone), torch.device("meta"):
             bound = _Method(backbone, method)
             named = {f"network.{n}": t for n, t in (tensors | buffers).items()}
             return torch.func.functional_call(bound, named, (images_BCHW,))
@@ -165,11 +165,11 @@ def recompute_blocks(backbone: nn.Module, on: bool = True) -> None:
     Raises:
         ValueError: the network cannot do that.
     """
+    switch: object = getattr(backbone, "set_grad_checkpointing", None)
     try:
-        switch = backbone.set_grad_checkpointing
         assert callable(switch)
         switch(on)
-    except (AttributeError, AssertionError, NotImplementedError):
+    except (AssertionError, NotImplementedError):
         raise ValueError(
             f"the backbone, a {type(backbone).__name__}, cannot recompute its blocks; leave out "
             "--recompute_blocks."
@@ -203,7 +203,7 @@ class _Method(nn.Module):
 
 
 @contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Within, batch norm takes its running statistics: nothing is exchanged between ranks."""
     modes = {module: module.training for module in network.modules()}
     network.eval()

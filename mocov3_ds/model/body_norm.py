@@ -47,22 +47,21 @@ class BodyBatchNorm(BatchNormOverRanks):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each channel over the images and places of all ranks (train)."""
         if self.training:
-            y, mean_C, var_C, count = _NormaliseOverRanks.apply(
-                x, self.weight, self.bias, self.eps
-            )
+            y, mean_C, var_C, count = _NormaliseOverRanks.apply(x, self.weight, self.bias, self.eps)
             if torch._C._current_graph_task_id() < 0:  # -1 outside of a backward pass
                 self._update_running(mean_C, var_C, count)
         else:
             wide = _wide(x)
             statistics = (self.running_mean.to(wide), self.running_var.to(wide))
-            y = F.batch_norm(x, *statistics, *_affine(self.weight, self.bias, wide), eps=self.eps)
+            affine = _affine(self._parameters["weight"], self._parameters["bias"], wide)
+            y = F.batch_norm(x, *statistics, *affine, eps=self.eps)
         activated: Tensor = self.act(y)
         return activated
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BodyBatchNorm":
         """Move as any module does, but keep the running statistics in fp32."""
         kept = {name: getattr(self, name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
             moved = getattr(self, name)
             if moved.dtype in (torch.bfloat16, torch.float16):
@@ -159,8 +158,9 @@ def _trains_statistics(module: nn.Module) -> bool:
 
 
 def _check_kind(norm: nn.Module) -> _Original:
-    known = type(norm).forward in _KNOWN_FORWARDS and isinstance(norm, _Original)
+    known = type(norm).forward in _KNOWN_FORWARDS
     drops = not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity)
+    assert isinstance(norm, _Original)
     if not known or drops or norm.running_mean is None or norm.momentum is None:
         raise ValueError(
             f"a {type(norm).__name__} of the network is no plain batch norm with running averages, "

@@ -65,10 +65,10 @@ def parse_size(size: int | str) -> tuple[int, int]:
     return height, width
 
 
-def write_size(size: tuple[int, int]) -> str:
-    """Height and width as a user gives them: "224" for a square, else "192x256"."""
+def write_size(size: tuple[int, int]) -> int | str:
+    """Height and width as a user gives them: 224 for a square, else "192x256"."""
     height, width = size
-    return f"{height}" if height == width else f"{height}x{width}"
+    return height if height == width else f"{height}x{width}"
 
 
 # Table 2 of the paper; ViT-S has 12 heads there (6 in DeiT).

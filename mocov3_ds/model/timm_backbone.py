@@ -89,10 +89,11 @@ def _read_value(text: str) -> Any:
 
 def _create(shape: TimmShape, keywords: dict[str, Any]) -> nn.Module:
     """The model with the size of its images told, where it wants to know."""
-    fixed = {"pretrained": False, "num_classes": 0, "in_chans": shape.channels}
-    for told in ({"img_size": shape.size}, {}):
+    fixed: dict[str, Any] = {"num_classes": 0, "in_chans": shape.channels, **keywords}
+    size: dict[str, Any] = {"img_size": shape.size}
+    for told in (size, {}):
         try:
-            network: nn.Module = timm.create_model(shape.name, **fixed, **told, **keywords)
+            network: nn.Module = timm.create_model(shape.name, **fixed, **told)
         except TypeError as error:
             if "unexpected keyword argument 'img_size'" in str(error):
                 continue
@@ -124,7 +125,7 @@ def _refuse_dropout(network: nn.Module, shape: TimmShape) -> None:
         rate = max(rate for rate in rates if isinstance(rate, float | int))
         if rate > 0:
             raise ValueError(
-                f"timm:{shape.name} has dropout ({kind} {name!r}, rate {rate:g}), whose draws would "
-                "depend on ranks and chunks; switch it off by --model.timm (drop_rate=0 or the "
-                "like); --model.drop_path is stochastic depth that is drawn for each sample."
+                f"timm:{shape.name} has dropout ({kind} {name!r}, rate {rate:g}), whose draws "
+                "would depend on ranks and chunks; switch it off by --model.timm (drop_rate=0 or "
+                "the like); --model.drop_path is stochastic depth that is drawn for each sample."
             )

@@ -18,14 +18,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mocov3_ds.model.conv_stem import ConvStem
 from mocov3_ds.model.cpu_ops import attend
 from mocov3_ds.model.shapes import PAPER_SHAPES as PAPER_SHAPES
 from mocov3_ds.model.shapes import Positions as Positions
 from mocov3_ds.model.shapes import VitShape as VitShape
+from mocov3_ds.model.shapes import write_size
 
 _NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -43,10 +46,11 @@ def build_vit(
     """Make the backbone; `backbone(x_BCHW)` gives class-token features (B, D) after the last norm.
 
     Args:
-        shape: sizes; `image_size` must be a multiple of `patch_size`, `dim` of 4 and of `heads`.
+        shape: sizes; both sides of an image must be multiples of `patch_size`, `dim` of 4 and of
+            `heads`.
         positions: fixed 2-D sin-cos, or none (ablation of Sec. 6.2).
         train_patch_projection: False keeps the random patch projection, the paper's cure for
-            instability.
+            instability; convolutions are always trained.
         drop_path: stochastic depth rate of the last block (0 in the paper's pretraining).
         qk_norm: LayerNorm on the queries and keys of each attention head (arXiv 2302.05442), which
             bounds the attention logits; another architecture than the paper's.
@@ -59,8 +63,10 @@ def build_vit(
     """
     _check_shape(shape)
     vit = VisionTransformer(
-        img_size=shape.image_size,
+        img_size=shape.size,
+        in_chans=shape.channels,
         patch_size=shape.patch_size,
+        embed_layer=ConvStem if shape.stem == "conv" else PatchEmbed,
         embed_dim=shape.dim,
         depth=shape.depth,
         num_heads=shape.heads,
@@ -75,11 +81,10 @@ def build_vit(
     )
     _initialise_weights(vit)
     if positions == "sincos":
-        grid = shape.image_size // shape.patch_size
         assert vit.pos_embed is not None
-        vit.pos_embed.data.copy_(sincos_positions(grid, shape.dim))
+        vit.pos_embed.data.copy_(sincos_positions(shape.grid, shape.dim))
         vit.pos_embed.requires_grad_(False)
-    vit.patch_embed.proj.requires_grad_(train_patch_projection)
+    vit.patch_embed.proj.requires_grad_(train_patch_projection or shape.stem == "conv")
     return vit
 
 
@@ -157,33 +162,34 @@ def as_written(vit: VisionTransformer) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def sincos_positions(grid: int, dim: int) -> Tensor:
-    """Fixed 2-D positions (1, 1 + grid * grid, dim), fp32; the class token's row is zero.
+def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed 2-D positions (1, 1 + rows * columns, dim), fp32; the class token's row is zero.
 
-    Token (h, w) holds [sin w, cos w, sin h, cos h] over dim / 4 frequencies 10000^(-i / (dim / 4)).
-    The axis that the reference names w runs slowest over the tokens (old `ij` meshgrid): kept, so
-    that published weights mean the same here.
+    The token in row h and column w holds [sin h, cos h, sin w, cos w] over dim / 4 frequencies
+    10000^(-i / (dim / 4)). The reference names the axes the other way round (old `ij` meshgrid);
+    the numbers are its own, so that published weights mean the same here.
 
     Args:
-        grid: patches along a side of the image.
+        grid: rows and columns of patches.
         dim: width of the embedding, a multiple of 4.
     """
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim / 2)
-    slow = waves[:, None].expand(grid, grid, dim // 2)
-    fast = waves[None, :].expand(grid, grid, dim // 2)
-    tokens = torch.cat([slow, fast], dim=2).reshape(1, grid * grid, dim)
+    angle = torch.arange(max(grid), dtype=torch.float64)[:, None] * frequency
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (longer side, dim / 2)
+    rows, columns = grid
+    slow = waves[:rows, None].expand(rows, columns, dim // 2)
+    fast = waves[None, :columns].expand(rows, columns, dim // 2)
+    tokens = torch.cat([slow, fast], dim=2).reshape(1, rows * columns, dim)
     return torch.cat([torch.zeros(1, 1, dim), tokens.float()], dim=1)
 
 
 def _check_shape(shape: VitShape) -> None:
-    size, patch = shape.image_size, shape.patch_size
-    if size % patch:
-        patches = math.ceil(size / patch)
+    patch = shape.patch_size
+    if any(side % patch for side in shape.size):
+        height, width = (math.ceil(side / patch) * patch for side in shape.size)
         raise ValueError(
-            f"image size {size} is not a multiple of the patch size {patch}; choose e.g. "
-            f"{patches} x {patch} = {patches * patch}."
+            f"image size {write_size(shape.size)} is not a multiple of the patch size {patch}; "
+            f"choose e.g. {write_size((height, width))}."
         )
     if shape.dim % shape.heads or shape.dim % 4:
         raise ValueError(
@@ -198,8 +204,9 @@ def _initialise_weights(vit: VisionTransformer) -> None:
         if isinstance(module, nn.Linear):
             fan_out, fan_in = module.weight.shape
             _fill_uniform(module, fan_in + (fan_out // 3 if name.endswith("qkv") else fan_out))
-    projection = vit.patch_embed.proj
-    _fill_uniform(projection, projection.weight[0].numel() + projection.out_channels)
+    projection: nn.Module = vit.patch_embed.proj
+    if isinstance(projection, nn.Conv2d):  # convolutions of a stem start as torch has them
+        _fill_uniform(projection, projection.weight[0].numel() + projection.out_channels)
     assert vit.cls_token is not None
     nn.init.normal_(vit.cls_token, std=1e-6)
 

@@ -12,7 +12,8 @@ Shape suffixes: B = rows, G = global batch, C H W = image, D = features, N = tok
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mocov3_ds.config import Config
 from mocov3_ds.distributed import host_memory, ranks
+from mocov3_ds.model import backbones
 from mocov3_ds.model.chunking import MEMORY_MARGIN, Chunks, choose_chunks, reserved_logits_bytes
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 
@@ -65,17 +67,20 @@ def measure_room(
         recompute_blocks: whether the base encoder recomputes each of its blocks in the backward.
     """
     backbone, parameter = encoder.backbone, next(encoder.parameters())
-    size = backbone.patch_embed.img_size
-    example_1CHW = torch.zeros(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
-    backbone.set_grad_checkpointing(recompute_blocks)
+    channels, size = encoder.shape.backbone.channels, encoder.shape.backbone.size
+    example_1CHW = torch.zeros(1, channels, *size, dtype=parameter.dtype, device=parameter.device)
+    if recompute_blocks:
+        backbones.recompute_blocks(backbone)
     per_image = activation_bytes(backbone, example_1CHW)
-    backbone.set_grad_checkpointing(False)
-    with torch.no_grad():
-        tokens_1ND = backbone.patch_embed(example_1CHW)
+    if recompute_blocks:
+        backbones.recompute_blocks(backbone, False)
+    recorded = inputs_of_blocks(backbone, encoder.facts)
+    # running statistics stay as they are
+    with recorded as inputs, torch.no_grad(), backbones.evaluating(backbone):
         features_1D = backbone(example_1CHW)
     if example_1CHW.device.type == "cpu":
         # the allocator keeps no record here; the block at work holds about its own share twice
-        per_image += activation_bytes(backbone.blocks[0], tokens_1ND)
+        per_image += max((activation_bytes(block, x) for block, x in inputs.items()), default=0)
     # the predictor is smaller than the projector
     heads = 2 * activation_bytes(encoder.projector, features_1D)
     # a view, its uint8 crop, and that of the next batch, which is copied ahead
@@ -88,15 +93,17 @@ def measure_room(
     )
 
 
-def agree_on_chunks(room: Room, batch: int) -> Chunks:
+def agree_on_chunks(room: Room, batch: int, *, whole: bool = False) -> Chunks:
     """Chunks for the tightest rank, the same on all; all ranks must call.
 
     Args:
         room: what was measured on this rank.
         batch: images of a rank's batch.
+        whole: whether the backbone must see both views of the batch in one pass each.
 
     Raises:
-        ValueError: on some rank the activations of not even one image fit.
+        ValueError: on some rank the activations of not even one image fit, or not those of the
+            whole batch.
     """
     rooms: list[Room] = ranks.gather_objects(room)
     number, tightest = min(enumerate(rooms), key=lambda numbered: numbered[1].images)
@@ -109,6 +116,15 @@ def agree_on_chunks(room: Room, batch: int) -> Chunks:
             "--recompute_blocks, or name a --chunk to try all the same."
         )
     chunks = choose_chunks(tightest.images, batch)
+    if whole and chunks.size:
+        gib = 2**30
+        needed = tightest.reserved + 2 * batch * tightest.per_image
+        raise ValueError(
+            f"the {batch} images of rank {number} do not fit, and batch norm in the backbone needs "
+            f"them all in one pass: {needed / gib:.2f} GiB are needed and {MEMORY_MARGIN:.0%} of "
+            f"{tightest.free / gib:.2f} GiB are free; use more ranks, a smaller --batch, "
+            "--recompute_blocks, or --chunk of the rank's batch to try all the same."
+        )
     _log.info("%s for %s of rank %d", chunks, tightest, number)
     return chunks
 
@@ -221,6 +237,34 @@ def _trainable_copies(module: nn.Module) -> dict[str, Tensor]:
 
 def _drop_gradient(tensor: Tensor) -> None:
     tensor.grad = None
+
+
+@contextmanager
+def inputs_of_blocks(
+    backbone: nn.Module, facts: backbones.BackboneFacts
+) -> Iterator[dict[nn.Module, Tensor]]:
+    """Within, a pass of the backbone records what its blocks are given, one row each.
+
+    Args:
+        backbone: network whose layer groups are modules; groups of one tensor are left out.
+        facts: what is known of it.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def record_input(module: nn.Module, given: tuple[object, ...]) -> None:
+        if len(given) == 1 and isinstance(given[0], Tensor) and len(given[0]) == 1:
+            inputs[module] = given[0]
+
+    names = [f"blocks.{g[6:]}" if g.startswith("block_") else g for g in facts.groups]
+    if facts.attention_blocks:
+        names = ["blocks.0"]  # they are alike
+    modules = [module for name, module in backbone.named_modules() if name in names]
+    handles = [module.register_forward_pre_hook(record_input) for module in modules]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def free_bytes(device: torch.device) -> int:

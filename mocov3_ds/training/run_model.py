@@ -5,6 +5,7 @@ from torch import nn
 
 from mocov3_ds.config import Config, encoder_shape
 from mocov3_ds.distributed.engine import Engine, full_tensors
+from mocov3_ds.model.backbones import recompute_blocks, shape_name
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import choose_key_block
 from mocov3_ds.model.loss import ContrastiveLoss, PairLoss
@@ -28,7 +29,9 @@ def build_model(config: Config, world_size: int, loss: PairLoss | None = None) -
     """
     torch.manual_seed(config.seed)
     base = BaseEncoder(encoder_shape(config))
-    base.backbone.set_grad_checkpointing(config.recompute_blocks)
+    _check_chunk(config, config.batch // world_size, base)
+    if config.recompute_blocks:
+        recompute_blocks(base.backbone)
     freeze_tensors(base, config)
     if loss is None:
         rank_batch = config.batch // world_size
@@ -37,6 +40,16 @@ def build_model(config: Config, world_size: int, loss: PairLoss | None = None) -
     model = QueriesToLoss(base, loss)
     check_restorable(model)
     return model
+
+
+def _check_chunk(config: Config, rank_batch: int, base: BaseEncoder) -> None:
+    if 0 < config.chunk < rank_batch and base.facts.rows_know_each_other:
+        raise ValueError(
+            f"--chunk {config.chunk} would change what is computed: "
+            f"{shape_name(config.backbone)} has batch norm, whose statistics are those of all "
+            f"{config.batch} images of a step; leave --chunk out, and give --recompute_blocks, "
+            "more ranks or a smaller --batch where the memory is short."
+        )
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

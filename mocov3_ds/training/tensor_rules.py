@@ -3,21 +3,23 @@
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
-
 from mocov3_ds.config import Config, group_rates
+from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.layer_groups import layer_group
-from mocov3_ds.optim.rules import Rule
+from mocov3_ds.optim.rules import Rule, vit_rule
 
 
-def freeze_tensors(base: nn.Module, config: Config) -> None:
+def freeze_tensors(base: BaseEncoder, config: Config) -> None:
     """Take the layer groups whose rate is 0 out of the training.
 
     Args:
         base: the base encoder, changed in place.
         config: settings of the run, of which `--model.group_lr` counts.
+
+    Raises:
+        ValueError: `--model.group_lr` names a group that the encoder does not have.
     """
-    rates = group_rates(config.model)
+    rates = group_rates(config.model, base.groups)
     for name, parameter in base.named_parameters():
         if parameter.requires_grad and rates[layer_group(name)] == 0:
             parameter.requires_grad_(False)
@@ -35,9 +37,10 @@ def tensor_rules(config: Config) -> Callable[[str, tuple[int, ...]], Rule]:
 def _tensor_rule(
     config: Config, rates: dict[str, float], name: str, shape: tuple[int, ...]
 ) -> Rule:
-    matrix = len(shape) > 1 and not name.endswith("cls_token")
+    matrix = vit_rule(name, shape).adapt
     group = layer_group(name)
-    patch_rate = config.model.patch_lr if group == "patch_embed" else 1.0
+    is_projection = config.model.backbone == "vit" and group == "patch_embed"
+    patch_rate = config.model.patch_lr if is_projection else 1.0
     return Rule(
         decay=matrix or config.decay == "all",
         lr_multiplier=patch_rate * rates.get(group, 1.0),  # what the loss trains is in no group

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
+from mocov3_ds.distributed.buffers import persistent_buffers
 from mocov3_ds.distributed.engine import full_tensors
 from mocov3_ds.model.loss import ContrastiveLoss, PairLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
@@ -58,6 +59,10 @@ def check_restorable(model: nn.Module) -> None:
         ValueError: it has a tensor that a checkpoint would not hold or DeepSpeed cannot train.
     """
     saved_names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    # a backbone may have tables beside its state; whatever a loss has must come back
+    kept_names = {name for name, _ in persistent_buffers(model)}
+    tables = {name for name, _ in model.named_buffers()} - kept_names
+    saved_names -= {name for name in tables if name.startswith("base.backbone.")}
     for name in sorted(saved_names):
         split_name(name)
     different = sorted(saved_names ^ {*model.state_dict()})
@@ -173,7 +178,7 @@ def check_loss(loss: PairLoss, saved: Checkpoint) -> None:
 
 def load_buffers(model: nn.Module, saved: Checkpoint) -> None:
     """Set the buffers of the trained module back to a checkpoint of the same run."""
-    for name, buffer in model.named_buffers():
+    for name, buffer in persistent_buffers(model):
         buffer.copy_(saved.read_tensor(*split_name(name)))
 
 

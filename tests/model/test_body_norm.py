@@ -90,7 +90,9 @@ def test_running_statistics_stay_fp32() -> None:
     assert spread_batch_norms(network)
     network.to(torch.bfloat16)
     assert isinstance(network[1], BodyBatchNorm)
-    assert network[1].running_var.dtype == torch.float32 and network[1].weight.dtype == torch.bfloat16
+    assert (
+        network[1].running_var.dtype == torch.float32 and network[1].weight.dtype == torch.bfloat16
+    )
     y = network(torch.randn(4, 3, 2, 2, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16 and network.eval()(y[:, :3]).dtype == torch.bfloat16
     assert int(network[1].num_batches_tracked) == 1

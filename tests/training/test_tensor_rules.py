@@ -1,7 +1,6 @@
 """Rules of tensors by name and shape, and what a rate of 0 takes out of the training."""
 
 import pytest
-import torch
 from torch import nn
 
 from mocov3_ds.config import encoder_shape
@@ -53,8 +52,18 @@ def test_an_unknown_tensor_has_no_rule() -> None:
     rule = tensor_rules(parse([]).config)
     with pytest.raises(ValueError, match=r"'base\.other' belongs to no layer group"):
         rule("base.other", (2, 2))
-    with pytest.raises(ValueError, match="belongs to no layer group"):
-        freeze_tensors(nn.ParameterDict({"other": torch.ones(1)}), parse([]).config)
+
+
+def test_groups_of_another_backbone() -> None:
+    flags = ["--model.backbone", "timm:resnet18", "--views.image_size", "32"]
+    config = parse([*flags, "--model.group_lr", "conv1=0"]).config
+    base = BaseEncoder(encoder_shape(config))
+    before = trained(base)
+    freeze_tensors(base, config)
+    assert before - trained(base) == {"backbone.conv1.weight"}
+    config = parse([*flags, "--model.group_lr", "layer9=0"]).config
+    with pytest.raises(ValueError, match=r"names no layer group; groups are conv1, bn1, layer1\.0"):
+        freeze_tensors(base, config)
 
 
 def trained(module: nn.Module) -> set[str]:
