@@ -31,12 +31,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-from torch.distributed import DistError
 
 from mocov3_ds.distributed import heartbeat_rules, host_memory, ranks
 from mocov3_ds.distributed.heartbeat_links import connect_ranks, encode_message
 from mocov3_ds.distributed.heartbeat_rules import PEER_LOST_STATUS, SILENCE_S, Beat, Member, Stage
-from mocov3_ds.distributed.processes import STARTED_BY, has_ended, kill_process, locate_thread
+from mocov3_ds.distributed.processes import STARTED_BY, has_ended, kill_process, locate_work
 
 _TICK_S = 0.5  # between two beats
 _LONGEST_TICK_S = 4 * _TICK_S  # more between two looks at the clock means that it stood still
@@ -181,7 +180,7 @@ class Heart:
         seconds = self.timer.seconds(self._clock)
         location, waits = "", False
         if seconds > _LONGEST_TICK_S:
-            location, waits = locate_thread(self._main_thread)
+            location, waits = locate_work(self._main_thread)
             if self.timer.stage == "data" and (work := self.describe_work()):
                 location = f"{location}, {work},"
         return Beat(
@@ -191,6 +190,7 @@ class Heart:
             limit=self.timer.limit(),
             location=location,
             waits=waits,
+            entered=ranks.count_collectives(),
             used_gib=self._process.memory_info().rss / 2**30,
             free_gib=host_memory.free_bytes() / 2**30,
             oom_kills=host_memory.count_oom_kills(),
@@ -406,16 +406,3 @@ def stop() -> None:
     if _heart is not None:
         _heart.stop()
         _heart = None
-
-
-def is_peer_failure(error: BaseException) -> bool:
-    """Tell whether an error looks like the end of another rank, as a collective meets it.
-
-    Args:
-        error: What the main thread of this rank met.
-    """
-    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-    return ranks.world_size() > 1 and (
-        isinstance(error, DistError)
-        or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
-    )

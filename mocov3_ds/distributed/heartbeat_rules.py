@@ -112,6 +112,8 @@ class Beat:
     """line that its main thread is at, once the stage takes long"""
     waits: bool = False
     """whether it is in a collective, where it may wait for another rank"""
+    entered: int = 0
+    """collectives that it has entered so far, of all its threads"""
     used_gib: float = 0.0
     """memory of the process"""
     free_gib: float = 0.0
@@ -200,7 +202,9 @@ def describe_silence(member: Member, seconds: float) -> str:
 def describe_hang(members: Sequence[Member]) -> str | None:
     """Say that a run stands still, and at which ranks; None where it goes on.
 
-    The ranks that are behind all others are what these wait for: only their limits count.
+    The ranks that are behind all others are what these wait for: only their limits count. Of these
+    the ones that have entered the fewest collectives are to blame: under NCCL a collective returns
+    at once, and its rank waits at whatever next reads a value, so that where it stands says little.
 
     Args:
         members: All ranks that are not leaving, with their last beats.
@@ -210,14 +214,23 @@ def describe_hang(members: Sequence[Member]) -> str | None:
     overdue = [member for member in hindmost if member.beat.seconds > member.beat.limit]
     if not overdue:
         return None
-    # a rank that waits in a collective is not to blame, unless all of them do
-    culprits = [member for member in hindmost if not member.beat.waits] or overdue
+    fewest = min(member.beat.entered for member in hindmost)
+    culprits = [member for member in hindmost if member.beat.entered == fewest]
+    reason = ""
+    if len(culprits) == len(hindmost):
+        # a rank that waits in a collective is not to blame, unless all of them do
+        culprits = [member for member in hindmost if not member.beat.waits] or overdue
+        if fewest and len(culprits) == len(members) > 1:
+            reason = (
+                f" All have entered the same {fewest} collectives: the network between them, or a "
+                "device, may stand still."
+            )
     named = "; ".join(f"{m} in {m.beat.location or 'native code'}" for m in culprits[:4])
     unnamed = f" and {len(culprits) - 4} more" if len(culprits) > 4 else ""
     beat = max((member.beat for member in overdue), key=lambda beat: beat.seconds)
     return (
         f"no progress for {beat.seconds:.0f} s (limit {beat.limit:.0f} s, --hang_timeout) in "
-        f"{beat.describe_progress()}: {named}{unnamed} hangs."
+        f"{beat.describe_progress()}: {named}{unnamed} hangs.{reason}"
     )
 
 

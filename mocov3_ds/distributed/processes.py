@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import psutil
@@ -75,6 +76,31 @@ def kill_process(host: str, pid: int, born: float) -> None:
         process = psutil.Process(pid)
         if process.create_time() == born:
             process.kill()
+
+
+def locate_work(identifier: int | None) -> tuple[str, bool]:
+    """Find out where the main thread is, and the threads that work for it.
+
+    A backward pass on a device runs in a thread of autograd's own, while the main thread waits for
+    it in native code. Threads of Python's, such as those that load data, are not looked at.
+
+    Args:
+        identifier: Number of the main thread, its `ident`.
+
+    Returns:
+        Its line as `locate_thread` gives it, with those of such threads behind it, and whether one
+        of them is in a collective.
+    """
+    threads = threading.enumerate()
+    of_python = {t.ident for t in threads if not isinstance(t, threading._DummyThread)}
+    places = [locate_thread(identifier)]
+    places += [
+        locate_thread(other)
+        for other in sys._current_frames()
+        if other not in of_python and other != identifier
+    ]
+    lines = [line for line, _ in places if line]
+    return ", with a thread in ".join(lines), any(waits for _, waits in places)
 
 
 def locate_thread(identifier: int | None) -> tuple[str, bool]:

@@ -5,10 +5,8 @@ import sys
 import traceback
 from typing import NamedTuple
 
-import torch
-
 from mocov3_ds.data.storage import hide_secrets
-from mocov3_ds.distributed import heartbeat, heartbeat_rules, ranks
+from mocov3_ds.distributed import collective_errors, heartbeat, heartbeat_rules, ranks
 from mocov3_ds.distributed.heartbeat_rules import INTERRUPTED_STATUS, PEER_LOST_STATUS
 from mocov3_ds.faults.preemption import AskedToStopError, Stop
 
@@ -30,7 +28,7 @@ def report_failure(error: BaseException) -> int:
     | status | the run                                                                     |
     |--------|-----------------------------------------------------------------------------|
     | 1      | failed on one rank: data that cannot be read, memory, a fault of the program |
-    | 2      | was asked for something that cannot be                                      |
+    | 2      | was asked for something that cannot be, or NCCL does not connect its ranks  |
     | 3      | met values that are not finite, or a spike, and the policy is to stop       |
     | 75     | lost a rank or its launcher (`heartbeat_rules.PEER_LOST_STATUS`)            |
     | 0      | was asked to stop by a signal (or `--stopped_status`)                       |
@@ -41,7 +39,7 @@ def report_failure(error: BaseException) -> int:
     """
     if isinstance(error, SystemExit) and not isinstance(error.code, str):
         raise error  # --help or an unknown flag: the parser has said everything
-    of_a_peer = heartbeat.is_peer_failure(error)
+    of_a_peer = collective_errors.is_peer_failure(error)
     ending = describe_ending(error)
     status = PEER_LOST_STATUS if of_a_peer else ending.status
     if not of_a_peer and not ending.is_explained:
@@ -50,7 +48,11 @@ def report_failure(error: BaseException) -> int:
     status_of_run = heartbeat.report_failure(status, ending.sentence, of_a_peer=of_a_peer)
     if status_of_run is not None:
         return status_of_run
-    if ranks.is_first():
+    # the heart begins with a collective, so none has worked yet, and none will by trying again
+    is_of_nccl = collective_errors.is_nccl_error(error)
+    if is_of_nccl and not collective_errors.is_memory_fault(error):
+        status = 2
+    if ranks.is_first() or (is_of_nccl and not of_a_peer):
         _print_error(ending.sentence)
     return status
 
@@ -85,6 +87,14 @@ def describe_ending(error: BaseException) -> Ending:
     """
     words = hide_secrets(str(error))
     first_line = words.strip().partition("\n")[0]
+    if collective_errors.is_nccl_error(error):
+        complaint, remedy = collective_errors.read_complaint(error)
+        first_line = f"NCCL: {complaint}"
+        if not collective_errors.is_memory_fault(error):
+            return Ending(1, f"{first_line}{'; ' * bool(remedy)}{remedy}.", True)
+    if collective_errors.is_memory_fault(error):
+        memory = first_line or "of the host"
+        return Ending(1, f"out of memory ({memory}); a smaller --chunk helps.", True)
     match error:
         case SystemExit():
             return Ending(1, first_line, True)
@@ -94,9 +104,6 @@ def describe_ending(error: BaseException) -> Ending:
             return Ending(error.status, f"{error}; nothing is lost", True)
         case FloatingPointError():
             return Ending(3, words, True)
-        case torch.OutOfMemoryError() | MemoryError():
-            memory = first_line or "of the host"
-            return Ending(1, f"out of memory ({memory}); a smaller --chunk helps.", True)
         case ValueError() | OSError():
             return Ending(2, words, True)
     return Ending(1, f"{type(error).__name__}: {first_line}", False)

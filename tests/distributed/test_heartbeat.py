@@ -17,6 +17,7 @@ from unittest import mock
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.distributed.heartbeat_rules import Beat, Member
@@ -44,23 +45,36 @@ def run_rank(
     )  # fmt: skip
     try:
         ranks.start(timeout_s=100)
-        heartbeat.start(LIMIT_S if trouble == "hang" else 0.0, silence_s)
+        heartbeat.start(LIMIT_S if trouble.startswith("hang") else 0.0, silence_s)
         if rank == 0:
             heartbeat.note_saved("step-00000003")
         heartbeat.explain_data(lambda: "decoding sample 17")
         for step in range(1, 500 if trouble != "none" else 9):
             heartbeat.enter_stage(step, "data")
-            if step == STEP_OF_TROUBLE and rank == affected:
+            if step == STEP_OF_TROUBLE and rank == affected and trouble != "hang in the step":
                 meet(trouble)
             if step == 10 * STEP_OF_TROUBLE and rank == affected:
                 (Path(folder) / "now").touch()  # "outside": some beats after the first
             heartbeat.enter_stage(step, "step")
-            ranks.all_reduce_sum(torch.ones(1))
+            if trouble == "hang in the step":
+                if step == STEP_OF_TROUBLE and rank == affected:
+                    meet("hang")
+                add_up_as_nccl(torch.ones(1))
+            else:
+                ranks.all_reduce_sum(torch.ones(1))
             time.sleep(0.03)
         heartbeat.stop()
     except BaseException as error:
         os._exit(exit_status.report_failure(error))
     os._exit(0)
+
+
+def add_up_as_nccl(x: torch.Tensor) -> None:
+    """The collective returns at once, and code that is none waits for the value."""
+    work = dist.all_reduce(x, async_op=True)
+    assert work is not None
+    while not work.is_completed():
+        time.sleep(0.01)
 
 
 def meet(trouble: str) -> None:
@@ -135,6 +149,11 @@ CASES = {
         r"rank 1 \(host \S+, pid \d+\) in meet \(test_heartbeat\.py:\d+\), decoding sample 17, "
         r"hangs\.",
     ),
+    "hangs under NCCL": (
+        "hang in the step", 1, None, [75, 75, 75],
+        r"no progress for \d+ s \(limit 10 s, --hang_timeout\) in step 5, step: "
+        r"rank 1 \(host \S+, pid \d+\) in meet \(test_heartbeat\.py:\d+\) hangs\.",
+    ),
     "data": ("unreadable", 1, None, [1, 1, 1], r"rank 1, step 5: shard-7\.tar is damaged"),
     "data of the first": ("unreadable", 0, None, [1, 1, 1], r"shard-7\.tar is damaged"),
     "memory": ("memory", 2, None, [1, 1, 1], r"rank 2 .*out of memory \(CUDA .* 7 GiB\)"),
@@ -142,7 +161,11 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"hangs under NCCL"}
+MARKED = [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
+
+
+@pytest.mark.parametrize("case", MARKED)
 def test_the_trouble_of_one_rank_ends_all_with_one_sentence(tmp_path: Path, case: str) -> None:
     trouble, affected, outside, expected_codes, words = CASES[case]
     codes, said = outcome(tmp_path, trouble, affected, outside)

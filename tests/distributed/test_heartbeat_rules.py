@@ -51,6 +51,26 @@ def test_of_many_hanging_ranks_a_few_are_named() -> None:
     assert ": rank 2 (host host, pid 102) in f (a.py:1) hangs." in message
 
 
+def test_the_fewest_collectives_entered_tell_who_hangs_where_none_seems_to_wait() -> None:
+    """Under NCCL the innocent stand in `float(loss)`, and one is in the middle of its backward."""
+    ranks = [
+        member(rank, step=9, stage="step", seconds=90.0, limit=40.0, location="f (a.py:1)")
+        for rank in range(64)
+    ]
+    for rank in ranks:
+        rank.beat.entered = 812 if rank.rank == 17 else 813
+    message = describe_hang(ranks)
+    assert message is not None
+    assert message.endswith("in step 9, step: rank 17 (host host, pid 117) in f (a.py:1) hangs.")
+    ranks[17].beat.entered = 813
+    message = describe_hang(ranks)
+    assert message is not None
+    assert " and 60 more hangs. All have entered the same 813 collectives: the network" in message
+    ranks[17].beat.step = 8  # a rank that is behind hangs alone, however many it has entered
+    message = describe_hang(ranks)
+    assert message is not None and "step 8, step: rank 17" in message and "All" not in message
+
+
 def test_limits_follow_the_longest_of_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOCOV3_STORAGE_PATIENCE_S", "100")
     timer, clock, limits = StageTimer(hang_timeout=0.0), 0.0, []

@@ -1,5 +1,6 @@
 """What a rank finds out about processes: no stranger is killed, launchers and lines are named."""
 
+import _thread
 import multiprocessing
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from mocov3_ds.distributed.processes import (
     has_ended,
     kill_process,
     locate_thread,
+    locate_work,
 )
 
 
@@ -97,6 +99,30 @@ def test_a_thread_is_located_by_its_own_line() -> None:
         event.set()
         thread.join()
     assert locate_thread(None) == ("", False)
+
+
+def test_a_thread_that_is_not_of_python_is_located_with_the_main_one() -> None:
+    """As the thread of autograd that runs a backward pass on a device."""
+    event, ends = threading.Event(), threading.Event()
+
+    def work_in_native_thread() -> None:
+        wait_for(event)
+        ends.set()
+
+    loading = threading.Thread(target=wait_for, args=(event,), name="loads data")
+    loading.start()
+    _thread.start_new_thread(work_in_native_thread, ())
+    try:
+        deadline = time.monotonic() + 240
+        while "wait_for" not in (location := locate_work(threading.get_ident())[0]):
+            assert time.monotonic() < deadline, location
+        assert location.count("wait_for (test_processes.py:") == 1
+        assert location.startswith("locate_thread (processes.py:")
+        assert ", with a thread in wait_for (test_processes.py:" in location
+    finally:
+        event.set()
+        assert ends.wait(240)
+        loading.join()
 
 
 def test_a_collective_is_told_from_other_places(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,19 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
 import torch
+from torch.distributed import DistBackendError
 
 from mocov3_ds.checkpoints.run_status import describe_status
+from mocov3_ds.distributed import collective_errors, heartbeat, ranks
 from mocov3_ds.faults import exit_status
 from mocov3_ds.faults.preemption import AskedToStopError, Stop
 from tests.data.sets import make_set
+from tests.distributed.test_collective_errors import NCCL_MEMORY, OWN_FAULTS
 from tests.test_train import LAUNCHERS, SMALL, TRAIN, broken_picture, environment, rows_of
 
 AGAIN = r"[Tt]he same command continues from the newest checkpoint, (step-\d{8})\D"
@@ -40,6 +44,30 @@ FAILURES = [
         "out of memory (CUDA out of memory. Tried to allocate 7 GiB); a smaller --chunk helps.",
     ),
     (MemoryError(), 1, "out of memory (of the host); a smaller --chunk helps."),
+    (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        1,
+        "out of memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling "
+        "`cublasCreate(handle)`); a smaller --chunk helps.",
+    ),
+    (
+        DistBackendError(NCCL_MEMORY),
+        1,
+        "out of memory (NCCL: unhandled cuda error (NCCL 2.30.7): Cuda failure 2 'out of memory'); "
+        "a smaller --chunk helps.",
+    ),
+    (
+        DistBackendError(OWN_FAULTS["NVIDIA/nccl#1410"][0]),
+        2,  # no heart has begun to beat, so no collective has worked
+        "NCCL: unhandled cuda error (NCCL 2.20.5): Cuda failure 1 'invalid argument'.",
+    ),
+    (
+        DistBackendError(OWN_FAULTS["vllm-project/vllm#14537"][0]),
+        2,
+        "NCCL: unhandled system error (NCCL 2.21.5): Error while creating shared memory segment "
+        "/dev/shm/nccl-EoOvZr (size 7340384); give the container more shared memory: docker run "
+        "--shm-size=8g, or --ipc=host.",
+    ),
     (KeyError("weight"), 1, "KeyError: 'weight'"),
 ]
 
@@ -53,6 +81,24 @@ def test_each_kind_of_failure_has_a_status_and_a_sentence(
     assert output.splitlines()[-1] == f"train.py: error: {sentence}"
     # a fault of the program is reported with its traceback
     assert (len(output.splitlines()) > 1) == isinstance(error, KeyError)
+
+
+def test_a_fault_of_nccl_in_a_run_that_beats_is_no_wrong_start(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It has worked before, so the same command may help: status 1, and no waiting for a peer."""
+    heartbeat.start()
+    try:
+        error = DistBackendError(OWN_FAULTS["NVIDIA/nccl#1410"][0])
+        with mock.patch.object(ranks, "world_size", lambda: 8):
+            assert not collective_errors.is_peer_failure(error)
+        assert exit_status.report_failure(error) == 1
+    finally:
+        heartbeat.stop()
+    said = capsys.readouterr().err
+    assert (
+        "NCCL: unhandled cuda error (NCCL 2.20.5): Cuda failure 1 'invalid argument'. Once" in said
+    )
 
 
 @pytest.mark.parametrize("code", [0, 2, None])
