@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape, build_backbone
+from mocov3_ds.distributed.buffers import persistent_buffers
+from mocov3_ds.model.backbones import build_backbone, describe_backbone
+from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.chunking import chunked_features
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_projector
@@ -59,7 +61,10 @@ class MomentumEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = build_backbone(shape)
-        self.projector = build_projector(shape.vit.dim, shape.hidden, shape.out)
+        self.shape, self.facts = shape, describe_backbone(self.backbone, shape.backbone)
+        self.projector = build_projector(
+            self.facts.width, shape.hidden, shape.out, shape.projector_layers
+        )
         suit_cpu(self)
         self.requires_grad_(False).to(device)
         self._low_precision = dtype != torch.float32
@@ -67,6 +72,10 @@ class MomentumEncoder(nn.Module):
         if self._low_precision:
             for parameter in self.parameters():
                 parameter.data = parameter.data.to(dtype)
+            kept = {name for name, _ in persistent_buffers(self)}
+            for name, table in self.named_buffers():
+                if name not in kept and table.is_floating_point():
+                    table.data = table.data.to(dtype)  # as the engine casts the base encoder's
         self._trained: dict[str, nn.Parameter] = {}
         self._partitioned = False
         self._table: MoveTable | None = None
@@ -80,7 +89,7 @@ class MomentumEncoder(nn.Module):
         Args:
             base_tensors: full tensors of the base encoder by name (predictor entries are ignored).
         """
-        for name, buffer in self.named_buffers():
+        for name, buffer in persistent_buffers(self):
             buffer.copy_(base_tensors[name])
         for name, master in self._master.items():
             master.copy_(base_tensors[name])
@@ -181,7 +190,7 @@ class MomentumEncoder(nn.Module):
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
         """Name and fp32 master of each parameter, then name and value of each buffer."""
         yield from self._master.items()
-        yield from self.named_buffers()
+        yield from persistent_buffers(self)
 
     @torch.no_grad()
     def load_full_state(self, tensors: dict[str, Tensor]) -> None:
