@@ -14,12 +14,12 @@ Shape suffixes: B = images, C H W = image, D = backbone features, P = projector 
 """
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mocov3_ds.distributed import devices
 from mocov3_ds.distributed.buffers import persistent_buffers
 from mocov3_ds.model.backbones import build_backbone, describe_backbone
 from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
@@ -129,8 +129,9 @@ class MomentumEncoder(nn.Module):
         triples: list[Triple] = [
             (self._master[name], self._trained[name].detach(), low.get(name)) for name in names
         ]
-        if not self._partitioned and triples and triples[0][0].is_cuda and find_spec("triton"):
-            self._move_by_table(triples)
+        device = next(iter(self._master.values())).device
+        if triples and device.type == "cuda" and not devices.triton_problem(device):
+            self._move_by_kernel(triples)
             return
         for masters, bases, copies in _bounded_groups(triples):
             bases = [base.to(torch.float32) for base in bases]
@@ -138,10 +139,14 @@ class MomentumEncoder(nn.Module):
             if copies:
                 torch._foreach_copy_(copies, masters)
 
-    def _move_by_table(self, triples: "list[Triple]") -> None:
-        """One launch for all tensors, which keep their places from step to step."""
-        from mocov3_ds.model.momentum_triton import MoveTable
+    def _move_by_kernel(self, triples: "list[Triple]") -> None:
+        """One launch for all tensors, where they keep their places from step to step."""
+        from mocov3_ds.model.momentum_triton import MoveTable, move_tensor
 
+        if self._partitioned:
+            for master, base, copy in triples:
+                move_tensor(master, base, copy, self._weight_of_base)
+            return
         masters = [master for master, _, _ in triples]
         bases = [base for _, base, _ in triples]
         copies = [copy for _, _, copy in triples if copy is not None]

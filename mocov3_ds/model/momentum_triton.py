@@ -6,7 +6,8 @@ A number of a bf16 network moves 12 bytes: its base weight is read (2), its mast
 base weights are first written out in fp32.
 
 The tensors lie where they are: a table has the addresses of blocks of at most `_BLOCK` numbers,
-each inside one tensor. With TRITON_INTERPRET=1 in the environment before triton is imported, the
+each inside one tensor. Under ZeRO-3, where base weights lie elsewhere in each step, each tensor
+has a launch of its own. With TRITON_INTERPRET=1 in the environment before triton is imported, the
 same code runs on the CPU, slowly, for tests.
 
 Legend: N = blocks of all tensors.
@@ -20,6 +21,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 _BLOCK = 4096
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -28,11 +30,34 @@ _TRITON_DTYPES = {
 
 
 @triton.jit
+def _moved(master, base, weight):
+    """`torch.lerp` of fp32 master and base weights."""
+    base = base.to(tl.float32)
+    if weight < 0.5:
+        moved = master + weight * (base - master)
+    else:
+        moved = base - (base - master) * (1 - weight)
+    return moved
+
+
+@triton.jit
+def move_one_pass(master_, base_, copy_, length, weight, COPIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Move a block of one tensor."""
+    lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = lane < length
+    master = tl.load(master_ + lane, mask=valid)
+    master = _moved(master, tl.load(base_ + lane, mask=valid), weight)
+    tl.store(master_ + lane, master, mask=valid)
+    if COPIES:
+        tl.store(copy_ + lane, master.to(copy_.dtype.element_ty), mask=valid)
+
+
+@triton.jit
 def move_pass(
     masters, bases, copies, lengths, weight,
     LOW: tl.constexpr, COPIES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Move a block: master <- master + weight (base - master), as `torch.lerp`; copy <- master."""
+    """Move a block of one of many tensors."""
     block = tl.program_id(0)
     length = tl.load(lengths + block)
     master_ = tl.load(masters + block).to(tl.pointer_type(tl.float32))
@@ -43,17 +68,35 @@ def move_pass(
     lane = tl.arange(0, BLOCK)
     valid = lane < length
     master = tl.load(master_ + lane, mask=valid)
-    base = tl.load(base_ + lane, mask=valid).to(tl.float32)
-    if weight < 0.5:
-        master = master + weight * (base - master)
-    else:
-        master = base - (base - master) * (1 - weight)
+    master = _moved(master, tl.load(base_ + lane, mask=valid), weight)
     tl.store(master_ + lane, master, mask=valid)
     if COPIES:
         copy_ = tl.load(copies + block).to(tl.pointer_type(LOW))
         if ALIGNED:
             copy_ = tl.multiple_of(copy_, 16)
         tl.store(copy_ + lane, master.to(LOW), mask=valid)
+
+
+def move_tensor(master: Tensor, base: Tensor, copy: Tensor | None, weight_of_base: float) -> None:
+    """Move one master towards its base weights, and refresh its copy.
+
+    Args:
+        master: fp32 master, contiguous.
+        base: Base weights of the same shape, contiguous.
+        copy: Low-precision copy of the master, if the network has one.
+        weight_of_base: Share of the base weights, 0 to 1.
+    """
+    length = master.numel()
+    move_one_pass[(triton.cdiv(length, _BLOCK),)](
+        master,
+        base,
+        master if copy is None else copy,
+        length,
+        weight_of_base,
+        COPIES=copy is not None,
+        BLOCK=_BLOCK,
+        **_OPTIONS,
+    )
 
 
 class MoveTable:
@@ -68,7 +111,7 @@ class MoveTable:
     def __init__(
         self, masters: Sequence[Tensor], bases: Sequence[Tensor], copies: Sequence[Tensor]
     ) -> None:
-        assert not copies or copies[0].dtype == bases[0].dtype
+        assert len({tensor.dtype for tensor in (*bases, *copies)}) == 1
         assert all(tensor.is_contiguous() for tensor in (*masters, *bases, *copies))
         self._addresses = _addresses(masters, bases, copies)
         self._dtype = _TRITON_DTYPES[bases[0].dtype]
@@ -107,8 +150,7 @@ class MoveTable:
             COPIES=self._has_copies,
             ALIGNED=self._aligned,
             BLOCK=_BLOCK,
-            num_warps=8,
-            enable_fp_fusion=True,
+            **_OPTIONS,
         )
 
 
