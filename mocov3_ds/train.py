@@ -31,6 +31,7 @@ from mocov3_ds.distributed import heartbeat, ranks, zero
 from mocov3_ds.faults import bad_step_policy, exit_status
 from mocov3_ds.faults.preemption import Preemption, Stop, repeated_signals_ignored
 from mocov3_ds.model.loss import PairLoss
+from mocov3_ds.monitoring.background_sink import leave_hanging_sinks
 from mocov3_ds.monitoring.profiler import Profile
 from mocov3_ds.monitoring.run_log import RunLog, peak_memory
 from mocov3_ds.monitoring.trackers import check_loggers, sink_openers
@@ -279,10 +280,14 @@ def main() -> int:
     try:
         check_environment()
         train(parse())
+        status = 0
     except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            leave_hanging_sinks(error.code)
         with repeated_signals_ignored():
-            return exit_status.report_failure(error)
-    return 0
+            status = exit_status.report_failure(error)
+    leave_hanging_sinks(status)
+    return status
 
 
 if __name__ == "__main__":

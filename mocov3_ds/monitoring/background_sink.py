@@ -3,13 +3,16 @@
     sink = BackgroundSink("wandb", open_wandb, run, steps_done)   returns at once
     sink.send(lambda opened: opened.show_row(step, values))       returns at once
     sink.close(deadline)                                          waits until then at the most
+    leave_hanging_sinks(status)                                   at the very end of a program
 
 What a sink cannot take is lost to it, counted, and told once; `metrics.jsonl` has everything.
 """
 
 import contextlib
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +27,9 @@ _GIVE_UP = 20
 """failures without a success between them after which a sink gets nothing more"""
 
 Work = Callable[[Sink], None]
+
+_hanging: list[threading.Thread] = []
+"""threads of sinks that did not finish in time"""
 
 _log = logging.getLogger("mocov3_ds")
 
@@ -76,6 +82,7 @@ class BackgroundSink:
         self._thread.join(max(deadline - time.monotonic(), 0.01))
         if self._thread.is_alive():
             self._is_broken = True
+            _hanging.append(self._thread)
             waiting = self._queue.qsize()
             return f"{self.name} did not finish in time; {count_noun(waiting, 'row')} wait for it"
         if self.lost:
@@ -113,6 +120,20 @@ class BackgroundSink:
         if not self._told:
             self._told = True
             _log.warning("--log %s %s; the run goes on, metrics.jsonl has all", self.name, reason)
+
+
+def leave_hanging_sinks(status: int) -> None:
+    """End this process at once if a sink still hangs, else do nothing.
+
+    Python would run what trackers have registered for its end, which may wait for minutes.
+
+    Args:
+        status: Exit status of the process.
+    """
+    if any(thread.is_alive() for thread in _hanging):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _describe(error: BaseException) -> str:

@@ -63,7 +63,7 @@ class _Kind:
     """shows a picture, given its name and the step"""
     find_id: Callable[[Tracker], str] | None = None
     """the tracker's own name of its run; None = we choose it"""
-    prepare: Callable[[Tracker], object] = lambda _: None
+    prepare: Callable[[Tracker, Place], object] = lambda *_: None
     """called once the tracker is open"""
     counts_steps: bool = True
     """whether steps may come again, as they do after a resume; else they are an ordinary value"""
@@ -85,6 +85,14 @@ def _show_in_trackio(tracker: Tracker, name: str, picture: Image.Image, step: in
     tracker.log({name: trackio.Image(picture)}, step=step)
 
 
+_CLEARML_HOOKS = (
+    "matplotlib", "tensorflow", "tensorboard", "pytorch", "xgboost", "scikit", "fastai", "lightgbm",
+    "hydra", "tfdefines", "joblib", "megengine", "catboost", "gradio", "jsonargparse",
+    "detect_repository",
+)  # fmt: skip
+"""what ClearML would change in libraries, and a look at all imports that takes minutes"""
+
+
 _KINDS: Mapping[str, _Kind] = {
     "wandb": _Kind(
         package="wandb",
@@ -96,7 +104,7 @@ _KINDS: Mapping[str, _Kind] = {
             "dir": os.environ.get("WANDB_DIR", str(place.run)),
             "settings": {"console": "off"},
         },
-        prepare=lambda tracker: tracker.run.define_metric("*", step_metric="step"),
+        prepare=lambda tracker, _: tracker.run.define_metric("*", step_metric="step"),
         show=lambda tracker, name, picture, _: _show_list(tracker, name, picture, None),
         counts_steps=False,
     ),
@@ -117,7 +125,7 @@ _KINDS: Mapping[str, _Kind] = {
         package="comet_ml",
         project_variable="COMET_PROJECT_NAME",
         arguments=lambda place: {"experiment_key": place.run_id, "mode": "get_or_create"},
-        prepare=lambda tracker: tracker.writer.set_name,
+        prepare=lambda tracker, place: tracker.writer.set_name(place.name),
         show=lambda tracker, name, picture, step: tracker.writer.log_image(
             picture, name=name, step=step
         ),
@@ -139,12 +147,12 @@ _KINDS: Mapping[str, _Kind] = {
         arguments=lambda place: {
             "task_name": place.name,
             "continue_last_task": place.run_id or False,
-            "auto_connect_frameworks": False,
+            "auto_connect_frameworks": dict.fromkeys(_CLEARML_HOOKS, False),
             "auto_connect_arg_parser": False,
             "auto_connect_streams": False,
         },
         find_id=lambda tracker: tracker.task.id,
-        prepare=lambda tracker: tracker.task.set_initial_iteration(0),
+        prepare=lambda tracker, _: tracker.task.set_initial_iteration(0),
         show=lambda tracker, name, picture, step: tracker.log_images(
             {name: np.asarray(picture)}, step=step
         ),
@@ -167,6 +175,7 @@ _KINDS: Mapping[str, _Kind] = {
             "resume": True,
             "save_dvc_exp": False,
             "report": None,
+            "dvcyaml": None,
         },
         show=lambda tracker, name, picture, step: tracker.live.log_image(
             f"{name}-{step}.png", picture
@@ -269,7 +278,7 @@ def _open_tracker(name: str, run: Path, earlier_id: str) -> tuple[Tracker, str]:
         # this is the first rank
         tracker.main_process_only = False
         tracker.start()
-        kind.prepare(tracker)
+        kind.prepare(tracker, place)
         return tracker, kind.find_id(tracker) if kind.find_id else run_id
 
     new_id = "" if kind.find_id else uuid.uuid4().hex
