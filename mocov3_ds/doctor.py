@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from mocov3_ds.checks import equivalence, machine, network, restart, run_disk, storage_access
-from mocov3_ds.checks.finding import Finding, merge_findings
+from mocov3_ds.checks.check_run import Check, format_table, run_checks, show_progress
 from mocov3_ds.data.storage import StorageError
 from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.recipes import find_recipe, without_launcher_flags
@@ -35,7 +35,6 @@ from mocov3_ds.settings.environment import check_environment
 from mocov3_ds.settings.paths import expand_home
 
 _TIMEOUT_S = 120.0
-_MARKS = {"pass": "pass", "note": "note", "skip": "skip", "fail": "FAIL"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +51,6 @@ class DoctorOptions:
     """folder or URL that may be written, e.g. s3://bucket/scratch; empty = skip"""
     json: Path | None = None
     """file for the findings as JSON"""
-
-
-Check = tuple[str, Callable[[], list[Finding]]]
 
 
 def list_checks(
@@ -75,11 +71,11 @@ def list_checks(
     """
     config = find_recipe(options.recipe).config
     return [
-        (
+        Check(
             "versions",
             lambda: [machine.check_versions(ranks.gather_objects(machine.read_versions()))],
         ),
-        (
+        Check(
             "machine",
             lambda: [
                 machine.check_accelerator(device, unusable=unusable_card),
@@ -88,14 +84,14 @@ def list_checks(
                 network.check_clock(),
             ],
         ),
-        ("collectives", lambda: network.check_collectives(device, sizes_mb)),
-        (
+        Check("collectives", lambda: network.check_collectives(device, sizes_mb)),
+        Check(
             "gather and batch norm",
             lambda: [equivalence.check_gather(device), equivalence.check_batch_norm(device)],
         ),
-        ("training step", lambda: equivalence.check_steps(device)),
-        ("repetition", lambda: [equivalence.check_determinism(device)]),
-        (
+        Check("training step", lambda: equivalence.check_steps(device)),
+        Check("repetition", lambda: [equivalence.check_determinism(device)]),
+        Check(
             "run folder",
             lambda: [
                 run_disk.check_shared(folder),
@@ -105,59 +101,10 @@ def list_checks(
                 run_disk.check_lock(folder),
             ],
         ),
-        ("checkpoint", lambda: restart.check_restart(device, folder)),
-        ("object store", lambda: storage_access.check_store(options.store)),
-        ("shards", lambda: storage_access.check_shards(options.shards)),
+        Check("checkpoint", lambda: restart.check_restart(device, folder)),
+        Check("object store", lambda: storage_access.check_store(options.store)),
+        Check("shards", lambda: storage_access.check_shards(options.shards)),
     ]
-
-
-def run_checks(checks: Sequence[Check], hosts: Sequence[str]) -> list[Finding]:
-    """Run all checks on all ranks and merge the findings of the ranks.
-
-    Args:
-        checks: title and check, the same on all ranks.
-        hosts: the machine of each rank, in rank order.
-    """
-    findings: list[Finding] = []
-    for number, (title, check) in enumerate(checks, 1):
-        start = time.monotonic()
-        _show_progress(f"[{number}/{len(checks)}] {title} ...")
-        rank_findings = _run_check(title, check)
-        try:
-            findings += merge_findings(ranks.gather_objects(rank_findings), hosts)
-        except Exception as error:  # a rank has ended, or is still in an earlier check
-            message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            remedy = "no later check was run: mend what failed before, and run the doctor again."
-            silence = Finding(f"{title}: ranks", "fail", message, "all ranks answer", remedy)
-            return [*findings, *rank_findings, silence]
-        _show_progress(f"[{number}/{len(checks)}] {title}: {time.monotonic() - start:.1f} s")
-    return findings
-
-
-def _run_check(title: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """The findings of a check, or one that says why it could not run."""
-    try:
-        return check()
-    except (Exception, SystemExit) as error:  # the other checks are run all the same
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        return [
-            Finding(title, "fail", message[:300], "the check runs", "see the error of this rank.")
-        ]
-
-
-def format_table(findings: Sequence[Finding]) -> str:
-    """The findings for people, and under them what to do."""
-    rows = [(f.name, _MARKS[f.status], f.measured, f.expected) for f in findings]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    widths[2] = min(widths[2], 76)
-    lines = [
-        f"{name:<{widths[0]}}  {mark:<4}  {measured:<{widths[2]}}  {expected}".rstrip()
-        for name, mark, measured, expected in rows
-    ]
-    remedies = [f"{_MARKS[f.status]} {f.name}: {f.remedy}" for f in findings if f.remedy]
-    failed = sum(f.status == "fail" for f in findings)
-    counts = f"{len(findings)} checks, {failed} failed"
-    return "\n".join([*lines, *[""] * bool(remedies), *remedies, "", counts])
 
 
 def examine_machines(options: DoctorOptions, sizes_mb: Sequence[int] = network.SIZES_MB) -> bool:
@@ -176,12 +123,10 @@ def examine_machines(options: DoctorOptions, sizes_mb: Sequence[int] = network.S
     torch.backends.cudnn.allow_tf32 = False  # comparisons are made in full fp32
     hosts: list[str] = ranks.gather_objects(socket.gethostname())
     start = time.monotonic()
-    _show_progress(f"{ranks.world_size()} ranks on {len({*hosts})} machines, {device.type}")
+    show_progress(f"{ranks.world_size()} ranks on {len({*hosts})} machines, {device.type}")
     folder = Path(ranks.run_on_first(partial(_make_folder, options.runs)))
     try:
-        findings = run_checks(
-            list_checks(options, device, folder, sizes_mb, unusable_card), hosts
-        )
+        findings = run_checks(list_checks(options, device, folder, sizes_mb, unusable_card), hosts)
     finally:
         ranks.barrier()
         if ranks.is_first():
@@ -204,11 +149,6 @@ def _make_folder(runs: Path) -> str:
     except OSError as error:
         raise ValueError(f"{runs} cannot be written: {error.strerror}; give --runs.") from None
     return str(folder.resolve())
-
-
-def _show_progress(text: str) -> None:
-    if ranks.is_first():
-        print(text, file=sys.stderr, flush=True)
 
 
 def main() -> int:

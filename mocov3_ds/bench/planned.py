@@ -37,8 +37,8 @@ from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.vit import VitShape
 from mocov3_ds.planning.calibrate import calibrate
-from mocov3_ds.planning.cards import read_rates
-from mocov3_ds.planning.hardware import read_cluster
+from mocov3_ds.planning.hardware import Cluster
+from mocov3_ds.planning.measured_card import read_rates
 from mocov3_ds.planning.memory import plan_memory
 from mocov3_ds.planning.pace import plan_pace
 from mocov3_ds.planning.step_setup import StepSetup
@@ -108,7 +108,7 @@ def run_bench(options: PlannedOptions) -> None:
         path = options.rates or Path(folder) / "rates.json"
         if options.rates is None:
             calibrate(path)
-        cluster = read_cluster("1xcpu", presets=read_rates(path))
+        cluster = Cluster(read_rates(path), 1, 1)
         print(json.dumps(json.loads(path.read_text())))
     print("\n| a rank of | images | passes | GiB of tensors planned | measured | ", end="")
     print("| GiB resident planned | measured | | s planned | measured | |")

@@ -37,7 +37,9 @@ _SHAPE = EncoderShape(
 )
 ZERO_STAGES = (0, 1, 2, 3)
 _STEPS = 2  # some errors of sharding show in the second step only
-_LR, _DECAY, _MOMENTUM, _TEMPERATURE = 2e-2, 0.1, 0.9, 0.2
+_LR, _DECAY, _TEMPERATURE = 2e-2, 0.1, 0.2
+MOMENTUM = 0.9
+"""share that the momentum encoder keeps in a step"""
 
 _NETWORK = (
     "the ranks do not compute one batch: check that all run the same versions (see above), and on "
@@ -183,9 +185,9 @@ def check_determinism(device: torch.device) -> Finding:
     """Does the same step twice from the same start give the same bits?"""
     digests = []
     for _ in range(2):
-        engine, momentum = _start_engine(1, device)
+        engine, momentum = start_network(1, device)
         for step in range(_STEPS):
-            train_step(engine, momentum, *_rank_views(step, device), momentum=_MOMENTUM)
+            train_step(engine, momentum, *rank_views(step, device), momentum=MOMENTUM)
         digests.append(_hash_tensors(full_tensors(engine.module.base)))
         engine.destroy()
     repeats = digests[0] == digests[1]
@@ -200,7 +202,7 @@ def check_determinism(device: torch.device) -> Finding:
 
 
 def _measure_stage(stage: int, device: torch.device) -> Errors:
-    engine, momentum = _start_engine(stage, device)
+    engine, momentum = start_network(stage, device)
     try:
         return _compare_steps(engine, momentum, device)
     finally:
@@ -213,14 +215,14 @@ def _compare_steps(
     """Compare each step with `plain_step`, which starts from the state of the real one."""
     errors, lamb = Errors(), plain_step.Lamb(_LR, _DECAY)
     backbone = BaseEncoder(_SHAPE).backbone.double()
-    witness = _Witness(engine)
+    witness = Witness(engine)
     for step in range(_STEPS):
         base = _in_fp64(full_tensors(engine.module.base))
         keys = _in_fp64(momentum.full_state())
         trained = {n for n, p in engine.module.base.named_parameters() if p.requires_grad}
-        result = train_step(witness, momentum, *_rank_views(step, device), momentum=_MOMENTUM)
+        result = train_step(witness, momentum, *rank_views(step, device), momentum=MOMENTUM)
         # the momentum encoder moves from the weights before the step (the paper's order)
-        moved = plain_step.move_encoder(keys, base, trained & {*keys}, _MOMENTUM)
+        moved = plain_step.move_encoder(keys, base, trained & {*keys}, MOMENTUM)
         new_keys = _in_fp64(momentum.full_state())
         averaged = [n for n in moved if "running_" not in n and "num_batches" not in n]
         leaves = {n: t.clone().requires_grad_(n in trained) for n, t in base.items()}
@@ -233,7 +235,7 @@ def _compare_steps(
         weights = _in_fp64(full_tensors(engine.module.base))
         errors.keep_largest(
             loss=abs(result.loss - float(loss.detach())) / abs(float(loss.detach())),
-            gradient=_gradient_error(gradients, expected),
+            gradient=gradient_error(gradients, expected),
             lamb=max(_movement_error(weights[n], stepped[n], base[n]) for n in sorted(trained)),
             momentum=max(relative_distance(new_keys[n], moved[n], floor=1e-3) for n in averaged),
             ranks_differ=float(
@@ -243,10 +245,14 @@ def _compare_steps(
     return errors
 
 
-def _gradient_error(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def gradient_error(gradients: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """Largest error over tensors.
 
     A gradient that is zero but for rounding is compared with the norm of all gradients.
+
+    Args:
+        gradients: gradient of each tensor by name, as it was computed.
+        expected: what they should be, by the same names.
     """
     total_norm = float(torch.stack([g.norm() for g in expected.values()]).norm())
     return max(
@@ -259,7 +265,7 @@ def _movement_error(present: Tensor, expected: Tensor, start: Tensor) -> float:
     return float((present - expected).norm() / (expected - start).norm().clamp_min(1e-300))
 
 
-class _Witness:
+class Witness:
     """An engine that copies its reduced gradients before each step."""
 
     def __init__(self, engine: Any) -> None:
@@ -267,17 +273,19 @@ class _Witness:
         self.gradients: dict[str, Tensor] = {}
 
     def __call__(self, *arguments: Any) -> Any:
+        """The forward pass."""
         return self._engine(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def step(self) -> None:
+        """The optimizer's step, behind the copy."""
         self.gradients = _in_fp64(full_gradients(self._engine.module))
         self._engine.step()
 
 
-def _start_engine(
+def start_network(
     stage: int, device: torch.device
 ) -> tuple[Engine[QueriesToLoss], MomentumEncoder]:
     """Engine with LAMB, and momentum encoder; the same numbers at each call."""
@@ -324,7 +332,7 @@ def _global_views(step: int) -> tuple[Tensor, Tensor]:
     return first.double(), second.double()
 
 
-def _rank_views(step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rank_views(step: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The rows of this rank (B, C, H, W) in both views, fp32 on the device."""
     rows = slice(ranks.rank() * _rank_batch(), (ranks.rank() + 1) * _rank_batch())
     first, second = (x_GCHW[rows].float().to(device) for x_GCHW in _global_views(step))

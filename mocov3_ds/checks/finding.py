@@ -25,11 +25,17 @@ class Finding:
     """the measured values, for programs"""
 
     def as_json(self) -> dict[str, Any]:
-        """The finding as JSON values; in the file `expected` is called "wanted"."""
-        return {
-            "wanted" if key == "expected" else key: value
-            for key, value in dataclasses.asdict(self).items()
+        """The finding as JSON values; in the file `expected` is called "wanted".
+
+        Numbers that JSON does not know become text.
+        """
+        tree = dataclasses.asdict(self)
+        tree["wanted"] = tree.pop("expected")
+        tree["numbers"] = {
+            name: value if math.isfinite(value) else str(value)
+            for name, value in self.numbers.items()
         }
+        return tree
 
 
 def judge_errors(

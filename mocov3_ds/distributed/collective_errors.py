@@ -55,14 +55,14 @@ def is_peer_failure(error: BaseException) -> bool:
     Args:
         error: What the main thread of this rank met.
     """
-    words = str(error)
+    text = str(error)
     if ranks.world_size() == 1 or is_memory_fault(error):
         return False
     if is_nccl_error(error):
-        return any(sign in words for sign in _PEER_SIGNS)
+        return any(sign in text for sign in _PEER_SIGNS)
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and any(sign in words for sign in signs)
+        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
     )
 
 
@@ -92,20 +92,20 @@ def read_complaint(error: BaseException) -> Complaint:
     Args:
         error: An error that `is_nccl_error`.
     """
-    words = str(error).partition("Exception raised from")[0]
-    head, _, last = words.partition("Last error:")
+    text = str(error).partition("Exception raised from")[0]
+    head, _, last = text.partition("Last error:")
     last = " ".join(last.split())
     first_line = head.strip().partition("\n")[0]
-    known = _FIRST_LINE.search(head)
-    kind = f"{known['kind'].strip()} (NCCL {known['version']})" if known else first_line
-    two = _TWO_ON_ONE.search(words)
+    match = _FIRST_LINE.search(head)
+    kind = f"{match['kind'].strip()} (NCCL {match['version']})" if match else first_line
+    two = _TWO_ON_ONE.search(text)
     if two:
         remedy = (
             f"ranks {two[1]} and {two[2]} were given one GPU: start one rank for each GPU "
             "(deepspeed --num_gpus, torchrun --nproc-per-node) and let CUDA_VISIBLE_DEVICES show "
             "all of them"
         )
-    elif "shared memory segment" in words or "/dev/shm" in words:
+    elif "shared memory segment" in text or "/dev/shm" in text:
         remedy = "give the container more shared memory: docker run --shm-size=8g, or --ipc=host"
     else:
         remedy = "" if last else "NCCL_DEBUG=WARN makes it say more"

@@ -95,9 +95,9 @@ def locate_work(identifier: int | None) -> tuple[str, bool]:
     of_python = {t.ident for t in threads if not isinstance(t, threading._DummyThread)}
     places = [locate_thread(identifier)]
     places += [
-        locate_thread(other)
-        for other in sys._current_frames()
-        if other not in of_python and other != identifier
+        locate_thread(ident)
+        for ident in sys._current_frames()
+        if ident not in of_python and ident != identifier
     ]
     lines = [line for line, _ in places if line]
     return ", with a thread in ".join(lines), any(waits for _, waits in places)

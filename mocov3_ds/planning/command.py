@@ -18,9 +18,10 @@ from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.planning import plan_text, tables
 from mocov3_ds.planning.calibrate import calibrate
-from mocov3_ds.planning.cards import PRESETS, Card, describe_own_card, format_presets, read_rates
+from mocov3_ds.planning.cards import PRESETS, Card, describe_own_card, format_presets
 from mocov3_ds.planning.flags import PlanOptions
 from mocov3_ds.planning.hardware import Cluster, read_cluster
+from mocov3_ds.planning.measured_card import is_gpu_file, read_rates
 from mocov3_ds.planning.options import STAGES, Option, PlannedRun
 from mocov3_ds.planning.pace import IMAGENET
 from mocov3_ds.planning.plan_picture import draw_plan
@@ -41,6 +42,8 @@ def run_plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> None:
     Raises:
         ValueError: flags that cannot be, or not together.
     """
+    if options.calibrate is not None and is_gpu_file(options.calibrate):
+        options = replace(options, rates=options.calibrate, calibrate=None)
     _check_alone(options)
     if options.calibrate is not None:
         print(json.dumps(calibrate(options.calibrate), indent=2))
@@ -84,6 +87,7 @@ def _print_plan(options: PlanOptions) -> None:
         epochs=options.epochs,
         deepspeed_config=options.deepspeed_config,
         overrides=options.ds,
+        tf32=options.tf32,
     )
     cluster = _read_cluster(options)
     stages = _choose_stages(planned, cluster, options)
@@ -123,6 +127,7 @@ def plan_run(
     epochs: float = 0.0,
     deepspeed_config: Path | None = None,
     overrides: tuple[str, ...] = (),
+    tf32: bool = False,
 ) -> PlannedRun:
     """What a recipe trains, with what a command line changes.
 
@@ -133,6 +138,7 @@ def plan_run(
         deepspeed_config: DeepSpeed JSON; None = the recipe's. The recipe's optimizer block stays
             where the file has none.
         overrides: values of that JSON as `KEY.KEY=VALUE`.
+        tf32: whether products of an fp32 run may round their inputs to TF32.
 
     Raises:
         ValueError: the recipe is unknown, numbers are impossible, or the JSON cannot be read.
@@ -155,6 +161,7 @@ def plan_run(
         batch=batch or config.batch,
         epochs=epochs or config.epochs,
         engine=engine,
+        tf32=tf32,
     )
 
 
@@ -178,10 +185,12 @@ def _read_cluster(options: PlanOptions) -> Cluster:
         network=options.network,
         presets=_known_cards(options),
     )
-    if options.rates is not None and cluster.card.name != "cpu":
+    if options.rates is not None and cluster.card.name != (
+        measured := read_rates(options.rates).name
+    ):
         raise ValueError(
-            f"--rates {options.rates} has no effect on {cluster.card.name}: it holds what this "
-            "machine's processor does, for --gpus 1xcpu."
+            f"--rates {options.rates} has no effect on {cluster.card.name}: it holds what was "
+            f"measured of one {measured}; plan with --gpus 1x{measured}, or more of them."
         )
     reach = options.reach
     if reach:
@@ -205,8 +214,11 @@ def _check_counts(options: PlanOptions) -> None:
 
 
 def _known_cards(options: PlanOptions) -> Mapping[str, Card]:
-    """The presets, this machine as it was measured, and a card of the user's own."""
-    cards = read_rates(options.rates) if options.rates is not None else PRESETS
+    """The presets, a card as it was measured, and a card of the user's own."""
+    cards = dict(PRESETS)
+    if options.rates is not None:
+        measured = read_rates(options.rates)
+        cards[measured.name] = measured
     numbers = {"memory": options.memory, "tflops": options.tflops, "bandwidth": options.bandwidth}
     if options.card:
         return {**cards, options.card: describe_own_card(options.card, **numbers)}
@@ -278,6 +290,8 @@ def launch_command(
         flags.append(f"--keep_chunks {chunks.keep}")
     if option.setup.recompute_blocks:
         flags.append("--recompute_blocks")
+    if planned.tf32:
+        flags.append("--tf32")
     if planned.epochs < find_recipe(planned.recipe).config.warmup_epochs:
         flags.append("--warmup_epochs WARMUP")  # the recipe's is longer than the run
     if file is not None:

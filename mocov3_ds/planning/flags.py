@@ -50,6 +50,8 @@ class PlanOptions:
     """DeepSpeed JSON of the run; without it the recipe's, with each stage"""
     ds: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """one value of that JSON, as in training, e.g. --ds optimizer.type=Lamb (repeatable)"""
+    tf32: bool = False
+    """as in training: products of an fp32 run round their inputs to TF32"""
     price_per_gpu_hour: float = 0.0
     """price of a card and hour, in any currency"""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
@@ -59,9 +61,11 @@ class PlanOptions:
     write_json: Path | None = None
     """write the DeepSpeed JSON of the best option"""
     rates: Path | None = None
-    """rates of this machine, for the card cpu (--gpus 1xcpu) and no other"""
+    """measured rates: of a GPU by mocov3 gpu --json, for that card and no other, or of this
+    machine's processor by --calibrate, for --gpus 1xcpu"""
     calibrate: Path | None = None
-    """measure those rates in some seconds (products, attention, copies) to a file"""
+    """measure the processor's rates in some seconds (products, attention, copies) to a file; a file
+    that mocov3 gpu wrote is read, as --rates reads it"""
     presets: Annotated[bool, tyro.conf.arg(name="list")] = False
     """list the cards that are known, with the source of each number"""
     what_fits: bool = False

@@ -35,7 +35,7 @@ class Pace:
     elementwise_s: float
     """seconds of norms, activations, residuals"""
     update_s: float
-    """seconds of optimizer and momentum encoder"""
+    """seconds of optimizer and momentum encoder, and of adding up the gradients of chunks"""
     collectives: tuple[tuple[Collective, float], ...]
     """each collective and its seconds"""
     batch: int
@@ -87,7 +87,7 @@ def plan_pace(setup: StepSetup, cluster: Cluster) -> Pace:
     shard = architecture.count_trained(shape) / (setup.world_size if setup.stage else 1)
     momentum = architecture.count_momentum_weights(shape)
     updated = shard * (setup.optimizer.bytes_moved() + _AROUND_BYTES)
-    updated += momentum * (12 + 2 * number_bytes)
+    updated += momentum * _momentum_bytes(number_bytes) + _added_bytes(setup)
     link, latency = cluster.link_bandwidth, cluster.latency_s
     collectives = tuple(
         (collective, collective.seconds(setup.world_size, link, latency))
@@ -102,3 +102,20 @@ def plan_pace(setup: StepSetup, cluster: Cluster) -> Pace:
         operations=architecture.model_operations(shape) * setup.batch,
         peak_rate=rate * setup.world_size,
     )
+
+
+def _momentum_bytes(number_bytes: int) -> int:
+    """Bytes of a move for each number: base weight, fp32 master, and a copy if that is not fp32."""
+    return number_bytes + 8 + (number_bytes if number_bytes < 4 else 0)
+
+
+def _added_bytes(setup: StepSetup) -> float:
+    """Bytes of adding the gradient of each further pass of a step to those before it."""
+    of_backbone = sum(
+        tensor.numbers
+        for tensor in architecture.list_tensors(setup.shape)
+        if tensor.trained and tensor.name.startswith("backbone.")
+    )
+    of_heads = architecture.count_trained(setup.shape) - of_backbone
+    added = (setup.passes.forward - 1) * of_backbone + of_heads  # the heads see each view once
+    return 3.0 * setup.number_bytes * added

@@ -9,8 +9,8 @@ import pytest
 
 from mocov3_ds.planning import command
 from mocov3_ds.planning.calibrate import calibrate
-from mocov3_ds.planning.cards import read_rates
-from mocov3_ds.planning.hardware import read_cluster
+from mocov3_ds.planning.hardware import Cluster
+from mocov3_ds.planning.measured_card import read_rates
 from mocov3_ds.planning.options import rank_options
 from tests.planning.test_command import call
 
@@ -37,7 +37,7 @@ def test_calibration_is_used(
     assert call(monkeypatch, *flags) == 0
     best = json.loads(capsys.readouterr().out)["options"][0]
     expected = json.loads(rates.read_text())
-    cluster = read_cluster("1xcpu", presets=read_rates(rates))
+    cluster = Cluster(read_rates(rates), 1, 1)
     assert cluster.card.fp32_rate == expected["fp32_operations_per_s"]
     pace = rank_options(command.plan_run("tiny"), cluster)[0].pace
     assert pace is not None

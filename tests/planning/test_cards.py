@@ -1,7 +1,5 @@
 """Cards by name, by memory and by the name of their driver; what is no card, in a sentence."""
 
-from pathlib import Path
-
 import pytest
 
 from mocov3_ds.planning.cards import (
@@ -11,7 +9,6 @@ from mocov3_ds.planning.cards import (
     find_card,
     find_card_of_device,
     format_presets,
-    read_rates,
 )
 
 
@@ -53,14 +50,6 @@ def test_the_table_has_the_source_of_every_number() -> None:
         [row] = [line for line in table.splitlines() if line.startswith(f"| {card.name} |")]
         assert card.source in row
         assert f"{card.reach.products:.2f}: " in row
-
-
-def test_a_file_without_rates_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "rates.json"
-    for text in ("", "[]", '{"memory_bytes": 1}'):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="is no file of measured rates"):
-            read_rates(path)
 
 
 def test_a_card_of_ones_own() -> None:

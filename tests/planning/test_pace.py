@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.optim import Lamb
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.command import plan_run
@@ -32,6 +33,30 @@ def test_an_update_takes_as_long_as_its_bytes() -> None:
     share = architecture.count_trained(adamw.shape) / 8
     more = share * (Lamb.bytes_moved() - adamw.optimizer.bytes_moved())
     assert seconds == pytest.approx(more / (cluster.card.bandwidth * STREAM))
+
+
+def test_each_further_chunk_adds_its_gradients_to_the_others() -> None:
+    cluster = read_cluster("8xH100")
+    setup = plan_run("vit_l16").lay_out(8, 1, recompute_blocks=False)
+    small, large = (
+        plan_pace(dataclasses.replace(setup, chunks=Chunks(size=size)), cluster).update_s
+        for size in (32, 64)
+    )
+    weights = architecture.count_trained(setup.shape)
+    added = 16 * 3 * 2 * weights  # 512 images a rank and view: 16 more passes
+    assert small - large == pytest.approx(added / (cluster.card.bandwidth * STREAM), rel=0.1)
+
+
+def test_the_momentum_encoder_moves_as_many_bytes_as_its_kernel() -> None:
+    cluster = read_cluster("8xH100")
+    setup = plan_run("vit_b16").lay_out(8, 1, recompute_blocks=False)
+    setup = dataclasses.replace(setup, chunks=Chunks())
+    shard = architecture.count_trained(setup.shape) / 8
+    of_optimizer = shard * (setup.optimizer.bytes_moved() + 42)
+    of_gradients = 3 * 2 * architecture.count_trained(setup.shape)
+    seconds = plan_pace(setup, cluster).update_s
+    rest = seconds * cluster.card.bandwidth * STREAM - of_optimizer - of_gradients
+    assert rest == pytest.approx(12 * architecture.count_momentum_weights(setup.shape))
 
 
 def test_the_parts_of_a_step_add_up() -> None:
