@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mocov3_ds.data.storage import hide_secrets
 from mocov3_ds.distributed.engine_keys import read_settings
 from mocov3_ds.recipes import RECIPES
 from mocov3_ds.stability.forks import run_flags
@@ -38,7 +39,7 @@ def repeat_line(tree: Mapping[str, Any]) -> str:
     except (ValueError, KeyError) as error:
         return f"not known: {error}"
     name = f"{tree['config'].get('name') or tree['config']['recipe']}-again"
-    return shlex.join(["deepspeed", "mocov3_ds/train.py", *flags, "--name", name])
+    return hide_secrets(shlex.join(["deepspeed", "mocov3_ds/train.py", *flags, "--name", name]))
 
 
 def engine_flags(tree: Mapping[str, Any]) -> list[str]:

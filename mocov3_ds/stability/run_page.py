@@ -259,9 +259,9 @@ def format_duration(seconds: float) -> str:
     """Seconds in the unit that suits them; a dash where they are not known."""
     if not math.isfinite(seconds):
         return "-"
-    for unit, size in (("days", 172_800.0), ("h", 7200.0), ("min", 120.0)):
-        if seconds >= size:
-            return f"{seconds / {'days': 86_400, 'h': 3600, 'min': 60}[unit]:.1f} {unit}"
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
 
 
