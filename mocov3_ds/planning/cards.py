@@ -229,9 +229,9 @@ def describe_own_card(name: str, *, memory: float, tflops: float, bandwidth: flo
         check_number(f"--{flag}", number, 0)
         if not number:
             raise ValueError(f"--card {name} needs --memory, --tflops and --bandwidth, above 0.")
+    source = "given on the command line; PCIe 4.0 unless --interconnect says more"
     return _card(name, memory, tflops, tflops / 16, bandwidth, reach.ASSUMED, link_gb=_PCIE4,
-                 tf32_tera=tflops / 2, network_gbit=25,
-                 source="given on the command line; PCIe 4.0 unless --interconnect says more")  # fmt: skip
+                 tf32_tera=tflops / 2, network_gbit=25, source=source)  # fmt: skip
 
 
 def find_card_of_device(device_name: str) -> Card | None:
@@ -259,7 +259,8 @@ def format_presets() -> str:
     lines += [
         f"| {card.name} | {card.memory_bytes / GIB:.0f} | {card.low_precision_rate / 1e12:g} "
         f"| {card.tf32_rate / 1e12:g} | {card.fp32_rate / 1e12:g} | {card.bandwidth / GB:g} "
-        f"| {card.link_bandwidth / GB:g} | {card.network_bandwidth * 8 / GB:g} | {card.reach} | {card.source} |"
+        f"| {card.link_bandwidth / GB:g} | {card.network_bandwidth * 8 / GB:g} | {card.reach} "
+        f"| {card.source} |"
         for card in PRESETS.values()
     ]
     classes = ", ".join(f"{name} = {card}" for name, card in _MEMORY_CLASSES.items())

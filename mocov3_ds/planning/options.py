@@ -37,15 +37,17 @@ class PlannedRun:
     epochs: float
     engine: dict[str, Any]
     """DeepSpeed JSON, with its optimizer block"""
+    tf32: bool = False
+    """whether products of an fp32 run may round their inputs to TF32"""
 
     @property
     def precision(self) -> Precision:
-        """fp32, bf16 or fp16."""
+        """fp32, tf32, bf16 or fp16."""
         names: tuple[Precision, ...] = ("bf16", "fp16")
         for name in names:
             if (self.engine.get(name) or {}).get("enabled"):
                 return name
-        return "fp32"
+        return "tf32" if self.tf32 else "fp32"
 
     @property
     def optimizer(self) -> type[ShardedOptimizer]:
@@ -151,6 +153,11 @@ def _check_run(planned: PlannedRun, cluster: Cluster) -> None:
         raise ValueError(
             f"the global batch {planned.batch} does not divide over {ranks} cards; choose --batch "
             f"{fits}, or another number of cards."
+        )
+    if planned.tf32 and not (planned.precision == "tf32" and cluster.card.tf32_rate):
+        raise ValueError(
+            f"--tf32 would have no effect in {planned.precision} on {cluster.card.name}: it is for "
+            "products in fp32 on cards that have TF32."
         )
     if planned.precision == "bf16" and not cluster.card.bf16:
         raise ValueError(

@@ -59,6 +59,8 @@ def format_plan(plan: Plan) -> str:
         f"\n{hours_lines(plan, best.pace)}",
         f"\nStart it:\n\n    {plan.launch}",
     ]
+    if cluster.card.needs:
+        sections.insert(1, f"{cluster.card.name} needs {cluster.card.needs}.")
     return "\n".join(sections)
 
 

@@ -12,8 +12,9 @@ from mocov3_ds.model.chunking import Chunks, count_kept_chunks
 from mocov3_ds.optim.adamw import AdamW
 from mocov3_ds.optim.sharded import ShardedOptimizer
 
-Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+"""of weights and activations; tf32 is fp32 whose matrix products round their inputs (`--tf32`)"""
+_DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PERSISTENCE = 100_000
 """DeepSpeed's default of `stage3_param_persistence_threshold`"""
 
@@ -63,7 +64,7 @@ class StepSetup:
     @property
     def number_bytes(self) -> int:
         """Bytes of one number of the network: 4 in fp32, else 2."""
-        return 4 if self.precision == "fp32" else 2
+        return 4 if self.dtype == "float32" else 2
 
     @property
     def dtype(self) -> str:

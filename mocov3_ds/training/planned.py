@@ -83,12 +83,13 @@ def check_length(config: Config, device: torch.device, total_steps: int) -> None
 
 def run_setup(run: Run) -> StepSetup:
     """A step of the run as the planner sees it."""
+    tf32 = run.config.tf32 and run.dtype == torch.float32
     return StepSetup(
         shape=encoder_shape(run.config),
         stage=run.engine.zero_optimization_stage(),
         world_size=ranks.world_size(),
         batch=run.config.batch,
-        precision=_PRECISIONS[run.dtype],
+        precision="tf32" if tf32 else _PRECISIONS[run.dtype],
         chunks=run.model.chunks,
         recompute_blocks=run.config.recompute_blocks,
         key_block=run.model.loss.key_block,

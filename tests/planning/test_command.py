@@ -57,6 +57,17 @@ def test_text_json_picture_and_deepspeed_json(
     assert run.engine["zero_optimization"]["stage"] == best["stage"]
 
 
+def test_what_a_card_needs_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(FOLDER / "zero1_adamw_fp16.json")
+    assert call(monkeypatch, "--gpus", "8xV100", "--deepspeed_config", file) == 0
+    assert "V100-32GB needs a torch built for CUDA 12" in capsys.readouterr().out
+    file = str(FOLDER / "zero1_adamw_fp32.json")
+    assert call(monkeypatch, "--gpus", "8xA100", "--deepspeed_config", file, "--tf32") == 0
+    assert " --tf32 " in capsys.readouterr().out.splitlines()[-1]
+
+
 def launched(said: str) -> tuple[str, Settings]:
     """What `deepspeed` and train.py read of the command in a plan's JSON."""
     command = shlex.split(json.loads(said)["launch"])

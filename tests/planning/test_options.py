@@ -57,3 +57,21 @@ def test_fp16_has_no_stage_0() -> None:
     assert {option.setup.stage for option in options} == {1, 2, 3}
     with pytest.raises(ValueError, match="fp16 has no stage 0"):
         rank_options(planned, read_cluster("8xT4"), (0,))
+
+
+def test_tf32_is_planned_as_it_is_trained() -> None:
+    fp32 = ("bf16.enabled=false",)
+    cluster = read_cluster("8xA100-80GB")
+    plain, rounded = (
+        rank_options(plan_run("vit_b16", overrides=fp32, tf32=tf32), cluster, (1,))[0]
+        for tf32 in (False, True)
+    )
+    assert plain.memory.peak_bytes == rounded.memory.peak_bytes
+    assert plain.pace is not None and rounded.pace is not None
+    # 19.5 and 156 TFLOP/s, NVIDIA A100 data sheet
+    assert plain.pace.compute_s == pytest.approx(8 * rounded.pace.compute_s)
+    for planned, gpus in ((plan_run("vit_b16", tf32=True), "8xA100"), (
+        plan_run("vit_b16", overrides=fp32, tf32=True), "8xT4"
+    )):
+        with pytest.raises(ValueError, match="--tf32 would have no effect"):
+            rank_options(planned, read_cluster(gpus))
