@@ -70,8 +70,9 @@ def test_tf32_is_planned_as_it_is_trained() -> None:
     assert plain.pace is not None and rounded.pace is not None
     # 19.5 and 156 TFLOP/s, NVIDIA A100 data sheet
     assert plain.pace.compute_s == pytest.approx(8 * rounded.pace.compute_s)
-    for planned, gpus in ((plan_run("vit_b16", tf32=True), "8xA100"), (
-        plan_run("vit_b16", overrides=fp32, tf32=True), "8xT4"
-    )):
+    for planned, gpus in (
+        (plan_run("vit_b16", tf32=True), "8xA100"),
+        (plan_run("vit_b16", overrides=fp32, tf32=True), "8xT4"),
+    ):
         with pytest.raises(ValueError, match="--tf32 would have no effect"):
             rank_options(planned, read_cluster(gpus))

@@ -14,4 +14,7 @@ export PYTHONUNBUFFERED=1
 # export NCCL_DEBUG=INFO
 # export NCCL_DEBUG_SUBSYS=INIT,NET
 
+# CUDA's allocator grows its segments in place (expandable_segments:True) unless this says otherwise:
+# export PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512
+
 # Shards in object storage: AWS_ENDPOINT_URL, AWS_PROFILE and the like, the same on every node
