@@ -27,7 +27,7 @@ from mocov3_ds.checkpoints.checkpoint import list_checkpoints
 from mocov3_ds.config import Config
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.data.own_images import MapStyle, OwnImages
+from mocov3_ds.data.own_images import MapStyle, OwnImages, hold_set
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.encoders.choices import EncoderRole
 from mocov3_ds.encoders.load import load_encoder
@@ -80,7 +80,7 @@ class PretrainedRun:
 
         Args:
             which: base or momentum encoder.
-            k: neighbours that vote.
+            k: number of neighbours that vote.
             temperature: a neighbour of cosine s votes with exp(s / temperature).
 
         Raises:
@@ -120,15 +120,13 @@ def pretrain(
     backbone: str | nn.Module | Callable[[], nn.Module] | None = None,
     data: Images | None = None,
     probes: Images | None = None,
+    data_settings: Mapping[str, Any] | None = None,
     loss: PairLoss | None = None,
     on_step: Watcher | None = None,
     on_epoch: Watcher | None = None,
     **settings: Any,
 ) -> PretrainedRun:
-    """Pretrain an encoder, or go on with the run that lies in the folder; each rank must call.
-
-    Under `torchrun` or `deepspeed` the ranks of the launcher train together; otherwise it is a run
-    of one rank.
+    """Pretrain an encoder, or go on with the run in its folder; each rank of a launcher must call.
 
     Args:
         recipe: named starting point; None = "tiny", or with `extend` the other run's.
@@ -137,6 +135,7 @@ def pretrain(
         data: training images: a folder or URL of shards, a folder of images, an `OwnImages`, or any
             map-style dataset of images (see `OwnImages`).
         probes: labelled held-out images for the k-NN monitor: shards, or a dataset.
+        data_settings: the flags of the group `data`, such as `{"threads": 8}`.
         loss: loss to train with; None = the paper's.
         on_step: called after each step.
         on_epoch: called after the last step of each epoch.
@@ -150,6 +149,7 @@ def pretrain(
         ValueError: a setting that cannot be, or anything else that a user can have wrong.
     """
     sets: list[Manifest] = []
+    settings = {**settings, "data": dict(data_settings or {})}
     if backbone is not None:
         name = backbone if isinstance(backbone, str) else register_backbone(backbone)
         settings = _with_setting(settings, "model", "backbone", name)
@@ -193,16 +193,16 @@ def _find_address(images: Images, key: str, sets: list[Manifest]) -> tuple[str, 
     if isinstance(images, str | Path):
         is_folder = "://" not in str(images) and not (Path(images) / manifests.NAME).exists()
         return ("images" if is_folder and key == "shards" else key), str(images)
-    own = images if isinstance(images, OwnImages) else OwnImages(images)
-    sets.append(own.describe_set())
-    return key, manifests.hold_set(sets[-1])
+    dataset = images if isinstance(images, OwnImages) else OwnImages(images)
+    sets.append(dataset.describe_set())
+    return key, hold_set(sets[-1])
 
 
 def _with_setting(settings: Mapping[str, Any], group: str, name: str, value: str) -> dict[str, Any]:
-    given = settings.get(group, {})
-    if name in given:
+    in_group = settings.get(group, {})
+    if name in in_group:
         raise ValueError(f"{group}.{name} is given twice; leave it out of {group}={{...}}.")
-    return {**settings, group: {**given, name: value}}
+    return {**settings, group: {**in_group, name: value}}
 
 
 # --------------------------------------------------------------------------- keywords into flags
@@ -221,15 +221,15 @@ def flags_of(settings: Mapping[str, Any]) -> list[str]:
     overrides = settings.pop("ds", ())
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value)}" for key, value in _flatten(overrides)]
-    words = [word for override in overrides for word in ("--ds", override)]
-    return [*_flags_of_group(settings, Config(), ""), *words]
+    flags = [word for override in overrides for word in ("--ds", override)]
+    return [*_flags_of_group(settings, Config(), ""), *flags]
 
 
 def _flags_of_group(settings: Mapping[str, Any], defaults: Any, prefix: str) -> Iterator[str]:
-    known = [field.name for field in fields(defaults)]
+    names = [field.name for field in fields(defaults)]
     for name, value in settings.items():
-        if name not in known:
-            hint = did_you_mean(name, known)
+        if name not in names:
+            hint = did_you_mean(name, names)
             raise ValueError(f"there is no setting {prefix}{name}{hint}.")
         default = getattr(defaults, name)
         if is_dataclass(default):
@@ -256,12 +256,12 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _parse_quietly(flags: list[str]) -> Any:
     """Settings of a command line; what the parser prints and its exit become a ValueError."""
-    words = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(words), contextlib.redirect_stdout(words):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             return parse(flags)
     except SystemExit:
-        said = " ".join(re.sub(r"[─-╿]", " ", words.getvalue()).split())
+        said = " ".join(re.sub(r"[─-╿]", " ", printed.getvalue()).split())
         raise ValueError(f"settings that cannot be: {said}") from None
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocov3_ds.data import storage
-from mocov3_ds.data.manifest import Manifest, SampleSource
+from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.sample_source import SampleSource
 from mocov3_ds.data.storage.cache import Cache
 
 GAP = 256 << 10

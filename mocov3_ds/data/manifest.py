@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from mocov3_ds.data import index_folder, shard_index, storage
 from mocov3_ds.data.index_folder import CheckedFiles
 from mocov3_ds.data.json_stream import JsonStream
+from mocov3_ds.data.sample_source import SampleSource, check_address
 from mocov3_ds.data.shard_index import ROW, SAMPLE_LIMIT
 from mocov3_ds.data.shard_place import parse_place
 from mocov3_ds.data.shard_table import Shard, ShardTable
@@ -50,21 +51,7 @@ INDEX_LIMIT = 1 << 40
 """Bytes of the largest index that is mapped: 3.4 x 10^10 samples."""
 CLASS_LIMIT = 1 << 24
 """Classes of a set, at most."""
-OWN_SET = "own://"
-"""Beginning of the address of a set in memory, see `hold_set`."""
 _SHA256 = re.compile("[0-9a-f]{64}")
-
-
-class SampleSource(Protocol):
-    """Gives the image bytes of samples that lie in no shard, see `own_images`."""
-
-    def read(self, sample_id: int) -> bytes:
-        """Return the bytes of an image file; any thread may call."""
-        ...
-
-    def name(self, sample_id: int) -> str:
-        """Return what messages call the sample."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +195,8 @@ class Manifest:
             ) from None
 
 
-_own_sets: weakref.WeakValueDictionary[str, Manifest] = weakref.WeakValueDictionary()
+own_sets: weakref.WeakValueDictionary[str, Manifest] = weakref.WeakValueDictionary()
+"""sets in the memory of this process by address, as long as somebody keeps them (`own_images`)"""
 
 
 def write(
@@ -282,8 +270,9 @@ def load(
             at odds with itself; or there is no place for it on this machine.
         OSError: The store cannot be read.
     """
-    if url.startswith(OWN_SET):
-        return find_own_set(url)
+    if url in own_sets:
+        return own_sets[url]
+    check_address(url)
     url = storage.folder_url(storage.take_login(url), NAME)
     try:
         if checked is None:
@@ -320,36 +309,6 @@ def load(
         checked,
         described.shards_at,
     )
-
-
-def hold_set(manifest: Manifest) -> str:
-    """Give a set that lies in no folder an address which this process can open.
-
-    Args:
-        manifest: The set; the address holds as long as somebody keeps it.
-    """
-    url = f"{OWN_SET}{len(_own_sets) + 1}"
-    while url in _own_sets:
-        url += "+"
-    _own_sets[url] = manifest
-    return url
-
-
-def find_own_set(url: str) -> Manifest:
-    """Return the set that `hold_set` gave an address.
-
-    Args:
-        url: The address.
-
-    Raises:
-        ValueError: This process holds no such set.
-    """
-    if url not in _own_sets:
-        raise ValueError(
-            f"{url} was a dataset in the memory of a program; only a program that gives it again "
-            "(mocov3_ds.pretrain) can go on with it, or name shards in its place."
-        )
-    return _own_sets[url]
 
 
 def _check_size(url: str, limit: int) -> int:

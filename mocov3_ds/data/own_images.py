@@ -10,6 +10,7 @@ so that everything behind the reading is the same as for shards.
 
 import hashlib
 import io
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -18,9 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mocov3_ds.data.manifest import ROW, Manifest, Shard
+from mocov3_ds.data.manifest import ROW, Manifest, Shard, own_sets
+from mocov3_ds.data.sample_source import OWN_SET
 
 _NOMINAL_BYTES = 1 << 17  # of an encoded image, as nobody knows its size before it is read
+_numbers = itertools.count(1)  # of the sets that were given an address
 _PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
@@ -65,9 +68,9 @@ class OwnImages:
         count = len(images)
         if not count:
             raise ValueError("the dataset holds no images.")
-        for values, what in ((self._labels, "labels"), (ids, "ids")):
+        for values, kind in ((self._labels, "labels"), (ids, "ids")):
             if values is not None and len(values) != count:
-                raise ValueError(f"{count} images have {len(values)} {what}; give one for each.")
+                raise ValueError(f"{count} images have {len(values)} {kind}; give one for each.")
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process gets: everything but the lock."""
@@ -113,6 +116,17 @@ class OwnImages:
             sample_id: Position in the dataset.
         """
         return str(self._ids[sample_id]) if self._ids is not None else f"image {sample_id}"
+
+
+def hold_set(described: Manifest) -> str:
+    """Give a set that lies in no folder an address which this process can open.
+
+    Args:
+        described: The set; the address holds as long as somebody keeps it.
+    """
+    url = f"{OWN_SET}{next(_numbers)}"
+    own_sets[url] = described
+    return url
 
 
 def encode_image(image: Any) -> bytes:

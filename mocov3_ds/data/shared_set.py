@@ -27,8 +27,8 @@ def load_on_ranks(url: str, parent: Path | None = None) -> Manifest:
         ValueError: The set cannot be used, or there is no place for its index.
         OSError: The store cannot be read.
     """
-    if url.startswith(manifests.OWN_SET):
-        return manifests.find_own_set(url)
+    if url in manifests.own_sets:
+        return manifests.load(url)
     opened: list[Manifest] = []
 
     def open_first() -> CheckedFiles:

@@ -20,8 +20,12 @@ from mocov3_ds.encoders.foreign_names import replace_prefix
 from mocov3_ds.encoders.load import Weights, positions_for, read_weights
 from mocov3_ds.encoders.networks import choose_prefix, find_prefixes, is_head, summarise_names
 from mocov3_ds.encoders.owner_settings import OwnerSettings
+from mocov3_ds.encoders.timm_networks import find_prefix, load_network
 from mocov3_ds.encoders.weight_files import find_weights
+from mocov3_ds.model.backbones import shape_name
+from mocov3_ds.model.shapes import VitShape
 from mocov3_ds.model.tensor_differences import differing_tensors
+from mocov3_ds.settings.wording import count_noun
 
 _SIZES = ("dim", "depth", "heads", "patch_size")
 _HEADS = ("projector", "predictor")
@@ -54,12 +58,21 @@ def read_init(config: Config, base: nn.Module) -> InitWeights:
     """
     path, role, own = config.init, config.init_which, base.state_dict()
     try:
-        weights = read_weights(path, role, assumed_heads=config.model.heads, tells=False)
+        weights = read_weights(path, role, expected=config.backbone, tells=False)
     except ValueError as error:
         raise ValueError(f"--init: {error}".replace("--which", "--init_which")) from None
-    notes = _check_sizes(weights, config)
+    is_plain = isinstance(config.backbone, VitShape) and config.backbone.stem == "patch"
+    if is_plain != weights.is_plain_vit:
+        raise ValueError(
+            f"--init {path} holds {shape_name(weights.backbone)}, the run trains "
+            f"{shape_name(config.backbone)}; give another --model.backbone."
+        )
     expected = replace_prefix(own, "backbone.", "")
-    backbone, fitted = _fit_backbone(weights, config, expected)
+    if is_plain:
+        notes = _check_sizes(weights, config)
+        backbone, fitted = _fit_vit(weights, config, expected)
+    else:
+        notes, (backbone, fitted) = [], _fit_network(weights, config)
     if names := differing_tensors(expected, backbone):
         raise ValueError(
             f"--init {path}: {len(names)} tensors differ from those of the run's backbone, e.g. "
@@ -86,14 +99,17 @@ def read_init(config: Config, base: nn.Module) -> InitWeights:
     }
     if weights.saved is not None:
         record |= {"step": weights.saved.step}
-    frozen = "and stays as it is" if config.model.patch_lr == 0 else "and is trained"
+    frozen = "stays as it is" if config.model.patch_lr == 0 else "is trained"
+    patches = (
+        f"the patch projection comes from there and {frozen} (--model.patch_lr "
+        f"{config.model.patch_lr:g})"
+    )
     left_out = summarise_names(unused, prefix)
     parts = [
         f"start: {weights.path} ({weights.kind}, {role} encoder): {record['tensors']} tensors with "
         f"{record['numbers']:,} numbers taken into both encoders",
         *fitted,
-        f"the patch projection comes from there {frozen} (--model.patch_lr "
-        f"{config.model.patch_lr:g})",
+        *([patches] if is_plain else []),
         *notes,
         *([f"not taken: {left_out}"] if left_out else []),
     ]
@@ -117,12 +133,23 @@ def _check_sizes(weights: Weights, config: Config) -> list[str]:
     settings, notes = weights.settings, []
     if settings.norm_eps != OwnerSettings.norm_eps:
         notes.append(f"norms have epsilon {OwnerSettings.norm_eps:g}, there {settings.norm_eps:g}")
-    if (settings.mean, settings.std) != (OwnerSettings.mean, OwnerSettings.std):
+    if (settings.mean, settings.std) != (config.views.mean, config.views.std):
         notes.append(f"images had mean {settings.mean} and deviation {settings.std} there")
     return notes
 
 
-def _fit_backbone(
+def _fit_network(weights: Weights, config: Config) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a network that is no plain ViT, and what was done to them."""
+    try:
+        network = load_network(config.backbone, weights.tensors)
+    except ValueError as error:
+        raise ValueError(f"--init {weights.path}: {error}") from None
+    tensors = network.state_dict()
+    resized = sum(tensors[n].shape != t.shape for n, t in weights.tensors.items() if n in tensors)
+    return tensors, [f"{count_noun(resized, 'tensor')} resized for the images"] if resized else []
+
+
+def _fit_vit(
     weights: Weights, config: Config, expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The backbone's tensors for the run's image size and channels, and what was done to them."""
@@ -151,7 +178,9 @@ def _all_tensors(weights: Weights) -> tuple[dict[str, Tensor], str]:
     """Every tensor where the weights come from, and the text in front of the backbone's names."""
     if weights.saved is None:
         present = find_weights(weights.path).tensors
-        return present, choose_prefix(present, weights.role)
+        if weights.is_plain_vit:
+            return present, choose_prefix(present, weights.role)
+        return present, find_prefix(present, weights.backbone, weights.role)
     present = {
         f"{group}.{name}": tensor
         for group in ("base", "momentum")
