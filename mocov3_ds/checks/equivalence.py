@@ -123,6 +123,11 @@ def relative_distance(present: Tensor, expected: Tensor, floor: float = 0.0) -> 
     return float((present - expected).norm() / (expected.norm() + floor).clamp_min(1e-300))
 
 
+def relative_difference(present: float, expected: float) -> float:
+    """|present - expected| / |expected|; infinite where nothing is expected, as of no loss."""
+    return abs(present - expected) / abs(expected) if expected else float("inf")
+
+
 # -------------------------------------------------------------------------------------- whole steps
 
 
@@ -234,7 +239,7 @@ def _compare_steps(
         stepped = lamb.step(base, gradients, matrices)
         weights = _in_fp64(full_tensors(engine.module.base))
         errors.keep_largest(
-            loss=abs(result.loss - float(loss.detach())) / abs(float(loss.detach())),
+            loss=relative_difference(result.loss, float(loss.detach())),
             gradient=gradient_error(gradients, expected),
             lamb=max(_movement_error(weights[n], stepped[n], base[n]) for n in sorted(trained)),
             momentum=max(relative_distance(new_keys[n], moved[n], floor=1e-3) for n in averaged),

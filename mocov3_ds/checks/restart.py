@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mocov3_ds.checks.equivalence import relative_difference
 from mocov3_ds.checks.finding import Finding, judge_errors
 from mocov3_ds.checks.run_disk import check_shared
 from mocov3_ds.distributed import ranks
@@ -149,7 +150,7 @@ def _run_attempt(
 
 def _loss_error(losses: Sequence[float], expected: Sequence[float]) -> float:
     """Largest relative difference of two losses of the same step."""
-    return max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+    return max(relative_difference(a, b) for a, b in zip(losses, expected, strict=True))
 
 
 def _weight_error(tensor: Tensor, expected: Tensor) -> float:

@@ -15,6 +15,7 @@ from mocov3_ds.checks.equivalence import (
     Witness,
     gradient_error,
     rank_views,
+    relative_difference,
     start_network,
 )
 from mocov3_ds.checks.finding import Finding, judge_errors
@@ -77,8 +78,9 @@ def _judge_ways(
     errors = {}
     for way, prepare in ways.items():
         loss_of_way, gradients_of_way = _run_step(device, prepare)
-        loss_error = abs(loss_of_way - loss) / abs(loss)
-        errors[way] = max(loss_error, gradient_error(gradients_of_way, gradients))
+        errors[way] = max(
+            relative_difference(loss_of_way, loss), gradient_error(gradients_of_way, gradients)
+        )
     return judge_errors(name, errors, limit, remedy)
 
 

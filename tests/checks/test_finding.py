@@ -36,3 +36,9 @@ def test_the_file_has_the_names_that_programs_know() -> None:
     assert Finding("x", "pass", "1", "2").as_json() == {
         "name": "x", "status": "pass", "measured": "1", "wanted": "2", "remedy": "", "numbers": {}
     }  # fmt: skip
+
+
+def test_the_file_holds_no_number_that_json_does_not_know() -> None:
+    numbers = {"a": float("nan"), "b": float("inf"), "c": 1.5}
+    tree = Finding("x", "fail", "1", "2", "mend", numbers).as_json()
+    assert tree["numbers"] == {"a": "nan", "b": "inf", "c": 1.5}

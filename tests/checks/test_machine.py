@@ -57,3 +57,19 @@ def test_a_slower_decoder_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (decoder.status, kernels.status) == ("note", "note")
     assert "no compiler" in decoder.measured
     assert "compiler" in kernels.remedy
+
+
+def test_a_card_that_torch_cannot_use_fails() -> None:
+    finding = machine.check_accelerator(CPU, unusable="the NVIDIA driver is too old")
+    assert (finding.status, finding.remedy) == ("fail", "the NVIDIA driver is too old")
+
+
+@pytest.mark.parametrize("problem", ["", "install gcc"])
+def test_the_doctor_asks_what_the_kernels_ask(
+    monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    monkeypatch.setattr(machine.devices, "triton_problem", lambda device: problem)
+    _, kernels = machine.check_fast_paths(torch.device("cuda"))
+    assert kernels.status == ("note" if problem else "pass")
+    assert ("colour work: torch" in kernels.measured) is bool(problem)
+    assert problem in kernels.remedy

@@ -9,9 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.ranks import LAUNCHER_VARIABLES
+from tests.fake_gpu.process import run_on_fake_gpu
 from tests.ranks_pool import run_ranks
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
@@ -159,3 +161,56 @@ def test_collectives_are_timed_while_asked() -> None:
     first, second = run_ranks(2, timed_calls)
     assert len(first) >= 4
     assert len(second) >= 4
+
+
+class AddUpInBackward(torch.autograd.Function):
+    """As batch norm over ranks: the collective of the backward comes from autograd's thread."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return ranks.all_reduce_sum(gradient.clone())
+
+
+def counts_of_collectives(device: torch.device) -> list[int]:
+    x = torch.ones(4, device=device, requires_grad=True)
+    counts = [ranks.count_collectives()]
+    for work in (
+        lambda: ranks.all_reduce_sum(x.detach().clone()),
+        lambda: ranks.all_gather_cat(x),
+        lambda: torch.autograd.backward(AddUpInBackward.apply(x).sum()),
+    ):
+        work()
+        counts.append(ranks.count_collectives() - counts[0])
+    return counts[1:]
+
+
+def counts_under_gloo() -> tuple[list[int], int]:
+    """Also how many are counted while one of them waits for the other rank."""
+    counts = counts_of_collectives(torch.device("cpu"))
+    begun = ranks.count_collectives()
+    work = dist.all_reduce(torch.ones(1), async_op=True)
+    assert work is not None
+    entered = ranks.count_collectives() - begun
+    work.wait()
+    return counts, entered
+
+
+def test_collectives_are_counted_as_they_are_entered() -> None:
+    assert run_ranks(2, counts_under_gloo) == [([1, 2, 3], 1)] * 2
+    assert ranks.count_collectives() == 0
+
+
+def counts_under_nccl() -> list[int]:
+    from tests.fake_gpu import inside
+
+    with inside.pretended_world(8):
+        return counts_of_collectives(ranks.start())
+
+
+@pytest.mark.slow
+def test_nccl_counts_them_too() -> None:
+    assert run_on_fake_gpu(counts_under_nccl) == [1, 2, 3]

@@ -40,7 +40,7 @@ from mocov3_ds.checks import (
 from mocov3_ds.checks.check_run import Check, format_table, run_checks, show_progress
 from mocov3_ds.checks.finding import Finding
 from mocov3_ds.data.storage.atomic import write_text
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.model.shapes import PAPER_SHAPES
 from mocov3_ds.optim.kernels import choose_kernels
 from mocov3_ds.planning.measured_card import REPORT_SCHEMA
@@ -111,7 +111,14 @@ def list_correct_checks(device: torch.device, folder: Path, recipes: Sequence[st
             )
             for recipe in recipes
         ]
+    checks.append(Check("compiled blocks", partial(_check_compiled, device), 45))
     return checks
+
+
+def _check_compiled(device: torch.device) -> list[Finding]:
+    if problem := devices.triton_problem(device):
+        return [Finding("compiled = as written", "skip", f"Triton does not run here: {problem}")]
+    return [step_variants.check_compiled(device)]
 
 
 def _check_attention(device: torch.device, recipe: str, backends: Sequence[str]) -> list[Finding]:

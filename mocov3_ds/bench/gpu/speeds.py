@@ -36,7 +36,7 @@ from mocov3_ds.data.loader import Loader, LoaderSettings
 from mocov3_ds.data.views import photometric
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.spec import ViewSpec
-from mocov3_ds.distributed import ranks
+from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.shapes import PAPER_SHAPES
@@ -107,6 +107,8 @@ def measure_steps(
     kind = "compiled" if compiled else "chunks"
     variants = [Variant("compiled" if compiled else "chunks", Chunks(size=s)) for s in chunks]
     name = f"step, {recipe}" + ", compiled" * compiled
+    if compiled and (problem := devices.triton_problem(device)):
+        return [Finding(name, "skip", f"Triton does not run here: {problem}")]
     try:
         steps = build_steps(shape, options, variants, device)
         rate = matrix_rate(shape.vit, images, "bf16", device)
