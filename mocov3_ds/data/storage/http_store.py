@@ -107,6 +107,10 @@ class HttpStore:
         """See `stores.Store`."""
         raise StorageError(f"{self._root} is a web server, which is only read from.")
 
+    def close(self) -> None:
+        """See `stores.Store`."""
+        self._pool.clear()
+
     def explain_error(self, url: str, error: Exception) -> Exception | None:
         """See `stores.Store`."""
         from urllib3.exceptions import HTTPError, LocationValueError

@@ -112,6 +112,9 @@ class ObstoreStore:
 
         obstore.delete(self._store, _literal_key(key))
 
+    def close(self) -> None:
+        """See `stores.Store`; obstore keeps its connections to itself."""
+
     def explain_error(self, url: str, error: Exception) -> Exception | None:
         """See `stores.Store`."""
         from obstore import exceptions

@@ -120,6 +120,10 @@ class S3Store:
         """See `stores.Store`."""
         self.client.delete_object(Bucket=self._bucket, Key=key)
 
+    def close(self) -> None:
+        """See `stores.Store`."""
+        self.client.close()
+
     def explain_error(self, url: str, error: Exception) -> Exception | None:
         """See `stores.Store`."""
         from botocore import exceptions

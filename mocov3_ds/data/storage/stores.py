@@ -80,6 +80,10 @@ class Store(RetriedStore, Protocol):
         """Delete a file if it exists."""
         ...
 
+    def close(self) -> None:
+        """Drop the connections that wait to be used again."""
+        ...
+
 
 CLIENTS: dict[str, Callable[[str, RetryLimits], Store]] = {
     "s3": S3Store,
@@ -127,4 +131,6 @@ def store_for_url(url: str) -> tuple[Store, str]:
 def forget_stores() -> None:
     """Drop this process's clients, so that new credentials and endpoints count."""
     with _lock:
+        for store in _stores.values():
+            store.close()
         _stores.clear()
