@@ -23,7 +23,7 @@ NO_IMAGES = "archive without images"
 
 UNREAD_FORMATS = {
     *("jxl", "avif", "heic", "heif", "jp2", "jpx", "j2k", "tga", "ico", "svg", "exr", "psd", "dng"),
-    *("cr2", "nef", "arw", "raw", "dcm", "nii", "npy", "apng"),
+    *("cr2", "nef", "arw", "raw", "dcm", "nii", "apng"),
 } - SUFFIXES.keys()
 """Endings of images that cannot be read here."""
 

@@ -23,6 +23,7 @@ from data_prep.index import index_tars
 from data_prep.listing import Listing
 from data_prep.look import describe_source, source_as_json
 from data_prep.member_names import quote_message
+from data_prep.pixel_stats import measure_pixels
 from data_prep.scratch import scratch_folder
 from data_prep.shard import make_shards
 from data_prep.shard_options import ShardOptions, check_options
@@ -31,7 +32,9 @@ from data_prep.sources import list_images
 from data_prep.stats import draw_histograms, set_stats
 from data_prep.verify import verify_set
 from data_prep.wds_samples import MemberPick
+from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
+from mocov3_ds.settings.bounds import Bounds
 from mocov3_ds.settings.environment import check_environment
 from mocov3_ds.settings.paths import expand_home
 
@@ -252,16 +255,39 @@ def index_set(
     say(f"{shards.url}: {shards.samples} samples in {len(shards.shards)} shards, manifest written")
 
 
-def show_stats(url: Url, /, *, picture: Path | None = None, json: bool = False) -> None:
-    """Say how classes and sizes are spread, from the manifest alone.
+def show_stats(
+    url: Url,
+    /,
+    *,
+    picture: Path | None = None,
+    json: bool = False,
+    pixels: int | Literal["all"] = 1000,
+    channels: int = 3,
+) -> None:
+    """Say how classes and sizes are spread, and what mean and deviation the pixels have.
+
+    The last lines are the flags that training takes (--views.mean, --views.std): each image counts
+    the same, at its full size.
 
     Args:
         url: folder or URL of the set.
         picture: PNG file to draw the histograms to.
         json: print one JSON object.
+        pixels: images whose pixels are read, spread evenly over the set; `all` reads each one,
+            0 none (then the manifest alone is read).
+        channels: channels that the images are decoded to, as --views.channels of training.
     """
-    stats = set_stats(url)
-    say(jsons.dumps(stats.as_json(), indent=1) if json else str(stats))
+    Bounds(1, 256).check_value("channels", channels)
+    stats, measured = set_stats(url), None
+    if pixels:
+        count = 0 if pixels == "all" else pixels
+        Bounds(0).check_value("pixels", count)
+        measured = measure_pixels(manifests.load(url), images=count, channels=channels)
+    if json:
+        tree = stats.as_json() | ({"pixels": measured.as_json()} if measured else {})
+        say(jsons.dumps(tree, indent=1))
+    else:
+        say("\n".join(map(str, filter(None, (stats, measured)))))
     if picture is not None:
         draw_histograms(stats, picture)
         print(f"picture: {picture}", file=sys.stderr)

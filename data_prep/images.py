@@ -1,12 +1,14 @@
 """What is an image, and what is done to it on its way into a shard? It is checked, maybe shrunk."""
 
 import io
+from collections.abc import Sequence
 from typing import Literal, cast
 
 from PIL import Image, ImageFile
 
 from mocov3_ds.data.manifest import SAMPLE_LIMIT
 from mocov3_ds.data.views import decode
+from mocov3_ds.data.views.array_file import is_array
 
 Check = Literal["header", "decode"]
 
@@ -29,6 +31,10 @@ SUFFIXES = {
     **({"jxl": "jxl"} if "JXL" in decode.FORMATS else {}),
 }
 """Name endings (lower case) that make a file an image, and the member ending each gets."""
+
+ARRAY = "npy"
+"""Ending of a NumPy array, which is the image of a WebDataset sample that has no other; elsewhere
+such files hold too many other things."""
 
 MAX_BYTES = SAMPLE_LIMIT
 """Largest image that is read, bytes."""
@@ -64,17 +70,32 @@ def checked_size(image_bytes: bytes, check: Check) -> tuple[int, int]:
     has_end = image_bytes.endswith((jpeg_end, _PNG_END))
     has_end = has_end or image_bytes.rstrip(b"\0").endswith(jpeg_end)
     if check == "decode" or not has_end:
-        decode.decode_rgb(image_bytes)
+        decode_stored(image_bytes)
     return height, width
 
 
-def is_faint(image: Image.Image) -> bool:
-    """Whether an RGB image is nearly of one colour, as scans are whose pixels were scaled wrongly.
+def decode_stored(image_bytes: bytes) -> list[Image.Image]:
+    """Decode an image: one in RGB, or a grey one for each channel of an array.
 
     Args:
-        image: Decoded image, RGB of 8 bits.
+        image_bytes: Bytes of the stored image.
+
+    Raises:
+        decode.UnreadableImage: The image cannot be read, with the reason.
     """
-    bands = cast("tuple[tuple[int, int], ...]", image.getextrema())
+    return decode.decode_layers(image_bytes, 0 if is_array(image_bytes) else 3)
+
+
+def is_faint(layers: Sequence[Image.Image]) -> bool:
+    """Whether an image is nearly of one colour, as scans are whose pixels were scaled wrongly.
+
+    Args:
+        layers: Decoded image, RGB of 8 bits, or a grey one for each channel.
+    """
+    if len(layers) > 1:
+        return all(is_faint([layer]) for layer in layers)
+    extrema = layers[0].getextrema()
+    bands = cast("Sequence[tuple[int, int]]", extrema if layers[0].mode == "RGB" else [extrema])
     return all(high - low < FAINT_RANGE for low, high in bands)
 
 
@@ -93,11 +114,14 @@ def shrink_image(
         always: Encode again an image that is small enough, too (its size is kept).
 
     Returns:
-        The JPEG, or None where the image stays as it is: small enough, or too long for a JPEG.
+        The JPEG, or None where the image stays as it is: small enough, too long for a JPEG, or an
+        array.
 
     Raises:
         decode.UnreadableImage: The image cannot be read, with the reason.
     """
+    if is_array(image_bytes):
+        return None
     height, width = decode.read_size(image_bytes)
     short = min(height, width)
     if short <= shorter_side and not always:

@@ -152,7 +152,8 @@ def scan_shard(name: str, *, url: str, decode_all: bool, pick: MemberPick = NO_P
                 balance.leave_out(f"{name}/{member.name}", HIDDEN)
                 continue
             members.append(member)
-            if is_image_name(member.name) and member.size <= images.MAX_BYTES:
+            may_be_image = is_image_name(member.name) or name_ending(member.name) == images.ARRAY
+            if may_be_image and member.size <= images.MAX_BYTES:
                 facts[member.offset] = _image_facts(stream.read(member.size), decode_all)
             elif pick.is_label(member.name) and member.size <= labels.LONGEST_JSON:
                 label_bytes[member.offset] = stream.read(member.size)
@@ -172,8 +173,9 @@ def _image_facts(image_bytes: bytes, decode_all: bool) -> ImageFacts:
     reason, is_faint = "", False
     try:
         if decode_all:
-            image = decode.decode_rgb(image_bytes)
-            height, width, is_faint = image.height, image.width, images.is_faint(image)
+            decoded = images.decode_stored(image_bytes)
+            height, width = decoded[0].height, decoded[0].width
+            is_faint = images.is_faint(decoded)
         else:
             height, width = images.checked_size(image_bytes, "header")
     except decode.UnreadableImage as error:

@@ -18,7 +18,7 @@ from data_prep.balance import (
     Balance,
     ending_reason,
 )
-from data_prep.images import SUFFIXES
+from data_prep.images import ARRAY, SUFFIXES
 from data_prep.labels import Label
 from data_prep.member_names import join_names, quote_name
 
@@ -132,8 +132,8 @@ def group_samples(
 
     The key ends at the first dot of the file name. Of several images the first with a plain ending
     is the sample's (`a.jpg`, not `a.mask.png`). Where none has a plain ending, the names have dots
-    of their own (`img.0001.jpg`) and the key ends at the last one: each image is a sample. A group
-    without an image is left out.
+    of their own (`img.0001.jpg`) and the key ends at the last one: each image is a sample. A NumPy
+    array is the image where there is no other. A group without an image is left out.
 
     Args:
         members: Members of the tar in order, without hidden ones.
@@ -183,6 +183,9 @@ class _Sorter(NamedTuple):
     def split_group(self, key: str, group: dict[str, tar.Member]) -> Iterator[TarSample]:
         """Samples among members given by the rest of their names; the others are left out."""
         images = [suffix for suffix in group if suffix.rpartition(".")[2] in SUFFIXES]
+        arrays = [suffix for suffix in group if suffix.rpartition(".")[2] == ARRAY]
+        if not images or any(_fits(suffix, self.pick.image) for suffix in arrays):
+            images += arrays
         if not images and any(map(self._may_be_label, group)):
             # an image in vain: it is rejected, but its label keeps the numbers of the others
             images = [suffix for suffix in group if suffix.rpartition(".")[2] in UNREAD_FORMATS]

@@ -20,7 +20,7 @@ from mocov3_ds.data.views.decode import Sides, UnreadableImage
 
 _SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".npy"),
+    *(".ppm", ".pgm", ".pbm"),
 }
 
 

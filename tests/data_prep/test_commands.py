@@ -141,6 +141,9 @@ def test_index_and_stats(run, tmp_path):
     assert code == 0 and "2 classes: 0 (cat) to 1 (dog) samples each" in out and "p.png" in err
     tree = json.loads(run("stats", tmp_path / "w", "--json")[1])
     assert tree["classes"] == {"cat": 0, "dog": 1} and tree["shorter_side"] == [24] * 5
+    assert tree["pixels"]["images"] == 1 and tree["pixels"]["flags"] in out
+    assert "--views.mean" not in run("stats", tmp_path / "w", "--pixels", 0)[1]
+    assert tree == json.loads(run("stats", tmp_path / "w", "--json", "--pixels", "all")[1])
 
 
 @pytest.mark.parametrize(

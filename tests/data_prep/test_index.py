@@ -6,11 +6,13 @@ import tarfile
 import zlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from data_prep import tar
 from data_prep.class_numbers import ClassNames
 from data_prep.index import index_tars
+from data_prep.pixel_stats import measure_pixels
 from data_prep.verify import verify_set
 from data_prep.wds_samples import MemberPick
 from mocov3_ds.data import manifest, storage
@@ -234,3 +236,29 @@ def test_a_class_without_a_readable_image_keeps_its_number(tmp_path, ending, rea
         rejects = (tmp_path / folder / "rejects.jsonl").read_text().splitlines()
         assert [json.loads(line)["reason"] for line in rejects] == [reason]
         assert not find_problems(tmp_path / folder)
+
+
+def test_tars_of_arrays_are_described_verified_and_sharded(tmp_path):
+    def stored(array):
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        return buffer.getvalue()
+
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 4096, (9, 7 + n, 6)).astype(np.uint16) for n in range(3)]
+    members = {}
+    for number, array in enumerate(arrays):
+        members |= {f"{number}.npy": stored(array), f"{number}.cls": b"%d" % number}
+    members |= {"3.npy": stored(np.zeros(5)), "3.cls": b"0"}  # no image
+    forms.write_tar(tmp_path / "w" / "0.tar", members)
+    made = index_tars(str(tmp_path / "w"), workers=1, quiet=True)
+    assert (
+        made.index_N["width"].tolist() == [7, 8, 9] and made.index_N["height"].tolist() == [9] * 3
+    )
+    assert verify_set(str(tmp_path / "w"), workers=1, quiet=True).is_sound
+    again = make(tmp_path / "w" / "0.tar", tmp_path / "out").manifest
+    assert again.samples == 3 and again.index_N["label"].tolist() == [0, 1, 2]
+    assert verify_set(str(tmp_path / "out"), workers=1, quiet=True).is_sound
+    found = measure_pixels(again, channels=6, quiet=True)
+    exact = [(array >> 4).reshape(-1, 6).mean(0) / 255 for array in arrays]
+    np.testing.assert_allclose(found.mean, np.mean(exact, 0), rtol=1e-12)

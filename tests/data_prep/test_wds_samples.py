@@ -168,3 +168,16 @@ def test_labels_are_read_or_refused_by_name():
     assert label(TarSample("a", image, None, None), b"") is None
     with pytest.raises(ValueError, match=r"a.cls in t.tar has 2000 bytes, a label file at most"):
         label(TarSample("a", image, Member("a.cls", 0, 2000), None), b"")
+
+
+def test_an_array_is_the_image_of_a_sample_that_has_no_other():
+    names = ("a.npy", "a.cls", "b.jpg", "b.npy", "b.cls", "c.npy")
+    samples, balance, choices = group(*names)
+    assert [named(sample)[:3] for sample in samples] == [
+        ["a", "a.npy", "a.cls"],
+        ["b", "b.jpg", "b.cls"],
+        ["c", "c.npy", None],
+    ]
+    assert balance.omitted == 1 and not choices.images
+    samples, _, _ = group(*names, pick=MemberPick(image="npy"))
+    assert [sample.image.name for sample in samples] == ["a.npy", "b.npy", "c.npy"]

@@ -1,6 +1,7 @@
 """Sizes, positions and initialisation of the Vision Transformer."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -19,13 +20,14 @@ from tests import reference
 TINY = VitShape(image_size=32, patch_size=8, dim=48, depth=2, heads=4)
 
 
-def test_positions_equal_the_closed_form() -> None:
-    grid, dim = 3, 16
+@pytest.mark.parametrize("grid", [(3, 3), (2, 5), (4, 1)])
+def test_positions_equal_the_closed_form(grid: tuple[int, int]) -> None:
+    (rows, columns), dim = grid, 16
     ours = sincos_positions(grid, dim)[0].double()
     assert torch.equal(ours[0], torch.zeros(dim, dtype=torch.float64))
-    for row in range(grid):
-        for column in range(grid):
-            token = ours[1 + row * grid + column]
+    for row in range(rows):
+        for column in range(columns):
+            token = ours[1 + row * columns + column]
             # fp32 rounding of values up to 1
             torch.testing.assert_close(
                 token, reference.position(row, column, dim), atol=1e-7, rtol=0
@@ -101,8 +103,17 @@ def test_weights_load_into_timm() -> None:
 def test_sizes_that_do_not_divide_are_told() -> None:
     with pytest.raises(ValueError, match="image size 30 is not a multiple of the patch size 8"):
         build_vit(VitShape(image_size=30, patch_size=8, dim=48, depth=1, heads=4))
+    with pytest.raises(ValueError, match="image size 30x32 .* choose e.g. 32."):
+        build_vit(VitShape(image_size=30, image_width=32, patch_size=8, dim=48, depth=1, heads=4))
     with pytest.raises(ValueError, match="embedding 50 must be a multiple"):
         build_vit(VitShape(image_size=32, patch_size=8, dim=50, depth=1, heads=4))
+
+
+def test_images_of_other_forms() -> None:
+    shape = VitShape(image_size=16, image_width=40, patch_size=8, dim=48, depth=1, heads=4)
+    vit = build_vit(replace(shape, channels=5))
+    assert shape.grid == (2, 5) and vit.pos_embed.shape == (1, 11, 48)
+    assert vit(torch.randn(2, 5, 16, 40)).shape == (2, 48)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
