@@ -121,8 +121,12 @@ def _nvidia_reason(root: Path) -> str:
 
 def _driver_cuda_version() -> int:
     """CUDA version of the driver, 12040 for 12.4; 0 where there is none."""
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return int(ask()) if ask is not None else 0
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def _driver_release(root: Path) -> str:

@@ -12,7 +12,10 @@ using namespace fake;
 #define IGNORES(name) EXPORT int fake_##name(...) __asm__(#name); EXPORT int fake_##name(...) { return 0; }
 
 EXPORT CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
-EXPORT CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
+EXPORT CUresult cuDriverGetVersion(int *version) {
+    *version = (int)setting("DRIVER", 13000);
+    return CUDA_SUCCESS;
+}
 EXPORT CUresult cuDeviceGetCount(int *count) { *count = device_count(); return CUDA_SUCCESS; }
 EXPORT CUresult cuDeviceGet(CUdevice *device, int number) { *device = number; return CUDA_SUCCESS; }
 EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned *flags, int *active) {

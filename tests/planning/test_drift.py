@@ -13,6 +13,7 @@ def test_the_line() -> None:
     plan = Memory((MemoryItem("weights", 2 * GIB), MemoryItem("logits", GIB, ("loss",))))
     drift = Drift(torch.device("cuda"))  # whose allocator starts at nothing; no GPU is touched
     assert drift.describe(plan, 3.3) == "plan: memory 3.00 GiB planned, 3.30 measured (+10 %)"
+    assert "3.30 measured (+10 %; 3.50 reserved)" in drift.describe(plan, 3.3, reserved_gib=3.5)
     cpu = Drift(torch.device("cpu"))
     before = float(cpu.describe(plan, 9.0).partition("beside ")[2].split()[0])
     assert before > 0.05  # the interpreter and torch

@@ -1,15 +1,17 @@
 """A run beside its plan; what the planner does not know is said and ends no run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mocov3_ds.distributed import devices
 from mocov3_ds.planning.drift import Drift
 from mocov3_ds.planning.pace import Pace
-from mocov3_ds.recipes import parse
+from mocov3_ds.recipes import RECIPES, parse
 from mocov3_ds.training.build import build_run
-from mocov3_ds.training.planned import drift_line, run_pace, run_setup
+from mocov3_ds.training.planned import check_length, drift_line, run_pace, run_setup
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL
@@ -38,3 +40,19 @@ def test_a_run_beside_its_plan(tmp_path: Path) -> None:
     assert known is not None and known.batch == 16 and 0 < known.step_s < 1
     assert compared.startswith("plan: memory 0.00 GiB planned")
     assert unplanned == ("plan: this run cannot be compared with one (KeyError: torch.float64)")
+
+
+def test_days_on_the_cpu_are_refused_unless_they_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, long = torch.device("cpu"), RECIPES["vit_s16"].config
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(devices, "is_cpu_meant", lambda: False)
+    with pytest.raises(ValueError, match=r"no GPU is seen.*1000 steps would take \d+ days"):
+        check_length(long, cpu, 1000)
+    check_length(long, torch.device("cuda"), 1000)
+    check_length(replace(long, stop_after_steps=10), cpu, 1000)
+    check_length(RECIPES["tiny"].config, cpu, 100_000)
+    monkeypatch.setattr(torch.version, "cuda", None)  # a torch for CPUs was chosen
+    check_length(long, cpu, 1000)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(devices, "is_cpu_meant", lambda: True)
+    check_length(long, cpu, 1000)
