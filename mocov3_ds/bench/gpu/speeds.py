@@ -206,20 +206,24 @@ def measure_views(device: torch.device, images: int = 256) -> list[Finding]:
     return [Finding("views on the device", "pass", text, "", "", {"images/s": rate})]
 
 
-def measure_loader(device: torch.device, folder: Path, images: int = 256) -> list[Finding]:
+def measure_loader(
+    device: torch.device, folder: Path, images: int = 256, batch: int = 64, batches: int = 16
+) -> list[Finding]:
     """Time the whole way from JPEGs in tars to views on the device, with all cores.
 
     Args:
         device: the device of this rank.
         folder: folder of this check, the same on all ranks.
         images: different images; they are read again and again.
+        batch: images of a rank's batch.
+        batches: batches that are timed.
     """
     shards = manifest.load(ranks.run_on_first(partial(_make_jpegs, folder / "loader", images)))
     threads = max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size())
     settings = LoaderSettings(
         views=ViewSpec(),
         image_size=224,
-        global_batch=64 * ranks.world_size(),
+        global_batch=batch * ranks.world_size(),
         rank=ranks.rank(),
         world_size=ranks.world_size(),
         seed=0,
@@ -229,13 +233,13 @@ def measure_loader(device: torch.device, folder: Path, images: int = 256) -> lis
     )
     with Loader(shards, settings) as loader:
 
-        def take_batches(batches: int) -> None:
-            for batch in islice(loader, batches):
-                network_views(batch, settings.views, device, torch.bfloat16, coloured=False)
+        def take_batches(count: int) -> None:
+            for loaded in islice(loader, count):
+                network_views(loaded, settings.views, device, torch.bfloat16, coloured=False)
 
         take_batches(4)
-        seconds = time_call(partial(take_batches, 16), device)
-    rate = 16 * 64 / seconds
+        seconds = time_call(partial(take_batches, batches), device)
+    rate = batches * batch / seconds
     text = f"{rate:.0f} img/s a rank, {threads} threads, JPEGs of {_JPEG_SIZE[0]} pixels"
     numbers = {"images/s": rate, "threads": float(threads)}
     return [Finding("loader to the device", "pass", text, "", "", numbers)]
