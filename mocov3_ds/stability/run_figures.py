@@ -72,7 +72,8 @@ def draw_speed(curves: RunCurves) -> Figure | None:
 def draw_memory(curves: RunCurves) -> Figure | None:
     """Peak memory of the first rank."""
     return _draw_stack(
-        curves, {"memory_gib": "peak memory, GiB", "reserved_gib": "peak reserved memory, GiB"}
+        curves,
+        {"memory_gib": "peak memory, GiB", "memory_reserved_gib": "peak reserved memory, GiB"},
     )
 
 
