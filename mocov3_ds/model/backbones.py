@@ -15,6 +15,7 @@ is that of all ranks (`body_norm`). Names of tensors stay those of the network's
 Shape suffixes: B = images, C H W = image, D = features.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -117,25 +118,22 @@ def _count_attention_blocks(backbone: nn.Module) -> int:
 
 
 def _probe(backbone: nn.Module, shape: BackboneShape, facts: BackboneFacts) -> BackboneFacts:
-    """Add what two images of zeros on the meta device show, where nothing is computed."""
-    name, (height, width) = shape_name(shape), shape.size
-    tensors = {n: p.detach().to("meta").requires_grad_() for n, p in backbone.named_parameters()}
-    buffers = {n: b.to("meta") for n, b in backbone.named_buffers()}
-    images_BCHW = torch.zeros(2, shape.channels, height, width, device="meta")
+    """Add what a pass over two images of zeros shows.
 
-    def run(method: str) -> object:
-        with evaluating(backbone), torch.device("meta"):
-            bound = _Method(backbone, method)
-            named = {f"network.{n}": t for n, t in (tensors | buffers).items()}
-            return torch.func.functional_call(bound, named, (images_BCHW,))
-
+    It runs on the meta device, where nothing is computed, or in earnest where that cannot be.
+    """
+    name = shape_name(shape)
     try:
-        features_BD = run("forward")
-    except Exception as error:  # whatever a foreign network raises, one sentence says it
-        raise ValueError(
-            f"{name} does not take images of {shape.channels} channels and "
-            f"{write_size(shape.size)} pixels: {str(error).strip() or type(error).__name__}"
-        ) from None
+        seen = _run_once(_on_meta(backbone), shape, "meta")
+    except Exception:  # what a foreign network may raise there has no bounds
+        try:
+            seen = _run_once(backbone, shape, next(backbone.parameters()).device)
+        except Exception as error:
+            raise ValueError(
+                f"{name} does not take images of {shape.channels} channels and "
+                f"{write_size(shape.size)} pixels: {str(error).strip() or type(error).__name__}"
+            ) from None
+    features_BD, tokens, unused = seen
     if not isinstance(features_BD, Tensor) or features_BD.dim() != 2 or len(features_BD) != 2:
         what = (
             f"a tensor of the shape {tuple(features_BD.shape)}"
@@ -146,17 +144,39 @@ def _probe(backbone: nn.Module, shape: BackboneShape, facts: BackboneFacts) -> B
             f"{name} gives {what} for two images and not one row of features for each: it has no "
             "pooling here (--model.timm global_pool=avg), or is no classification network."
         )
-    names = list(tensors)
-    gradients = torch.autograd.grad(
-        features_BD.sum(), list(tensors.values()), allow_unused=True, materialize_grads=False
-    )
-    tokens = run("forward_features") if hasattr(backbone, "forward_features") else None
     return replace(
         facts,
         width=features_BD.shape[1],
         has_tokens=isinstance(tokens, Tensor) and tokens.dim() == 3,
-        unused=tuple(n for n, g in zip(names, gradients, strict=True) if g is None),
+        unused=unused,
     )
+
+
+def _on_meta(backbone: nn.Module) -> nn.Module:
+    """A copy of a network with weights that have shapes alone."""
+    memo: dict[int, object] = {}
+    for tensor in (*backbone.parameters(), *backbone.buffers()):
+        empty = tensor.detach().to("meta")
+        is_weight = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty) if is_weight else empty
+    return copy.deepcopy(backbone, memo)
+
+
+def _run_once(
+    network: nn.Module, shape: BackboneShape, device: torch.device | str
+) -> tuple[object, object, tuple[str, ...]]:
+    """Features, what comes before the pooling, and names of tensors that no feature depends on."""
+    tensors = dict(network.named_parameters())
+    images_BCHW = torch.zeros(2, shape.channels, *shape.size, device=device)
+    with evaluating(network), torch.device(device), torch.enable_grad():
+        features_BD: object = network(images_BCHW)
+        before = getattr(network, "forward_features", None)
+        tokens = before(images_BCHW) if callable(before) else None
+    if not isinstance(features_BD, Tensor) or not features_BD.requires_grad:
+        return features_BD, tokens, ()
+    gradients = torch.autograd.grad(features_BD.sum(), [*tensors.values()], allow_unused=True)
+    unused = [n for n, gradient in zip(tensors, gradients, strict=True) if gradient is None]
+    return features_BD, tokens, tuple(unused)
 
 
 def recompute_blocks(backbone: nn.Module, on: bool = True) -> None:
@@ -188,18 +208,6 @@ def compile_blocks(backbone: nn.Module) -> None:
             f"{type(backbone).__name__}; leave it out."
         )
     vit.compile_blocks(backbone)
-
-
-class _Method(nn.Module):
-    """A method of a network as a module of its own, for `functional_call`."""
-
-    def __init__(self, network: nn.Module, method: str) -> None:
-        super().__init__()
-        self.network, self._method = network, method
-
-    def forward(self, x_BCHW: Tensor) -> object:
-        """What the method gives."""
-        return getattr(self.network, self._method)(x_BCHW)
 
 
 @contextmanager

@@ -95,10 +95,10 @@ def _create(shape: TimmShape, keywords: dict[str, Any]) -> nn.Module:
         try:
             network: nn.Module = timm.create_model(shape.name, **fixed, **told)
         except TypeError as error:
-            if "unexpected keyword argument 'img_size'" in str(error):
+            if told and re.search(r"unexpected keyword argument.*'img_size'", str(error)):
                 continue
             raise ValueError(f"timm:{shape.name} {_what_is_wrong(str(error))}.") from None
-        except (RuntimeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+        except Exception as error:  # what a foreign network may raise has no bounds
             said = str(error) or type(error).__name__
             raise ValueError(
                 f"timm:{shape.name} cannot be built for {shape.channels} channels of "
@@ -110,8 +110,8 @@ def _create(shape: TimmShape, keywords: dict[str, Any]) -> nn.Module:
 
 def _what_is_wrong(said: str) -> str:
     """What Python says of a keyword, in our words."""
-    if unknown := re.search(r"unexpected keyword argument '(\w+)'", said):
-        return f"knows no keyword {unknown[1]!r}"
+    if unknown := re.search(r"unexpected keyword argument(?:\(s\): \[| )([^\]]+)", said):
+        return f"knows no keyword {unknown[1]}"
     if fixed := re.search(r"multiple values for keyword argument '(\w+)'", said):
         return f"fixes {fixed[1]!r} by its name; choose another model, or leave it out"
     return f"cannot be built: {said}"

@@ -12,8 +12,7 @@ Shape suffixes: B = rows, G = global batch, C H W = image, D = features, N = tok
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mocov3_ds.config import Config
 from mocov3_ds.distributed import host_memory, ranks
-from mocov3_ds.model import backbones
+from mocov3_ds.model.backbones import BackboneFacts
+from mocov3_ds.model.backbones import recompute_blocks as switch_recomputation
 from mocov3_ds.model.chunking import MEMORY_MARGIN, Chunks, choose_chunks, reserved_logits_bytes
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 
@@ -70,17 +70,14 @@ def measure_room(
     channels, size = encoder.shape.backbone.channels, encoder.shape.backbone.size
     example_1CHW = torch.zeros(1, channels, *size, dtype=parameter.dtype, device=parameter.device)
     if recompute_blocks:
-        backbones.recompute_blocks(backbone)
+        switch_recomputation(backbone)
     per_image = activation_bytes(backbone, example_1CHW)
     if recompute_blocks:
-        backbones.recompute_blocks(backbone, False)
-    recorded = inputs_of_blocks(backbone, encoder.facts)
-    # running statistics stay as they are
-    with recorded as inputs, torch.no_grad(), backbones.evaluating(backbone):
-        features_1D = backbone(example_1CHW)
+        switch_recomputation(backbone, False)
+    features_1D = example_1CHW.new_zeros(1, encoder.facts.width)
     if example_1CHW.device.type == "cpu":
         # the allocator keeps no record here; the block at work holds about its own share twice
-        per_image += max((activation_bytes(block, x) for block, x in inputs.items()), default=0)
+        per_image += largest_block_bytes(backbone, encoder.facts, example_1CHW)
     # the predictor is smaller than the projector
     heads = 2 * activation_bytes(encoder.projector, features_1D)
     # a view, its uint8 crop, and that of the next batch, which is copied ahead
@@ -197,20 +194,58 @@ def activation_bytes(module: nn.Module, example: Tensor) -> int:
 
 def kept_bytes(module: nn.Module, x: Tensor) -> int:
     """Bytes that the forward pass of `module` on `x` keeps for the backward, beside weights."""
+    return sum(_tally_kept(module, x, ()).values())
+
+
+def largest_block_bytes(backbone: nn.Module, facts: BackboneFacts, example: Tensor) -> int:
+    """Of what one more image makes a backbone keep, the share of the block that keeps most.
+
+    Args:
+        backbone: network in the state that it trains in; it is left as it was.
+        facts: what is known of it, of which the layer groups count.
+        example: one image.
+    """
+    names = [f"blocks.{g[6:]}" if g.startswith("block_") else g for g in facts.groups]
+    blocks = [module for name, module in backbone.named_modules() if name in names]
+    four, two = (
+        _tally_kept(backbone, example.expand(n, *example.shape[1:]).contiguous(), blocks)
+        for n in (4, 2)
+    )
+    return max(((four[block] - two[block]) // 2 for block in blocks), default=0)
+
+
+def _tally_kept(
+    module: nn.Module, x: Tensor, blocks: Sequence[nn.Module]
+) -> dict[nn.Module | None, int]:
+    """Bytes kept while each of `blocks` is at work, the innermost one; None = outside of them."""
     tensors = _trainable_copies(module)
-    inputs = {tensor.untyped_storage().data_ptr() for tensor in (x, *tensors.values())}
-    sizes: dict[int, int] = {}
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *tensors.values())}
+    kept: dict[nn.Module | None, int] = dict.fromkeys((None, *blocks), 0)
+    at_work: list[nn.Module | None] = [None]
+
+    def enter_block(block: nn.Module, _: object) -> None:
+        at_work.append(block)
+
+    def leave_block(*_: object) -> None:
+        at_work.pop()
 
     def count_tensor(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in inputs:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            kept[at_work[-1]] += storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), saved_tensors_hooks(count_tensor, lambda tensor: tensor):
-        output = torch.func.functional_call(module, tensors, (x,))
+    handles = [block.register_forward_pre_hook(enter_block) for block in blocks]
+    handles += [block.register_forward_hook(leave_block) for block in blocks]
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(count_tensor, lambda tensor: tensor):
+            output = torch.func.functional_call(module, tensors, (x,))
+    finally:
+        for handle in handles:
+            handle.remove()
     assert output.requires_grad
-    return sum(sizes.values())
+    return kept
 
 
 def peak_bytes(module: nn.Module, x: Tensor) -> int:
@@ -237,34 +272,6 @@ def _trainable_copies(module: nn.Module) -> dict[str, Tensor]:
 
 def _drop_gradient(tensor: Tensor) -> None:
     tensor.grad = None
-
-
-@contextmanager
-def inputs_of_blocks(
-    backbone: nn.Module, facts: backbones.BackboneFacts
-) -> Iterator[dict[nn.Module, Tensor]]:
-    """Within, a pass of the backbone records what its blocks are given, one row each.
-
-    Args:
-        backbone: network whose layer groups are modules; groups of one tensor are left out.
-        facts: what is known of it.
-    """
-    inputs: dict[nn.Module, Tensor] = {}
-
-    def record_input(module: nn.Module, given: tuple[object, ...]) -> None:
-        if len(given) == 1 and isinstance(given[0], Tensor) and len(given[0]) == 1:
-            inputs[module] = given[0]
-
-    names = [f"blocks.{g[6:]}" if g.startswith("block_") else g for g in facts.groups]
-    if facts.attention_blocks:
-        names = ["blocks.0"]  # they are alike
-    modules = [module for name, module in backbone.named_modules() if name in names]
-    handles = [module.register_forward_pre_hook(record_input) for module in modules]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,9 +1,12 @@
 """The networks of a run: the trained module as the settings describe it, the momentum encoder."""
 
+import logging
+
 import torch
 from torch import nn
 
 from mocov3_ds.config import Config, encoder_shape
+from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import Engine, full_tensors
 from mocov3_ds.model.backbones import recompute_blocks, shape_name
 from mocov3_ds.model.base_encoder import BaseEncoder
@@ -13,6 +16,8 @@ from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.training.step import QueriesToLoss
 from mocov3_ds.training.tensor_rules import freeze_tensors
 from mocov3_ds.training.trained_state import check_restorable
+
+_log = logging.getLogger("mocov3_ds")
 
 
 def build_model(config: Config, world_size: int, loss: PairLoss | None = None) -> QueriesToLoss:
@@ -30,6 +35,9 @@ def build_model(config: Config, world_size: int, loss: PairLoss | None = None) -
     torch.manual_seed(config.seed)
     base = BaseEncoder(encoder_shape(config))
     _check_chunk(config, config.batch // world_size, base)
+    if base.facts.unused and ranks.is_first():
+        unused = base.facts.unused
+        _log.info("no feature depends on %d tensors, which stay: %s", len(unused), unused[:5])
     if config.recompute_blocks:
         recompute_blocks(base.backbone)
     freeze_tensors(base, config)
