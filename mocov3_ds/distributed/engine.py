@@ -156,7 +156,7 @@ def gradient_bytes(engine: Engine[nn.Module]) -> int:
     return numbers * size + 4 * numbers // shards + 2 * min(bucket, numbers) * size
 
 
-def _gather_parameters(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+def gather_parameters(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """Context in which partitioned (ZeRO-3) parameters are whole; a plain one otherwise."""
     parameters = list(parameters)
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
@@ -167,7 +167,7 @@ def _gather_parameters(parameters: Iterable[nn.Parameter]) -> AbstractContextMan
 def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and whole tensor of each parameter and saved buffer, one by one; all ranks iterate."""
     for name, parameter in module.named_parameters():
-        with _gather_parameters([parameter]):
+        with gather_parameters([parameter]):
             yield name, parameter.detach().clone()
     for name, buffer in persistent_buffers(module):
         yield name, buffer.detach().clone()

@@ -171,8 +171,18 @@ class MomentumEncoder(nn.Module):
             self._average_tensors(list(self._trained))
 
     def finish_move(self) -> None:
-        """Check that each tensor moved; before the keys."""
-        assert not self._pending, f"no forward pass reached {sorted(self._pending)[:3]}"
+        """Move what no forward pass has reached; before the keys, on all ranks alike.
+
+        A layer may compute with the weight of another one, whose own forward nobody calls.
+        """
+        if not self._pending:
+            return
+        from mocov3_ds.distributed.engine import gather_parameters
+
+        names = [name for name in self._trained if name in self._pending]
+        with gather_parameters(self._trained[name] for name in names):
+            self._average_tensors(names)
+        self._pending.clear()
 
     @torch.no_grad()
     def _refresh_copies(self) -> None:
