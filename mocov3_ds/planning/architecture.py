@@ -1,6 +1,8 @@
 """What follows from the architecture alone: tensors, bytes that a pass keeps, operations.
 
-Every function of bytes takes `number_bytes`, the bytes of one number of the network (4 or 2).
+Every function of bytes takes `number_bytes`, the bytes of one number of the network (4 or 2). The
+Vision Transformer of plain patches is computed by formulas; any other backbone is counted in a pass
+that computes nothing (`measured_backbone`), and is planned more coarsely where that is said.
 
 Shape suffixes: N = tokens of an image, D = embedding width.
 """
@@ -9,8 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import prod
 
 from mocov3_ds.model.base_encoder import EncoderShape
+from mocov3_ds.model.shapes import VitShape
+from mocov3_ds.planning.measured_backbone import MeasuredBackbone, measure_backbone
+from mocov3_ds.planning.measured_backbone import TensorSize as TensorSize
 
 ATTENTION_BACKWARD = 2.5
 """flash attention's backward against its forward: it computes the scores again, five products"""
@@ -18,34 +24,52 @@ ATTENTION_BACKWARD = 2.5
 _NORM_LEAVES = ("weight", "bias")
 
 
-@dataclass(frozen=True)
-class TensorSize:
-    """A parameter of the base encoder: its name, how many numbers it has, whether it is trained."""
+def measure_other(shape: EncoderShape) -> MeasuredBackbone | None:
+    """Counts of a backbone that the formulas do not cover; None = they do."""
+    backbone = shape.backbone
+    if isinstance(backbone, VitShape) and backbone.stem == "patch":
+        return None
+    return measure_backbone(shape)
 
-    name: str
-    numbers: int
-    trained: bool = True
+
+def rows_know_each_other(shape: EncoderShape) -> bool:
+    """Whether a batch norm in the backbone makes a rank's images go through it in one pass."""
+    other = measure_other(shape)
+    return other is not None and bool(other.norm_channels)
+
+
+def feature_width(shape: EncoderShape) -> int:
+    """Numbers of an image's features."""
+    other = measure_other(shape)
+    return other.width if other is not None else shape.vit.dim
 
 
 @lru_cache
 def list_tensors(shape: EncoderShape) -> tuple[TensorSize, ...]:
     """Parameters of the base encoder, in the order of the module."""
+    other = measure_other(shape)
+    tensors = list(other.tensors) if other is not None else _list_vit_tensors(shape)
+    hidden = [shape.hidden] * (shape.projector_layers - 1)
+    tensors += _list_head_tensors("projector", [feature_width(shape), *hidden, shape.out])
+    tensors += _list_head_tensors("predictor", [shape.out, shape.hidden, shape.out])
+    return tuple(tensors)
+
+
+def _list_vit_tensors(shape: EncoderShape) -> list[TensorSize]:
     dim, patch = shape.vit.dim, shape.vit.patch_size
     learns = shape.train_patch_projection
     tensors = [TensorSize("backbone.cls_token", dim)]
     if shape.positions == "sincos":
         tensors.append(TensorSize("backbone.pos_embed", count_tokens(shape) * dim, trained=False))
     tensors += [
-        TensorSize("backbone.patch_embed.proj.weight", 3 * patch**2 * dim, learns),
+        TensorSize("backbone.patch_embed.proj.weight", shape.vit.channels * patch**2 * dim, learns),
         TensorSize("backbone.patch_embed.proj.bias", dim, learns),
     ]
     for block in range(shape.vit.depth):
         for name, numbers in _list_block_tensors(shape):
             tensors.append(TensorSize(f"backbone.blocks.{block}.{name}", numbers))
     tensors += [TensorSize("backbone.norm.weight", dim), TensorSize("backbone.norm.bias", dim)]
-    tensors += _list_head_tensors("projector", [dim, shape.hidden, shape.hidden, shape.out])
-    tensors += _list_head_tensors("predictor", [shape.out, shape.hidden, shape.out])
-    return tuple(tensors)
+    return tensors
 
 
 def _list_block_tensors(shape: EncoderShape) -> list[tuple[str, int]]:
@@ -94,12 +118,21 @@ def count_momentum_weights(shape: EncoderShape) -> int:
 
 def count_tokens(shape: EncoderShape) -> int:
     """Patches of an image and the class token."""
-    return (shape.vit.image_size // shape.vit.patch_size) ** 2 + 1
+    return prod(shape.vit.grid) + 1
 
 
-def batch_norm_features(shape: EncoderShape) -> list[int]:
-    """Features of each batch norm that a view passes: projector (3), then predictor (2)."""
-    return [*[shape.hidden] * 2, shape.out, shape.hidden, shape.out]
+def batch_norm_features(shape: EncoderShape, *, keys: bool = False) -> list[int]:
+    """Features of each batch norm that a view passes: backbone, projector, predictor.
+
+    Args:
+        shape: architecture of the encoder.
+        keys: whether the view passes the momentum encoder, which has no predictor.
+    """
+    other = measure_other(shape)
+    body = list(other.norm_channels) if other is not None else []
+    projector = [shape.hidden] * (shape.projector_layers - 1) + [shape.out]
+    predictor = [shape.hidden] + [shape.out] * shape.predictor_norm
+    return body + projector + predictor * (not keys)
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -134,10 +167,13 @@ def backbone_bytes(
 ) -> int:
     """What the backbone keeps for its backward, of one image of one view.
 
-    A block that is recomputed keeps its input alone; the last norm sees the class token alone.
+    A block that is recomputed keeps its input alone; the last norm sees the class token alone. Of
+    another backbone, recomputation is not planned: it keeps all that a pass was seen to keep.
     """
+    if (other := measure_other(shape)) is not None:
+        return round(other.kept_numbers * number_bytes)
     depth, dim = shape.vit.depth, shape.vit.dim
-    patches = 3 * shape.vit.image_size**2 * number_bytes * shape.train_patch_projection
+    patches = count_pixels(shape) * number_bytes * shape.train_patch_projection
     ends = (dim + 2) * number_bytes + patches
     if recompute_blocks:
         return depth * count_tokens(shape) * dim * number_bytes + ends
@@ -148,8 +184,11 @@ def backbone_bytes(
 def working_bytes(shape: EncoderShape, number_bytes: int) -> int:
     """What a block at work needs in a forward pass that keeps nothing, of one image.
 
-    At GELU: its input (4) and output (4), the block's input (1) and the norm's output (1).
+    At GELU: its input (4) and output (4), the block's input (1) and the norm's output (1). Of
+    another backbone, three of its largest tensors.
     """
+    if (other := measure_other(shape)) is not None:
+        return round(3 * other.largest * number_bytes)
     return 10 * count_tokens(shape) * shape.vit.dim * number_bytes
 
 
@@ -159,8 +198,11 @@ def backward_bytes(
     """What the backward of a block needs beside what the forward kept, of one image.
 
     The gradient of the block's output (1) and of GELU's output (4); of what was kept, GELU's output
-    is freed before the next gradient. A recomputed block first computes what it keeps.
+    is freed before the next gradient. A recomputed block first computes what it keeps. Of another
+    backbone, three of its largest tensors.
     """
+    if (other := measure_other(shape)) is not None:
+        return round(3 * other.largest * number_bytes)
     recomputed = block_bytes(shape, number_bytes) if recompute_blocks else 0
     return recomputed + 5 * count_tokens(shape) * shape.vit.dim * number_bytes
 
@@ -171,11 +213,11 @@ def head_bytes(shape: EncoderShape, number_bytes: int) -> int:
     A linear layer keeps its input; a batch norm its fp32 output; in low precision, ReLU's output in
     that precision, in fp32 the scaled output that ReLU overwrites.
     """
-    hidden = 3 * shape.hidden * (4 + number_bytes)
-    last_norms = 2 * shape.out * 4
+    hidden = shape.projector_layers * shape.hidden * (4 + number_bytes)
+    last_norms = (1 + shape.predictor_norm) * shape.out * 4
     # in fp32 the projector's output, a norm's own output, is the predictor's input
     predictor_input = shape.out * number_bytes if number_bytes < 4 else 0
-    return shape.vit.dim * number_bytes + hidden + last_norms + predictor_input
+    return feature_width(shape) * number_bytes + hidden + last_norms + predictor_input
 
 
 def head_working_bytes(shape: EncoderShape, number_bytes: int) -> int:
@@ -184,8 +226,13 @@ def head_working_bytes(shape: EncoderShape, number_bytes: int) -> int:
 
 
 def view_bytes(shape: EncoderShape, number_bytes: int) -> int:
-    """A view of one image on the device, the uint8 crop it was made of, and that of the next batch."""
-    return 3 * shape.vit.image_size**2 * (number_bytes + 2)
+    """A view of one image on the device, the crop it was made of, and that of the next batch."""
+    return count_pixels(shape) * (number_bytes + 2)
+
+
+def count_pixels(shape: EncoderShape) -> int:
+    """Numbers of an image: channels, rows and columns."""
+    return shape.backbone.channels * prod(shape.backbone.size)
 
 
 # -- operations ------------------------------------------------------------------------------------
@@ -218,6 +265,8 @@ class Work:
 
 def forward_work(shape: EncoderShape) -> Work:
     """One backbone pass over one view of one image (a multiply-add is two operations)."""
+    if (other := measure_other(shape)) is not None:
+        return Work(other.forward_operations)
     blocks = block_work(shape) * (shape.vit.depth - 1)
     return Work(_patch_projection_operations(shape)) + blocks + _last_block_work(shape)
 
@@ -235,7 +284,7 @@ def _last_block_work(shape: EncoderShape) -> Work:
 
 
 def _patch_projection_operations(shape: EncoderShape) -> float:
-    return 2.0 * (count_tokens(shape) - 1) * 3 * shape.vit.patch_size**2 * shape.vit.dim
+    return 2.0 * count_pixels(shape) * shape.vit.dim
 
 
 def backward_work(shape: EncoderShape) -> Work:
@@ -244,6 +293,8 @@ def backward_work(shape: EncoderShape) -> Work:
     Pixels need no gradient, frozen weights neither. Attention's backward is counted as two of its
     forward; see `ATTENTION_BACKWARD`.
     """
+    if (other := measure_other(shape)) is not None:
+        return Work(other.backward_operations)
     forward, patch = forward_work(shape), _patch_projection_operations(shape)
     linear = 2 * (forward.linear - patch) + patch * shape.train_patch_projection
     return Work(linear, 2 * forward.attention)
@@ -251,8 +302,8 @@ def backward_work(shape: EncoderShape) -> Work:
 
 def heads_work(shape: EncoderShape) -> Work:
     """Both heads of the queries, forward and backward, and the keys' projector; one view."""
-    dim, hidden, out = shape.vit.dim, shape.hidden, shape.out
-    projector = 2.0 * (dim * hidden + hidden**2 + hidden * out)
+    dim, hidden, out = feature_width(shape), shape.hidden, shape.out
+    projector = 2.0 * (dim * hidden + (shape.projector_layers - 2) * hidden**2 + hidden * out)
     predictor = 2.0 * 2 * out * hidden
     return Work(3 * (projector + predictor) + projector)
 
@@ -276,6 +327,12 @@ def step_work(shape: EncoderShape, number_bytes: int, recomputed: float) -> Work
         recomputed: share of the query passes that run a second time, from 0 to 1.
     """
     forward, backward = forward_work(shape), backward_work(shape)
+    if (other := measure_other(shape)) is not None:
+        # what is kept is written and read once each way, and its gradient as well in the backward
+        kept = other.kept_numbers * number_bytes
+        forward = Work(forward.linear, moved=2 * kept)
+        backward = Work(backward.linear, moved=4 * kept)
+        return (forward * (2 + recomputed) + backward + heads_work(shape)) * 2
     row = count_tokens(shape) * shape.vit.dim * number_bytes * shape.vit.depth
     # read and written: two norms (4), GELU (8), two residuals (6)
     forward = Work(forward.linear, forward.attention, 18 * row)

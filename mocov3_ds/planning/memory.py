@@ -119,7 +119,7 @@ def _activation_items(setup: StepSetup) -> Iterable[MemoryItem]:
     recomputed = chunk if resting < 2 * images else 0
     views = 2 * images * architecture.view_bytes(shape, number_bytes)
     yield MemoryItem("views of the images", views)
-    features = 2 * images * shape.vit.dim * number_bytes
+    features = 2 * images * architecture.feature_width(shape) * number_bytes
     yield MemoryItem("features", features, (*_FORWARD, "middle"))
     heads = 2 * images * architecture.head_bytes(shape, number_bytes)
     yield MemoryItem("heads' activations", heads, ("keys", "loss"))

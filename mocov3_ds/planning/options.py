@@ -14,6 +14,7 @@ from mocov3_ds.model.chunking import Chunks, choose_chunks, choose_key_block
 from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.optim.build import read_block
 from mocov3_ds.optim.sharded import ShardedOptimizer
+from mocov3_ds.planning.architecture import measure_other, rows_know_each_other
 from mocov3_ds.planning.cards import GIB
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.memory import Memory, plan_memory
@@ -138,10 +139,14 @@ def _rank(option: Option) -> tuple[bool, float, bool, int]:
 def list_setups(
     planned: PlannedRun, cluster: Cluster, stages: tuple[int, ...]
 ) -> Iterator[StepSetup]:
-    """Each stage with and without recomputed blocks, but stage 0 in fp16, which DeepSpeed lacks."""
+    """Each stage with and without recomputed blocks, but stage 0 in fp16, which DeepSpeed lacks.
+
+    What recomputation saves is known of the paper's Vision Transformers alone.
+    """
+    has_formulas = measure_other(planned.shape) is None
     for stage in stages:
         if not (stage == 0 and planned.precision == "fp16"):
-            for recompute in (False, True):
+            for recompute in (False, True) if has_formulas else (False,):
                 yield planned.lay_out(cluster.cards, stage, recompute_blocks=recompute)
 
 
@@ -168,7 +173,10 @@ def _check_run(planned: PlannedRun, cluster: Cluster) -> None:
 
 def _best_chunks(setup: StepSetup, cluster: Cluster) -> Option:
     room = fitting_images(setup, cluster)
-    chunks = choose_chunks(room, setup.images) if room else Chunks(size=1)
+    if rows_know_each_other(setup.shape):
+        chunks = Chunks()
+    else:
+        chunks = choose_chunks(room, setup.images) if room else Chunks(size=1)
     setup = replace(setup, chunks=chunks)
     pace = plan_pace(setup, cluster) if room else None
     return Option(setup, plan_memory(setup), pace)
@@ -178,7 +186,8 @@ def fitting_images(setup: StepSetup, cluster: Cluster) -> int:
     """Images whose activations fit at once, counting both views; at most twice the rank's batch.
 
     The largest for which the chunks that a run would choose stay within the card, found by halving:
-    memory grows with it. 0 where not even one image fits.
+    memory grows with it. 0 where not even one image fits, or not the whole batch of a backbone
+    whose rows know each other.
     """
 
     def fits(room: int) -> bool:
@@ -187,6 +196,8 @@ def fitting_images(setup: StepSetup, cluster: Cluster) -> int:
 
     if fits(2 * setup.images):
         return 2 * setup.images
+    if rows_know_each_other(setup.shape):
+        return 0
     low, high = 0, 2 * setup.images
     while high - low > 1:
         middle = (low + high) // 2
@@ -196,6 +207,11 @@ def fitting_images(setup: StepSetup, cluster: Cluster) -> int:
 
 def _explain(option: Option, best: Option, cluster: Cluster) -> str:
     needed, usable = option.memory.peak_bytes / GIB, cluster.usable_bytes / GIB
+    if option.pace is None and rows_know_each_other(option.setup.shape):
+        return (
+            f"does not fit: batch norm in the backbone takes the {option.setup.images} images of a "
+            f"rank in one pass, which needs {needed:.1f} of {usable:.1f} GiB"
+        )
     if option.pace is None:
         return f"does not fit: an image at a time needs {needed:.1f} of {usable:.1f} GiB"
     if option is best:

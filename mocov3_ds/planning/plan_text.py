@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from mocov3_ds.model.backbones import shape_name
 from mocov3_ds.model.chunking import MEMORY_MARGIN
 from mocov3_ds.planning.architecture import count_weights
 from mocov3_ds.planning.cards import GIB
@@ -77,10 +78,9 @@ _PHASES: dict[Phase, str] = {
 
 def headline(planned: PlannedRun, cluster: Cluster) -> str:
     """What is planned, in one line."""
-    vit = planned.shape.vit
     weights = count_weights(planned.shape) / 1e6
     return (
-        f"{planned.recipe}: ViT {vit.dim} x {vit.depth} blocks ({weights:.1f} M "
+        f"{planned.recipe}: {shape_name(planned.shape.backbone)} ({weights:.1f} M "
         f"weights with heads), global batch {planned.batch} on {cluster.title}, "
         f"{planned.batch // cluster.cards} images a rank, {planned.precision}, "
         f"{_optimizer_name(planned)}, {planned.epochs:g} epochs. Computed, not measured."

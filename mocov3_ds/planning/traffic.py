@@ -79,7 +79,7 @@ def plan_collectives(setup: StepSetup, *, signals: bool = False) -> list[Collect
         setup: the step: architecture, ranks, ZeRO stage, chunks, precision.
         signals: whether the optimizer measures all its signals in this step.
     """
-    stage, dtype, distributed = setup.stage, setup.dtype, setup.world_size > 1
+    stage, distributed = setup.stage, setup.world_size > 1
     tensors = list_tensors(setup.shape)
     collectives = []
     if stage == 3 and distributed:
@@ -87,9 +87,7 @@ def plan_collectives(setup: StepSetup, *, signals: bool = False) -> list[Collect
     if distributed:
         collectives += _loss_collectives(setup)
     collectives.append(_gradient_reduction(setup, tensors))
-    if stage in (1, 2) and dtype != "float32":
-        collectives.append(Collective("gradients finite?", "all_reduce", "uint8", 1, 1))
-    if stage:
+    if stage and distributed:  # which also tells whether all gradients are finite
         norm_dtype = "float64" if stage == 3 else "float32"
         collectives.append(Collective("gradient norm", "all_reduce", norm_dtype, 1, 1))
     if not stage and distributed:
@@ -104,7 +102,7 @@ def plan_collectives(setup: StepSetup, *, signals: bool = False) -> list[Collect
 def _loss_collectives(setup: StepSetup) -> list[Collective]:
     """Batch norm, keys and loss; the momentum encoder moves without a collective."""
     query = batch_norm_features(setup.shape)
-    key = query[:3]  # the momentum encoder has a projector alone
+    key = batch_norm_features(setup.shape, keys=True)
     norms = 2 * (query + key)
     statistics = setup.world_size * sum(2 * features + 1 for features in norms)
     sums = 2 * sum(2 * query)

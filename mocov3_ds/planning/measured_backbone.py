@@ -1,0 +1,128 @@
+"""What does a backbone cost for which no formula is written? Counted in a pass without numbers.
+
+The network runs forward and backward on torch's meta device, where tensors have shapes and nothing
+is computed: what the forward keeps for the backward and the operations of both are counted there.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mocov3_ds.model.backbones import shape_name
+from mocov3_ds.model.shapes import BackboneShape, EncoderShape, TimmShape, VitShape
+from mocov3_ds.model.timm_backbone import build_timm
+from mocov3_ds.model.vit import build_vit
+
+_IMAGES = 2  # of the pass; batch norm in train mode needs two
+
+
+@dataclass(frozen=True)
+class TensorSize:
+    """A parameter of the base encoder: its name, how many numbers it has, whether it is trained."""
+
+    name: str
+    numbers: int
+    trained: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredBackbone:
+    """Counts of a backbone, those of passes for one view of one image."""
+
+    tensors: tuple[TensorSize, ...]
+    """its parameters, below `backbone.`, in the order of the module"""
+    width: int
+    """numbers of an image's features"""
+    norm_channels: tuple[int, ...]
+    """channels of each batch norm, whose statistics the ranks exchange"""
+    kept_numbers: float
+    """numbers that the forward keeps for the backward"""
+    largest: float
+    """numbers of the largest tensor that it keeps"""
+    forward_operations: float
+    """floating-point operations of matrix products and convolutions, forward"""
+    backward_operations: float
+    """the same of the backward"""
+
+
+@lru_cache
+def measure_backbone(shape: EncoderShape) -> MeasuredBackbone:
+    """Count a backbone that is no Vision Transformer of plain patches.
+
+    Args:
+        shape: architecture of the encoder.
+
+    Raises:
+        ValueError: its passes cannot be counted, because it does not run without numbers.
+    """
+    network = _build(shape)
+    height, width = shape.backbone.size
+    images_BCHW = torch.zeros(_IMAGES, shape.backbone.channels, height, width, device="meta")
+    try:
+        kept: dict[int, Tensor] = {}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda x: _note(x, kept), lambda x: x),
+            FlopCounterMode(display=False) as forward,
+        ):
+            features_BD = network(images_BCHW)
+        with FlopCounterMode(display=False) as backward:
+            features_BD.sum().backward()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the backbone {shape_name(shape.backbone)} cannot be planned: it does not run without "
+            f"numbers ({(str(error).strip().splitlines() or [''])[0][:120]})."
+        ) from None
+    own = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
+    own |= {tensor.untyped_storage()._cdata for tensor in network.buffers()}
+    sizes = [
+        tensor.untyped_storage().nbytes() / tensor.element_size()
+        for storage, tensor in kept.items()
+        if storage not in own
+    ]
+    return MeasuredBackbone(
+        tensors=tuple(
+            TensorSize(f"backbone.{name}", prod(parameter.shape), parameter.requires_grad)
+            for name, parameter in network.named_parameters()
+        ),
+        width=features_BD.shape[1],
+        norm_channels=tuple(
+            module.num_features
+            for module in network.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ),
+        kept_numbers=sum(sizes) / _IMAGES,
+        largest=max(sizes, default=0.0) / _IMAGES,
+        forward_operations=forward.get_total_flops() / _IMAGES,
+        # torch counts a grouped convolution's backward as that of a dense one
+        backward_operations=min(backward.get_total_flops(), 2 * forward.get_total_flops())
+        / _IMAGES,
+    )
+
+
+def _note(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
+    """Remember a tensor by its storage, of which views are no copies."""
+    kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+    return tensor
+
+
+def _build(shape: EncoderShape) -> nn.Module:
+    """The network on the meta device, in train mode, its batch norm that of one rank."""
+    backbone: BackboneShape = shape.backbone
+    match backbone:
+        case VitShape():
+            network: nn.Module = build_vit(
+                backbone,
+                positions=shape.positions,
+                train_patch_projection=shape.train_patch_projection,
+                qk_norm=shape.qk_norm,
+                class_token_only=True,
+            )
+        case TimmShape():
+            network = build_timm(backbone)
+        case _:
+            network = backbone.make()
+    return network.to("meta").train()
