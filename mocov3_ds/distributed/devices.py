@@ -89,13 +89,13 @@ def describe_unusable_card(root: Path = Path("/")) -> str:
 
 
 def _nvidia_reason(root: Path) -> str:
-    seen = sorted((root / "dev").glob("nvidia[0-9]*"))
+    files = sorted((root / "dev").glob("nvidia[0-9]*"))
     built_for, speaks = torch.version.cuda, _driver_cuda_version()
     if built_for is None:
         return (
-            f"an NVIDIA card is here ({seen[0]}), but this torch ({torch.__version__}) is built "
+            f"an NVIDIA card is here ({files[0]}), but this torch ({torch.__version__}) is built "
             "without CUDA: install the stock torch"
-            if seen
+            if files
             else ""
         )
     if speaks and speaks // 1000 < int(built_for.split(".")[0]):
@@ -105,16 +105,16 @@ def _nvidia_reason(root: Path) -> str:
             f"{speaks % 1000 // 10}, which is too old for this torch: it is built for CUDA "
             f"{built_for} and needs driver {needed} or newer; update it, or install {_OLD_WHEELS}"
         )
-    if not seen:
+    if not files:
         return ""
     if not speaks:
         return (
-            f"an NVIDIA card is here ({seen[0]}), but its driver's library libcuda.so.1 is not: "
+            f"an NVIDIA card is here ({files[0]}), but its driver's library libcuda.so.1 is not: "
             f"start the container with --gpus all, or install driver "
             f"{_DRIVERS.get(built_for.split('.')[0])} or newer"
         )
     return (
-        f"an NVIDIA card is here ({seen[0]}, driver{_driver_release(root)}), but CUDA finds no "
+        f"an NVIDIA card is here ({files[0]}, driver{_driver_release(root)}), but CUDA finds no "
         "device: look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
     )
 
@@ -132,10 +132,10 @@ def _driver_cuda_version() -> int:
 def _driver_release(root: Path) -> str:
     """Release of the driver with a space before it; empty where it is not told."""
     try:
-        words = (root / "proc/driver/nvidia/version").read_text().split()
+        entries = (root / "proc/driver/nvidia/version").read_text().split()
     except OSError:
         return ""
-    return next((f" {word}" for word in words if word[:1].isdigit() and "." in word), "")
+    return next((f" {entry}" for entry in entries if entry[:1].isdigit() and "." in entry), "")
 
 
 def _amd_reason(root: Path) -> str:
@@ -175,7 +175,7 @@ def check_kernels(device: torch.device) -> None:
     """Refuse a card for which this torch has no kernels.
 
     Args:
-        device: A CUDA device.
+        device: The CUDA device that they would run on.
 
     Raises:
         ValueError: names card, capability and the torch to install.
@@ -232,7 +232,7 @@ def has_bf16(device: torch.device) -> bool:
     """Tell whether a device computes in bf16 itself; torch emulates it slowly on older cards.
 
     Args:
-        device: Any device.
+        device: Device that the network is to compute on.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return True
@@ -272,7 +272,7 @@ def triton_problem(device: torch.device) -> str:
     warning, and slower kernels with the same numbers are used.
 
     Args:
-        device: A CUDA device.
+        device: The CUDA device that they would run on.
     """
     try:
         from mocov3_ds.distributed.triton_probe import launch_probe
@@ -281,10 +281,10 @@ def triton_problem(device: torch.device) -> str:
     except ImportError:
         problem = "it is not installed: pip install triton"
     except (RuntimeError, OSError, AssertionError, subprocess.SubprocessError) as error:
-        words = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         problem = (
             f"it cannot build its launcher: install gcc and Python's headers (python3-dev) "
-            f"({type(error).__name__}: {words[:200]})"
+            f"({type(error).__name__}: {reason[:200]})"
         )
     else:
         return ""

@@ -11,11 +11,14 @@ def _store_one(target):
     tl.store(target, 1.0)
 
 
-def launch_probe(device: torch.device) -> None:
-    """Build and start a kernel of one element, and wait for it.
+def launch_probe(device: torch.device) -> torch.Tensor:
+    """Build and start a kernel that makes a 1 of a 0, wait for it, and return that tensor (1,).
 
     Args:
-        device: A CUDA device.
+        device: The device to start it on; the CPU in Triton's interpreter alone.
     """
-    _store_one[(1,)](torch.zeros(1, device=device))
-    torch.cuda.synchronize(device)
+    one = torch.zeros(1, device=device)
+    _store_one[(1,)](one)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return one
