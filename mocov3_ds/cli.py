@@ -82,7 +82,11 @@ COMMANDS: Mapping[str, Command] = {
         "files that start a run on a cluster", "mocov3_ds.launch.kit:write_launch_files", "options"
     ),
     "doctor": Command("examine machines before a long run", "mocov3_ds.doctor:main"),
-    "gpu": Command("is a GPU right, and how fast: ten minutes", "mocov3_ds.bench.gpu.command:main"),
+    "gpu": Command(
+        "is a GPU right, and how fast: ten minutes",
+        "mocov3_ds.bench.gpu.command:main",
+        first="mocov3_ds.bench.gpu.flags:read_flags",
+    ),
     "replay": Command(
         "one step of a run again, stage by stage", "mocov3_ds.faults.replay:repeat_step", "options"
     ),

@@ -1,13 +1,8 @@
-"""Is this GPU right, and how fast is it? Ten minutes, one table, one file.
+"""Is this GPU right, and how fast is it? The command `mocov3 gpu`; `flags` has its help.
 
-    mocov3 gpu --json gpu.json                 one GPU, the first that is visible
-    torchrun --nproc-per-node 8 -m mocov3_ds.cli gpu --json gpu.json          all of a machine
-    mocov3 plan --gpus 8xH200 --rates gpu.json                                plan with it
-
-First come the checks: each kernel against its formulas, attention by each backend, the step against
-one on the CPU, chunks, a resumed run. A wrong value makes the status 1. Then everything is timed
-and the planner is held against it. What may take longer than is left is left out, and said. The
-file is written after each part, so that a process that is killed leaves what was found.
+First come the checks, then everything is timed and the planner is held against it. What may take
+longer than is left is left out. The file is written after each part, so that a process that is
+killed leaves what was found.
 """
 
 import json
@@ -17,15 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from mocov3_ds.bench.gpu import speeds
+from mocov3_ds.bench.gpu.flags import GpuOptions, read_flags
 from mocov3_ds.bench.gpu.speeds import Speeds
 from mocov3_ds.checks import (
     attention,
@@ -53,22 +47,6 @@ from mocov3_ds.version import __version__
 _TIMEOUT_S = 600.0
 _LARGE_BYTES = 5 * 2**33  # four flats of 2^31 numbers, and what is made beside them
 VOID_WORDS = "void: the device computes nothing, no value or time below means anything"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuOptions:
-    """Check and time a GPU."""
-
-    minutes: float = 10.0
-    """time for all of it; what does not fit any more is left out"""
-    json: Path | None = None
-    """file for all that was found and measured; mocov3 plan --rates takes it"""
-    recipes: tuple[str, ...] = ("vit_s16", "vit_b16", "vit_l16", "vit_h14")
-    """networks whose attention is checked and whose steps are timed"""
-    folder: Path | None = None
-    """folder for a run, images and a checkpoint, on the disk that counts; empty = the system's"""
-    void: bool = False
-    """the device computes nothing (a stand-in for tests): wrong values are noted, not failures"""
 
 
 def list_correct_checks(device: torch.device, folder: Path, recipes: Sequence[str]) -> list[Check]:
@@ -258,9 +236,8 @@ def main() -> int:
     """Exit status: 0 = nothing failed, 1 = something did (on rank 0), 2 = no GPU, bad flags."""
     try:
         check_environment()
-        arguments = expand_home(without_launcher_flags(sys.argv[1:]))
+        options = read_flags(expand_home(without_launcher_flags(sys.argv[1:])))
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        options = tyro.cli(GpuOptions, args=arguments, prog="mocov3 gpu", description=__doc__)
         good = examine_gpu(options)
     except (ValueError, OSError) as error:
         if ranks.is_first():

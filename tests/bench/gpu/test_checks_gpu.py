@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mocov3_ds.bench.gpu.command import GpuOptions, list_correct_checks
+from mocov3_ds.bench.gpu.command import list_correct_checks
+from mocov3_ds.bench.gpu.flags import GpuOptions
 from mocov3_ds.distributed import ranks
 
 RECIPES = GpuOptions().recipes

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mocov3_ds.bench.gpu import command
-from mocov3_ds.bench.gpu.command import GpuOptions
+from mocov3_ds.bench.gpu.flags import GpuOptions
 from mocov3_ds.checks.check_run import Check
 from mocov3_ds.checks.finding import Finding
 from tests.fake_gpu.card import FakeGpu
