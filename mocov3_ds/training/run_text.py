@@ -63,6 +63,9 @@ def describe_end(run: Run, troubles: Sequence[str] = ()) -> str:
     """
     folder, finished = run.config.folder, run.step >= run.total_steps
     state = "finished" if finished else f"stopped at step {run.step} of {run.total_steps}"
+    curves = ["mocov3", "report", str(folder)]
+    if "tensorboard" in run.config.log:
+        curves = ["tensorboard", "--logdir", str(folder / "tensorboard")]
     return "\n".join(
         [
             f"{state}; checkpoint in {checkpoint_folder(folder, run.step)}",
@@ -71,8 +74,7 @@ def describe_end(run: Run, troubles: Sequence[str] = ()) -> str:
             else "resume:   the same command again",
             f"k-NN:     {shlex.join(['mocov3', 'knn', str(folder)])}",
             f"export:   {shlex.join(['mocov3', 'export', str(folder)])}",
-            f"curves:   {shlex.join(['tensorboard', '--logdir', str(folder / 'tensorboard')])}"
-            f"   (or read {folder / 'metrics.jsonl'})",
+            f"curves:   {shlex.join(curves)}   (or read {folder / 'metrics.jsonl'})",
             *(f"warning:  {trouble}" for trouble in troubles),
         ]
     )

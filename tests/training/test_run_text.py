@@ -65,6 +65,8 @@ def test_what_can_be_pasted_is_quoted() -> None:
     assert lines[2] == "k-NN:     mocov3 knn 'a b/my run'"
     assert lines[3] == "export:   mocov3 export 'a b/my run'"
     assert lines[4].startswith("curves:   tensorboard --logdir 'a b/my run/tensorboard'   (or")
+    run.config = Config(recipe="tiny", name="my run", runs=Path("a b"), log=("csv",))
+    assert "curves:   mocov3 report 'a b/my run'   (or" in describe_end(run)
 
 
 def test_chunks() -> None:
