@@ -134,6 +134,7 @@ def list_speed_checks(
     """
     seconds = {"vit_s16": 15, "vit_b16": 20, "vit_l16": 45, "vit_h14": 90}
     middle = recipes[len(recipes) // 2]
+    saved = "vit_b16" if "vit_b16" in recipes else recipes[0]
 
     def time_steps(recipe: str, compiled: bool) -> Check:
         title = f"step, {recipe}" + ", compiled" * compiled
@@ -149,7 +150,7 @@ def list_speed_checks(
         Check("optimizers", partial(speeds.measure_optimizers, device, middle), 20),
         Check("momentum", partial(speeds.measure_momentum, device, middle), 8),
         Check("loader", partial(speeds.measure_loader, device, folder), 25),
-        Check("checkpoint", partial(speeds.measure_checkpoint, device, folder, "vit_b16"), 30),
+        Check("checkpoint", partial(speeds.measure_checkpoint, device, folder, saved), 30),
         *(time_steps(recipe, True) for recipe in recipes),
     ]
 
