@@ -68,10 +68,10 @@ def describe_gap(rows: Sequence[Row], steps_done: int, begins_at: int = 0) -> st
         else:
             spans.append((step, step))
     named = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in spans[:_NAMED_SPANS])
-    more = f" and {len(spans) - _NAMED_SPANS} more places" if len(spans) > _NAMED_SPANS else ""
+    ending = f" and {len(spans) - _NAMED_SPANS} more places" if len(spans) > _NAMED_SPANS else ""
     noun = "row" if len(missing) == 1 else "rows"
     return (
-        f"lacks the {noun} of step {named}{more} ({len(missing)} of {steps_done - begins_at}), as "
-        "a power cut, a full disk or an edit leaves it; the checkpoint has these steps, curves do "
-        "not"
+        f"lacks the {noun} of step {named}{ending} ({len(missing)} of {steps_done - begins_at}), "
+        "as a power cut, a full disk or an edit leaves it; the checkpoint has these steps, curves "
+        "do not"
     )

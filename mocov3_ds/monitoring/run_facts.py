@@ -39,11 +39,11 @@ def flatten_facts(tree: Mapping[str, Any]) -> dict[str, Fact]:
     Args:
         tree: Content of the file.
     """
-    others = {name: tree[name] for name in ("version", "data_digest") if name in tree}
+    origin = {name: tree[name] for name in ("version", "data_digest") if name in tree}
     return {
         **_flatten(tree.get("config", {}), ""),
         **_flatten(tree.get("deepspeed", {}), "ds."),
-        **_flatten(others, ""),
+        **_flatten(origin, ""),
     }
 
 

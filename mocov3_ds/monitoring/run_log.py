@@ -72,8 +72,8 @@ class RunLog:
         self._path = folder / "metrics.jsonl"
         self._total_steps = total_steps
         # at the beginning everything goes: the row from before the first step comes again as well
-        kept = steps_done if steps_done > begins_at else begins_at - 1
-        gap = describe_gap(self._begin_rows(kept), steps_done, begins_at)
+        last_kept = steps_done if steps_done > begins_at else begins_at - 1
+        gap = describe_gap(self._begin_rows(last_kept), steps_done, begins_at)
         if gap:
             _log.warning("%s %s", self._path, gap)
         self._figures = MachineFigures(device or torch.device("cpu"))

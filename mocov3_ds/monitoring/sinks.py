@@ -34,7 +34,7 @@ class Sink(Protocol):
 
         Args:
             step: Number of optimizer steps done.
-            values: GROUP/NAME -> number.
+            values: GROUP/NAME -> number, as the run log groups them.
         """
         ...
 

@@ -238,7 +238,7 @@ class TrackerSink:
 
         Args:
             step: Number of optimizer steps done.
-            values: GROUP/NAME -> number.
+            values: GROUP/NAME -> number, as the run log groups them.
         """
         if self._kind.counts_steps:
             self._tracker.log(dict(values), step=step)
@@ -272,13 +272,13 @@ def _open_tracker(name: str, run: Path, earlier_id: str) -> tuple[Tracker, str]:
     project = os.environ.get(kind.project_variable, PROJECT)
 
     def start(run_id: str) -> tuple[Tracker, str]:
-        place = Place(run, run_id)
-        tracker = tracking.LOGGER_TYPE_TO_CLASS[name](project, **kind.arguments(place))
+        shown_run = Place(run, run_id)
+        tracker = tracking.LOGGER_TYPE_TO_CLASS[name](project, **kind.arguments(shown_run))
         # else accelerate takes hold of the device and of the launcher's variables, to learn that
         # this is the first rank
         tracker.main_process_only = False
         tracker.start()
-        kind.prepare(tracker, place)
+        kind.prepare(tracker, shown_run)
         return tracker, kind.find_id(tracker) if kind.find_id else run_id
 
     new_id = "" if kind.find_id else uuid.uuid4().hex

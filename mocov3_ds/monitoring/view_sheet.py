@@ -18,7 +18,7 @@ def draw_view_sheet(
     Of images that are not RGB the first channel is shown, in grey.
 
     Args:
-        x1_BCHW: First views, normalised.
+        x1_BCHW: First views of this rank, normalised.
         x2_BCHW: Second views of the same images.
         mean: Mean of each channel that was subtracted.
         std: Deviation of each channel that was divided by.
@@ -32,6 +32,6 @@ def draw_view_sheet(
             pixels_BCHW = pixels_BCHW[:, :1].expand(-1, 3, -1, -1)
         bytes_BHWC = (pixels_BCHW.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         for column, image_HWC in enumerate(bytes_BHWC):
-            top, left = row * (height + _GAP), column * (width + _GAP)
-            sheet_HWC[top : top + height, left : left + width] = image_HWC
+            y, x = row * (height + _GAP), column * (width + _GAP)
+            sheet_HWC[y : y + height, x : x + width] = image_HWC
     return Image.fromarray(sheet_HWC)

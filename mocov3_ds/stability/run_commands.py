@@ -16,7 +16,7 @@ def list_commands(run: Path, tree: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What each command does, and the command line for a shell.
 
     Args:
-        run: run folder.
+        run: run folder, as the commands name it.
         tree: content of its `config.json`.
     """
     folder = str(run)

@@ -67,7 +67,7 @@ def read_curves(run: Path) -> tuple[RunCurves, Sequence[Row]]:
     """Read the log of a run, finished or not; also its rows as they are.
 
     Args:
-        run: run folder.
+        run: run folder, with `metrics.jsonl`.
 
     Raises:
         ValueError: nothing is logged yet.
@@ -138,12 +138,12 @@ def gradient_heat(table: SignalTable, columns: int = COLUMNS) -> tuple[Sequence[
     pieces = [grad_GM[:, a:b] for a, b in itertools.pairwise(edges)]
     if not pieces:
         return groups, np.empty((len(groups), 0))
-    past = max(_PAST, 30 * len(pieces) // max(steps, 1))  # 30 steps at least
+    window = max(_PAST, 30 * len(pieces) // max(steps, 1))  # 30 steps at least
     largest_GC = np.stack([np.max(piece_GM, axis=1) for piece_GM in pieces], axis=1)
     middle_GC = np.stack([np.median(piece_GM, axis=1) for piece_GM in pieces], axis=1)
     heat_GC = np.full(largest_GC.shape, np.nan)
-    if len(pieces) > past:
-        earlier = np.lib.stride_tricks.sliding_window_view(middle_GC[:, :-1], past, axis=1)
+    if len(pieces) > window:
+        earlier = np.lib.stride_tricks.sliding_window_view(middle_GC[:, :-1], window, axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            heat_GC[:, past:] = np.log10(largest_GC[:, past:] / np.median(earlier, axis=2))
+            heat_GC[:, window:] = np.log10(largest_GC[:, window:] / np.median(earlier, axis=2))
     return groups, heat_GC

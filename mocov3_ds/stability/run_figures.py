@@ -117,11 +117,11 @@ def _draw_stack(
     curves: RunCurves, names: dict[str, str], log: tuple[str, ...] = ()
 ) -> Figure | None:
     """A panel for each of the curves that the run has and that are not zero throughout."""
-    found = {name: label for name, label in names.items() if curves.curve(name)[1].any()}
-    if not found:
+    labels = {name: label for name, label in names.items() if curves.curve(name)[1].any()}
+    if not labels:
         return None
-    figure, panels = drawing.stack_panels(len(found), "")
-    for index, (axes, (name, label)) in enumerate(zip(panels, found.items(), strict=True)):
+    figure, panels = drawing.stack_panels(len(labels), "")
+    for index, (axes, (name, label)) in enumerate(zip(panels, labels.items(), strict=True)):
         _draw_curve(axes, curves, name, index)
         drawing.set_title(axes, label)
         if name in log:

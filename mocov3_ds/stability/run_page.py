@@ -91,8 +91,8 @@ def write_in_time(run: Path, limit_s: float = _LIMIT_S) -> dict[str, Image.Image
     """Write RUN/report.html if that succeeds in time; a run does not fail for its page.
 
     Args:
-        run: run folder.
-        limit_s: seconds to wait.
+        run: run folder, which gets the page.
+        limit_s: seconds to wait for the page.
 
     Returns:
         GROUP/NAME of each picture on it -> the picture; nothing where there is no page.
@@ -123,7 +123,7 @@ def write_run_page(run: Path, path: Path) -> dict[str, bytes]:
     """Write the page of a run.
 
     Args:
-        run: run folder.
+        run: run folder, with a log.
         path: HTML file to write; its folder is made.
 
     Returns:
@@ -174,7 +174,7 @@ def build_run_page(
     """The whole page as HTML.
 
     Args:
-        run: run folder.
+        run: run folder, as the page names it.
         tree: content of its `config.json`.
         curves: its log as arrays.
         rows: its log as it is.
@@ -197,8 +197,8 @@ def build_run_page(
         f"<h2>Where it comes from</h2>{bullet_list(ancestors)}" * bool(ancestors),
         "<h2>Commands</h2>",
         *(
-            f'<p class="soft">{escape(what)}</p><pre>{escape(line)}</pre>'
-            for what, line in commands
+            f'<p class="soft">{escape(purpose)}</p><pre>{escape(line)}</pre>'
+            for purpose, line in commands
         ),
         "<h2>Settings</h2>",
         _settings_tables(run, tree),
@@ -231,9 +231,9 @@ def _tiles(tree: Mapping[str, Any], curves: RunCurves) -> Iterator[str]:
     yield _tile("steps", f"{int(curves.steps_T[-1]):,}", epochs)
     final = curves.last("knn_full" if len(curves.curve("knn_full")[0]) > 1 else "knn")
     if math.isfinite(final):
-        known = (("start", curves.first("knn_full")), ("chance", curves.first("knn_chance")))
-        words = [f"{name} {value:.1f} %" for name, value in known if math.isfinite(value)]
-        yield _tile("k-NN accuracy", f"{final:.2f} %", ", ".join(words))
+        levels = (("start", curves.first("knn_full")), ("chance", curves.first("knn_chance")))
+        level_words = [f"{name} {value:.1f} %" for name, value in levels if math.isfinite(value)]
+        yield _tile("k-NN accuracy", f"{final:.2f} %", ", ".join(level_words))
     chance = f"chance level {curves.last('chance_loss'):.4g}"
     yield _tile("loss", f"{curves.last('loss'):.4g}", chance)
     speed, wait_s = curves.median("images_per_s"), curves.median("data_wait_s")
@@ -269,9 +269,9 @@ def _alarm_table(curves: RunCurves) -> str:
     lines = ["<th>rule</th><th>alarms</th><th class=words>steps</th>"]
     for name, steps in curves.alarms.items():
         named = ", ".join(map(str, steps[:_NAMED_ALARMS].tolist()))
-        more = f", and {len(steps) - _NAMED_ALARMS} more" * (len(steps) > _NAMED_ALARMS)
+        ending = f", and {len(steps) - _NAMED_ALARMS} more" * (len(steps) > _NAMED_ALARMS)
         lines.append(
-            f"<td>{escape(name)}</td><td>{len(steps)}</td><td class=words>{named}{more}</td>"
+            f"<td>{escape(name)}</td><td>{len(steps)}</td><td class=words>{named}{ending}</td>"
         )
     return wrap_table(lines)
 
@@ -300,10 +300,10 @@ def _settings_tables(run: Path, tree: Mapping[str, Any]) -> str:
     if recipe is None:
         return _settings_table(facts)
     default = flatten_facts(Settings(recipe.config, dict(recipe.engine)).as_json())
-    own = {name: value for name, value in facts.items() if default.get(name, "") != value}
+    changed = {name: value for name, value in facts.items() if default.get(name, "") != value}
     return (
         f'<p class="soft">Those that differ from the recipe {escape(recipe.config.recipe)}.</p>'
-        f"{_settings_table(own)}<details><summary>All {len(facts)} settings</summary>"
+        f"{_settings_table(changed)}<details><summary>All {len(facts)} settings</summary>"
         f"{_settings_table(facts)}</details>"
     )
 
