@@ -74,9 +74,10 @@ def find_claim(found: FoundWeights) -> ClaimedNetwork | None:
         return claim
     name, arguments, source = _find_name(found)
     if name in _CONV_STEMS:
-        return ClaimedNetwork(
-            shape=CONV_STEM_SHAPES[_CONV_STEMS[name]], settings=OwnerSettings(source=source)
-        )
+        shape = _measure_conv_stem(found.tensors, CONV_STEM_SHAPES[_CONV_STEMS[name]])
+        if isinstance(heads := found.tree.get("num_heads"), int):
+            shape = replace(shape, heads=heads)
+        return ClaimedNetwork(shape=shape, settings=OwnerSettings(source=source))
     if not name:
         return None
     return _claim(name, arguments, OwnerSettings(source=source))
@@ -121,6 +122,23 @@ def _find_name(found: FoundWeights) -> tuple[str, Mapping[str, Any], str]:
     if name := _recognise_resnet(found.tensors):
         return name, {}, f"the tensors of a {name}"
     return "", {}, ""
+
+
+def _measure_conv_stem(tensors: Tensors, published: VitShape) -> VitShape:
+    """The shape of a Vision Transformer on convolutions, with the sizes that its tensors have."""
+    stem = [name for name in tensors if re.search(r"(^|\.)patch_embed\.proj\.\d+\.weight$", name)]
+    blocks = {
+        found[1] for name in tensors if (found := re.search(r"(?:^|\.)blocks\.(\d+)\.", name))
+    }
+    positions = next((t for n, t in tensors.items() if n.rpartition(".")[2] == "pos_embed"), None)
+    if not stem or positions is None or positions.dim() != 3:
+        return published
+    last = max(stem, key=lambda name: int(name.split(".")[-2]))
+    patch = 2 ** (int(last.split(".")[-2]) // 3)  # convolution, norm and ReLU for each
+    side = round((positions.shape[1] - 1) ** 0.5) * patch
+    return replace(
+        published, dim=len(tensors[last]), depth=len(blocks), patch_size=patch, image_size=side
+    )
 
 
 def _recognise_resnet(tensors: Tensors) -> str:

@@ -149,7 +149,7 @@ def _read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     if metadata.get("num_heads", "").isdecimal():
         tree["num_heads"] = int(metadata["num_heads"])
     if "architecture" in metadata:
-        tree["architecture"] = metadata["architecture"]
+        tree["architecture"] = metadata["architecture"].strip('"')  # a state file writes JSON
         with contextlib.suppress(ValueError):
             tree["model_args"] = json.loads(metadata.get("model_args", "{}"))
     return tree

@@ -32,6 +32,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
+from mocov3_ds.encoders.export import published_name
 from mocov3_ds.encoders.load import Weights, build_encoder
 from mocov3_ds.encoders.owner_settings import OwnerSettings
 from mocov3_ds.encoders.timm_networks import write_arguments
@@ -368,6 +369,8 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
     def describe_network(self) -> dict[str, Any]:
         """What the state file says of the network, so that it is read like other weights."""
         match self.weights.backbone:
+            case VitShape(stem="conv") as vit:
+                return {"num_heads": vit.heads, "architecture": published_name(vit)}
             case VitShape() as vit:
                 return {"num_heads": vit.heads}
             case TimmShape() as named:

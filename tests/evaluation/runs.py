@@ -20,7 +20,14 @@ SIZE, DIM, HEADS = 16, 32, 4
 
 
 def make_run(
-    folder: Path, *, train: str = "", val: str = "", seed: int = 0, step: int = 7, **model: object
+    folder: Path,
+    *,
+    train: str = "",
+    val: str = "",
+    seed: int = 0,
+    step: int = 7,
+    image_size: int = SIZE,
+    **model: object,
 ) -> Path:
     """A run folder with one checkpoint, as training leaves it, weights at random."""
     recipe = RECIPES["tiny"]
@@ -28,7 +35,7 @@ def make_run(
         recipe.config,
         runs=folder.parent,
         name=folder.name,
-        views=ViewConfig(image_size=SIZE),
+        views=ViewConfig(image_size=image_size),
         data=replace(recipe.config.data, shards=train, probe_shards=val),
         model=replace(
             recipe.config.model,
