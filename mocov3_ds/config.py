@@ -389,7 +389,7 @@ class Config:
                 channels=self.views.channels,
                 arguments=model.timm,
             )
-        given = VitShape(
+        from_flags = VitShape(
             patch_size=model.patch_size,
             dim=model.dim,
             depth=model.depth,
@@ -397,7 +397,7 @@ class Config:
             stem="patch" if model.backbone == "vit" else "conv",
         )
         return dataclasses.replace(
-            CONV_STEM_SHAPES.get(model.backbone, given),
+            CONV_STEM_SHAPES.get(model.backbone, from_flags),
             image_size=height,
             image_width=0 if width == height else width,
             channels=self.views.channels,
@@ -467,11 +467,11 @@ def check_config(config: Config) -> None:
 def _check_backbone(config: Config) -> None:
     """Refuse a backbone that is not known, and settings of the model that name nothing."""
     model = config.model
-    known = (*VIT_BACKBONES, *RESNETS)
-    if model.backbone not in known and not model.backbone.startswith((TIMM, OWN_BACKBONE)):
-        hint = did_you_mean(model.backbone, known)
+    names = (*VIT_BACKBONES, *RESNETS)
+    if model.backbone not in names and not model.backbone.startswith((TIMM, OWN_BACKBONE)):
+        hint = did_you_mean(model.backbone, names)
         raise ValueError(
-            f"--model.backbone {model.backbone} is not known{hint}; there are {', '.join(known)}, "
+            f"--model.backbone {model.backbone} is not known{hint}; there are {', '.join(names)}, "
             f"{TIMM}NAME for a model of timm, and {OWN_BACKBONE}PACKAGE.MODULE:FUNCTION for yours."
         )
     if model.backbone in VIT_BACKBONES:

@@ -29,7 +29,7 @@ from mocov3_ds.model import vit
 from mocov3_ds.model.body_norm import BodyBatchNorm, spread_batch_norms
 from mocov3_ds.model.layer_groups import order_groups, vit_groups
 from mocov3_ds.model.shapes import BackboneShape, EncoderShape, TimmShape, VitShape, write_size
-from mocov3_ds.model.stochastic_depth import replace_drop_paths
+from mocov3_ds.model.stochastic_depth import find_branches, replace_drop_paths
 from mocov3_ds.model.timm_backbone import build_timm
 
 
@@ -77,6 +77,11 @@ def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> nn.Module:
         case own:
             backbone = own.make()
     replace_drop_paths(backbone)
+    if drop_path and not isinstance(shape.backbone, VitShape) and not find_branches(backbone):
+        raise ValueError(
+            f"--model.drop_path {drop_path:g} has no effect on {shape_name(shape.backbone)}, which "
+            "has no branch of timm's DropPath."
+        )
     spread_batch_norms(backbone)
     return backbone
 
@@ -124,24 +129,24 @@ def _probe(backbone: nn.Module, shape: BackboneShape, facts: BackboneFacts) -> B
     """
     name = shape_name(shape)
     try:
-        seen = _run_once(_on_meta(backbone), shape, "meta")
+        probed = _run_once(_on_meta(backbone), shape, "meta")
     except Exception:  # what a foreign network may raise there has no bounds
         try:
-            seen = _run_once(backbone, shape, next(backbone.parameters()).device)
+            probed = _run_once(backbone, shape, next(backbone.parameters()).device)
         except Exception as error:
             raise ValueError(
                 f"{name} does not take images of {shape.channels} channels and "
                 f"{write_size(shape.size)} pixels: {str(error).strip() or type(error).__name__}"
             ) from None
-    features_BD, tokens, unused = seen
+    features_BD, tokens, unused = probed
     if not isinstance(features_BD, Tensor) or features_BD.dim() != 2 or len(features_BD) != 2:
-        what = (
+        output = (
             f"a tensor of the shape {tuple(features_BD.shape)}"
             if isinstance(features_BD, Tensor)
             else f"a {type(features_BD).__name__}"
         )
         raise ValueError(
-            f"{name} gives {what} for two images and not one row of features for each: it has no "
+            f"{name} gives {output} for two images and not one row of features for each: it has no "
             "pooling here (--model.timm global_pool=avg), or is no classification network."
         )
     return replace(
@@ -170,8 +175,8 @@ def _run_once(
     images_BCHW = torch.zeros(2, shape.channels, *shape.size, device=device)
     with evaluating(network), torch.device(device), torch.enable_grad():
         features_BD: object = network(images_BCHW)
-        before = getattr(network, "forward_features", None)
-        tokens = before(images_BCHW) if callable(before) else None
+        make_tokens = getattr(network, "forward_features", None)
+        tokens = make_tokens(images_BCHW) if callable(make_tokens) else None
     if not isinstance(features_BD, Tensor) or not features_BD.requires_grad:
         return features_BD, tokens, ()
     gradients = torch.autograd.grad(features_BD.sum(), [*tensors.values()], allow_unused=True)

@@ -60,9 +60,9 @@ class BodyBatchNorm(BatchNormOverRanks):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BodyBatchNorm":
         """Move as any module does, but keep the running statistics in fp32."""
-        kept = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        fp32_statistics = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in kept.items():
+        for name, tensor in fp32_statistics.items():
             moved = getattr(self, name)
             if moved.dtype in (torch.bfloat16, torch.float16):
                 setattr(self, name, tensor.to(moved.device))
@@ -158,10 +158,10 @@ def _trains_statistics(module: nn.Module) -> bool:
 
 
 def _check_kind(norm: nn.Module) -> _Original:
-    known = type(norm).forward in _KNOWN_FORWARDS
+    is_plain = type(norm).forward in _KNOWN_FORWARDS
     drops = not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity)
     assert isinstance(norm, _Original)
-    if not known or drops or norm.running_mean is None or norm.momentum is None:
+    if not is_plain or drops or norm.running_mean is None or norm.momentum is None:
         raise ValueError(
             f"a {type(norm).__name__} of the network is no plain batch norm with running averages, "
             "which is what this program can take over all ranks."

@@ -66,5 +66,5 @@ def order_groups(names: Iterable[str]) -> tuple[str, ...]:
     tokens: dict[str, None] = {}
     for name in names:
         (layers if "." in name else tokens).setdefault(layer_group(f"backbone.{name}"))
-    first, *others = layers or tokens
-    return tuple(dict.fromkeys((first, *tokens, *others)))
+    first, *later = layers or tokens
+    return tuple(dict.fromkeys((first, *tokens, *later)))

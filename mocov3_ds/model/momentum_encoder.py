@@ -72,9 +72,9 @@ class MomentumEncoder(nn.Module):
         if self._low_precision:
             for parameter in self.parameters():
                 parameter.data = parameter.data.to(dtype)
-            kept = {name for name, _ in persistent_buffers(self)}
+            persistent = {name for name, _ in persistent_buffers(self)}
             for name, table in self.named_buffers():
-                if name not in kept and table.is_floating_point():
+                if name not in persistent and table.is_floating_point():
                     table.data = table.data.to(dtype)  # as the engine casts the base encoder's
         self._trained: dict[str, nn.Parameter] = {}
         self._partitioned = False

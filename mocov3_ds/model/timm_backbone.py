@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from mocov3_ds.model.shapes import TimmShape
+from mocov3_ds.model.shapes import TimmShape, write_size
 from mocov3_ds.settings.spelling import did_you_mean
 
 _OWNED = {
@@ -91,18 +91,18 @@ def _create(shape: TimmShape, keywords: dict[str, Any]) -> nn.Module:
     """The model with the size of its images told, where it wants to know."""
     fixed: dict[str, Any] = {"num_classes": 0, "in_chans": shape.channels, **keywords}
     size: dict[str, Any] = {"img_size": shape.size}
-    for told in (size, {}):
+    for size_keyword in (size, {}):
         try:
-            network: nn.Module = timm.create_model(shape.name, **fixed, **told)
+            network: nn.Module = timm.create_model(shape.name, **fixed, **size_keyword)
         except TypeError as error:
-            if told and re.search(r"unexpected keyword argument.*'img_size'", str(error)):
+            if size_keyword and re.search(r"unexpected keyword argument.*'img_size'", str(error)):
                 continue
             raise ValueError(f"timm:{shape.name} {_what_is_wrong(str(error))}.") from None
         except Exception as error:  # what a foreign network may raise has no bounds
-            said = str(error) or type(error).__name__
+            reason = str(error) or type(error).__name__
             raise ValueError(
                 f"timm:{shape.name} cannot be built for {shape.channels} channels of "
-                f"{shape.size[0]} x {shape.size[1]} pixels with {keywords or 'no keywords'}: {said}"
+                f"{write_size(shape.size)} pixels with {keywords or 'no keywords'}: {reason}"
             ) from None
         return network
     raise AssertionError("a model cannot miss what it was not given")

@@ -203,7 +203,7 @@ def largest_block_bytes(backbone: nn.Module, facts: BackboneFacts, example: Tens
     Args:
         backbone: network in the state that it trains in; it is left as it was.
         facts: what is known of it, of which the layer groups count.
-        example: one image.
+        example: one image, as the backbone takes it: (1, C, H, W).
     """
     names = [f"blocks.{g[6:]}" if g.startswith("block_") else g for g in facts.groups]
     blocks = [module for name, module in backbone.named_modules() if name in names]
@@ -219,8 +219,8 @@ def _tally_kept(
 ) -> dict[nn.Module | None, int]:
     """Bytes kept while each of `blocks` is at work, the innermost one; None = outside of them."""
     tensors = _trainable_copies(module)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *tensors.values())}
-    kept: dict[nn.Module | None, int] = dict.fromkeys((None, *blocks), 0)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (x, *tensors.values())}
+    bytes_kept: dict[nn.Module | None, int] = dict.fromkeys((None, *blocks), 0)
     at_work: list[nn.Module | None] = [None]
 
     def enter_block(block: nn.Module, _: object) -> None:
@@ -231,9 +231,9 @@ def _tally_kept(
 
     def count_tensor(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            kept[at_work[-1]] += storage.nbytes()
+        if storage.data_ptr() not in storages:
+            storages.add(storage.data_ptr())
+            bytes_kept[at_work[-1]] += storage.nbytes()
         return tensor
 
     handles = [block.register_forward_pre_hook(enter_block) for block in blocks]
@@ -245,7 +245,7 @@ def _tally_kept(
         for handle in handles:
             handle.remove()
     assert output.requires_grad
-    return kept
+    return bytes_kept
 
 
 def peak_bytes(module: nn.Module, x: Tensor) -> int:

@@ -1,7 +1,5 @@
 """Backbones: what is known of them, what is refused, and names that stay the libraries' own."""
 
-import dataclasses
-
 import pytest
 import timm
 import torch
@@ -11,7 +9,7 @@ from torch import nn
 from mocov3_ds.model.backbones import build_backbone, describe_backbone, shape_name
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.layer_groups import layer_group
-from mocov3_ds.model.shapes import CONV_STEM_SHAPES, EncoderShape, OwnShape, TimmShape, VitShape
+from mocov3_ds.model.shapes import EncoderShape, OwnShape, TimmShape, VitShape
 from mocov3_ds.model.stochastic_depth import find_branches
 from mocov3_ds.model.timm_backbone import read_keywords
 
@@ -52,23 +50,6 @@ def test_resnet_50_has_the_names_of_torchvision() -> None:
     assert sizes == [(4096, 2048), (256, 4096), (4096, 256), (256, 4096)]
     assert len(ours.projector) == 5 and len(ours.predictor) == 4
     assert ours.projector[4].weight is None
-
-
-def test_a_vit_on_convolutions() -> None:
-    backbone, facts = describe(CONV)
-    assert facts.rows_know_each_other and facts.groups == (
-        "patch_embed", "cls", "block_0", "block_1", "norm"
-    )  # fmt: skip
-    stem = {n: tuple(t.shape) for n, t in backbone.named_parameters() if "patch_embed" in n}
-    assert stem["patch_embed.proj.0.weight"] == (6, 3, 3, 3)
-    assert stem["patch_embed.proj.6.weight"] == (24, 12, 3, 3)
-    assert stem["patch_embed.proj.9.weight"] == (24, 24, 1, 1)
-    assert all(p.requires_grad for n, p in backbone.named_parameters() if n != "pos_embed")
-    assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 24)
-    small = CONV_STEM_SHAPES["vit_conv_s16"]
-    assert (small.dim, small.depth, small.heads) == (384, 11, 12)
-    with pytest.raises(ValueError, match="a patch of 12"):
-        describe(dataclasses.replace(CONV, patch_size=12, image_size=48))
 
 
 @pytest.mark.parametrize(
@@ -127,31 +108,12 @@ def test_stochastic_depth_of_a_convolution_network() -> None:
     for branch in branches:
         branch.factors_b = torch.tensor([0.0, 1.0])
     assert backbone(x).isfinite().all()
+    own = EncoderShape(backbone=OwnShape(name="mine", make=Unused, size=(8, 8)))
+    with pytest.raises(ValueError, match=r"--model\.drop_path 0\.5 has no effect on mine"):
+        build_backbone(own, drop_path=0.5)
     branches[0].factors_b = torch.ones(3)
     with pytest.raises(ValueError, match="holds 2 rows for 3 images"):
         backbone(x)
-
-
-@pytest.mark.parametrize(
-    ("shape", "said"),
-    [
-        (timm_shape("resnet5O"), r"timm has no model 'resnet5O' \(did you mean resnet50\?\)"),
-        (timm_shape("hf-hub:some/thing"), "timm has no model"),
-        (timm_shape("resnet18", "widht=3"), "timm:resnet18 knows no keyword 'widht'"),
-        (timm_shape("resnet18", "num_classes=3"), "use nothing: a backbone has no classifier"),
-        (timm_shape("resnet18", "pretrained=true"), "use --init"),
-        (timm_shape("resnet18", "block"), "not of the form key=value"),
-        (timm_shape("resnet18", "stem_width=8", "stem_width=9"), "stem_width is there twice"),
-        (timm_shape("resnet18", "global_pool="), r"a tensor of the shape \(2, 512, 1, 1\)"),
-        (timm_shape("resnet18", "drop_rate=0.5"), r"has dropout \(ResNet '', rate 0.5\)"),
-        (timm_shape("vit_tiny_patch16_224", "pos_drop_rate=0.1"), "has dropout"),
-        (timm_shape("mixer_s32_224", "patch_size=8"), "fixes 'patch_size' by its name"),
-        (timm_shape("vit_tiny_patch16_224", "depth=1", side=8), "of 3 channels and 8 pixels"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_is_refused(shape: TimmShape, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        describe(shape)
 
 
 def test_channels_and_names() -> None:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from mocov3_ds.config import Config
 from mocov3_ds.distributed import host_memory, ranks
+from mocov3_ds.model.backbones import build_backbone, describe_backbone
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.heads import build_projector
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
+from mocov3_ds.model.shapes import TimmShape
 from mocov3_ds.model.vit import VitShape, build_vit
 from mocov3_ds.training import chunk_size
 from mocov3_ds.training.chunk_size import Room
@@ -176,3 +178,27 @@ def test_the_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(host_memory, "free_bytes", lambda: 9)
     monkeypatch.setattr(ranks, "local_world_size", lambda: 2)
     assert chunk_size.free_bytes(torch.device("cpu")) == 4
+
+
+def test_a_batch_whose_rows_know_each_other_goes_in_one_pass_or_not_at_all() -> None:
+    gib = 2**30
+    roomy = Room(free=100 * gib, reserved=gib, per_image=gib)
+    assert chunk_size.agree_on_chunks(roomy, 16, whole=True) == Chunks()
+    tight = Room(free=20 * gib, reserved=gib, per_image=gib)
+    assert chunk_size.agree_on_chunks(tight, 16).size
+    with pytest.raises(ValueError, match=r"33\.00 GiB are needed and 90% of 20\.00 GiB are free"):
+        chunk_size.agree_on_chunks(tight, 16, whole=True)
+
+
+def test_the_block_that_keeps_most_is_found_in_any_backbone() -> None:
+    shape = TimmShape(name="resnet18", size=(32, 32), arguments=("layers=[1,1,1,1]",))
+    backbone = build_backbone(EncoderShape(backbone=shape))
+    facts, image = describe_backbone(backbone, shape), torch.zeros(1, 3, 32, 32)
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    largest = chunk_size.largest_block_bytes(backbone, facts, image)
+    # layer1.0 keeps seven maps of 64 x 8 x 8 numbers: what its convolutions and norms are given
+    # (the first is the pooling's), and the two results of ReLU
+    assert 4 * 64 * 8 * 8 * 4 <= largest <= 7 * 64 * 8 * 8 * 4
+    assert largest < chunk_size.activation_bytes(backbone, image)
+    for name, buffer in backbone.named_buffers():
+        assert torch.equal(buffer, before[name]), name

@@ -60,3 +60,18 @@ def test_the_momentum_encoder_starts_equal_and_follows() -> None:
     torch.testing.assert_close(moved, base["backbone.cls_token"] - 0.75)
     names = [name for name, _ in trained_parameters(model)]
     assert "base.backbone.pos_embed" not in names and "base.backbone.cls_token" in names
+
+
+def test_chunks_are_refused_where_rows_know_each_other() -> None:
+    config = replace(CONFIG, model=replace(CONFIG.model, backbone="vit_conv"))
+    build_model(config, 2)
+    build_model(replace(config, chunk=32), 2)  # the rank's batch: one pass
+    with pytest.raises(ValueError, match="--chunk 31 would change what is computed: ViT 24 x 2 bl"):
+        build_model(replace(config, chunk=31), 2)
+
+
+def test_a_network_that_cannot_recompute_is_named() -> None:
+    model = replace(CONFIG.model, backbone="timm:dla34")
+    with pytest.raises(ValueError, match="a DLA, cannot recompute its blocks"):
+        views = ViewConfig(image_size=32)
+        build_model(replace(CONFIG, model=model, views=views, recompute_blocks=True), 1)
