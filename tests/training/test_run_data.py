@@ -1,18 +1,20 @@
 """Shards that cannot be trained on, the views of the settings, network inputs from crops."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mocov3_ds.config import Config, DataConfig, KnnConfig, ViewConfig
+from mocov3_ds.config import Config, DataConfig, KnnConfig, ViewConfig, from_json
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.loader import Batch
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.photometric import make_views, normalise_crops
 from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
+from mocov3_ds.recipes import parse
 from mocov3_ds.training import run_data
 from mocov3_ds.training.run_data import network_views, open_shards, view_spec
 from tests.data.sets import make_set, picture
@@ -121,5 +123,52 @@ def test_no_monitor_without_probes(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     for probes, knn in ((None, KnnConfig()), (train, KnnConfig(probes=0))):
         config = config_of(tmp_path, knn=knn)
-        monitor = run_data.build_knn_monitor(config, ViewSpec(), train, probes, cpu, torch.float32)
+        monitor = run_data.build_knn_monitor(
+            config, ViewSpec(), train, probes, cpu, torch.float32, width=32
+        )
         assert monitor is None
+
+
+def test_the_flags_of_the_views_are_the_distribution() -> None:
+    assert view_spec(Config()) == ViewSpec()
+    flags = [
+        *("--views.channels", "2", "--views.mean", "0.1", "0.2", "--views.std", "0.3", "0.4"),
+        *("--views.colour_ops", "off", "--views.aspect", "0.5", "2", "--views.jitter_p", "0.7"),
+        *("--views.brightness", "0.6", "--views.contrast", "0.5", "--views.flip_p", "0"),
+        *("--views.blur_sigma", "0.2", "3", "--views.solarise_threshold", "99"),
+        *("--views.blur_p", "0.5", "0.6", "--views.solarise_p", "0.1", "0.3"),
+        *("--views.crop_min", "0.2", "--views.crop_max", "0.9", "--views.image_size", "64x32"),
+    ]
+    config = parse(flags).config
+    assert view_spec(config) == ViewSpec(
+        mean=(0.1, 0.2), std=(0.3, 0.4), saturation=0.0, hue=0.0, grey_p=0.0, aspect=(0.5, 2.0),
+        jitter_p=0.7, brightness=0.6, contrast=0.5, flip_p=0.0, blur_sigma=(0.2, 3.0),
+        solarise_threshold=99, blur_p=(0.5, 0.6), solarise_p=(0.1, 0.3), crop_min=0.2, crop_max=0.9,
+    )  # fmt: skip
+    assert (config.vit.size, config.vit.channels) == ((64, 32), 2)
+    stored = json.loads(json.dumps(parse(flags).as_json()))
+    assert from_json(stored) == replace(config, ds=())
+    functions = view_spec(parse(["--views.function", f"{__name__}:picture"]).config).functions
+    assert functions == (picture, picture)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--views.channels", "1"], "--views.mean has 3 numbers for --views.channels 1"),
+        (["--views.std", "1", "1"], "--views.std has 2 numbers for --views.channels 3"),
+        (
+            ["--views.channels", "1", "--views.mean", "0.5", "--views.std", "0.2"],
+            "are of RGB alone; give --views.colour_ops off",
+        ),
+        (["--views.image_size", "64x"], "write the side of a square .* or HEIGHTxWIDTH"),
+        (["--views.image_size", "0x64"], "each from 1 to 16384"),
+        (["--views.image_size", "0"], "--views.image_size 0 cannot be"),
+        (["--views.hue", "0.7"], "--views.hue 0.7 cannot be"),
+        (["--views.function", "a:b", "a:c", "a:d"], "names 3 functions"),
+        (["--views.solarise_threshold", "256"], "solarise_threshold 256 cannot be"),
+    ],
+)
+def test_views_that_cannot_be_are_refused_with_the_flag(flags: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse(flags)
