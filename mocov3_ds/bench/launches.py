@@ -89,8 +89,8 @@ def draw_images(folder: Path, count: int) -> None:
     """Write small JPEG files of noise.
 
     Args:
-        folder: Where they go.
-        count: Number of images.
+        folder: New folder that gets them.
+        count: Number of images to draw.
     """
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -114,8 +114,8 @@ def print_row(shape: str, world: int, stage: int, options: LaunchesOptions, fold
     cells += [f"{step['within_bytes'] / 1e6:.0f}"]
     cells += [f"{step['allocated_gb']:.2f}", f"{step['reserved_gb']:.2f}"]
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    for place, count in step["places"].items() if options.places else ():
-        print(f"    {count} x {place}", flush=True)
+    for waiting, count in step["places"].items() if options.places else ():
+        print(f"    {count} x {waiting}", flush=True)
 
 
 def count_step(
@@ -126,8 +126,8 @@ def count_step(
     Args:
         shape: Recipe of the run.
         batch: Images of a rank's batch.
-        world: Number of ranks.
-        stage: ZeRO stage.
+        world: Number of ranks of the pretended world.
+        stage: ZeRO stage, 0 to 3.
         options: Card, and further flags.
         folder: Holds the images, and gets shards and runs.
 

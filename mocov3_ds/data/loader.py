@@ -24,23 +24,22 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mocov3_ds.data.bad_samples import BadSamples
+from mocov3_ds.data.batch_buffer import BatchBuffer, DecodingBatch
 from mocov3_ds.data.device_copy import DeviceCopy, new_stream
 from mocov3_ds.data.fetch import read_samples
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.data.read_ahead import EncodedBatch, ReadAhead
+from mocov3_ds.data.read_ahead import ReadAhead
 from mocov3_ds.data.sample_order import Order, Piece
 from mocov3_ds.data.storage.cache import Cache
 from mocov3_ds.data.views.crops import make_crops
 from mocov3_ds.data.views.own_views import make_own_views
-from mocov3_ds.data.views.spec import PLAIN_PARAMS, ViewSpec
+from mocov3_ds.data.views.spec import ViewSpec
 
 READ_AHEAD_BYTES = 256 << 20
 """Encoded bytes that a rank may hold beyond its share of the shuffle pool."""
@@ -50,7 +49,6 @@ RING = 3
 """Batch buffers: two with the caller, one being filled."""
 
 _NAMED = 4  # samples in a message
-_ROWS = 8  # rows that a decoding thread takes at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +169,10 @@ class Loader:
             self._rank_batch,
             self._pool_bytes() + settings.read_ahead_bytes,
         )
-        self._batches: deque[_DecodingBatch] = deque()  # with a buffer, oldest first
+        self._batches: deque[DecodingBatch] = deque()  # with a buffer, oldest first
         self._next_position = position  # of the batch that gets the next buffer
-        self._free: list[_Buffer] = []
-        self._lent: deque[_Buffer] = deque()  # with the caller
+        self._free: list[BatchBuffer] = []
+        self._lent: deque[BatchBuffer] = deque()  # with the caller
         self._threads: list[threading.Thread] = []
         self._at_work: dict[int, int] = {}  # decoding thread -> sample_id
 
@@ -187,8 +185,8 @@ class Loader:
         """Name the samples that are being decoded right now; empty where none is. Any thread."""
         sample_ids = sorted({*self._at_work.copy().values()})
         named = ", ".join(self._describe_place(sample_id) for sample_id in sample_ids[:_NAMED])
-        more = len(sample_ids) - _NAMED
-        return f"decoding {named}{f' and {more} more' if more > 0 else ''}" if named else ""
+        others = len(sample_ids) - _NAMED
+        return f"decoding {named}{f' and {others} more' if others > 0 else ''}" if named else ""
 
     def _describe_place(self, sample_id: int) -> str:
         """Where a sample lies, from memory alone: its key would have to be read."""
@@ -250,7 +248,7 @@ class Loader:
         device = settings.device
         stream = new_stream(device) if device is not None and device.type == "cuda" else None
         self._free = [
-            _Buffer(self._rank_batch, settings.views, settings.image_size, stream)
+            BatchBuffer(self._rank_batch, settings.views, settings.image_size, stream)
             for _ in range(RING)
         ]
         stages = [self._read_stage] * settings.readers + [self._views_stage] * settings.threads
@@ -307,7 +305,7 @@ class Loader:
         while (rows := self._take_rows()) is not None:
             self._make_rows(*rows)
 
-    def _take_rows(self, until_decoded: bool = False) -> "tuple[_DecodingBatch, range] | None":
+    def _take_rows(self, until_decoded: bool = False) -> tuple[DecodingBatch, range] | None:
         """Wait for rows to decode; None at the end.
 
         Args:
@@ -335,12 +333,12 @@ class Loader:
         if encoded is None:
             return
         epoch = self._next_position // self.order.batches_per_epoch
-        self._batches.append(_DecodingBatch(epoch, encoded, self._free.pop(), self._manifest))
+        self._batches.append(DecodingBatch(epoch, encoded, self._free.pop(), self._manifest))
         self._next_position += 1
         self._may_decode.notify_all()
         self._may_read.notify_all()  # what the next batch needs is read however much is held
 
-    def _make_rows(self, batch: "_DecodingBatch", rows: range) -> None:
+    def _make_rows(self, batch: "DecodingBatch", rows: range) -> None:
         stand_ins = sum(self._make_row(batch, row) for row in rows)
         with self._lock:
             batch.stand_ins += stand_ins
@@ -354,7 +352,7 @@ class Loader:
             batch.is_ready = True
             self._is_decoded.notify_all()
 
-    def _make_row(self, batch: "_DecodingBatch", row: int) -> bool:
+    def _make_row(self, batch: "DecodingBatch", row: int) -> bool:
         """Write the two crops of a row; returns whether another sample had to stand in."""
         settings, buffer = self._settings, batch.buffer
         epoch = 0 if settings.fixed_views else batch.epoch
@@ -379,7 +377,7 @@ class Loader:
         self._at_work.pop(threading.get_ident(), None)
         return sample_id != planned_id
 
-    def _take_decoded(self) -> "_DecodingBatch | None":
+    def _take_decoded(self) -> DecodingBatch | None:
         """Take the oldest batch if it is decoded; raises what a thread raised."""
         with self._lock:
             if self._error is not None:
@@ -391,65 +389,3 @@ class Loader:
             batch = self._batches.popleft()
             self._lent.append(batch.buffer)
             return batch
-
-
-class _Buffer:
-    """A batch's memory, seen as tensors by the caller and as arrays by the decoder.
-
-    Args:
-        rows: samples of a batch.
-        views: distribution of the views, of which channels and functions count here.
-        size: side of a crop, or its height and width, pixels.
-        stream: stream of the GPU that the crops are copied to; None = they stay.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        views: ViewSpec,
-        size: int | tuple[int, int],
-        stream: torch.cuda.Stream | None,
-    ) -> None:
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (2, rows, views.channels, height, width)
-        dtype = torch.uint8 if views.functions is None else torch.float32
-        pin = stream is not None
-        self.crops_VBCHW = torch.empty(shape, dtype=dtype, pin_memory=pin)
-        self.copy: DeviceCopy | None = None
-        self._stream = stream
-        self.params_VBP = torch.tensor(PLAIN_PARAMS).repeat(2, rows, 1)
-        self.crops: NDArray[Any] = self.crops_VBCHW.numpy()
-        self.params: NDArray[np.float32] = self.params_VBP.numpy()
-
-    def start_copy(self) -> None:
-        """Start the copy to a GPU, where there is one."""
-        if self._stream is not None:
-            self.copy = DeviceCopy(self.crops_VBCHW, self._stream)
-
-    def end_copy(self) -> None:
-        """Wait until the memory may be written again, and let go of the crops on the GPU."""
-        if self.copy is not None:
-            self.copy.wait()
-            self.copy = None
-
-
-class _DecodingBatch:
-    """A batch whose rows are being handed out to decoding threads."""
-
-    def __init__(self, epoch: int, encoded: EncodedBatch, buffer: _Buffer, manifest: Manifest):
-        self.epoch, self.buffer = epoch, buffer
-        self.sample_ids_B, self.image_bytes = encoded.sample_ids_B, encoded.image_bytes
-        self._size_B = manifest.index_N["size"][self.sample_ids_B]
-        self.next_row, self.missing = 0, len(self.sample_ids_B)  # rows not decoded
-        self.stand_ins = 0
-        self.is_ready = False  # decoded, and on its way to a GPU
-
-    def take_rows(self) -> range:
-        """Return the next rows to decode; none when all are taken."""
-        rows = range(self.next_row, min(self.next_row + _ROWS, len(self.sample_ids_B)))
-        self.next_row = rows.stop if rows else self.next_row
-        return rows
-
-    def encoded_bytes(self, rows: range) -> int:
-        """Sum the encoded bytes of the samples that were planned for these rows."""
-        return int(self._size_B[rows.start : rows.stop].sum())

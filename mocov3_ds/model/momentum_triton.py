@@ -81,7 +81,7 @@ def move_tensor(master: Tensor, base: Tensor, copy: Tensor | None, weight_of_bas
     """Move one master towards its base weights, and refresh its copy.
 
     Args:
-        master: fp32 master, contiguous.
+        master: fp32 master of the tensor, contiguous.
         base: Base weights of the same shape, contiguous.
         copy: Low-precision copy of the master, if the network has one.
         weight_of_base: Share of the base weights, 0 to 1.

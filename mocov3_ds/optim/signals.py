@@ -166,13 +166,11 @@ def join_signals(records: Sequence[StepRecord], order: Sequence[str]) -> Signals
     row_by_name = {name: row for row, name in enumerate(names)}
     ordered = tuple(name for name in order if name in row_by_name)
     rows = [row_by_name[name] for name in ordered]
-    is_in_order = rows == list(
-        range(len(names))
-    )  # as nearly always, and then no index goes to the device
+    is_in_order = rows == list(range(len(names)))  # then no index has to go to the device
 
     def joined(tensors: list[Tensor]) -> Tensor:
-        whole = torch.cat(tensors, dim=-1)
-        return whole if is_in_order else whole[..., rows]
+        in_row_order = torch.cat(tensors, dim=-1)
+        return in_row_order if is_in_order else in_row_order[..., rows]
 
     sums_QS = joined([record.sums.sums_QS for record in records])
     weight_S, update_S, grad_S = sums_QS[:NORMS].sqrt()

@@ -210,7 +210,7 @@ def test_a_buffer_is_written_again_only_after_its_copy(small, threads, monkeypat
         buffer.copy = LateCopy(buffer.crops_VBCHW)
 
     expected = [crops_VBCHW for _, crops_VBCHW, _ in run(small, 1, 12)]
-    monkeypatch.setattr(loader_module._Buffer, "start_copy", start_copy)
+    monkeypatch.setattr(loader_module.BatchBuffer, "start_copy", start_copy)
     with open_loader(small, threads=threads) as loader:
         copies = [next(loader).copy for _ in range(12)]
     assert len({id(copy) for copy in copies}) == 12

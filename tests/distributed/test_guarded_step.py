@@ -22,7 +22,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "nan loss": {"loss_sum": torch.tensor(math.nan)},
 }
 """What the steps of a series are told of the loss"""
-CASES = [Case(0), Case(0, "bf16"), Case(1), Case(2, "fp16"), Case(3, "bf16")]
+CASES = [Case(0), Case(0, "bf16"), Case(1, clip=0.5), Case(2, "fp16"), Case(3, "bf16")]
 
 
 def poison_gradient(parameter: torch.nn.Parameter) -> None:
