@@ -29,7 +29,7 @@ def draw_loss(curves: RunCurves) -> Figure | None:
         steps = np.unique(np.concatenate(alarms))
         bottom = np.full(len(steps), axes.get_ylim()[0])
         axes.plot(steps, bottom, "|", color=drawing.SHADE, ms=9, label="early alarm")
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
     return figure
 
 
@@ -48,7 +48,7 @@ def draw_knn(curves: RunCurves) -> Figure | None:
     chance = curves.first("knn_chance")
     if np.isfinite(chance):
         axes.axhline(chance, color=drawing.FAINT, lw=0.8, ls="--", label="chance")
-    axes.legend(loc="lower right", ncols=2)
+    axes.legend(loc="best")
     return figure
 
 
