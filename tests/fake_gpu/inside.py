@@ -117,11 +117,15 @@ _uses: list[Use] = []
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Use]:
-    """Count what the block does; blocks may lie in one another."""
+def counted(*, new_peaks: bool = True) -> Iterator[Use]:
+    """Count what the block does; blocks may lie in one another.
+
+    Args:
+        new_peaks: Whether peaks of memory begin anew with the block.
+    """
     use, before = Use(), [_library.fake_gpu_count(kind) for kind in range(len(COUNTS))]
     names, retries = _launches(), _memory("num_alloc_retries")
-    if torch.cuda.is_initialized():
+    if new_peaks and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     _uses.append(use)
     try:
@@ -318,7 +322,7 @@ def run_program(
     find_stop = Preemption.find_stop
 
     def count_find_stop(self: Any) -> Any:
-        with counted() as use:  # a part of the step, too
+        with counted(new_peaks=False) as use:  # a part of the step, too
             stop = find_stop(self)
         steps[-1].syncs += use.syncs
         steps[-1].places += use.places

@@ -179,4 +179,4 @@ def test_what_the_allocator_reserves_is_what_was_planned(
     assert found is not None, outcome.output[-2000:]
     planned, measured, reserved = map(float, found.groups())
     assert measured <= reserved <= gpu.memory_gb - gpu.held_gb
-    assert abs(reserved / planned - 1) < PLAN_BOUND
+    assert abs(measured / planned - 1) < PLAN_BOUND and abs(reserved / planned - 1) < PLAN_BOUND
