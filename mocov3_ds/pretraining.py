@@ -284,10 +284,13 @@ def _own_group() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_random_numbers() -> Iterator[None]:
-    """Within, torch may be seeded and asked to be deterministic; afterwards it is as before."""
+    """Within, torch may be seeded, deterministic, or use TF32; afterwards it is as before."""
     is_deterministic = torch.are_deterministic_algorithms_enabled()
+    tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         with torch.random.fork_rng():
             yield
     finally:
         torch.use_deterministic_algorithms(is_deterministic)
+        torch.set_float32_matmul_precision(tf32[0])
+        torch.backends.cudnn.allow_tf32 = tf32[1]

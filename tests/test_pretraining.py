@@ -121,6 +121,13 @@ def train_twice(folder: str) -> None:
     encoder = run.encoder()
     assert isinstance(encoder, Network)
     assert not torch.equal(encoder.mix.weight, network.mix.weight)
+
+    def fail(run: Any, row: Mapping[str, Any]) -> None:
+        raise KeyError(row["step"])
+
+    for _ in range(2):  # the folder is free again
+        with pytest.raises(KeyError, match="1"):
+            mocov3_ds.pretrain("tiny", data="shards", name="fails", on_step=fail, **SETTINGS)
     other = SETTINGS | {"batch": 8}
     with pytest.raises(ValueError, match="holds another run: batch is 16 there, 8 here"):
         mocov3_ds.pretrain("tiny", backbone=network, data=images, name="first", **other)

@@ -2,10 +2,10 @@
 
     OwnImages([...])   a map-style dataset: len(images), images[i]
 
-Each item is an image (the bytes of a file, a uint8 array of height, width and colours, a uint8
-tensor of colours, height and width, or a Pillow image) or a tuple that begins with one, as the
-datasets of torchvision give. What is no file yet becomes a PNG, without loss and hardly compressed,
-so that everything behind the reading is the same as for shards.
+Each item is an image (the bytes of a file, an array of height, width and colours, a tensor of
+colours, height and width, or a Pillow image) or a tuple that begins with one, as the datasets of
+torchvision give. What is no file yet becomes the bytes of one without loss (PPM, PNG, .npy), so that
+everything behind the reading is the same as for shards.
 """
 
 import hashlib
@@ -133,8 +133,8 @@ def encode_image(image: Any) -> bytes:
     """Return the bytes of a file with these pixels.
 
     Args:
-        image: Bytes of an image file, which stay as they are; a uint8 array (H, W) or (H, W, C), a
-            uint8 tensor (C, H, W), or a Pillow image.
+        image: Bytes of an image file, which stay as they are; an array (H, W) or (H, W, C), a
+            tensor (C, H, W), or a Pillow image.
 
     Raises:
         ValueError: It is something else.
@@ -142,23 +142,24 @@ def encode_image(image: Any) -> bytes:
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, torch.Tensor):
-        image = image.permute(1, 2, 0).numpy() if image.dim() == 3 else image.numpy()
+        image = (image.permute(1, 2, 0) if image.dim() == 3 else image).cpu().numpy()
+    buffer = io.BytesIO()
     if isinstance(image, np.ndarray):
-        is_picture = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
-        if image.dtype != np.uint8 or not is_picture or not image.size:
+        if image.ndim not in (2, 3) or not image.size or image.dtype.kind not in "uif":
             raise ValueError(
-                f"an array {image.dtype} of shape {image.shape} is no image; uint8 of (H, W), "
-                "(H, W, 1), (H, W, 3) or (H, W, 4) is."
+                f"an array {image.dtype} of the shape {image.shape} is no image: numbers of the "
+                "shape (H, W) or (H, W, C) are."
             )
-        pixels = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
-        image = Image.fromarray(np.ascontiguousarray(pixels))
+        if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,), (4,)):
+            np.save(buffer, image)
+            return buffer.getvalue()
+        image = Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, Image.Image):
         raise ValueError(
-            f"a {type(image).__name__} is no image: bytes of a file, a uint8 array or tensor, or a "
+            f"a {type(image).__name__} is no image: bytes of a file, an array, a tensor, or a "
             "Pillow image is."
         )
-    buffer = io.BytesIO()
     if image.mode not in _PNG_MODES:
         image = image.convert("RGB")
-    image.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PPM" if image.mode in ("L", "RGB") else "PNG")
     return buffer.getvalue()

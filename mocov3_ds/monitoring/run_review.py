@@ -4,7 +4,7 @@
     early alarms               a rule of `alarms` struck
     loss at its chance level   it never left it, or came back: the network tells no keys apart
     collapse                   the queries lie close together on the sphere
-    k-NN below the start's     the features are worse than those of the random initialisation
+    k-NN below the start's     the features are worse than those the run began with
 
 `stability.verdict` judges finished runs with more care and more numbers; this needs one row after
 the other, and costs nothing.
@@ -175,40 +175,39 @@ class _LossReview:
 
 
 class _KnnReview:
-    """Whether the features are worse than those of the random initialisation."""
+    """Whether the features are worse than those that the run began with."""
 
     def __init__(self) -> None:
-        self._random, self._probes = math.nan, 0.0
+        self._start, self._probes = math.nan, 0.0
         self._is_below, self._final = False, math.nan
 
     def push(self, row: Row, *, is_early: bool) -> Iterator[str]:
-        if row["step"] == 0:
-            self._random, self._probes = _number(row, "knn_full"), _number(row, "knn_probes")
+        if row["step"] == 0 or "knn_probes" in row:  # an extended run begins at a later step
+            self._start, self._probes = _number(row, "knn_full"), _number(row, "knn_probes")
             return
         if "knn_full" in row:
             self._final = _number(row, "knn_full")
         accuracy = _number(row, "knn_full" if "knn_full" in row else "knn")
-        if is_early or math.isnan(accuracy) or math.isnan(self._random):
+        if is_early or math.isnan(accuracy) or math.isnan(self._start):
             return
-        is_below = accuracy < self._random - 2 * self._deviation()
+        is_below = accuracy < self._start - 2 * self._deviation()
         if is_below and not self._is_below:
             yield (
                 f"step {row['step']}: k-NN accuracy {accuracy:.2f} % is below the "
-                f"{self._random:.2f} % of the random initialisation"
+                f"{self._start:.2f} % of the start"
             )
         self._is_below = is_below
 
     def _deviation(self) -> float:
         """Binomial error of the accuracy at the start, percent."""
-        share = min(max(self._random / 100, 0.0), 1.0)
+        share = min(max(self._start / 100, 0.0), 1.0)
         probes = self._probes if self._probes >= 1 else 1.0
         return 100 * math.sqrt(share * (1 - share) / probes)
 
     def summarise(self) -> Iterator[str]:
-        if self._final < self._random:
+        if self._final < self._start:
             yield (
-                f"k-NN accuracy {self._final:.2f} % at the end, {self._random:.2f} % with the "
-                "random initialisation"
+                f"k-NN accuracy {self._final:.2f} % at the end, {self._start:.2f} % at the start"
             )
         elif self._is_below:
-            yield f"k-NN accuracy is below the {self._random:.2f} % of the random initialisation"
+            yield f"k-NN accuracy is below the {self._start:.2f} % of the start"

@@ -7,6 +7,7 @@ What a user can have wrong is found before the folder is touched, as far as poss
 """
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -68,6 +69,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
         _load_weights(model, start.parent)
     elif start.tensors:
         model.base.load_state_dict({**model.base.state_dict(), **start.tensors})
+        start = replace(start, tensors={})  # they are in the network now
     # the last thing that can be refused is the folder itself
     saved = claim_run(settings, train.digest, start.ancestry)
     if saved is not None:

@@ -84,8 +84,10 @@ def test_the_way_that_a_rewind_left_does_not_come_back(
 
 
 def test_what_is_copied_comes_back_and_old_ones_go(url: str, run: Path, other: Path) -> None:
+    assert not mirror.has_checkpoint(url)
     for step in (5, 10, 15, 20):
         mirror.copy_checkpoint(url, run, write(run, step), keep=2, keep_every=5 * 2)
+    assert mirror.has_checkpoint(url)
     assert complete(url) == ["step-00000010", "step-00000015", "step-00000020"]
     assert not storage.list_files(storage.join_url(url, "checkpoints/step-00000005"))
     mirror.check_mirror(url, SETTINGS, "data")

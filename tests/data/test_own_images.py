@@ -23,11 +23,17 @@ def decoded(data: bytes) -> np.ndarray:
 def test_each_kind_of_image_keeps_its_pixels() -> None:
     for image in (PIXELS, torch.from_numpy(PIXELS).permute(2, 0, 1), Image.fromarray(PIXELS)):
         assert (decoded(encode_image(image)) == PIXELS).all()
-    assert (decoded(encode_image(PIXELS[:, :, :1])) == PIXELS[:, :, 0]).all()
+    assert (decoded(encode_image(PIXELS[:, :, 0])) == PIXELS[:, :, 0]).all()
+    alpha = Image.fromarray(PIXELS).convert("RGBA")
+    assert (decoded(encode_image(alpha)) == np.asarray(alpha)).all()
+    for other in (PIXELS[:, :, :2], PIXELS[:, :, :1], PIXELS.astype(np.uint16)):
+        array = np.load(io.BytesIO(encode_image(other)))
+        assert array.dtype == other.dtype
+        assert (array == other).all()
     assert encode_image(memoryview(b"a file")) == b"a file"
     for wrong, words in (
-        (PIXELS.astype(np.float32), r"an array float32 of shape \(5, 7, 3\) is no image"),
-        (PIXELS[:, :, :2], "is no image; uint8 of"),
+        (PIXELS[None], r"an array uint8 of the shape \(1, 5, 7, 3\) is no image"),
+        (PIXELS.astype(object), "an array object of the shape"),
         ("path.jpg", "a str is no image"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -197,3 +198,22 @@ def test_what_cannot_be_a_start_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as refused:
             init(tmp_path / name, *flags)
         assert words in str(refused.value), (name, str(refused.value))
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "test_convnext", "test_vit"])
+def test_networks_of_timm_begin_with_files_of_timm(tmp_path: Path, model: str) -> None:
+    made = timm.create_model(model, pretrained=False)
+    state = {n: t.contiguous() for n, t in made.state_dict().items()}
+    save_file(state, tmp_path / "timm.safetensors")
+    flags = ["--model.backbone", f"timm:{model}", "--views.image_size", "160"]
+    config = parse([*flags, "--model.hidden", "32", "--init", str(tmp_path / "timm.safetensors")])
+    base = build_model(config.config, 1).base
+    read = read_init(config.config, base)
+    own = {n for n in base.state_dict() if n.startswith("backbone.")}
+    assert {*read.tensors} == own
+    for name in own:
+        assert torch.equal(read.tensors[name], state[name.removeprefix("backbone.")]), name
+    classifier = "fc" if model == "test_resnet" else "head"
+    assert f"{classifier} (" in read.line.split("not taken: ")[1]
+    with pytest.raises(ValueError, match="--init"):
+        init(tmp_path / "timm.safetensors")
