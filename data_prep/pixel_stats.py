@@ -146,7 +146,7 @@ def _sum_pixels(
     if isinstance(image_bytes, Unreadable):
         return image_bytes.reason
     try:
-        pixels_CHW = layers.stack(decode.decode_layers(image_bytes, channels))
+        pixels_CHW = layers.stack_layers(decode.decode_layers(image_bytes, channels))
     except decode.UnreadableImage as error:
         return str(error)
     counts_CL = np.stack([np.bincount(x_HW.ravel(), minlength=256) for x_HW in pixels_CHW])

@@ -114,11 +114,12 @@ def cut_crops(
             return
     elif decoder == "simplejpeg" and _cut_by_simplejpeg(image_bytes, boxes, flips, out_VCHW):
         return
-    parts = decode_layers(image_bytes, channels)
+    image_layers = decode_layers(image_bytes, channels)
     for (y, x, height, width), flip, crop_CHW in zip(boxes, flips, out_VCHW, strict=True):
         box, (tall, wide) = (x, y, x + width, y + height), crop_CHW.shape[1:]
-        resized_CHW = layers.stack(
-            part.crop(box).resize((wide, tall), Image.Resampling.BILINEAR) for part in parts
+        resized_CHW = layers.stack_layers(
+            layer.crop(box).resize((wide, tall), Image.Resampling.BILINEAR)
+            for layer in image_layers
         )
         crop_CHW[:] = resized_CHW[:, :, ::-1] if flip else resized_CHW
 
@@ -158,8 +159,8 @@ def centre_crop(
         verdict = native.cut_window(image_bytes, stored, *window, crop_CHW, MAX_PIXELS)
         if verdict == native.READ:
             return crop_CHW
-    return layers.stack(
-        _cut_centre(part, size, resize) for part in decode_layers(image_bytes, channels)
+    return layers.stack_layers(
+        _cut_centre(layer, size, resize) for layer in decode_layers(image_bytes, channels)
     )
 
 

@@ -43,24 +43,24 @@ def from_planes(planes: Sequence[Image.Image], channels: int) -> list[Image.Imag
     """Layers of an image that is stored as one grey image for each channel.
 
     Args:
-        planes: Its channels.
+        planes: Grey images of one size, in the order of the channels.
         channels: Channels that are wanted; 0 = those that it has.
 
     Raises:
         OtherChannels: It has others.
     """
     if channels in (1, 3) and len(planes) in (1, 3):
-        whole = planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
-        return from_image(whole, channels)
+        joined = planes[0] if len(planes) == 1 else Image.merge("RGB", planes)
+        return from_image(joined, channels)
     if channels not in (0, len(planes)):
         raise OtherChannels(f"{len(planes)} channels where {channels} are wanted")
     return [*planes]
 
 
-def stack(layers: Iterable[Image.Image]) -> NDArray[np.uint8]:
+def stack_layers(layers: Iterable[Image.Image]) -> NDArray[np.uint8]:
     """All channels of the layers, (C, H, W) uint8."""
-    parts = [np.atleast_3d(np.asarray(layer)) for layer in layers]
-    return np.ascontiguousarray(np.concatenate(parts, axis=2).transpose(2, 0, 1))
+    pixels = [np.atleast_3d(np.asarray(layer)) for layer in layers]
+    return np.ascontiguousarray(np.concatenate(pixels, axis=2).transpose(2, 0, 1))
 
 
 def as_picture(pixels_CHW: NDArray[np.uint8]) -> Image.Image:

@@ -50,8 +50,8 @@ def _load_function(name: str) -> ViewFunction:
         if not colon:
             raise ValueError("it has no colon")
         function: object = importlib.import_module(module)
-        for part in attribute.split("."):
-            function = getattr(function, part)
+        for inner_name in attribute.split("."):
+            function = getattr(function, inner_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"--views.function {name} is no function ({error}); write package.module:name, of a "
@@ -78,54 +78,60 @@ def make_own_views(
         ValueError: A function fails, or its view has another shape or type.
     """
     assert spec.functions is not None
-    parts = decode.decode_layers(image_bytes, spec.channels)
+    image_layers = decode.decode_layers(image_bytes, spec.channels)
     sample_key = splitmix.hash_counters(*key)
     for view, function in enumerate(spec.functions):
         generator = np.random.Generator(np.random.Philox(key=splitmix.hash_word(sample_key + view)))
-        # each call gets an image of its own, which it may change
-        image = parts[0].copy() if len(parts) == 1 else layers.stack(parts).transpose(1, 2, 0)
+        image = _copy_image(image_layers)
         try:
-            made = function(image, generator)
+            returned = function(image, generator)
         except Exception as error:
             raise ValueError(
                 f"the view function {_name_of(function)} fails on sample {key[2]}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        view_CHW = _as_input(made, spec)
+        view_CHW = _as_input(returned, spec)
         if view_CHW is None or view_CHW.shape != out_VCHW.shape[1:]:
             channels, height, width = out_VCHW.shape[1:]
             raise ValueError(
-                f"the view function {_name_of(function)} gives {_describe(made)}; a uint8 image of "
-                f"{height} x {width} pixels and {channels} channels, or a floating-point tensor "
-                f"({channels}, {height}, {width}), must come (--views.image_size, "
+                f"the view function {_name_of(function)} gives {_describe_view(returned)}; a uint8 "
+                f"image of {height} x {width} pixels and {channels} channels, or a floating-point "
+                f"tensor ({channels}, {height}, {width}), must come (--views.image_size, "
                 "--views.channels)."
             )
         out_VCHW[view] = view_CHW
 
 
-def _as_input(made: object, spec: ViewSpec) -> NDArray[np.float32] | None:
-    """What a function made as network input (C, H, W); None where it is no view."""
-    if isinstance(made, Image.Image):
-        made = np.asarray(made)
-    if isinstance(made, Tensor):
-        made = made.detach().cpu().numpy()
-    if not isinstance(made, np.ndarray):
+def _copy_image(image_layers: Sequence[Image.Image]) -> Image.Image | NDArray[np.uint8]:
+    """An image that a function may change: Pillow's, or an array (H, W, C)."""
+    if len(image_layers) == 1:
+        return image_layers[0].copy()
+    return layers.stack_layers(image_layers).transpose(1, 2, 0)
+
+
+def _as_input(view: object, spec: ViewSpec) -> NDArray[np.float32] | None:
+    """What a function returned as network input (C, H, W); None where it is no view."""
+    if isinstance(view, Image.Image):
+        view = np.asarray(view)
+    if isinstance(view, Tensor):
+        view = view.detach().cpu().numpy()
+    if not isinstance(view, np.ndarray):
         return None
-    if made.dtype == np.uint8 and made.ndim in (2, 3):
-        pixels_1CHW = torch.from_numpy(np.atleast_3d(made).transpose(2, 0, 1)[None].copy())
+    if view.dtype == np.uint8 and view.ndim in (2, 3):
+        pixels_1CHW = torch.from_numpy(np.atleast_3d(view).transpose(2, 0, 1)[None].copy())
         if pixels_1CHW.shape[1] != spec.channels:
             return None
         normalised = photometric.normalise_crops(pixels_1CHW, spec.mean, spec.std, torch.float32)
         return normalised[0].numpy()
-    return made.astype(np.float32) if made.dtype.kind == "f" else None
+    return view.astype(np.float32) if view.dtype.kind == "f" else None
 
 
-def _describe(made: object) -> str:
-    if isinstance(made, Image.Image):
-        return f"an image of {made.height} x {made.width} pixels in {made.mode}"
-    if isinstance(made, np.ndarray | Tensor):
-        return f"{made.dtype} of the shape {tuple(made.shape)}"
-    return f"a {type(made).__name__}"
+def _describe_view(view: object) -> str:
+    if isinstance(view, Image.Image):
+        return f"an image of {view.height} x {view.width} pixels in {view.mode}"
+    if isinstance(view, np.ndarray | Tensor):
+        return f"{view.dtype} of the shape {tuple(view.shape)}"
+    return f"a {type(view).__name__}"
 
 
 def _name_of(function: ViewFunction) -> str:
