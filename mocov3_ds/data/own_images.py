@@ -4,8 +4,8 @@
 
 Each item is an image (the bytes of a file, an array of height, width and colours, a tensor of
 colours, height and width, or a Pillow image) or a tuple that begins with one, as the datasets of
-torchvision give. What is no file yet becomes the bytes of one without loss (PPM, PNG, .npy), so that
-everything behind the reading is the same as for shards.
+torchvision give. What is no file yet becomes the bytes of one without loss (PPM, PNG, .npy), so
+that everything behind the reading is the same as for shards.
 """
 
 import hashlib
