@@ -146,13 +146,13 @@ _KINDS: Mapping[str, _Kind] = {
         project_variable="CLEARML_PROJECT",
         arguments=lambda place: {
             "task_name": place.name,
-            "continue_last_task": place.run_id or False,
+            "reuse_last_task_id": place.run_id or False,
+            "continue_last_task": 0 if place.run_id else False,  # steps are counted by us
             "auto_connect_frameworks": dict.fromkeys(_CLEARML_HOOKS, False),
             "auto_connect_arg_parser": False,
             "auto_connect_streams": False,
         },
         find_id=lambda tracker: tracker.task.id,
-        prepare=lambda tracker, _: tracker.task.set_initial_iteration(0),
         show=lambda tracker, name, picture, step: tracker.log_images(
             {name: np.asarray(picture)}, step=step
         ),
