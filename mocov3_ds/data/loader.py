@@ -185,8 +185,8 @@ class Loader:
         """Name the samples that are being decoded right now; empty where none is. Any thread."""
         sample_ids = sorted({*self._at_work.copy().values()})
         named = ", ".join(self._describe_place(sample_id) for sample_id in sample_ids[:_NAMED])
-        others = len(sample_ids) - _NAMED
-        return f"decoding {named}{f' and {others} more' if others > 0 else ''}" if named else ""
+        unnamed = len(sample_ids) - _NAMED
+        return f"decoding {named}{f' and {unnamed} more' if unnamed > 0 else ''}" if named else ""
 
     def _describe_place(self, sample_id: int) -> str:
         """Where a sample lies, from memory alone: its key would have to be read."""
