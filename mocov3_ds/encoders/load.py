@@ -467,7 +467,8 @@ def _read_run_weights(path: Path, run: Path, role: EncoderRole, heads: int) -> W
 def _count_features(shape: BackboneShape) -> int:
     if isinstance(shape, VitShape):
         return shape.dim
-    return describe_backbone(build_network(shape), shape).width
+    with torch.enable_grad():  # which the caller may have switched off
+        return describe_backbone(build_network(shape), shape).width
 
 
 def _read_backbone(saved: Checkpoint, role: EncoderRole, shape: BackboneShape) -> dict[str, Tensor]:

@@ -180,7 +180,8 @@ def _claim(
         raise ValueError(f"{settings.source} names a model that cannot be made: {error}") from None
     except Exception:  # on this device; a plain ViT can be made there
         return ClaimedNetwork(shape=shape, settings=settings)
-    if isinstance(network, VisionTransformer) and not find_difference(network):
+    inner_norms = any(re.search(r"(attn|mlp)\.norm\.", name) for name in network.state_dict())
+    if isinstance(network, VisionTransformer) and not (inner_norms or find_difference(network)):
         return None
     return ClaimedNetwork(shape=shape, settings=settings)
 
