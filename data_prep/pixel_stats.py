@@ -66,9 +66,11 @@ class PixelStats:
         }
 
     def __str__(self) -> str:
-        part = f"{self.images} of {self.samples} images, spread evenly, means to ± {self.error:.4f}"
+        sampled = f"{self.images} of {self.samples} images, spread evenly"
         lines = [
-            f"pixels of {part if self.images < self.samples else f'all {self.images} images'}:",
+            f"pixels of all {self.images} images:"
+            if self.images == self.samples
+            else f"pixels of {sampled}, means to ± {self.error:.4f}:",
             f"  {self.flags}",
         ]
         if self.unreadable:
@@ -90,7 +92,7 @@ def measure_pixels(
         images: Number of images that are read at most; 0 = all.
         channels: Channels that the images are decoded to.
         threads: Number of decoding threads; 0 = one a core.
-        quiet: Show no progress.
+        quiet: Show no progress on standard error.
 
     Raises:
         ValueError: None of the images can be read.
