@@ -127,6 +127,12 @@ def check_format(weights: Weights, to: Format) -> None:
     Raises:
         ValueError: the sentence names the formats that have.
     """
+    height, width = weights.backbone.size
+    if to == "hf" and (height != width or weights.backbone.channels != 3):
+        raise ValueError(
+            f"--to hf describes square images in RGB, these are of {height} x {width} pixels and "
+            f"{weights.backbone.channels} channels; --to timm keeps both."
+        )
     if weights.is_plain_vit:
         return
     formats: dict[Format, str] = {}

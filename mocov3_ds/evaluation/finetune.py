@@ -196,6 +196,11 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
 
     def __init__(self, config: FinetuneConfig) -> None:
         super().__init__(config)
+        if (channels := self.weights.backbone.channels) != 3:
+            raise ValueError(
+                f"fine-tuning augments images in RGB, {config.run} was trained on {channels} "
+                "channels; linear and knn judge it."
+            )
         config, train = self.config, self.splits.train
         if train.samples < config.batch:
             raise ValueError(

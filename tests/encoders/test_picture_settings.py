@@ -12,8 +12,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from mocov3_ds.data.views import decode
-from mocov3_ds.encoders.export import export_encoder
-from mocov3_ds.encoders.load import load_encoder
+from mocov3_ds.encoders.export import check_format, export_encoder
+from mocov3_ds.encoders.foreign_names import timm_sizes
+from mocov3_ds.encoders.load import Weights, load_encoder
 from mocov3_ds.encoders.owner_settings import OwnerSettings
 from mocov3_ds.encoders.picture_settings import timm_config, transformers_preprocessor
 from mocov3_ds.evaluation.features import make_inputs
@@ -60,3 +61,27 @@ def test_a_folder_that_timm_opens_by_itself(tmp_path: Path) -> None:
     with torch.no_grad():
         crop = torch.from_numpy(decode.centre_crop(picture()[1], SIZE, 18))[None]
         torch.testing.assert_close(model(inputs), load_encoder(run)(make_inputs(crop)))
+
+
+def test_images_that_a_format_cannot_describe_are_refused() -> None:
+    def weights_of(shape: VitShape) -> Weights:
+        return Weights(
+            path=Path("run"), kind="", role="base", tensors={}, backbone=shape, width=shape.dim
+        )
+
+    check_format(weights_of(VitShape()), "hf")
+    for shape in (VitShape(image_width=256), VitShape(channels=4)):
+        check_format(weights_of(shape), "timm")
+        with pytest.raises(ValueError, match="--to hf describes square images in RGB"):
+            check_format(weights_of(shape), "hf")
+
+
+def test_timm_is_told_of_form_channels_mean_and_deviation() -> None:
+    sizes = {"patch_size": 8, "dim": 24, "heads": 2, "depth": 1}
+    shape = VitShape(image_size=32, image_width=64, channels=2, **sizes)
+    settings = OwnerSettings(mean=(0.1, 0.2), std=(0.3, 0.4))
+    told = timm_config(shape, settings, timm_sizes(shape))["pretrained_cfg"]
+    assert told["input_size"] == [2, 32, 64]
+    assert (told["mean"], told["std"]) == ([0.1, 0.2], [0.3, 0.4])
+    model = timm.create_model("vit_base_patch16_224", **timm_sizes(shape))
+    assert model(torch.zeros(1, 2, 32, 64)).shape == (1, 24)
