@@ -78,6 +78,7 @@ def measure_backbone(shape: EncoderShape) -> MeasuredBackbone:
         ) from None
     own = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
     own |= {tensor.untyped_storage()._cdata for tensor in network.buffers()}
+    own.add(images_BCHW.untyped_storage()._cdata)  # the views, which are counted by themselves
     sizes = [
         tensor.untyped_storage().nbytes() / tensor.element_size()
         for storage, tensor in kept.items()

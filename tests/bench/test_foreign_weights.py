@@ -27,7 +27,7 @@ def test_one_of_each_kind() -> None:
     assert float(plain.folder) > 0.99999
     assert float(plain.file) > 0.99999
     (other,) = compare_models(ForeignOptions(only="reg4_dinov2", images=2))
-    assert "blocks.0.ls1.gamma" in other.folder
+    assert float(other.folder) > 0.99999  # its config.json says which model of timm it is
     assert "reg_token" in other.file
 
 
@@ -36,7 +36,7 @@ def test_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = {outcome.name: outcome for outcome in compare_models(ForeignOptions())}
     assert len(outcomes) == 30
     for name, outcome in outcomes.items():
-        if name in PLAIN:
+        if name in PLAIN or name.startswith("timm "):
             assert float(outcome.folder) > 0.99999, outcome
         else:
             with pytest.raises(ValueError, match="could not convert"):
