@@ -96,7 +96,7 @@ def test_the_loader_and_a_gateway_killed_amid_it(gateway, tmp_path):
             found.append(copied(next(loader)))
         back.join()
     assert same(found, expected)
-    options = {"image_size": 8, "resize": 9, "batch": 8, "threads": 2}
+    options = {"image_size": 8, "batch": 8, "threads": 2}
     seen = [
         i
         for rank in range(3)
