@@ -166,12 +166,12 @@ def _claim(
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     if not all(isinstance(n, int) and 0 < n <= LARGEST_SIDE for n in (height, width, channels)):
         return None
-    kept = {key: value for key, value in arguments.items() if key not in _NOT_OF_THE_MODEL}
+    keywords = {key: value for key, value in arguments.items() if key not in _NOT_OF_THE_MODEL}
     shape = TimmShape(
         name=name,
         size=(height, width),
         channels=channels,
-        arguments=tuple(f"{key}={json.dumps(value)}" for key, value in sorted(kept.items())),
+        arguments=tuple(f"{key}={json.dumps(value)}" for key, value in sorted(keywords.items())),
     )
     try:
         with torch.device("meta"):
@@ -196,7 +196,7 @@ def _is_small(value: object) -> bool:
 
 
 def find_prefix(
-    tensors: Tensors, shape: BackboneShape, role: EncoderRole, wanted: Tensors | None = None
+    tensors: Tensors, shape: BackboneShape, role: EncoderRole, expected: Tensors | None = None
 ) -> str:
     """The text in front of all names of one encoder that is such a network.
 
@@ -204,19 +204,19 @@ def find_prefix(
         tensors: tensors of a file by their whole names.
         shape: the network that they are.
         role: encoder to choose from a file that holds two.
-        wanted: tensors of the network by name, where they are at hand.
+        expected: tensors of the network by name, where they are at hand.
 
     Raises:
         ValueError: not this encoder, or several of it.
     """
-    wanted = wanted or build_network(shape).state_dict()
-    first = next(iter(wanted))
+    expected = expected or build_network(shape).state_dict()
+    first = next(iter(expected))
     prefixes = [
         prefix
         for name in tensors
         if name == first or name.endswith(f".{first}")
         for prefix in [name.removesuffix(first)]
-        if 2 * sum(prefix + other in tensors for other in wanted) > len(wanted)
+        if 2 * sum(prefix + other in tensors for other in expected) > len(expected)
     ]
     if not prefixes:
         raise ValueError(
@@ -244,24 +244,24 @@ def take_tensors(
     Raises:
         ValueError: not this encoder, several of it, or tensors that the network does not have.
     """
-    wanted = build_network(shape).state_dict()
-    prefix = find_prefix(tensors, shape, role, wanted)
+    expected = build_network(shape).state_dict()
+    prefix = find_prefix(tensors, shape, role, expected)
     own = replace_prefix(tensors, prefix, "")
-    homeless = [n for n in own if n not in wanted and not is_head(n) and not _is_foreign(n, prefix)]
-    missing = [n for n in wanted if n not in own and not n.endswith("num_batches_tracked")]
+    homeless = [n for n in own if not (n in expected or is_head(n) or _is_foreign(n, prefix))]
+    missing = [n for n in expected if n not in own and not n.endswith("num_batches_tracked")]
     for names, problem in ((homeless, "has no place for"), (missing, "lacks")):
         if names:
             raise ValueError(
                 f"the network that its settings name {problem} {count_noun(len(names), 'tensor')}: "
                 f"{', '.join(names[:6])}{' ...' * (len(names) > 6)}."
             )
-    taken = {name: own.get(name, wanted[name]).detach() for name in wanted}
-    taken = {n: t.float() if t.is_floating_point() else t for n, t in taken.items()}
-    for name, tensor in taken.items():
+    backbone = {name: own.get(name, expected[name]).detach() for name in expected}
+    backbone = {n: t.float() if t.is_floating_point() else t for n, t in backbone.items()}
+    for name, tensor in backbone.items():
         if tensor.is_meta or not bool(tensor.isfinite().all()):
             raise ValueError(f"{prefix}{name} holds numbers that are not finite, or no content.")
-    unused = [name for name in tensors if name.removeprefix(prefix) not in wanted]
-    return taken, summarise_names(unused, prefix)
+    unused = [name for name in tensors if name.removeprefix(prefix) not in expected]
+    return backbone, summarise_names(unused, prefix)
 
 
 def _is_foreign(name: str, prefix: str) -> bool:
@@ -345,7 +345,7 @@ def _takes_size(shape: TimmShape) -> bool:
             timm.create_model(shape.name, img_size=shape.size, num_classes=0)
     except TypeError:
         return False
-    except Exception:  # it was taken, and does not suit the plain arguments
+    except Exception:  # it was backbone, and does not suit the plain arguments
         return True
     return True
 

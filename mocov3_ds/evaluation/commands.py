@@ -79,10 +79,10 @@ def _judge_classes(
     options: KnnOptions, splits: Splits, bank: tuple[Tensor, Tensor], probes: tuple[Tensor, Tensor]
 ) -> dict[str, Any]:
     """Top-1 in percent of images that have one class, and the table of `--per_class`."""
-    own = slice(ranks.rank(), None, ranks.world_size())
+    share = slice(ranks.rank(), None, ranks.world_size())
     (bank_ND, labels_N), (probes_PD, targets_P) = bank, probes
     classes_P = classify_probes(
-        bank_ND[own], labels_N[own], probes_PD, k=options.k, temperature=options.temperature
+        bank_ND[share], labels_N[share], probes_PD, k=options.k, temperature=options.temperature
     )
     if options.per_class is not None and ranks.is_first():
         write_class_table(options.per_class, classes_P, targets_P, splits.train.classes)
@@ -93,11 +93,11 @@ def _judge_lists(
     options: KnnOptions, splits: ListedSplits, bank_ND: Tensor, probes_PD: Tensor
 ) -> dict[str, Any]:
     """Mean average precision in percent of images that have lists of classes, and the table."""
-    own = slice(ranks.rank(), None, ranks.world_size())
+    share = slice(ranks.rank(), None, ranks.world_size())
     rows_N = torch.arange(len(bank_ND), device=bank_ND.device)
     score_PC = score_classes(
-        bank_ND[own],
-        rows_N[own],
+        bank_ND[share],
+        rows_N[share],
         splits.has_train_NC.to(bank_ND.device),
         probes_PD,
         k=options.k,

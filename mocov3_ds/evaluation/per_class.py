@@ -35,15 +35,15 @@ def count_by_class(classes_N: Tensor, labels_N: Tensor) -> list[ClassResult]:
         labels_N: its true class, int64.
     """
     pairs, counts = torch.unique(torch.stack([labels_N, classes_N]), dim=1, return_counts=True)
-    found: dict[int, dict[int, int]] = {}
-    for (label, given), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
-        found.setdefault(label, {})[given] = count
+    confusions: dict[int, dict[int, int]] = {}
+    for (label, guess), count in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+        confusions.setdefault(label, {})[guess] = count
     results = []
-    for label, times in found.items():
-        wrong = {given: count for given, count in times.items() if given != label}
-        most = max(wrong, key=lambda given: wrong[given]) if wrong else -1
+    for label, times in confusions.items():
+        wrong = {guess: count for guess, count in times.items() if guess != label}
+        rival = max(wrong, key=lambda guess: wrong[guess]) if wrong else -1
         results.append(
-            ClassResult(label, sum(times.values()), times.get(label, 0), most, wrong.get(most, 0))
+            ClassResult(label, sum(times.values()), times.get(label, 0), rival, wrong.get(rival, 0))
         )
     return results
 

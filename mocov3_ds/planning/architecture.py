@@ -34,21 +34,21 @@ def measure_other(shape: EncoderShape) -> MeasuredBackbone | None:
 
 def rows_know_each_other(shape: EncoderShape) -> bool:
     """Whether a batch norm in the backbone makes a rank's images go through it in one pass."""
-    other = measure_other(shape)
-    return other is not None and bool(other.norm_channels)
+    counts = measure_other(shape)
+    return counts is not None and bool(counts.norm_channels)
 
 
 def feature_width(shape: EncoderShape) -> int:
     """Numbers of an image's features."""
-    other = measure_other(shape)
-    return other.width if other is not None else shape.vit.dim
+    counts = measure_other(shape)
+    return counts.width if counts is not None else shape.vit.dim
 
 
 @lru_cache
 def list_tensors(shape: EncoderShape) -> tuple[TensorSize, ...]:
     """Parameters of the base encoder, in the order of the module."""
-    other = measure_other(shape)
-    tensors = list(other.tensors) if other is not None else _list_vit_tensors(shape)
+    counts = measure_other(shape)
+    tensors = list(counts.tensors) if counts is not None else _list_vit_tensors(shape)
     hidden = [shape.hidden] * (shape.projector_layers - 1)
     tensors += _list_head_tensors("projector", [feature_width(shape), *hidden, shape.out])
     tensors += _list_head_tensors("predictor", [shape.out, shape.hidden, shape.out])
@@ -128,8 +128,8 @@ def batch_norm_features(shape: EncoderShape, *, keys: bool = False) -> list[int]
         shape: architecture of the encoder.
         keys: whether the view passes the momentum encoder, which has no predictor.
     """
-    other = measure_other(shape)
-    body = list(other.norm_channels) if other is not None else []
+    counts = measure_other(shape)
+    body = list(counts.norm_channels) if counts is not None else []
     projector = [shape.hidden] * (shape.projector_layers - 1) + [shape.out]
     predictor = [shape.hidden] + [shape.out] * shape.predictor_norm
     return body + projector + predictor * (not keys)
@@ -170,8 +170,8 @@ def backbone_bytes(
     A block that is recomputed keeps its input alone; the last norm sees the class token alone. Of
     another backbone, recomputation is not planned: it keeps all that a pass was seen to keep.
     """
-    if (other := measure_other(shape)) is not None:
-        return round(other.kept_numbers * number_bytes)
+    if (counts := measure_other(shape)) is not None:
+        return round(counts.kept_numbers * number_bytes)
     depth, dim = shape.vit.depth, shape.vit.dim
     patches = count_pixels(shape) * number_bytes * shape.train_patch_projection
     ends = (dim + 2) * number_bytes + patches
@@ -187,8 +187,8 @@ def working_bytes(shape: EncoderShape, number_bytes: int) -> int:
     At GELU: its input (4) and output (4), the block's input (1) and the norm's output (1). Of
     another backbone, three of its largest tensors.
     """
-    if (other := measure_other(shape)) is not None:
-        return round(3 * other.largest * number_bytes)
+    if (counts := measure_other(shape)) is not None:
+        return round(3 * counts.largest * number_bytes)
     return 10 * count_tokens(shape) * shape.vit.dim * number_bytes
 
 
@@ -201,8 +201,8 @@ def backward_bytes(
     is freed before the next gradient. A recomputed block first computes what it keeps. Of another
     backbone, three of its largest tensors.
     """
-    if (other := measure_other(shape)) is not None:
-        return round(3 * other.largest * number_bytes)
+    if (counts := measure_other(shape)) is not None:
+        return round(3 * counts.largest * number_bytes)
     recomputed = block_bytes(shape, number_bytes) if recompute_blocks else 0
     return recomputed + 5 * count_tokens(shape) * shape.vit.dim * number_bytes
 
@@ -265,8 +265,8 @@ class Work:
 
 def forward_work(shape: EncoderShape) -> Work:
     """One backbone pass over one view of one image (a multiply-add is two operations)."""
-    if (other := measure_other(shape)) is not None:
-        return Work(other.forward_operations)
+    if (counts := measure_other(shape)) is not None:
+        return Work(counts.forward_operations)
     blocks = block_work(shape) * (shape.vit.depth - 1)
     return Work(_patch_projection_operations(shape)) + blocks + _last_block_work(shape)
 
@@ -293,8 +293,8 @@ def backward_work(shape: EncoderShape) -> Work:
     Pixels need no gradient, frozen weights neither. Attention's backward is counted as two of its
     forward; see `ATTENTION_BACKWARD`.
     """
-    if (other := measure_other(shape)) is not None:
-        return Work(other.backward_operations)
+    if (counts := measure_other(shape)) is not None:
+        return Work(counts.backward_operations)
     forward, patch = forward_work(shape), _patch_projection_operations(shape)
     linear = 2 * (forward.linear - patch) + patch * shape.train_patch_projection
     return Work(linear, 2 * forward.attention)
@@ -327,9 +327,9 @@ def step_work(shape: EncoderShape, number_bytes: int, recomputed: float) -> Work
         recomputed: share of the query passes that run a second time, from 0 to 1.
     """
     forward, backward = forward_work(shape), backward_work(shape)
-    if (other := measure_other(shape)) is not None:
+    if (counts := measure_other(shape)) is not None:
         # what is kept is written and read once each way, and its gradient as well in the backward
-        kept = other.kept_numbers * number_bytes
+        kept = counts.kept_numbers * number_bytes
         forward = Work(forward.linear, moved=2 * kept)
         backward = Work(backward.linear, moved=4 * kept)
         return (forward * (2 + recomputed) + backward + heads_work(shape)) * 2
