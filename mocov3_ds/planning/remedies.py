@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from mocov3_ds.planning.architecture import rows_know_each_other
 from mocov3_ds.planning.cards import GB, GIB
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.options import (
@@ -35,9 +36,11 @@ def fitting_options(
     options = rank_options(planned, cluster, stages)
     if not options[0].fits:
         needed = min(option.memory.peak_bytes for option in options) / GIB
+        is_one_pass = rows_know_each_other(planned.shape)
+        what = "its batch norm's one pass" if is_one_pass else "one image at a time"
         raise ValueError(
-            f"{planned.recipe} at batch {planned.batch} does not fit on {cluster.title}: one image "
-            f"at a time needs {needed:.1f} GiB of {cluster.usable_bytes / GIB:.1f} that may be "
+            f"{planned.recipe} at batch {planned.batch} does not fit on {cluster.title}: {what} "
+            f"needs {needed:.1f} GiB of {cluster.usable_bytes / GIB:.1f} that may be "
             f"filled ({planned.batch // cluster.cards} images a rank); what would fit: "
             f"{suggest_remedy(planned, cluster, stages)}."
         )
