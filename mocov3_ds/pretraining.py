@@ -24,7 +24,7 @@ from torch import nn
 from mocov3_ds import train as training_command
 from mocov3_ds.checkpoints import run_status
 from mocov3_ds.checkpoints.checkpoint import list_checkpoints
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.own_images import MapStyle, OwnImages, hold_set

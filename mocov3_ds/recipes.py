@@ -15,19 +15,10 @@ from typing import Any
 
 import tyro
 
-from mocov3_ds.config import (
-    Config,
-    KnnConfig,
-    MocoConfig,
-    ModelConfig,
-    SaveConfig,
-    Settings,
-    ViewConfig,
-    check_backbone_flags,
-    check_batch,
-    check_config,
-    from_json,
-)
+from mocov3_ds.config.checks import check_backbone_flags, check_batch, check_config
+from mocov3_ds.config.parts import KnnConfig, MocoConfig, ModelConfig, SaveConfig, ViewConfig
+from mocov3_ds.config.run_config import Config, Settings
+from mocov3_ds.config.stored import from_json
 from mocov3_ds.data import storage
 from mocov3_ds.distributed.engine_keys import read_settings
 from mocov3_ds.distributed.engine_values import check_depth

@@ -25,7 +25,7 @@ import mocov3_ds.distributed.processes  # noqa: F401
 # isort: split
 from mocov3_ds.checkpoints import run_status
 from mocov3_ds.checkpoints.checkpoint import checkpoint_folder
-from mocov3_ds.config import Settings
+from mocov3_ds.config.run_config import Settings
 from mocov3_ds.data.storage import counters
 from mocov3_ds.distributed import heartbeat, ranks, zero
 from mocov3_ds.faults import bad_step_policy, exit_status

@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mocov3_ds.bench.random_network import RandomNetwork, start_network
 from mocov3_ds.bench.resource_use import peak_resident_bytes, resident_bytes, time_call
-from mocov3_ds.config import encoder_shape
+from mocov3_ds.config.run_config import encoder_shape
 from mocov3_ds.distributed import ranks
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.data.storage.address import hide_secrets
 from mocov3_ds.data.storage.atomic import open_own, remove_abandoned, write_text
 from mocov3_ds.data.storage.locks import take_lock

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 
 
 def anchor_to_run(config: Config, run: Path) -> Config:

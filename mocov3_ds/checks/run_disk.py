@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mocov3_ds.checks.finding import Finding, judge_problem
-from mocov3_ds.config import Config, encoder_shape
+from mocov3_ds.config.run_config import Config, encoder_shape
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.distributed import ranks
 from mocov3_ds.model.base_encoder import BaseEncoder

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.checkpoints.run_paths import anchor_to_run
-from mocov3_ds.config import Config, encoder_shape, from_json
+from mocov3_ds.config.run_config import Config, encoder_shape
+from mocov3_ds.config.stored import from_json
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.choices import EncoderRole
 from mocov3_ds.encoders.foreign_names import (

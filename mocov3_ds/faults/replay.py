@@ -24,7 +24,8 @@ from torch import Tensor
 
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.checkpoints.run_paths import anchor_to_run
-from mocov3_ds.config import Config, Settings, from_json
+from mocov3_ds.config.run_config import Config, Settings
+from mocov3_ds.config.stored import from_json
 from mocov3_ds.data.storage.atomic import replace_when_whole
 from mocov3_ds.data.views import layers
 from mocov3_ds.distributed import ranks

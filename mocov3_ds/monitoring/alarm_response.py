@@ -5,7 +5,7 @@ steps it lasts. All ranks see the same alarms and so respond alike; the last ste
 part of each checkpoint.
 """
 
-from mocov3_ds.config import AlarmConfig
+from mocov3_ds.config.parts import AlarmConfig
 from mocov3_ds.optim.sharded import ShardedOptimizer
 
 

@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.data import storage
 from mocov3_ds.data.fetch import locate_sample
 from mocov3_ds.data.manifest import Manifest

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from mocov3_ds.config import check_batch, encoder_shape
+from mocov3_ds.config.checks import check_batch
+from mocov3_ds.config.run_config import encoder_shape
 from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.distributed.engine_keys import read_settings
 from mocov3_ds.optim.arguments import check_number

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.options import PlannedRun

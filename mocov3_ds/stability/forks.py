@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mocov3_ds.checkpoints import checkpoint
-from mocov3_ds.config import from_json
+from mocov3_ds.config.stored import from_json
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.distributed.engine_keys import drop_idle_keys
 from mocov3_ds.monitoring.metrics_file import drop_rows_after, read_rows

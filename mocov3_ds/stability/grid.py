@@ -36,7 +36,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from mocov3_ds.config import Settings
+from mocov3_ds.config.run_config import Settings
 from mocov3_ds.optim.build import build_optimizer
 from mocov3_ds.recipes import parse
 from mocov3_ds.settings.spelling import did_you_mean

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.optim.build import list_types
 from mocov3_ds.recipes import RECIPES
 from mocov3_ds.settings.spelling import did_you_mean

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mocov3_ds.checkpoints.run_status import FINISHED_STATUS, describe_status
-from mocov3_ds.config import Settings
+from mocov3_ds.config.run_config import Settings
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.monitoring.metrics_file import Row
 from mocov3_ds.monitoring.run_facts import flatten_facts, read_facts

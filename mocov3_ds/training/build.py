@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
-from mocov3_ds.config import Config, Settings
+from mocov3_ds.config.run_config import Config, Settings
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.distributed.engine import Engine, check_precision, gradient_bytes, start_engine

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.distributed import host_memory, ranks
 from mocov3_ds.model.backbones import BackboneFacts
 from mocov3_ds.model.backbones import recompute_blocks as switch_recomputation

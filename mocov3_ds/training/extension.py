@@ -12,7 +12,8 @@ from typing import Any
 
 from mocov3_ds.checkpoints import checkpoint, run_status
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
-from mocov3_ds.config import Config, Settings, from_json
+from mocov3_ds.config.run_config import Config, Settings
+from mocov3_ds.config.stored import from_json
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.optim.build import base_rate
 from mocov3_ds.recipes import read_json

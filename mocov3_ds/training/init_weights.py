@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.data.storage.atomic import digest_file
 from mocov3_ds.encoders.foreign_names import replace_prefix
 from mocov3_ds.encoders.load import Weights, positions_for, read_weights

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from mocov3_ds.config import Config, encoder_shape
+from mocov3_ds.config.run_config import Config, encoder_shape
 from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.monitoring.run_log import peak_memory
 from mocov3_ds.planning.architecture import model_operations

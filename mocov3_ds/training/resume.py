@@ -10,7 +10,7 @@ from typing import Any
 from mocov3_ds.checkpoints import checkpoint, checkpoint_writer, mirror, run_folder
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.checkpoints.saver import Saver
-from mocov3_ds.config import Config, Settings
+from mocov3_ds.config.run_config import Config, Settings
 from mocov3_ds.distributed import ranks
 
 

@@ -12,7 +12,7 @@ import torch
 from mocov3_ds.checkpoints import run_folder, run_status
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
 from mocov3_ds.checkpoints.saver import Saver
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.data.loader import Loader
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.views.spec import ViewSpec

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.data.class_names import pair_classes
 from mocov3_ds.data.evaluation_batches import evaluation_batches
 from mocov3_ds.data.loader import Batch, Loader, LoaderSettings

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import nn
 
-from mocov3_ds.config import Config, encoder_shape
+from mocov3_ds.config.run_config import Config, encoder_shape
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import Engine, full_tensors
 from mocov3_ds.model.backbones import recompute_blocks, shape_name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mocov3_ds.checkpoints import checkpoint, mirror
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
-from mocov3_ds.config import Config, Settings
+from mocov3_ds.config.run_config import Config, Settings
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.distributed import ranks
 from mocov3_ds.training.extension import read_parent

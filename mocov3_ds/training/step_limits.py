@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from mocov3_ds.config import TroubleConfig
+from mocov3_ds.config.parts import TroubleConfig
 
 _STEPS_FOR_A_MEDIAN = 20
 """applied steps whose median a spike can be measured against"""

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
-from mocov3_ds.config import Config, group_rates
+from mocov3_ds.config.checks import group_rates
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.layer_groups import layer_group
 from mocov3_ds.optim.rules import Rule, vit_rule

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mocov3_ds.checkpoints.run_paths import anchor_to_run
-from mocov3_ds.config import Config, DataConfig
+from mocov3_ds.config.parts import DataConfig
+from mocov3_ds.config.run_config import Config
 
 
 def test_relative_paths_of_an_earlier_run_are_found_from_anywhere(

@@ -10,7 +10,8 @@ from PIL import Image
 
 from mocov3_ds.checkpoints import run_folder
 from mocov3_ds.checkpoints.saver import Saver
-from mocov3_ds.config import Settings, ViewConfig, encoder_shape
+from mocov3_ds.config.parts import ViewConfig
+from mocov3_ds.config.run_config import Settings, encoder_shape
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.recipes import RECIPES

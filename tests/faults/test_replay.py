@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mocov3_ds.config import Config, DataConfig, SaveConfig
+from mocov3_ds.config.parts import DataConfig, SaveConfig
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.faults.diagnosis import Diagnosis, Stage
 from mocov3_ds.faults.replay import (
     _config_of_copy,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from mocov3_ds.checkpoints import checkpoint, mirror, run_folder
-from mocov3_ds.config import encoder_shape
+from mocov3_ds.config.run_config import encoder_shape
 from mocov3_ds.data.sample_order import Order
 from mocov3_ds.data.storage.span import read_span
 from mocov3_ds.data.views.spec import ViewSpec

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mocov3_ds.config import Config, ModelConfig
+from mocov3_ds.config.parts import ModelConfig
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.model.own_backbones import make_own_backbone, register_backbone
 from mocov3_ds.model.shapes import OwnShape
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mocov3_ds.config import AlarmConfig
+from mocov3_ds.config.parts import AlarmConfig
 from mocov3_ds.monitoring.alarm_response import AlarmResponse, check_response
 from mocov3_ds.optim import AdamW, Lamb
 

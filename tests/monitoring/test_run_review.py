@@ -84,9 +84,7 @@ def test_a_collapse() -> None:
 def test_features_worse_than_those_of_the_random_network() -> None:
     start = {"step": 0, "knn_full": 20.0, "knn_probes": 400}  # deviation 2 points
     live, end = review([start, row(5, knn=1.0), row(50, knn=17.0), row(60, knn=15.0)])
-    assert live == [
-        "step 60: k-NN accuracy 15.00 % is below the 20.00 % of the start"
-    ]
+    assert live == ["step 60: k-NN accuracy 15.00 % is below the 20.00 % of the start"]
     assert end == ["k-NN accuracy is below the 20.00 % of the start"]
     _, end = review([start, row(100, knn_full=19.0)])
     assert end == ["k-NN accuracy 19.00 % at the end, 20.00 % at the start"]

@@ -10,7 +10,7 @@ import pytest
 from accelerate import tracking
 from PIL import Image
 
-from mocov3_ds.config import Logger
+from mocov3_ds.config.parts import Logger
 from mocov3_ds.monitoring import trackers
 from mocov3_ds.monitoring.trackers import TrackerSink, check_loggers, sink_openers
 

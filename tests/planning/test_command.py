@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mocov3_ds import cli
-from mocov3_ds.config import Settings
+from mocov3_ds.config.run_config import Settings
 from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.planning.cards import PRESETS
 from mocov3_ds.planning.command import launch_command, plan_run

@@ -1,6 +1,6 @@
 """Settings of a cell as flags of train.py: what train.py reads is what the grid says."""
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.optim.build import list_types
 from mocov3_ds.recipes import RECIPES, parse
 from mocov3_ds.stability.cell_flags import (

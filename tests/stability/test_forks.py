@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mocov3_ds.config import Settings
+from mocov3_ds.config.run_config import Settings
 from mocov3_ds.recipes import RECIPES, parse
 from mocov3_ds.stability.forks import ForkFolder, run_flags, slow_group
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.build import build_run, count_steps

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.distributed import host_memory, ranks
 from mocov3_ds.model.backbones import build_backbone, describe_backbone
 from mocov3_ds.model.base_encoder import EncoderShape

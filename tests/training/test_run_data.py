@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mocov3_ds.config import Config, DataConfig, KnnConfig, ViewConfig, from_json
+from mocov3_ds.config.parts import DataConfig, KnnConfig, ViewConfig
+from mocov3_ds.config.run_config import Config
+from mocov3_ds.config.stored import from_json
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.loader import Batch
 from mocov3_ds.data.manifest import Manifest

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mocov3_ds.config import Config, MocoConfig, ModelConfig, ViewConfig
+from mocov3_ds.config.parts import MocoConfig, ModelConfig, ViewConfig
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.training.run_model import build_model, start_momentum_encoder, trained_parameters
 

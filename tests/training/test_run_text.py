@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.training.run_text import (
     describe_chunks,

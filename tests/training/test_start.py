@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mocov3_ds.config import Config
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.start import Start, find_start, start_of
 

@@ -2,7 +2,7 @@
 
 import json
 
-from mocov3_ds.config import TroubleConfig
+from mocov3_ds.config.parts import TroubleConfig
 from mocov3_ds.training.step_limits import StepLimits, rewound_limits
 
 

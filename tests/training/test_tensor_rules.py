@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from mocov3_ds.config import encoder_shape
+from mocov3_ds.config.run_config import encoder_shape
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.tensor_rules import freeze_tensors, tensor_rules

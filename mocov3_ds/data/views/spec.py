@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+if TYPE_CHECKING:  # settings are read without these
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
 
 Box = tuple[int, int, int, int]
 """a region of the stored image: top, left, height, width, in pixels"""
@@ -69,7 +71,7 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 """width / height of a crop, drawn uniformly in its logarithm"""
 _LOG_RATIO = float.fromhex("0x1.269621134db91p-2")  # log(4/3), the same on any machine
 
-ViewFunction = Callable[[Image.Image | NDArray[np.uint8], np.random.Generator], object]
+ViewFunction: TypeAlias = "Callable[[Image.Image | NDArray[np.uint8], np.random.Generator], object]"
 """A user's own view of an image; `own_views` says what it gets and returns."""
 
 

@@ -1,0 +1,1 @@
+"""Settings of a run: their parts, the whole, and what cannot be."""
