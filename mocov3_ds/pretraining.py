@@ -261,8 +261,8 @@ def _parse_quietly(flags: list[str]) -> Any:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             return parse(flags)
     except SystemExit:
-        said = " ".join(re.sub(r"[─-╿]", " ", printed.getvalue()).split())
-        raise ValueError(f"settings that cannot be: {said}") from None
+        message = " ".join(re.sub(r"[─-╿]", " ", printed.getvalue()).split())
+        raise ValueError(f"settings that cannot be: {message}") from None
 
 
 # ------------------------------------------------------------------------- the process as it was
@@ -271,15 +271,15 @@ def _parse_quietly(flags: list[str]) -> Any:
 @contextlib.contextmanager
 def _own_group() -> Iterator[None]:
     """Within, there may be a process group; it is left at the end unless it was there before."""
-    was_there, before = ranks.has_group(), dict(os.environ)
+    was_there, environment = ranks.has_group(), dict(os.environ)
     try:
         yield
     finally:
         if not was_there:
             ranks.stop()
-        for name in {*os.environ} - {*before}:
+        for name in {*os.environ} - {*environment}:
             del os.environ[name]
-        os.environ.update(before)
+        os.environ.update(environment)
 
 
 @contextlib.contextmanager

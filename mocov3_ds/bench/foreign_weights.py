@@ -134,8 +134,8 @@ def _make_owners(only: str) -> Iterator[Owner]:
 
 
 def _describe_model(program: str, name: str, arguments: dict[str, Any]) -> str:
-    words = "".join(f", {key}={value}" for key, value in arguments.items())
-    return f"{program} {name}{words}"
+    argument_text = "".join(f", {key}={value}" for key, value in arguments.items())
+    return f"{program} {name}{argument_text}"
 
 
 def _make_timm(title: str, name: str, arguments: dict[str, Any]) -> Owner:

@@ -300,15 +300,8 @@ def load(
         raise ValueError(f"{url}/{NAME} cannot be used: it has no entry {error}.") from None
     except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{url}/{NAME} cannot be used: {str(error).rstrip('.')}.") from None
-    return Manifest(
-        url,
-        described.shards,
-        index_N,
-        described.classes,
-        described.provenance,
-        checked,
-        described.shards_at,
-    )
+    facts = described.classes, described.provenance, checked, described.shards_at
+    return Manifest(url, described.shards, index_N, *facts)
 
 
 def _check_size(url: str, limit: int) -> int:

@@ -214,7 +214,7 @@ def set_tf32(wanted: bool, device: torch.device) -> None:
     """Choose whether products and convolutions in fp32 may round their inputs to TF32.
 
     Args:
-        wanted: Whether they may.
+        wanted: Whether fp32 products may be computed in TF32.
         device: Device that the network is to compute on; nothing is changed for a CPU.
 
     Raises:

@@ -77,12 +77,14 @@ class GradientWatch:
         Where each rank has whole gradients (stage 0) one that any rank had counts, so that all
         ranks must ask together; elsewhere only this rank's are known.
         """
-        seen = self._seen()
-        missing = frozenset(name for name in self._names.values() if name not in seen)
+        batches_by_name = self._seen()
+        missing = frozenset(name for name in self._names.values() if name not in batches_by_name)
         if not self._replicated or ranks.world_size() == 1:
             return missing
         order = list(self._names.values())
-        flags_S = torch.tensor([name in seen for name in order], device=ranks.this_device())
+        flags_S = torch.tensor(
+            [name in batches_by_name for name in order], device=ranks.this_device()
+        )
         anywhere_S = ranks.all_reduce_max(flags_S.to(torch.int32))
         if not missing:
             return missing  # on a GPU nobody waits for the answer, which cannot change this
@@ -96,11 +98,11 @@ class GradientWatch:
         """
         if self._replicated or not self._cuts_each_gradient:
             return {}
-        seen = self._seen()
+        batches_by_name = self._seen()
         every = 0
-        for bits in seen.values():
+        for bits in batches_by_name.values():
             every |= bits
-        return {name: bits for name, bits in seen.items() if bits != every}
+        return {name: bits for name, bits in batches_by_name.items() if bits != every}
 
     def prepare_step(self) -> None:
         """Let DeepSpeed forget what is stale, and take what it left behind; before its norm."""
@@ -128,8 +130,8 @@ class GradientWatch:
 
     def _seen(self) -> dict[str, int]:
         engine = self._engine()
-        known = engine is not None and self._step_number == engine.global_steps
-        return self._micro_batches if known else {}
+        is_counted = engine is not None and self._step_number == engine.global_steps
+        return self._micro_batches if is_counted else {}
 
     def _noting(self, parameter: Tensor) -> Callable[[Tensor | None], None]:
         # weakly, or tensor and hook would keep each other, and the engine's memory, alive
@@ -149,10 +151,10 @@ class GradientWatch:
         if self._step_number != engine.global_steps:  # a step that was dropped ends here
             self._step_number = engine.global_steps
             self._micro_batches.clear()
-        seen = self._micro_batches.get(name, 0)
-        if not seen and _is_added(engine.optimizer):
+        micro_batches = self._micro_batches.get(name, 0)
+        if not micro_batches and _is_added(engine.optimizer):
             self._forget(parameter)
-        self._micro_batches[name] = seen | _bit(engine)
+        self._micro_batches[name] = micro_batches | _bit(engine)
 
 
 _watches: WeakKeyDictionary[nn.Module, GradientWatch] = WeakKeyDictionary()

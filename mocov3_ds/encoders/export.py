@@ -35,7 +35,7 @@ from mocov3_ds.encoders.foreign_names import (
     timm_sizes,
     to_transformers,
 )
-from mocov3_ds.encoders.load import Weights, build_encoder, read_saved_encoder, read_weights
+from mocov3_ds.encoders.load import build_encoder, read_saved_encoder, read_weights
 from mocov3_ds.encoders.model_card import write_card
 from mocov3_ds.encoders.picture_settings import (
     any_timm_config,
@@ -48,6 +48,7 @@ from mocov3_ds.encoders.timm_networks import (
     with_size,
     write_arguments,
 )
+from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.model.backbones import shape_name
 from mocov3_ds.model.shapes import BackboneShape, TimmShape, VitShape
 
@@ -121,7 +122,7 @@ def check_format(weights: Weights, to: Format) -> None:
     """Refuse a format that has no place for a backbone.
 
     Args:
-        weights: the encoder.
+        weights: the encoder that is to be written.
         to: program that it is to be written for.
 
     Raises:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mocov3_ds.encoders.choices import Format
 from mocov3_ds.encoders.foreign_names import architecture_names, has_qk_norm, timm_sizes
-from mocov3_ds.encoders.load import Weights
 from mocov3_ds.encoders.timm_networks import write_arguments
+from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.model.backbones import shape_name
 from mocov3_ds.model.shapes import TimmShape, VitShape, write_size
 

@@ -153,7 +153,7 @@ def read_picture(settings: OwnerSettings, picture: Mapping[str, Any]) -> OwnerSe
 
     Args:
         settings: what is known besides.
-        picture: its entry `pretrained_cfg`.
+        picture: its entry `pretrained_cfg`, as JSON values.
 
     Raises:
         ValueError: they are no three numbers.

@@ -128,7 +128,7 @@ def _measure_conv_stem(tensors: Tensors, published: VitShape) -> VitShape:
     """The shape of a Vision Transformer on convolutions, with the sizes that its tensors have."""
     stem = [name for name in tensors if re.search(r"(^|\.)patch_embed\.proj\.\d+\.weight$", name)]
     blocks = {
-        found[1] for name in tensors if (found := re.search(r"(?:^|\.)blocks\.(\d+)\.", name))
+        match[1] for name in tensors if (match := re.search(r"(?:^|\.)blocks\.(\d+)\.", name))
     }
     positions = next((t for n, t in tensors.items() if n.rpartition(".")[2] == "pos_embed"), None)
     if not stem or positions is None or positions.dim() != 3:
@@ -145,8 +145,8 @@ def _recognise_resnet(tensors: Tensors) -> str:
     """Name of the ResNet whose tensors are there; empty = none of the paper's kind."""
     stages: dict[str, set[int]] = {}
     for name in tensors:
-        if found := re.search(r"(?:^|\.)layer([1-4])\.(\d+)\.conv1\.weight$", name):
-            stages.setdefault(found[1], set()).add(int(found[2]))
+        if match := re.search(r"(?:^|\.)layer([1-4])\.(\d+)\.conv1\.weight$", name):
+            stages.setdefault(match[1], set()).add(int(match[2]))
     has_third = any(re.search(r"(^|\.)layer1\.0\.conv3\.weight$", name) for name in tensors)
     blocks = tuple(len(stages.get(stage, ())) for stage in "1234")
     return _RESNET_BLOCKS.get((blocks, has_third), "")
@@ -216,7 +216,7 @@ def find_prefix(
         for name in tensors
         if name == first or name.endswith(f".{first}")
         for prefix in [name.removesuffix(first)]
-        if 2 * sum(prefix + other in tensors for other in expected) > len(expected)
+        if 2 * sum(prefix + tensor_name in tensors for tensor_name in expected) > len(expected)
     ]
     if not prefixes:
         raise ValueError(
@@ -246,16 +246,20 @@ def take_tensors(
     """
     expected = build_network(shape).state_dict()
     prefix = find_prefix(tensors, shape, role, expected)
-    own = replace_prefix(tensors, prefix, "")
-    homeless = [n for n in own if not (n in expected or is_head(n) or _is_foreign(n, prefix))]
-    missing = [n for n in expected if n not in own and not n.endswith("num_batches_tracked")]
+    network_tensors = replace_prefix(tensors, prefix, "")
+    homeless = [
+        n for n in network_tensors if not (n in expected or is_head(n) or _is_foreign(n, prefix))
+    ]
+    missing = [
+        n for n in expected if n not in network_tensors and not n.endswith("num_batches_tracked")
+    ]
     for names, problem in ((homeless, "has no place for"), (missing, "lacks")):
         if names:
             raise ValueError(
                 f"the network that its settings name {problem} {count_noun(len(names), 'tensor')}: "
                 f"{', '.join(names[:6])}{' ...' * (len(names) > 6)}."
             )
-    backbone = {name: own.get(name, expected[name]).detach() for name in expected}
+    backbone = {name: network_tensors.get(name, expected[name]).detach() for name in expected}
     backbone = {n: t.float() if t.is_floating_point() else t for n, t in backbone.items()}
     for name, tensor in backbone.items():
         if tensor.is_meta or not bool(tensor.isfinite().all()):

@@ -87,10 +87,12 @@ def _find_in_folder(folder: Path) -> FoundWeights:
         return FoundWeights(merge_weights(folder, stand_ins), "DeepSpeed checkpoint")
     for name in _SINGLE_FILES:
         if (folder / name).is_file():
-            found = _read_file(folder / name)
-            others = sorted(p.name for p in folder.glob(f"{name.partition('.')[0]}_[0-9]*"))
-            beside = f" {name}, not {', '.join(others[:4])} beside it" if others else ""
-            return found._replace(kind=found.kind + beside)
+            tensors = _read_file(folder / name)
+            other_files = sorted(p.name for p in folder.glob(f"{name.partition('.')[0]}_[0-9]*"))
+            file_text = (
+                f" {name}, not {', '.join(other_files[:4])} beside it" if other_files else ""
+            )
+            return tensors._replace(kind=tensors.kind + file_text)
     for name in _INDEX_FILES:
         if (folder / name).is_file():
             return FoundWeights(_read_shards(folder / name), "folder in shards", folder=folder)

@@ -11,7 +11,8 @@ from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.choices import EncoderRole
 from mocov3_ds.encoders.export import export_encoder
 from mocov3_ds.encoders.hub import check_repository, push_folder
-from mocov3_ds.encoders.load import Weights, build_encoder, read_weights
+from mocov3_ds.encoders.load import build_encoder, read_weights
+from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.evaluation import results
 from mocov3_ds.evaluation.embed import embed_images
 from mocov3_ds.evaluation.features import split_features

@@ -170,7 +170,7 @@ def compute_tokens(backbone: nn.Module, images_BCHW: Tensor) -> Tensor:
 
     Args:
         backbone: a network of timm.
-        images_BCHW: network inputs.
+        images_BCHW: normalised images, as the network takes them.
     """
     network: Any = backbone
     x: Tensor = network.forward_features(images_BCHW)

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.export import published_name
-from mocov3_ds.encoders.load import Weights, build_encoder
+from mocov3_ds.encoders.load import build_encoder
 from mocov3_ds.encoders.owner_settings import OwnerSettings
 from mocov3_ds.encoders.timm_networks import write_arguments
+from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.evaluation.flags import FinetuneConfig, read_finetune_flags
 from mocov3_ds.evaluation.labelled_images import SeededTransform, seed_generators
 from mocov3_ds.evaluation.supervised_run import SupervisedRun, measure_top1, run_command
@@ -319,7 +320,7 @@ class Finetuning(SupervisedRun[FinetuneConfig]):
         """Top-1 in percent on centre crops of the held-out images.
 
         Args:
-            network: classifier to judge.
+            network: classifier that is judged, on this rank's device.
             final: whether the table of classes is that of this look.
         """
         transform = create_transform(

@@ -64,12 +64,12 @@ def open_listed_splits(train: str, val: str, entry: str) -> ListedSplits:
     """
     sets = manifests.load(train), manifests.load(val)
     lists = [read_label_lists(manifest, entry) for manifest in sets]
-    found = [{name for names in part for name in names} for part in lists]
-    classes = tuple(sorted(found[0]))
-    if not classes or not found[1]:
+    class_names = [{name for names in part for name in names} for part in lists]
+    classes = tuple(sorted(class_names[0]))
+    if not classes or not class_names[1]:
         empty = sets[0 if not classes else 1]
         raise ValueError(f"no image of {empty.url} has a class in {entry!r} of its KEY.json.")
-    if missing := sorted(found[1] - found[0]):
+    if missing := sorted(class_names[1] - class_names[0]):
         raise ValueError(
             f"{sets[1].url} holds images of {len(missing)} classes of which {sets[0].url} has "
             f"none: {list_names(missing)}; both must hold the same classes."
@@ -94,14 +94,14 @@ def read_label_lists(manifest: Manifest, entry: str) -> list[list[str]]:
     Raises:
         ValueError: a sample without such a list; the same on each rank.
     """
-    found: dict[int, list[str]] = {}
+    names_by_sample: dict[int, list[str]] = {}
     problem = ""
     try:
         for shard in range(ranks.rank(), len(manifest.shards), ranks.world_size()):
-            found.update(_read_shard(manifest, shard, entry))
+            names_by_sample.update(_read_shard(manifest, shard, entry))
     except (ValueError, OSError, tarfile.TarError) as error:
         problem = f"{error}"
-    parts = ranks.gather_objects((found, problem))
+    parts = ranks.gather_objects((names_by_sample, problem))
     for _, text in parts:
         if text:
             raise ValueError(text)
@@ -117,9 +117,9 @@ def read_label_lists(manifest: Manifest, entry: str) -> list[list[str]]:
 
 def _read_shard(manifest: Manifest, shard: int, entry: str) -> Iterator[tuple[int, list[str]]]:
     """Sample id and classes of the samples of a shard that have a list."""
-    first, behind = manifest.first_S[shard : shard + 2].tolist()
-    offsets = manifest.index_N["offset"][first:behind].tolist()
-    sample_at = {offset: first + place for place, offset in enumerate(offsets)}
+    first, end = manifest.first_S[shard : shard + 2].tolist()
+    offsets = manifest.index_N["offset"][first:end].tolist()
+    sample_at = {offset: first + origin for origin, offset in enumerate(offsets)}
     sample_of: dict[str, int] = {}
     list_of: dict[str, list[str]] = {}
     with (
@@ -136,8 +136,8 @@ def _read_shard(manifest: Manifest, shard: int, entry: str) -> Iterator[tuple[in
             elif suffix.lower() == "json" and member.size <= _LONGEST_JSON:
                 content = tar.extractfile(member)
                 assert content is not None
-                place = f"{entry!r} of {member.name} in {manifest.shards[shard].name}"
-                names = parse_label_list(content.read(), entry, place)
+                origin = f"{entry!r} of {member.name} in {manifest.shards[shard].name}"
+                names = parse_label_list(content.read(), entry, origin)
                 if names is not None:
                     list_of[key] = names
     for key, number in sample_of.items():

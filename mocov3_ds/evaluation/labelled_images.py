@@ -33,7 +33,7 @@ from mocov3_ds.data.views.decode import Sides, UnreadableImage
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import ranks
-from mocov3_ds.encoders.load import Weights
+from mocov3_ds.encoders.weights import Weights
 
 _log = logging.getLogger("mocov3_ds")
 

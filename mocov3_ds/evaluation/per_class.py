@@ -63,13 +63,15 @@ def write_class_table(
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["class", "images", "top1", "most_confused_with", "confused"])
     for result in count_by_class(classes_N.cpu(), labels_N.cpu()):
-        name, other = (
+        name, confused_name = (
             (names[label] if names else str(label)) if label >= 0 else ""
             for label in (result.label, result.confused_with)
         )
         top1, confused = (
-            f"{100 * part / result.images:.2f}" for part in (result.right, result.confused)
+            f"{100 * share / result.images:.2f}" for share in (result.right, result.confused)
         )
-        table.writerow([name, result.images, top1, other, confused if other else ""])
+        table.writerow(
+            [name, result.images, top1, confused_name, confused if confused_name else ""]
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, text.getvalue())

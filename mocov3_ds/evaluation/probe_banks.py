@@ -187,8 +187,8 @@ def count_attention_heads(dim: int) -> int:
     Args:
         dim: width of a token.
     """
-    most = min(max(dim // _HEAD_WIDTH, 1), _MOST_HEADS)
-    return next(heads for heads in range(most, 0, -1) if dim % heads == 0)
+    head_count = min(max(dim // _HEAD_WIDTH, 1), _MOST_HEADS)
+    return next(heads for heads in range(head_count, 0, -1) if dim % heads == 0)
 
 
 def attentive_logits(weights: Sequence[Tensor], x_BND: Tensor) -> Tensor:

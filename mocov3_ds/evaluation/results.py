@@ -81,12 +81,12 @@ def format_table(folder: Path, role: str) -> str:
     titles = [entry["encoder"] for entry in row.values() if entry]
     if not titles:
         return ""
-    shown = [name for name in _COLUMNS if name in _ALWAYS or row[name]]
-    entries_shown = [row[name] for name in shown]
+    columns = [name for name in _COLUMNS if name in _ALWAYS or row[name]]
+    entries_shown = [row[name] for name in columns]
     cells = [f"{_measure(entry):.2f} %" if entry else "-" for entry in entries_shown]
-    lines = [["encoder", *(_COLUMNS[name] for name in shown)], [titles[0], *cells]]
+    lines = [["encoder", *(_COLUMNS[name] for name in columns)], [titles[0], *cells]]
     header, values = (f"| {' | '.join(line)} |" for line in lines)
-    return f"{header}\n|{'---|' * (len(shown) + 1)}\n{values}"
+    return f"{header}\n|{'---|' * (len(columns) + 1)}\n{values}"
 
 
 def _measure(entry: Mapping[str, Any]) -> float:

@@ -267,7 +267,7 @@ class SupervisedRun(ABC, Generic[ConfigT]):
 
         Args:
             classes_N: class that each held-out image was given.
-            labels_N: its true class.
+            labels_N: true class of each image.
         """
         path = self.config.per_class
         if path is not None and ranks.is_first():

@@ -49,9 +49,7 @@ def build_timm(shape: TimmShape, drop_path: float = 0.0) -> nn.Module:
             "print(*timm.list_models('*resnet*'))\"` lists those of a kind."
         )
     keywords = read_keywords(shape.arguments)
-    if drop_path:
-        keywords["drop_path_rate"] = drop_path
-    network = _create(shape, keywords)
+    network = _create(shape, keywords, drop_path)
     _refuse_dropout(network, shape)
     return network
 
@@ -87,15 +85,19 @@ def _read_value(text: str) -> Any:
     return text
 
 
-def _create(shape: TimmShape, keywords: dict[str, Any]) -> nn.Module:
-    """The model with the size of its images told, where it wants to know."""
+def _create(shape: TimmShape, keywords: dict[str, Any], drop_path: float) -> nn.Module:
+    """The model with the size of its images and its stochastic depth told, where it knows these."""
     fixed: dict[str, Any] = {"num_classes": 0, "in_chans": shape.channels, **keywords}
-    size: dict[str, Any] = {"img_size": shape.size}
-    for size_keyword in (size, {}):
+    # 0, too: some models have a rate of their own where none is told
+    optional: dict[str, Any] = {"img_size": shape.size, "drop_path_rate": drop_path}
+    while True:
         try:
-            network: nn.Module = timm.create_model(shape.name, **fixed, **size_keyword)
+            network: nn.Module = timm.create_model(shape.name, **fixed, **optional)
         except TypeError as error:
-            if size_keyword and re.search(r"unexpected keyword argument.*'img_size'", str(error)):
+            unknown = re.search(r"unexpected keyword argument.*'(\w+)'", str(error))
+            keyword = unknown[1] if unknown else ""
+            if keyword in optional and (keyword == "img_size" or not drop_path):
+                del optional[keyword]
                 continue
             raise ValueError(f"timm:{shape.name} {_what_is_wrong(str(error))}.") from None
         except Exception as error:  # what a foreign network may raise has no bounds
@@ -105,7 +107,6 @@ def _create(shape: TimmShape, keywords: dict[str, Any]) -> nn.Module:
                 f"{write_size(shape.size)} pixels with {keywords or 'no keywords'}: {reason}"
             ) from None
         return network
-    raise AssertionError("a model cannot miss what it was not given")
 
 
 def _what_is_wrong(said: str) -> str:

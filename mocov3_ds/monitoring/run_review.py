@@ -86,10 +86,10 @@ class RunReview:
             self._skipped += 1
             if self._skipped & (self._skipped - 1) == 0:  # 1, 2, 4, 8, ...
                 scale = _number(row, "loss_scale")
-                after = "" if math.isnan(scale) else f"; loss scale {scale:g}"
+                scale_text = "" if math.isnan(scale) else f"; loss scale {scale:g}"
                 yield (
                     f"step {self._steps}: the fp16 gradient overflowed, the step is skipped "
-                    f"({self._skipped} of {self._steps} so far{after})"
+                    f"({self._skipped} of {self._steps} so far{scale_text})"
                 )
 
     def _look_at_alarms(self, row: Row) -> Iterator[str]:

@@ -63,9 +63,11 @@ def measure_backbone(shape: EncoderShape) -> MeasuredBackbone:
     height, width = shape.backbone.size
     images_BCHW = torch.zeros(_IMAGES, shape.backbone.channels, height, width, device="meta")
     try:
-        kept: dict[int, Tensor] = {}
+        tensors_by_storage: dict[int, Tensor] = {}
         with (
-            torch.autograd.graph.saved_tensors_hooks(lambda x: _note(x, kept), lambda x: x),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x: _note(x, tensors_by_storage), lambda x: x
+            ),
             FlopCounterMode(display=False) as forward,
         ):
             features_BD = network(images_BCHW)
@@ -76,13 +78,13 @@ def measure_backbone(shape: EncoderShape) -> MeasuredBackbone:
             f"the backbone {shape_name(shape.backbone)} cannot be planned: it does not run without "
             f"numbers ({(str(error).strip().splitlines() or [''])[0][:120]})."
         ) from None
-    own = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
-    own |= {tensor.untyped_storage()._cdata for tensor in network.buffers()}
-    own.add(images_BCHW.untyped_storage()._cdata)  # the views, which are counted by themselves
+    storages = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
+    storages |= {tensor.untyped_storage()._cdata for tensor in network.buffers()}
+    storages.add(images_BCHW.untyped_storage()._cdata)  # the views, which are counted by themselves
     sizes = [
         tensor.untyped_storage().nbytes() / tensor.element_size()
-        for storage, tensor in kept.items()
-        if storage not in own
+        for storage, tensor in tensors_by_storage.items()
+        if storage not in storages
     ]
     return MeasuredBackbone(
         tensors=tuple(

@@ -37,10 +37,10 @@ def fitting_options(
     if not options[0].fits:
         needed = min(option.memory.peak_bytes for option in options) / GIB
         is_one_pass = rows_know_each_other(planned.shape)
-        what = "its batch norm's one pass" if is_one_pass else "one image at a time"
+        pass_name = "its batch norm's one pass" if is_one_pass else "one image at a time"
         raise ValueError(
-            f"{planned.recipe} at batch {planned.batch} does not fit on {cluster.title}: {what} "
-            f"needs {needed:.1f} GiB of {cluster.usable_bytes / GIB:.1f} that may be "
+            f"{planned.recipe} at batch {planned.batch} does not fit on {cluster.title}: "
+            f"{pass_name} needs {needed:.1f} GiB of {cluster.usable_bytes / GIB:.1f} that may be "
             f"filled ({planned.batch // cluster.cards} images a rank); what would fit: "
             f"{suggest_remedy(planned, cluster, stages)}."
         )

@@ -34,7 +34,7 @@ from mocov3_ds.training.run import Run
 from mocov3_ds.training.run_data import build_knn_monitor, open_loader, open_shards, view_spec
 from mocov3_ds.training.run_model import build_model, start_momentum_encoder, trained_parameters
 from mocov3_ds.training.schedule import scaled_rate
-from mocov3_ds.training.start import find_start, start_of
+from mocov3_ds.training.start import Start, find_start, start_of
 from mocov3_ds.training.step import QueriesToLoss
 from mocov3_ds.training.step_limits import StepLimits
 from mocov3_ds.training.tensor_rules import tensor_rules
@@ -64,12 +64,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     trained = trained_parameters(model)
     optimizer = build_optimizer(block, trained, tensor_rules(config))
     check_response(config.alarm, optimizer)
-    start = find_start(settings, train, model)
-    if start.parent is not None:
-        _load_weights(model, start.parent)
-    elif start.tensors:
-        model.base.load_state_dict({**model.base.state_dict(), **start.tensors})
-        start = replace(start, tensors={})  # they are in the network now
+    start = _begin_with(model, find_start(settings, train, model))
     # the last thing that can be refused is the folder itself
     saved = claim_run(settings, train.digest, start.ancestry)
     if saved is not None:
@@ -90,8 +85,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
         engine=engine, optimizer=optimizer, momentum_encoder=momentum_encoder,
         loader=loader_from(position, merge_bad_samples([state.get("bad_samples", {})])),
         knn_monitor=build_knn_monitor(
-            config, spec, train, probes, device, dtype, width=model.base.facts.width
-        ),
+            config, spec, train, probes, device, dtype, width=model.base.facts.width),
         view_spec=spec, manifest=train, chunk_conditions=conditions,
         peak_rate=peak_rate, total_steps=total_steps, warmup_steps=warmup_steps,
         step=step, position=position, start=start,
@@ -105,6 +99,15 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     elif start.parent is not None:
         run.restore(start.parent, with_queues=start.parent_has_same_samples)
     return run
+
+
+def _begin_with(model: QueriesToLoss, start: Start) -> Start:
+    """Fill the trained module with what the run begins with, where that is not random."""
+    if start.parent is not None:
+        _load_weights(model, start.parent)
+    elif start.tensors:
+        model.base.load_state_dict({**model.base.state_dict(), **start.tensors})
+    return replace(start, tensors={})  # they are in the network now
 
 
 def _load_weights(model: QueriesToLoss, saved: Checkpoint) -> None:

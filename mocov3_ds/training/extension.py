@@ -5,7 +5,7 @@ optimizer may not, since weights and moments are carried over. Nothing is ever w
 other run, called the parent.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,17 +62,17 @@ def read_parent(settings: Settings, train: Manifest, trained: Collection[str]) -
             "--init its weights alone start another one."
         )
     tree = read_json(folder / "config.json")
-    before, engine = from_json(tree), tree["deepspeed"]
+    parent_config, engine = from_json(tree), tree["deepspeed"]
     saved = checkpoint.find_newest(folder)
     if saved is None:
         raise ValueError(f"--extend {folder} holds no whole checkpoint.")
-    _check_same_network(folder, before, config)
+    _check_same_network(folder, parent_config, config)
     _check_same_optimizer(folder, engine, settings.engine)
     _check_same_tensors(folder, saved, trained)
-    same = tree.get("data_digest") == train.digest
-    epochs, steps_per_epoch = before.epochs, train.samples // config.batch
+    is_same_data = tree.get("data_digest") == train.digest
+    epochs, steps_per_epoch = parent_config.epochs, train.samples // config.batch
     step, position = saved.step, saved.position
-    if not same or before.batch != config.batch:
+    if not is_same_data or parent_config.batch != config.batch:
         step = round(epochs * steps_per_epoch)
         position = round(saved.position * step / saved.step)
     if config.epochs <= epochs or round(config.epochs * steps_per_epoch) <= step:
@@ -92,36 +92,42 @@ def read_parent(settings: Settings, train: Manifest, trained: Collection[str]) -
         "checkpoint": saved.folder.name,
         "digest": str(saved.state.get("digest", "")),
         "epochs": epochs,
-        "batch": before.batch,
+        "batch": parent_config.batch,
         "begins_at": step,
     }
-    changes = [f"{epochs:g} epochs before ({saved.step} steps of {before.batch} images)"]
-    if before.batch != config.batch:
-        changes.append(f"counted as {step} steps of {config.batch}")
-    rates = [
-        (base_rate(block["optimizer"]), batch)
-        for block, batch in ((engine, before.batch), (settings.engine, config.batch))
-    ]
-    (base_then, _), (base_now, _) = rates
-    peak_then, peak_now = (scaled_rate(base, batch) for base, batch in rates)
-    if (peak_then, base_then) != (peak_now, base_now):
-        changes.append(
-            f"batch {before.batch} -> {config.batch}, peak rate {peak_then:.4g} -> {peak_now:.4g} "
-            f"(base rate {base_then:.4g} -> {base_now:.4g} per 256 images, times batch / 256)"
-        )
-    if not same:
+    changes = _describe_changes(settings, parent_config, engine, saved, step)
+    if not is_same_data:
         changes.append("other training samples, whose epochs are counted on")
     line = f"start: goes on from {saved.folder} with weights, momentum encoder and moments; "
-    return Parent(saved, step, position, same, line + "; ".join(changes), record)
+    return Parent(saved, step, position, is_same_data, line + "; ".join(changes), record)
+
+
+def _describe_changes(
+    settings: Settings, parent: Config, engine: Mapping[str, Any], saved: Checkpoint, step: int
+) -> list[str]:
+    """What lies behind the new run, and what is otherwise in it: batch and rate."""
+    config = settings.config
+    changes = [f"{parent.epochs:g} epochs before ({saved.step} steps of {parent.batch} images)"]
+    if parent.batch != config.batch:
+        changes.append(f"counted as {step} steps of {config.batch}")
+    base_then, base_now = (base_rate(tree["optimizer"]) for tree in (engine, settings.engine))
+    peak_then = scaled_rate(base_then, parent.batch)
+    peak_now = scaled_rate(base_now, config.batch)
+    if (peak_then, base_then) != (peak_now, base_now):
+        changes.append(
+            f"batch {parent.batch} -> {config.batch}, peak rate {peak_then:.4g} -> {peak_now:.4g} "
+            f"(base rate {base_then:.4g} -> {base_now:.4g} per 256 images, times batch / 256)"
+        )
+    return changes
 
 
 def _check_same_network(folder: Path, before: Config, config: Config) -> None:
-    then, now = (
+    parent_value, own_value = (
         {name: value for name, value in asdict(c.model).items() if name not in _MAY_CHANGE}
         | {"image size": c.backbone.size, "channels": c.backbone.channels}
         for c in (before, config)
     )
-    if wrong := list(differences(then, now)):
+    if wrong := list(differences(parent_value, own_value)):
         raise ValueError(
             f"--extend {folder} has another network: {'; '.join(wrong[:4])}. It goes on with "
             "weights and moments as they are; --init takes weights alone."

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from mocov3_ds.config.run_config import Config
 from mocov3_ds.data.storage.atomic import digest_file
+from mocov3_ds.encoders.choices import EncoderRole
 from mocov3_ds.encoders.foreign_names import replace_prefix
-from mocov3_ds.encoders.load import Weights, positions_for, read_weights
+from mocov3_ds.encoders.load import positions_for, read_weights
 from mocov3_ds.encoders.networks import choose_prefix, find_prefixes, is_head, summarise_names
 from mocov3_ds.encoders.owner_settings import OwnerSettings
 from mocov3_ds.encoders.timm_networks import find_prefix, load_network
 from mocov3_ds.encoders.weight_files import find_weights
+from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.model.backbones import shape_name
 from mocov3_ds.model.shapes import VitShape
 from mocov3_ds.model.tensor_differences import differing_tensors
@@ -56,7 +58,7 @@ def read_init(config: Config, base: nn.Module) -> InitWeights:
     Raises:
         ValueError: no such weights, or weights of another architecture.
     """
-    path, role, own = config.init, config.init_which, base.state_dict()
+    path, role, network_state = config.init, config.init_which, base.state_dict()
     try:
         weights = read_weights(path, role, expected=config.backbone, tells=False)
     except ValueError as error:
@@ -67,7 +69,7 @@ def read_init(config: Config, base: nn.Module) -> InitWeights:
             f"--init {path} holds {shape_name(weights.backbone)}, the run trains "
             f"{shape_name(config.backbone)}; give another --model.backbone."
         )
-    expected = replace_prefix(own, "backbone.", "")
+    expected = replace_prefix(network_state, "backbone.", "")
     if is_plain:
         notes = _check_sizes(weights, config)
         backbone, fitted = _fit_vit(weights, config, expected)
@@ -82,23 +84,14 @@ def read_init(config: Config, base: nn.Module) -> InitWeights:
     tensors = replace_prefix(backbone, "", "backbone.")
     used = {name for name in present if name.startswith(prefix)} - _names_below(present, prefix)
     for head in _HEADS:
-        taken, place = _find_head(replace_prefix(own, f"{head}.", ""), present, prefix, head)
-        tensors |= replace_prefix(taken, "", f"{head}.")
-        used |= {place + name for name in taken}
-        if not taken:
-            other_sizes = f"{place}* of the file is another network" if place else "there is none"
-            notes.append(f"the {head} stays random ({other_sizes})")
+        head_state = replace_prefix(network_state, f"{head}.", "")
+        head_tensors, head_name = _find_head(head_state, present, prefix, head)
+        tensors |= replace_prefix(head_tensors, "", f"{head}.")
+        used |= {head_name + name for name in head_tensors}
+        if not head_tensors:
+            notes.append(_describe_random_head(head, head_name))
     unused = [name for name in present if name not in used]
-    record = {
-        "kind": "init",
-        "path": str(weights.path),
-        "which": role,
-        "digest": _digest(weights),
-        "tensors": len(tensors),
-        "numbers": sum(tensor.numel() for tensor in tensors.values()),
-    }
-    if weights.saved is not None:
-        record |= {"step": weights.saved.step}
+    record = _describe_origin(weights, role, tensors)
     frozen = "stays as it is" if config.model.patch_lr == 0 else "is trained"
     patches = (
         f"the patch projection comes from there and {frozen} (--model.patch_lr "
@@ -117,14 +110,37 @@ def read_init(config: Config, base: nn.Module) -> InitWeights:
     return InitWeights(tensors, "; ".join(parts), record, tuple(ancestry))
 
 
+def _describe_random_head(head: str, head_name: str) -> str:
+    """Why a head keeps its random weights."""
+    reason = f"{head_name}* of the file is another network" if head_name else "there is none"
+    return f"the {head} stays random ({reason})"
+
+
+def _describe_origin(
+    weights: Weights, role: EncoderRole, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What ancestry tells of the weights: path, digest and counts."""
+    record = {
+        "kind": "init",
+        "path": str(weights.path),
+        "which": role,
+        "digest": _digest(weights),
+        "tensors": len(tensors),
+        "numbers": sum(tensor.numel() for tensor in tensors.values()),
+    }
+    return record if weights.saved is None else record | {"step": weights.saved.step}
+
+
 def _check_sizes(weights: Weights, config: Config) -> list[str]:
     """What of the weights' settings the run does otherwise; refuses another architecture."""
     wrong = [n for n in _SIZES if getattr(weights.shape, n) != getattr(config.vit, n)]
     if wrong:
-        theirs = ", ".join(f"{n} {getattr(weights.shape, n)}" for n in wrong)
-        ours = ", ".join(f"{n} {getattr(config.vit, n)}" for n in wrong)
+        file_sizes = ", ".join(f"{n} {getattr(weights.shape, n)}" for n in wrong)
+        run_sizes = ", ".join(f"{n} {getattr(config.vit, n)}" for n in wrong)
         flags = " ".join(f"--model.{n} {getattr(weights.shape, n)}" for n in wrong)
-        raise ValueError(f"--init {weights.path} has {theirs}, the run {ours}; give {flags}.")
+        raise ValueError(
+            f"--init {weights.path} has {file_sizes}, the run {run_sizes}; give {flags}."
+        )
     if weights.positions != config.model.positions:
         raise ValueError(
             f"--init {weights.path} has positions {weights.positions!r}, the run "
@@ -153,25 +169,25 @@ def _fit_vit(
     weights: Weights, config: Config, expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The backbone's tensors for the run's image size and channels, and what was done to them."""
-    tensors, said = dict(weights.tensors), []
+    tensors, sentences = dict(weights.tensors), []
     if "pos_embed" in tensors:
         old, new = weights.shape.grid, config.vit.grid
         tensors["pos_embed"] = positions_for(tensors["pos_embed"], new, old)
         if old != new:
-            said.append(
+            sentences.append(
                 f"positions resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches"
             )
     if _PATCHES in tensors and _PATCHES in expected:
         weight_DCpp, channels = tensors[_PATCHES], expected[_PATCHES].shape[1]
         if weight_DCpp.shape[1] == 3 and channels == 1:  # a grey image has equal colours
             tensors[_PATCHES] = weight_DCpp.sum(1, keepdim=True)
-            said.append("patch projection summed over the three colours")
+            sentences.append("patch projection summed over the three colours")
         elif weight_DCpp.shape[1] != channels:
             raise ValueError(
                 f"--init {weights.path} takes images of {weight_DCpp.shape[1]} channels, the run "
                 f"{channels}; weights of three colours can start a run of 1 or 3 channels alone."
             )
-    return tensors, said
+    return tensors, sentences
 
 
 def _all_tensors(weights: Weights) -> tuple[dict[str, Tensor], str]:
@@ -208,19 +224,19 @@ def _find_head(
     The published files have the projector as the network's head (`fc` of a ResNet), the predictor
     beside the encoders; runs of this package have both beside the backbone.
     """
-    beside = prefix.removesuffix(".").rpartition(".")[0]
-    beside = f"{beside}." if beside else ""
+    head_prefix = prefix.removesuffix(".").rpartition(".")[0]
+    head_prefix = f"{head_prefix}." if head_prefix else ""
     places = {
-        "projector": (f"{prefix}head.", f"{prefix}fc.", f"{beside}projector."),
-        "predictor": (f"{beside}predictor.", "base.predictor."),
+        "projector": (f"{prefix}head.", f"{prefix}fc.", f"{head_prefix}projector."),
+        "predictor": (f"{head_prefix}predictor.", "base.predictor."),
     }
     found_at = ""
-    for place in places[head]:
-        found = replace_prefix(present, place, "")
-        if found and not differing_tensors(expected, found):
-            _check_finite(found, place)
-            return {name: t.to(expected[name].dtype) for name, t in found.items()}, place
-        found_at = found_at or (place if found else "")
+    for head_name in places[head]:
+        head_tensors = replace_prefix(present, head_name, "")
+        if head_tensors and not differing_tensors(expected, head_tensors):
+            _check_finite(head_tensors, head_name)
+            return {name: t.to(expected[name].dtype) for name, t in head_tensors.items()}, head_name
+        found_at = found_at or (head_name if head_tensors else "")
     return {}, found_at
 
 

@@ -12,7 +12,8 @@ from mocov3_ds.data.storage.tensor_file import save_tensors
 from mocov3_ds.encoders.choices import EncoderRole, Format
 from mocov3_ds.encoders.export import WRITERS, Forward, export_encoder
 from mocov3_ds.encoders.foreign_names import timm_sizes, to_timm, to_transformers
-from mocov3_ds.encoders.load import Weights, load_encoder, read_weights
+from mocov3_ds.encoders.load import load_encoder, read_weights
+from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, build_vit, sincos_positions
 from tests.encoders.test_load import plain_features
 from tests.evaluation.runs import DIM, HEADS, SIZE, make_run

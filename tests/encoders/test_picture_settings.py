@@ -14,9 +14,10 @@ from timm.data import create_transform, resolve_model_data_config
 from mocov3_ds.data.views import decode
 from mocov3_ds.encoders.export import check_format, export_encoder
 from mocov3_ds.encoders.foreign_names import timm_sizes
-from mocov3_ds.encoders.load import Weights, load_encoder
+from mocov3_ds.encoders.load import load_encoder
 from mocov3_ds.encoders.owner_settings import OwnerSettings
 from mocov3_ds.encoders.picture_settings import timm_config, transformers_preprocessor
+from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.evaluation.features import make_inputs
 from mocov3_ds.model.vit import VitShape
 from tests.evaluation.runs import SIZE, make_run

@@ -244,7 +244,7 @@ def table(house: House) -> list[Measure]:
     return [
         Measure("product: files / lines", f"{len(files)} / {sum(files)}", sum(files)),
         count("product: lines of code", house.code_lines),
-        count("modules at the top", house.top_modules, 7),
+        count("modules at the top", house.top_modules, 6),
         count("folders at the top", house.folders),
         count("circles of modules", len(circles(house.imports)), 0),
         count("arrows between rooms", arrows),

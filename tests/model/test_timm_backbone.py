@@ -1,6 +1,9 @@
 """Models of timm by name: keywords as they are read, and what is refused with which sentence."""
 
+import dataclasses
+
 import pytest
+from timm.layers.drop import DropPath
 
 from mocov3_ds.model.backbones import build_backbone, describe_backbone
 from mocov3_ds.model.shapes import EncoderShape, TimmShape
@@ -41,3 +44,13 @@ def test_keywords_reach_the_model() -> None:
 def test_what_cannot_be_is_refused(shape: TimmShape, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         describe_backbone(build_backbone(EncoderShape(backbone=shape)), shape)
+
+
+def test_a_models_own_rate_of_stochastic_depth_is_not_taken_unasked() -> None:
+    """Swin's is 0.1 in timm; what the flag says holds, and for the momentum encoder it is 0."""
+    swin = TimmShape(name="swin_tiny_patch4_window7_224", size=(64, 64))
+    arguments = ("depths=[1,1]", "embed_dim=24", "num_heads=[2,2]", "window_size=4")
+    swin = dataclasses.replace(swin, arguments=arguments)
+    for rate, wanted in ((0.0, 0), (0.2, 2)):
+        drops = [m for m in build_timm(swin, rate).modules() if isinstance(m, DropPath)]
+        assert sum(drop.drop_prob > 0 for drop in drops) == wanted

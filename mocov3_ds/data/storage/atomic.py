@@ -72,7 +72,7 @@ def open_own(path: Path, flags: int) -> io.FileIO:
     """Open a file of this program's own, made where it does not exist; a link is not followed.
 
     Args:
-        path: The file.
+        path: The file, below folders that exist.
         flags: How it is opened, as `os.open` takes it, e.g. `os.O_WRONLY | os.O_APPEND`.
 
     Raises:
