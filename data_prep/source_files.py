@@ -103,6 +103,8 @@ def run_commands(source: str, folder: Path | None) -> str:
     Raises:
         ValueError: There is no folder, or a command fails.
     """
+    if not command_sources.names_command(source):
+        return source
     if folder is None:
         shown = quote_name(command_sources.shorten_commands(source))
         raise ValueError(f"{shown} is a command, which only python -m data_prep shard runs.")

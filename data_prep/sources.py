@@ -82,9 +82,8 @@ def list_images(
             one reading is possible.
     """
     class_levels.check_level(options.class_level)
-    is_run = options.run_pipes and command_sources.names_command(source)
-    files_of_source = run_commands(source, scratch_folder) if is_run else source
-    source_files = find_source_files(files_of_source, options.files)
+    file_source = run_commands(source, scratch_folder) if options.run_pipes else source
+    source_files = find_source_files(file_source, options.files)
     source = command_sources.shorten_commands(source)
     pick = MemberPick(image, label if labels is None else NO_LABEL)
     listed = _list_files(source_files, source, under.strip("/"), scratch_folder, pick, is_look)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -140,7 +141,8 @@ def pretrain(
         on_step: called after each step.
         on_epoch: called after the last step of each epoch.
         settings: flags by name; groups as dicts (`views={"image_size": 32}`), DeepSpeed's settings
-            as `ds={"zero_optimization": {"stage": 2}}`.
+            as `ds={"zero_optimization": {"stage": 2}}`, views of one's own as `views={"function":
+            my_view}`.
 
     Returns:
         the run, whether it came to its end or was told to stop after some steps.
@@ -241,9 +243,21 @@ def _flags_of_group(settings: Mapping[str, Any], defaults: Any, prefix: str) -> 
         elif isinstance(value, list | tuple) and name == "group_lr":
             yield from (word for item in value for word in (f"--{prefix}{name}", str(item)))
         elif isinstance(value, list | tuple):
-            yield from (f"--{prefix}{name}", *map(str, value))
+            yield from (f"--{prefix}{name}", *map(_as_word, value))
         elif value is not None:
-            yield from (f"--{prefix}{name}", str(value))
+            yield from (f"--{prefix}{name}", _as_word(value))
+
+
+def _as_word(value: object) -> str:
+    """A value on a command line; of a function, such as one that makes views, where it is found."""
+    if not isinstance(value, FunctionType):
+        return str(value)
+    if "<" in value.__qualname__:
+        raise ValueError(
+            f"{value.__qualname__} is defined inside of another function, where threads and a "
+            "resumed run do not find it; define it in a module."
+        )
+    return f"{value.__module__}:{value.__qualname__}"
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

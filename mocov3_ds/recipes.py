@@ -15,7 +15,12 @@ from typing import Any
 
 import tyro
 
-from mocov3_ds.config.checks import check_backbone_flags, check_batch, check_config
+from mocov3_ds.config.checks import (
+    check_backbone_flags,
+    check_batch,
+    check_config,
+    check_view_flags,
+)
 from mocov3_ds.config.parts import KnnConfig, MocoConfig, ModelConfig, SaveConfig, ViewConfig
 from mocov3_ds.config.run_config import Config, Settings
 from mocov3_ds.config.stored import from_json
@@ -245,7 +250,9 @@ def resolve(config: Config, engine: Mapping[str, Any]) -> Settings:
     config = _anchor_paths(config)
     check_config(config)
     if config.recipe in RECIPES:
-        check_backbone_flags(config.model, RECIPES[config.recipe].config.model)
+        recipe = RECIPES[config.recipe].config
+        check_backbone_flags(config.model, recipe.model)
+        check_view_flags(config.views, recipe.views)
     if config.extend and Path(config.extend).resolve() == config.folder.resolve():
         raise ValueError(f"--extend {config.extend} is the run's own folder; give another --name.")
     check_batch(config.batch)

@@ -199,3 +199,18 @@ def test_a_script_under_a_launcher_trains_twice_on_its_ranks(
     first, second = (rows_of(tmp_path / "runs" / n) for n in ("first", "second"))
     assert len(first) == 6
     assert second == first
+
+
+def my_view(image: object, rng: object) -> object:
+    """A view function of a user's own."""
+    return image
+
+
+def test_functions_are_named_by_where_they_are_found() -> None:
+    assert flags_of({"views": {"function": my_view}}) == [
+        "--views.function",
+        f"{__name__}:my_view",
+    ]
+    assert flags_of({"views": {"function": (my_view, my_view)}})[1:] == [f"{__name__}:my_view"] * 2
+    with pytest.raises(ValueError, match="is defined inside of another function"):
+        flags_of({"views": {"function": lambda image, rng: image}})

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 
 from mocov3_ds.config.parts import RESNETS, TIMM, VIT_BACKBONES, ModelConfig, ViewConfig
 from mocov3_ds.config.run_config import Config
@@ -16,6 +17,11 @@ from mocov3_ds.settings.bounds import (
     check_bounds,
 )
 from mocov3_ds.settings.spelling import did_you_mean
+
+_OF_OWN_VIEWS = {
+    *("image_size", "channels", "mean", "std", "function", "fixed", "colour", "colour_ops"),
+}
+"""settings of views that hold whoever makes them"""
 
 
 def check_config(config: Config) -> None:
@@ -92,6 +98,27 @@ def check_backbone_flags(model: ModelConfig, recipe: ModelConfig) -> None:
             raise ValueError(
                 f"--model.{name} {getattr(model, name)} has no effect on --model.backbone "
                 f"{model.backbone}, which has its own."
+            )
+
+
+def check_view_flags(views: ViewConfig, recipe: ViewConfig) -> None:
+    """Refuse strengths of the paper's views that were given beside functions of one's own.
+
+    Args:
+        views: settings of the run.
+        recipe: the recipe's, from which a given flag differs.
+
+    Raises:
+        ValueError: names the first flag that would have no effect.
+    """
+    if not views.function:
+        return
+    for field in fields(views):
+        is_free = field.name in _OF_OWN_VIEWS
+        if not is_free and getattr(views, field.name) != getattr(recipe, field.name):
+            raise ValueError(
+                f"--views.{field.name} has no effect beside --views.function, which makes the "
+                "views by itself; leave it out."
             )
 
 

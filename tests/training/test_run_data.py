@@ -168,6 +168,7 @@ def test_the_flags_of_the_views_are_the_distribution() -> None:
         (["--views.image_size", "0"], "--views.image_size 0 cannot be"),
         (["--views.hue", "0.7"], "--views.hue 0.7 cannot be"),
         (["--views.function", "a:b", "a:c", "a:d"], "names 3 functions"),
+        (["--views.function", "a:b", "--views.hue", "0.2"], "--views.hue has no effect beside"),
         (["--views.solarise_threshold", "256"], "solarise_threshold 256 cannot be"),
     ],
 )
