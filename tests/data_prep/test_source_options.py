@@ -4,4 +4,9 @@ from data_prep.source_options import SourceOptions
 
 
 def test_nothing_is_decided_beforehand():
-    assert vars(SourceOptions()) == {"files": "", "class_level": "", "empty_classes": "refuse"}
+    assert vars(SourceOptions()) == {
+        "files": "",
+        "class_level": "",
+        "run_pipes": False,
+        "empty_classes": "refuse",
+    }
