@@ -52,7 +52,7 @@ def test_thousands_of_inputs(tmp_path: Path) -> None:
     assert not found.failures, f"{found}"
     assert not found.leaks(), f"{found}"
     assert found.inputs == 3000
-    assert len(found.resources) == 7
+    assert len(found.resources) == 6
 
 
 DEADLY = """

@@ -21,7 +21,7 @@ from mocov3_ds.data.storage.retry import (
     explain_status,
     store_words,
 )
-from mocov3_ds.data.storage.span import read_span
+from mocov3_ds.data.storage.span import closed_if_odd, read_span
 from mocov3_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -167,7 +167,8 @@ class HttpBody:
     def __init__(self, answer: "BaseHTTPResponse") -> None:
         self._raw = answer
         headers = answer.headers
-        span = read_span(headers.get("Content-Length"), headers.get("Content-Range"))
+        with closed_if_odd(answer):
+            span = read_span(headers.get("Content-Length"), headers.get("Content-Range"))
         self.start, self.end, self.total = span
         tag: str | None = headers.get("ETag")
         self.tag = None if tag is None or tag.startswith("W/") else tag  # a weak one never matches

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mocov3_ds.data.storage.retry import RetryLimits, StorageError, call_with_retry, explain_status
-from mocov3_ds.data.storage.span import read_span
+from mocov3_ds.data.storage.span import closed_if_odd, read_span
 from mocov3_ds.settings.environment import read_word
 
 _T = TypeVar("_T")
@@ -209,7 +209,8 @@ class S3Body:
         # urllib3's response: botocore's own wrapper only has reads that wait for all bytes asked
         # for, in which a slow trickle cannot be told from work
         self._raw = answer["Body"]._raw_stream
-        span = read_span(answer.get("ContentLength"), answer.get("ContentRange"))
+        with closed_if_odd(self._raw):
+            span = read_span(answer.get("ContentLength"), answer.get("ContentRange"))
         self.start, self.end, self.total = span
         self.tag: str | None = answer.get("ETag")
 

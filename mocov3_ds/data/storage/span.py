@@ -1,7 +1,9 @@
 """Which bytes of a file does an answer over HTTP hold? Its headers come from strangers."""
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 from mocov3_ds.data.storage.retry import OddAnswer
 
@@ -16,6 +18,24 @@ class Span(NamedTuple):
     """position behind the last byte"""
     total: int
     """bytes of the whole file"""
+
+
+class Connected(Protocol):
+    """An answer that keeps a connection as long as it is open."""
+
+    def close(self) -> None:
+        """Give the connection back, or drop it."""
+        ...
+
+
+@contextmanager
+def closed_if_odd(answer: Connected) -> Iterator[None]:
+    """Within, an answer whose headers make no sense gives its connection back at once."""
+    try:
+        yield
+    except OddAnswer:
+        answer.close()
+        raise
 
 
 def read_span(length: str | int | None, content_range: str | None) -> Span:

@@ -3,7 +3,7 @@
 import pytest
 
 from mocov3_ds.data.storage.retry import OddAnswer
-from mocov3_ds.data.storage.span import Span, read_span
+from mocov3_ds.data.storage.span import Span, closed_if_odd, read_span
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,21 @@ def test_headers_that_do_not(length, content_range, words):
     with pytest.raises(OddAnswer) as error:
         read_span(length, content_range)
     assert words in str(error.value)
+
+
+def test_an_odd_answer_gives_its_connection_back() -> None:
+    """Else the connection is open until the garbage collector comes by."""
+
+    class Answer:
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    answer = Answer()
+    with closed_if_odd(answer):
+        read_span("10", None)
+    assert answer.closed == 0
+    with pytest.raises(OddAnswer), closed_if_odd(answer):
+        read_span("ten", None)
+    assert answer.closed == 1
