@@ -69,7 +69,7 @@ class _Kind:
     """whether steps may come again, as they do after a resume; else they are an ordinary value"""
 
 
-def _show_list(tracker: Tracker, name: str, picture: Image.Image, step: int) -> None:
+def _show_list(tracker: Tracker, name: str, picture: Image.Image, step: int | None) -> None:
     tracker.log_images({name: [picture]}, step=step)
 
 
