@@ -115,7 +115,7 @@ def find_holder(run: Path, wait_s: float) -> str:
         return ""
     deadline = time.monotonic() + wait_s
     try:
-        while not take_lock(descriptor, run):
+        while not take_lock(descriptor, run, shared=True):  # others may look at the same time
             if time.monotonic() >= deadline:
                 return _describe_holder(descriptor)[0]
             time.sleep(0.1)

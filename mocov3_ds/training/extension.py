@@ -23,10 +23,6 @@ from mocov3_ds.training.schedule import scaled_rate
 _MAY_CHANGE = ("drop_path", "patch_lr", "group_lr")
 """settings of the model that change no tensor, as long as the same tensors are trained"""
 
-_OTHER_RANKS_S = 10.0
-"""seconds to wait for a process that works on the parent: other ranks that look at it as well hold
-it for a moment"""
-
 
 @dataclass(frozen=True)
 class Parent:
@@ -59,7 +55,7 @@ def read_parent(settings: Settings, train: Manifest, trained: Collection[str]) -
             there is nothing left to train.
     """
     config, folder = settings.config, Path(settings.config.extend)
-    status, sentence = run_status.describe_status(folder, _OTHER_RANKS_S)
+    status, sentence = run_status.describe_status(folder, 0.0)
     if status != run_status.FINISHED_STATUS:
         raise ValueError(
             f"--extend {folder} needs a finished run: {sentence}. Let its own command end it; with "

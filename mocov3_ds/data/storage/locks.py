@@ -14,18 +14,20 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _log = logging.getLogger("mocov3_ds")
 
 
-def take_lock(descriptor: int, path: Path) -> bool:
+def take_lock(descriptor: int, path: Path, *, shared: bool = False) -> bool:
     """Try to lock an open file or folder for this process; False = another one holds it.
 
     Args:
         descriptor: The open file or folder; the lock lasts until it is closed.
         path: Its path, for the warning where the file system has no locks.
+        shared: Let others hold it as well, if they share it too: for a look at who holds it.
 
     Raises:
         OSError: The lock failed for another reason.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

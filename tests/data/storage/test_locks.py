@@ -29,3 +29,17 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog, code):
     else:
         assert locks.take_lock(0, tmp_path)
         assert f"{tmp_path}: no locks here ({os.strerror(code)})" in caplog.text
+
+
+def test_those_who_only_look_do_not_keep_each_other_out(tmp_path):
+    first, second, holder = (os.open(tmp_path, os.O_RDONLY) for _ in range(3))
+    assert locks.take_lock(first, tmp_path, shared=True)
+    assert locks.take_lock(second, tmp_path, shared=True)
+    assert not locks.take_lock(holder, tmp_path)
+    for descriptor in (first, second):
+        os.close(descriptor)
+    assert locks.take_lock(holder, tmp_path)
+    looker = os.open(tmp_path, os.O_RDONLY)
+    assert not locks.take_lock(looker, tmp_path, shared=True)
+    os.close(looker)
+    os.close(holder)
