@@ -222,7 +222,8 @@ class SignalConfig:
     features_every: Count = 10
     """steps between spread and cosines of queries and keys; 0 = none"""
     attention_every: Count = 50
-    """steps between largest attention logit and entropy of three blocks; 0 = none"""
+    """steps between largest attention logit, entropies (mean, and lowest head) and RMS of activations
+    of each block; 0 = none"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from mocov3_ds.monitoring.background_sink import BackgroundSink
 from mocov3_ds.monitoring.machine_figures import MachineFigures
 from mocov3_ds.monitoring.metrics_file import describe_gap, drop_rows_after
 from mocov3_ds.monitoring.run_review import RunReview
+from mocov3_ds.monitoring.signal_file import BLOCK_SIGNALS
 from mocov3_ds.monitoring.sinks import SinkOpener, grouped_numbers
 
 _IN_BAR = {"loss": "loss", "lr": "lr", "momentum": "m", "images_per_s": "img/s", "knn": "knn"}
@@ -32,8 +33,6 @@ PLAN = "plan.txt"
 
 _LAYER_ROWS = 1000
 """rows with all layer signals that sinks get of a run; RUN/signals.f32 has every step"""
-_RARE_SIGNALS = ("max_logit", "entropy")
-"""layer signals that are measured every few tens of steps; sinks get each of them"""
 _CLOSE_S = 30.0
 """seconds that sinks have to finish at the end of a run"""
 
@@ -213,7 +212,7 @@ class RunLog:
         chosen = {}
         for column, value in layers.items():
             group, _, signal = column.partition("/")
-            if is_due or signal in _RARE_SIGNALS:
+            if is_due or signal in BLOCK_SIGNALS:  # rare: each of them
                 chosen[f"layers/{signal}/{group}"] = value
         return chosen
 

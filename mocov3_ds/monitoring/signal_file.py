@@ -50,6 +50,17 @@ SCALARS: dict[str, str] = {
 }
 """Columns that belong to the whole run, with their meanings."""
 
+BLOCK_SIGNALS: dict[str, str] = {
+    "max_logit": "every 50 steps, of 8 images of rank 0: largest attention logit of a block",
+    "entropy": "at the same steps: mean entropy of the block's attention, nats",
+    "entropy_min": "at the same steps: mean entropy of its lowest head, nats",
+    "block_rms": "at the same steps: RMS of the block's output",
+    "qkv_rms": "at the same steps: RMS of the output of its layer attn.qkv",
+    "proj_rms": "at the same steps: of attn.proj",
+    "fc2_rms": "at the same steps: of mlp.fc2",
+}
+"""Those of `SIGNALS` that the blocks of a Vision Transformer have, every few tens of steps."""
+
 SIGNALS: dict[str, str] = {
     "grad_linf": "largest |gradient| of all elements; of the gradient that the optimizer was given",
     "grad_l2": "largest L2 norm of a tensor's gradient",
@@ -63,8 +74,8 @@ SIGNALS: dict[str, str] = {
     "(StableAdamW's RMS_t; at most sqrt(1 / (1 - beta2)))",
     "rms_before": "the same with v from before this step: unbounded",
     "cosine": "smallest cosine of a tensor's gradient and its momentum before the step",
-    "max_logit": "every 50 steps, three blocks: largest attention logit on 8 images of rank 0",
-    "entropy": "every 50 steps, three blocks: mean entropy of the attention, nats",
+    "update_ratio": "norm of the group's whole movement in this step over the norm of its weights",
+    **BLOCK_SIGNALS,
 }
 """Columns of each layer group: extremes over its tensors, because a spike sits in one of them."""
 
@@ -305,7 +316,14 @@ class GroupExtremes:
             row[f"{group}/trust"] = _reduce_values(np.fmax, trust[rows])
             row[f"{group}/trust_min"] = _reduce_values(np.fmin, trust[rows])
             row[f"{group}/cosine"] = _reduce_values(np.fmin, table["cosine"][rows])
+            moved, weight = (_joint_norm(values[f"{n}_l2"][rows]) for n in ("update", "weight"))
+            row[f"{group}/update_ratio"] = moved / weight if weight > 0 else float("nan")
         return row
+
+
+def _joint_norm(norms: Floats) -> float:
+    """Return the norm of tensors together; 0 of none."""
+    return float(np.linalg.norm(norms.astype(np.float64)))
 
 
 def _reduce_values(extreme: np.ufunc, values: Floats) -> float:

@@ -33,11 +33,11 @@ from mocov3_ds.data.fetch import locate_sample
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.distributed import ranks
-from mocov3_ds.model.backbones import BackboneFacts
+from mocov3_ds.model.backbones import BackboneFacts, evaluating
 from mocov3_ds.model.layer_groups import HEAD_GROUPS
 from mocov3_ds.monitoring.alarm_response import AlarmResponse
 from mocov3_ds.monitoring.alarms import RULES, AlarmRule, Alarms
-from mocov3_ds.monitoring.attention import attention_extremes, middle_and_ends
+from mocov3_ds.monitoring.block_signals import block_signals
 from mocov3_ds.monitoring.embedding_spread import feature_signals
 from mocov3_ds.monitoring.signal_file import SCALARS, Floats, GroupExtremes, SignalFile
 from mocov3_ds.optim.sharded import ShardedOptimizer
@@ -74,10 +74,8 @@ class SignalRecorder:
     ) -> None:
         self.config, self._optimizer, self._manifest = config, optimizer, manifest
         self._groups = (*facts.groups, *HEAD_GROUPS)
-        self._attention_blocks: tuple[int, ...] = ()
-        if config.signals.attention_every and facts.attention_blocks:
-            self._attention_blocks = middle_and_ends(facts.attention_blocks)
-        elif config.signals.attention_every and ranks.is_first():
+        self._has_blocks = facts.attention_blocks > 0
+        if config.signals.attention_every and not self._has_blocks and ranks.is_first():
             _log.info("attention is not measured: the backbone has no blocks of a plain ViT")
         self._group_extremes = GroupExtremes(self._groups, tensor_groups)
         trained_groups = [g for g in self._groups if g in tensor_groups and g != "cls"]
@@ -151,8 +149,8 @@ class SignalRecorder:
             values |= feature_signals(*pair)
             said["spread"] = values["features_std"] * math.sqrt(pair[0].shape[1])
             is_due = True
-        if self._attention_blocks and _is_due(step, signals.attention_every):
-            values |= self._measure_attention(backbone, x1_BCHW)
+        if self._has_blocks and _is_due(step, signals.attention_every):
+            values |= _measure_blocks(backbone, x1_BCHW)
             is_due = True
         if _is_due(step, signals.every) and row["applied"]:
             tensor_signals = self._optimizer.signals()
@@ -168,18 +166,6 @@ class SignalRecorder:
         if not _is_due(step, signals.every):
             return said
         return said | self._raise_alarms(step, sample_ids_B, values)
-
-    def _measure_attention(self, backbone: nn.Module, x1_BCHW: Tensor) -> dict[str, float]:
-        assert isinstance(backbone, VisionTransformer), "only a ViT has attention blocks"
-        was_training = backbone.training
-        backbone.eval()
-        images_BCHW = x1_BCHW[:_ATTENTION_IMAGES]
-        extremes = attention_extremes(backbone, images_BCHW, self._attention_blocks)
-        backbone.train(was_training)
-        values: dict[str, float] = {}
-        for index, (logit, entropy) in extremes.items():
-            values |= {f"block_{index}/max_logit": logit, f"block_{index}/entropy": entropy}
-        return values
 
     def _raise_alarms(
         self, step: int, sample_ids_B: Tensor, values: Mapping[str, float]
@@ -228,6 +214,12 @@ class SignalRecorder:
         """Finish writing RUN/signals.f32."""
         if self._file is not None:
             self._file.close()
+
+
+def _measure_blocks(backbone: nn.Module, x1_BCHW: Tensor) -> dict[str, float]:
+    assert isinstance(backbone, VisionTransformer), "only a ViT has attention blocks"
+    with evaluating(backbone):
+        return block_signals(backbone, x1_BCHW[:_ATTENTION_IMAGES])
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -84,7 +84,7 @@ def test_no_file_and_no_column(tmp_path: Path) -> None:
 def test_columns_are_scalars_then_groups_from_input_to_output() -> None:
     names = column_names(GROUPS)
     assert names[: len(SCALARS)] == tuple(SCALARS) and names[0] == "step"
-    assert names[len(SCALARS)] == "patch_embed/grad_linf" and names[-1] == "predictor/entropy"
+    assert names[len(SCALARS)] == "patch_embed/grad_linf" and names[-1] == "predictor/fc2_rms"
 
 
 def test_a_group_shows_the_extremes_of_its_tensors() -> None:
@@ -116,6 +116,7 @@ def test_a_group_shows_the_extremes_of_its_tensors() -> None:
             "trust_min": 0.25,
             "rms": 0.3,
             "cosine": -0.2,
+            "update_ratio": math.sqrt((0.2**2 + 0.125**2 + 0.4**2) / (1 + 4 + 9)),
         }
     )
     assert math.isnan(row["patch_embed/grad_linf"])  # frozen

@@ -15,7 +15,7 @@ from mocov3_ds import train
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.encoders.export import export_encoder
 from mocov3_ds.encoders.load import load_encoder
-from mocov3_ds.monitoring.signal_file import read_signals
+from mocov3_ds.monitoring.signal_file import BLOCK_SIGNALS, read_signals
 from mocov3_ds.monitoring.signal_recorder import SignalRecorder
 from mocov3_ds.recipes import RECIPES, parse
 from mocov3_ds.stability.series import read_series
@@ -93,7 +93,7 @@ def test_each_column_is_filled_when_it_is_due(runs: Path) -> None:
         "predictor",
     )
     assert table.steps.tolist() == list(range(1, 13))
-    for signal in ("grad_linf", "grad_l2", "weight_l2", "update_l2", "rms"):
+    for signal in ("grad_linf", "grad_l2", "weight_l2", "update_l2", "update_ratio", "rms"):
         assert np.isfinite(table.grid(signal)).all() and (table.grid(signal)[:, 1:] > 0).any()
     assert np.isnan(table.grid("rms_before")[:, 0]).all()
     assert np.isfinite(table.grid("rms_before")[:, 1:]).all()
@@ -104,8 +104,11 @@ def test_each_column_is_filled_when_it_is_due(runs: Path) -> None:
     for name in ("knn", "knn_momentum"):
         assert table.measured(name)[0].tolist() == [3, 6, 9, 12]
     for group in ("block_0", "block_1"):
-        assert table.measured(f"{group}/entropy")[0].tolist() == [5, 10]
-        assert (table.measured(f"{group}/max_logit")[1] > 0).all()
+        for signal in BLOCK_SIGNALS:
+            steps_K, values_K = table.measured(f"{group}/{signal}")
+            assert steps_K.tolist() == [5, 10] and (values_K > 0).all()
+        entropies = [table.measured(f"{group}/{name}")[1] for name in ("entropy_min", "entropy")]
+        assert (entropies[0] < entropies[1]).all()
     rows = [row for row in rows_of(runs / "plain") if row["step"] > 0]
     np.testing.assert_allclose(table.scalar("loss"), [row["loss"] for row in rows], rtol=1e-6)
     np.testing.assert_allclose(table.scalar("lr"), [row["lr"] for row in rows], rtol=1e-6)

@@ -14,7 +14,7 @@ from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.vit import VitShape, compile_blocks
-from mocov3_ds.monitoring.attention import attention_extremes
+from mocov3_ds.monitoring.block_signals import block_signals
 from mocov3_ds.optim import AdamW
 from mocov3_ds.training.step import QueriesToLoss, train_step
 from tests.ranks_pool import run_ranks
@@ -49,8 +49,8 @@ def after_two_steps(stage: int, compiled: bool) -> tuple[list[float], dict[str, 
         x1, x2 = (torch.randn(5, 3, 16, 16, generator=generator) for _ in range(2))
         losses.append(train_step(engine, encoder, x1, x2, momentum=0.9).loss)
     if compiled:
-        extremes = attention_extremes(model.base.backbone, x1, (0, 2))
-        assert all(logit > 0 for logit, _ in extremes.values())
+        signals = block_signals(model.base.backbone, x1)
+        assert all(signals[f"block_{i}/max_logit"] > 0 for i in (0, 2))
     weights = {f"base.{name}": tensor for name, tensor in full_tensors(model.base)}
     return losses, weights | {f"momentum.{n}": t.clone() for n, t in encoder.full_state()}
 
