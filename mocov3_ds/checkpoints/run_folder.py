@@ -194,6 +194,7 @@ _DECIDING = (
     "epochs",
     "warmup_epochs",
     "lr_schedule",
+    "rate_rule",
     "decay",
     "seed",
     "views",

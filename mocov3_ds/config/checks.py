@@ -18,6 +18,8 @@ from mocov3_ds.settings.bounds import (
 )
 from mocov3_ds.settings.spelling import did_you_mean
 
+_OF_VITS = ("positions", "qk_norm", "layer_scale")
+"""settings of the model that all Vision Transformers of ours have, and nothing else"""
 _OF_OWN_VIEWS = {
     *("image_size", "channels", "mean", "std", "function", "fixed", "colour", "colour_ops"),
 }
@@ -92,7 +94,7 @@ def check_backbone_flags(model: ModelConfig, recipe: ModelConfig) -> None:
         "vit": (),
         "vit_conv": only_patches,
         **dict.fromkeys(CONV_STEM_SHAPES, (*sizes, *only_patches)),
-    }.get(model.backbone, (*sizes, *only_patches, "positions", "qk_norm"))
+    }.get(model.backbone, (*sizes, *only_patches, *_OF_VITS))
     for name in without_effect:
         if getattr(model, name) != getattr(recipe, name):
             raise ValueError(

@@ -162,6 +162,10 @@ class ModelConfig:
     qk_norm: bool = False
     """LayerNorm on queries and keys of each attention head; it bounds the attention logits; of the
     export formats only timm can hold this architecture"""
+    layer_scale: Share = 0.0
+    """first value of LayerScale (arXiv 2103.17239), a learned factor on each feature of both
+    branches of a block, e.g. 1e-5: blocks begin as nearly the identity; 0 = none; exported to timm
+    alone"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +176,10 @@ class MocoConfig:
     """softmax temperature T"""
     momentum: Share = 0.99
     """momentum of the key encoder at the start"""
+    momentum_batch: Count = 0
+    """global batch that the momentum is meant for: each step's is raised to the power batch /
+    momentum_batch, so that the key encoder lags by as many images at any batch (arXiv 2307.13813);
+    0 = the momentum as it stands"""
     momentum_schedule: Literal["cosine", "constant"] = "cosine"
     """cosine = grow to 1 at the end of the run"""
 

@@ -49,6 +49,8 @@ from mocov3_ds.settings.bounds import (
 )
 from mocov3_ds.settings.environment import DeviceChoice
 
+RateRule = Literal["linear", "sqrt", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -98,6 +100,10 @@ class Config:
     """epochs of linear warm-up, from 0 to all of them"""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     """after the warm-up: half a cosine down to 0, or the peak rate to the end"""
+    rate_rule: RateRule = "linear"
+    """peak rate of a batch from the base rate, which is stated for 256 images: linear = times
+    batch / 256 (the paper's, with AdamW, LARS and LAMB); sqrt = times its square root (usual for
+    LAMB, and for Adam where batches are huge); none = the base rate itself"""
     stop_after_steps: Count = 0
     """end early after this many steps, with a checkpoint; 0 = run to the end of the schedule"""
     hang_timeout: NonNegative = 0.0
@@ -219,4 +225,5 @@ def encoder_shape(config: Config) -> EncoderShape:
         train_patch_projection=config.model.patch_lr > 0,
         drop_path=config.model.drop_path,
         qk_norm=config.model.qk_norm,
+        layer_scale=config.model.layer_scale,
     )

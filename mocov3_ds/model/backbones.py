@@ -70,6 +70,7 @@ def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> nn.Module:
                 train_patch_projection=shape.train_patch_projection,
                 drop_path=drop_path,
                 qk_norm=shape.qk_norm,
+                layer_scale=shape.layer_scale,
                 class_token_only=True,
             )
         case TimmShape() as named:

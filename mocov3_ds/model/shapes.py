@@ -134,6 +134,8 @@ class EncoderShape:
     drop_path: float = 0.0
     """stochastic depth rate of the base encoder's last block; the momentum encoder has none"""
     qk_norm: bool = False
+    layer_scale: float = 0.0
+    """first value of the factors on the branches of each block; 0 = there are none"""
 
     @property
     def vit(self) -> VitShape:

@@ -40,6 +40,7 @@ def build_vit(
     train_patch_projection: bool = False,
     drop_path: float = 0.0,
     qk_norm: bool = False,
+    layer_scale: float = 0.0,
     norm_eps: float = 1e-6,
     class_token_only: bool = False,
 ) -> VisionTransformer:
@@ -54,6 +55,8 @@ def build_vit(
         drop_path: stochastic depth rate of the last block (0 in the paper's pretraining).
         qk_norm: LayerNorm on the queries and keys of each attention head (arXiv 2302.05442), which
             bounds the attention logits; another architecture than the paper's.
+        layer_scale: first value of a learned factor on each feature of both branches of a block
+            (LayerScale, arXiv 2103.17239); 0 = there is none, as in the paper.
         norm_eps: epsilon of all norms (1e-6 in the paper's code, 1e-12 in transformers).
         class_token_only: the last block computes the class token alone, which is all that MoCo v3
             uses; `backbone(x)` and its gradients stay the same, the other tokens are not there.
@@ -75,6 +78,7 @@ def build_vit(
         pos_embed="learn" if positions == "sincos" else "none",
         drop_path_rate=drop_path,
         qk_norm=qk_norm,
+        init_values=layer_scale or None,
         norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         weight_init="skip",
         block_fn=partial(_build_block, shape.depth - 1) if class_token_only else Block,  # type: ignore[arg-type]

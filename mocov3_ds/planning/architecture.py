@@ -85,6 +85,8 @@ def _list_block_tensors(shape: EncoderShape) -> list[tuple[str, int]]:
                 tensors += [
                     (f"attn.{qk}_norm.{leaf}", head) for qk in "qk" for leaf in _NORM_LEAVES
                 ]
+        if shape.layer_scale:
+            tensors.append((f"{norm.replace('norm', 'ls')}.gamma", dim))
     return tensors
 
 
@@ -143,10 +145,11 @@ def block_bytes(shape: EncoderShape, number_bytes: int) -> int:
 
     Sixteen numbers a token and feature: input of each of two norms (2), their outputs as input of
     qkv and fc1 (2), queries, keys and values (3), attention's output (1), fc1's output (4) and
-    GELU's (4); two more where queries and keys are normalised. Attention that is computed in tiles
-    keeps no scores, only one log-sum for each row and head.
+    GELU's (4); two more where queries and keys are normalised, and two with LayerScale (both
+    branches). Attention that is computed in tiles keeps no scores, only one log-sum for each row
+    and head.
     """
-    numbers = (16 + 2 * shape.qk_norm) * shape.vit.dim
+    numbers = (16 + 2 * shape.qk_norm + 2 * bool(shape.layer_scale)) * shape.vit.dim
     heads = shape.vit.heads
     statistics = 2 * (2 + 2 * heads * shape.qk_norm) * number_bytes + 4 * heads
     return count_tokens(shape) * (numbers * number_bytes + statistics)
@@ -158,7 +161,8 @@ def last_block_bytes(shape: EncoderShape, number_bytes: int) -> int:
     All tokens: input and output of its first norm (2), queries, keys and values (3).
     """
     numbers = 5 * shape.vit.dim + 2 + 2 * shape.vit.dim * shape.qk_norm
-    class_token = (11 * shape.vit.dim + 2) * number_bytes + 4 * shape.vit.heads
+    features = (11 + 2 * bool(shape.layer_scale)) * shape.vit.dim
+    class_token = (features + 2) * number_bytes + 4 * shape.vit.heads
     return count_tokens(shape) * numbers * number_bytes + class_token
 
 

@@ -122,6 +122,7 @@ def _build(shape: EncoderShape) -> nn.Module:
                 positions=shape.positions,
                 train_patch_projection=shape.train_patch_projection,
                 qk_norm=shape.qk_norm,
+                layer_scale=shape.layer_scale,
                 class_token_only=True,
             )
         case TimmShape():

@@ -18,7 +18,7 @@ from mocov3_ds.model.stochastic_depth import draw_factors, find_branches
 from mocov3_ds.monitoring.profiler import StepPhase, phase
 from mocov3_ds.training.run import Run
 from mocov3_ds.training.run_data import network_views
-from mocov3_ds.training.schedule import encoder_momentum, learning_rate
+from mocov3_ds.training.schedule import encoder_momentum, learning_rate, momentum_for_batch
 from mocov3_ds.training.step import StepResult, train_step
 
 
@@ -120,6 +120,7 @@ def scheduled_rates(run: Run) -> tuple[float, float]:
     )
     cosine = moco.momentum_schedule == "cosine"
     momentum = encoder_momentum(step, start=moco.momentum, total_steps=total, cosine=cosine)
+    momentum = momentum_for_batch(momentum, run.config.batch, moco.momentum_batch)
     return run.recorder.adjust_rate(run.step, lr), momentum
 
 

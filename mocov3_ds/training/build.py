@@ -55,7 +55,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     """
     config, block = settings.config, settings.engine.get("optimizer")
     engine_json = _check_engine(settings)
-    peak_rate = scaled_rate(base_rate(block), config.batch)
+    peak_rate = scaled_rate(base_rate(block), config.batch, config.rate_rule)
     train, probes = open_shards(config)
     total_steps, warmup_steps = count_steps(config, train)
     check_length(config, device, total_steps)

@@ -111,12 +111,13 @@ def _describe_changes(
     if parent.batch != config.batch:
         changes.append(f"counted as {step} steps of {config.batch}")
     base_then, base_now = (base_rate(tree["optimizer"]) for tree in (engine, settings.engine))
-    peak_then = scaled_rate(base_then, parent.batch)
-    peak_now = scaled_rate(base_now, config.batch)
+    peak_then = scaled_rate(base_then, parent.batch, parent.rate_rule)
+    peak_now = scaled_rate(base_now, config.batch, config.rate_rule)
     if (peak_then, base_then) != (peak_now, base_now):
+        rules = " -> ".join(dict.fromkeys((parent.rate_rule, config.rate_rule)))
         changes.append(
             f"batch {parent.batch} -> {config.batch}, peak rate {peak_then:.4g} -> {peak_now:.4g} "
-            f"(base rate {base_then:.4g} -> {base_now:.4g} per 256 images, times batch / 256)"
+            f"(base rate {base_then:.4g} -> {base_now:.4g} per 256 images, {rules} rule)"
         )
     return changes
 

@@ -12,6 +12,7 @@ from mocov3_ds.model.backbones import shape_name
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.training.run import Run
+from mocov3_ds.training.schedule import describe_rules
 
 
 def describe_start(run: Run) -> str:
@@ -24,7 +25,7 @@ def describe_start(run: Run) -> str:
         f"global batch {config.batch} on {count_noun(world_size, 'rank')}, "
         f"{order.batches_per_epoch} steps an epoch "
         f"({order.remainder} samples left over each time), "
-        f"{type(run.optimizer).__name__} at peak lr {run.peak_rate:.3g}, "
+        f"{type(run.optimizer).__name__} at {describe_rules(config, run.peak_rate)}, "
         f"ZeRO-{run.engine.zero_optimization_stage()}, "
         f"{str(run.dtype).removeprefix('torch.')} on {run.device}, "
         f"{describe_chunks(run.model.chunks)}, views by {decode.describe_decoder()}, "

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -116,11 +117,11 @@ def test_images_of_other_forms() -> None:
     assert vit(torch.randn(2, 5, 16, 40)).shape == (2, 48)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_class_token_alone_is_the_same_network(qk_norm: bool) -> None:
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"layer_scale": 0.3}], ids=str)
+def test_the_class_token_alone_is_the_same_network(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    whole = build_vit(TINY, drop_path=0.5, qk_norm=qk_norm).double()
-    alone = build_vit(TINY, drop_path=0.5, qk_norm=qk_norm, class_token_only=True).double()
+    whole = build_vit(TINY, drop_path=0.5, **changes).double()
+    alone = build_vit(TINY, drop_path=0.5, **changes, class_token_only=True).double()
     alone.load_state_dict(whole.state_dict())  # the same names
     images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
     features = []
@@ -150,3 +151,21 @@ def test_attention_from_one_token_never_asks_cudnn(monkeypatch: pytest.MonkeyPat
     assert attend_from_one(q_BH1d, k_BHNd, k_BHNd).shape == (2, 3, 1, 8)
     assert allowed == [(False, True, True, True)]
     assert torch.backends.cuda.cudnn_sdp_enabled()  # other attention may still take it
+
+
+def test_layer_scale_multiplies_each_branch() -> None:
+    torch.manual_seed(0)
+    vit = build_vit(TINY, layer_scale=1e-5).eval()
+    gammas = {name: p for name, p in vit.named_parameters() if name.endswith("gamma")}
+    assert [*gammas] == [
+        f"blocks.{block}.ls{branch}.gamma" for block in (0, 1) for branch in (1, 2)
+    ]
+    for gamma in gammas.values():
+        assert gamma.requires_grad and torch.equal(gamma, torch.full((48,), 1e-5))
+        with torch.no_grad():
+            gamma.copy_(torch.rand(48))
+    block = vit.blocks[0]
+    x = torch.randn(2, 5, 48)
+    middle = x + gammas["blocks.0.ls1.gamma"] * block.attn(block.norm1(x))
+    after = middle + gammas["blocks.0.ls2.gamma"] * block.mlp(block.norm2(middle))
+    torch.testing.assert_close(block(x), after)

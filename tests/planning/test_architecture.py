@@ -22,7 +22,13 @@ SMALL = EncoderShape(
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"positions": "none"}, {"train_patch_projection": True}, {"qk_norm": True}],
+    [
+        {},
+        {"positions": "none"},
+        {"train_patch_projection": True},
+        {"qk_norm": True},
+        {"layer_scale": 0.1},
+    ],
     ids=str,
 )
 def test_tensors_are_those_of_the_module(change: dict[str, Any]) -> None:
@@ -56,6 +62,14 @@ def test_kept_bytes_of_the_papers_backbones(name: str, dtype: torch.dtype, recom
     measured = chunk_size.activation_bytes(backbone, torch.zeros(1, 3, 224, 224, dtype=dtype))
     ours = architecture.backbone_bytes(shape, dtype.itemsize, recompute_blocks=recompute)
     assert ours == pytest.approx(measured, rel=0.02)
+
+
+def test_kept_bytes_with_layer_scale() -> None:
+    vit = dataclasses.replace(PAPER_SHAPES["vit_s16"], depth=3)
+    shape = EncoderShape(backbone=vit, layer_scale=1e-5)
+    backbone = build_vit(vit, layer_scale=1e-5, class_token_only=True)
+    measured = chunk_size.activation_bytes(backbone, torch.zeros(1, 3, 224, 224))
+    assert architecture.backbone_bytes(shape, 4) == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.slow

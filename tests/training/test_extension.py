@@ -137,7 +137,7 @@ def test_what_cannot_be_extended_is_one_sentence(tmp_path: Path, flags: list[str
             [*from_done, "--batch", "8", "--name", "half"],
             0,
             "(3 steps of 16 images); counted as 6 steps of 8; batch 16 -> 8, peak rate 9.375e-05 "
-            "-> 4.688e-05 (base rate 0.0015 -> 0.0015 per 256 images, times batch / 256)",
+            "-> 4.688e-05 (base rate 0.0015 -> 0.0015 per 256 images, linear rule)",
         ),
         ([*from_done, "--recipe", "vit_b16"], 2, "--recipe vit_b16 does not go with --extend"),
         ([*from_done, "--name", "done"], 2, "is the run's own folder; give another --name"),

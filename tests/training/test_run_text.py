@@ -41,7 +41,8 @@ def test_the_start_in_one_paragraph() -> None:
     for fact in (
         "run runs/tiny: ViT 768 x 12 blocks (1.5 M weights with heads), 50 samples",
         "global batch 32 on 1 rank, 1 steps an epoch (18 samples left over each time)",
-        "SGD at peak lr 0.00123, ZeRO-2, bfloat16 on cpu, chunks of 8 images (1 kept)",
+        "SGD at peak lr 0.00123 = 0.00984 x 32 / 256 (linear rule), momentum 0.99, ZeRO-2, "
+        "bfloat16 on cpu, chunks of 8 images (1 kept)",
         "steps 3 to 12",
     ):
         assert fact in text
