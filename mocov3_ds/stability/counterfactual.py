@@ -29,7 +29,7 @@ from mocov3_ds.settings.comparison import differences
 from mocov3_ds.stability import figures
 from mocov3_ds.stability.cells import default_launcher
 from mocov3_ds.stability.csv_file import write_csv
-from mocov3_ds.stability.drawing import save_png
+from mocov3_ds.stability.drawing import as_png, write_png
 from mocov3_ds.stability.events import LOSS_WINDOW, plain_jumps
 from mocov3_ds.stability.findings import GradientEvent, Judgement, LossEvent, Series
 from mocov3_ds.stability.forks import ForkFolder, ShowOutcomes
@@ -332,7 +332,7 @@ def _write_answer(answer: Counterfactual, forks: ForkFolder) -> None:
     write_csv(answer.out / "replay.csv", rows)
     lines = {fork.group: read_series(forks.run_folder(fork.group)) for fork in answer.results}
     figure = figures.draw_forks(lines, answer.start, answer.stop, answer.event.peak)
-    save_png(figure, answer.out / "replay.png")
+    write_png(answer.out / "replay.png", as_png(figure))
 
 
 def format_answer(answer: Counterfactual) -> str:

@@ -1,4 +1,4 @@
-"""How is a table written as CSV? Whole or not at all."""
+"""How is a table written as CSV? Whole or not at all, and each text as text."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,24 @@ from typing import Any
 
 from mocov3_ds.data.storage import atomic
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""what a cell begins with that a spreadsheet computes, or skips on the way to such a letter"""
+
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, of which there must be one; all have the columns of the first."""
+    """Write rows, of which there must be one; all have the columns of the first.
+
+    A text that a spreadsheet would compute as a formula begins with an apostrophe.
+    """
     with (
         atomic.replace_when_whole(path) as temporary,
-        temporary.open("w", newline="") as file,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: _as_cell(value) for key, value in row.items()} for row in rows)
+
+
+def _as_cell(value: Any) -> Any:
+    is_formula = isinstance(value, str) and value.startswith(_FORMULA)
+    return f"'{value}" if is_formula else value

@@ -1,6 +1,7 @@
 """How are a study's pictures drawn and saved? Panels with one style, narrow enough for a phone."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ WIDTH = 4.7  # inches: text of 9 points stays readable on a phone
 COLOURS = ("#2a6fb0", "#c8553d", "#3a8f5c", "#8a5fb5", "#b07d12", "#4f6475", "#c2528b", "#0f8b8d")
 FAINT, SHADE, INK = "#9aa3ad", "#c8553d", "#1b1f24"
 _DOTS_PER_INCH = 140
+_LONGEST_TEXT = 110  # letters of a title
 
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
@@ -64,15 +66,27 @@ def stack_panels(
     return figure, list(panels)
 
 
+def plain_text(text: str, longest: int = _LONGEST_TEXT) -> str:
+    """A name as text of a picture: one line, no mathematics between dollar signs, not too long."""
+    readable = text.encode("utf-8", "backslashreplace").decode()
+    line = "".join(letter if letter.isprintable() else " " for letter in readable)
+    if len(line) > longest:
+        line = f"{line[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return line.replace("$", r"\$")
+
+
 def set_title(axes: Axes, text: str) -> None:
     """Give a panel its title, smaller where it is long."""
+    text = plain_text(text)
     axes.set_title(text, loc="left", fontweight="bold", fontsize=8.5 if len(text) < 60 else 7.2)
 
 
 def as_png(figure: Figure) -> bytes:
     """A PNG of few colours, small enough to be part of a page."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # of a name
+        figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
     buffer.seek(0)
     with Image.open(buffer) as image:
         small = image.convert("RGB").quantize(
@@ -83,9 +97,7 @@ def as_png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def save_png(figure: Figure, path: Path) -> bytes:
-    """Write a figure as a PNG, whole or not at all, and return its bytes."""
-    data = as_png(figure)
+def write_png(path: Path, data: bytes) -> None:
+    """Write a picture, whole or not at all."""
     with atomic.replace_when_whole(path) as temporary:
         temporary.write_bytes(data)
-    return data

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from mocov3_ds.settings.wording import count_noun
+from mocov3_ds.stability.pictures import Picture
 
 _LEGEND = {
     "I": "share of accuracy-time lost to dips, %",
@@ -76,22 +77,15 @@ dt { font-weight:600; margin-top:.6em; } dd { margin:0; max-width:70ch; }
 """
 _TONE = {
     "DIVERGED": "bad",
+    "NOT LEARNING": "bad",
     "RESTARTED": "bad",
     "DEGRADING": "bad",
     "UNSTABLE": "bad",
+    "BELOW ITS TWIN": "warn",
     "TWITCHY": "warn",
+    "NOT LOOKED": "warn",
     "STABLE": "good",
 }
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture of the page."""
-
-    title: str
-    caption: str
-    data: bytes | None
-    """a PNG; None where the runs give nothing to draw"""
 
 
 @dataclass(frozen=True, kw_only=True)

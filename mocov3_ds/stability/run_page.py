@@ -5,14 +5,12 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from matplotlib.figure import Figure
 from PIL import Image
 
 from mocov3_ds.checkpoints.run_status import FINISHED_STATUS, describe_status
@@ -24,8 +22,8 @@ from mocov3_ds.monitoring.run_log import PLAN
 from mocov3_ds.monitoring.run_review import RunReview
 from mocov3_ds.recipes import RECIPES
 from mocov3_ds.stability import run_figures
-from mocov3_ds.stability.drawing import as_png
-from mocov3_ds.stability.page import Picture, build_document, bullet_list, embed_picture, wrap_table
+from mocov3_ds.stability.page import build_document, bullet_list, embed_picture, wrap_table
+from mocov3_ds.stability.pictures import Picture, PictureKind
 from mocov3_ds.stability.run_commands import list_commands
 from mocov3_ds.stability.run_curves import RunCurves, read_curves
 
@@ -37,41 +35,33 @@ _NAMED_ALARMS = 20
 _log = logging.getLogger("mocov3_ds")
 
 
-@dataclass(frozen=True)
-class _PictureKind:
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[RunCurves], Figure | None]
-
-
-_PICTURES = (
-    _PictureKind(
+_PICTURES: tuple[PictureKind[RunCurves], ...] = (
+    PictureKind(
         "train/loss_curve", "Loss", "Long curves show the median and the range of each stretch.",
         run_figures.draw_loss,
     ),
-    _PictureKind(
+    PictureKind(
         "knn/knn_curve", "k-NN accuracy",
         "Probe images classified by the features of recent training images; dots: by a fixed set.",
         run_figures.draw_knn,
     ),
-    _PictureKind(
+    PictureKind(
         "layers/heat_map", "Which layer, when",
         "Largest gradient of each layer group over its usual one; rows run from the input to the "
         "output, grey is not measured.",
         run_figures.draw_layers,
     ),
-    _PictureKind("train/rates", "Rates", "What the schedules gave.", run_figures.draw_rates),
-    _PictureKind(
+    PictureKind("train/rates", "Rates", "What the schedules gave.", run_figures.draw_rates),
+    PictureKind(
         "train/gradients", "Gradient and spread",
         "Norm of the whole gradient; how evenly the queries lie on the sphere (0 = collapsed).",
         run_figures.draw_gradients,
     ),
-    _PictureKind(
+    PictureKind(
         "system/speed", "Speed", "Images a second, and what the step loop waited for.",
         run_figures.draw_speed,
     ),
-    _PictureKind("system/memory", "Memory", "Of the first rank.", run_figures.draw_memory),
+    PictureKind("system/memory", "Memory", "Of the first rank.", run_figures.draw_memory),
 )  # fmt: skip
 
 
@@ -135,15 +125,10 @@ def write_run_page(run: Path, path: Path) -> dict[str, bytes]:
     """
     tree = _read_settings(run)
     curves, rows = read_curves(run)
-    pictures = {kind.name: _draw(kind, curves) for kind in _PICTURES}
+    pictures = {kind.name: kind.make(curves) for kind in _PICTURES}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, build_run_page(run, tree, curves, rows, list(pictures.values())))
     return {name: picture.data for name, picture in pictures.items() if picture.data is not None}
-
-
-def _draw(kind: _PictureKind, curves: RunCurves) -> Picture:
-    figure = kind.draw(curves)
-    return Picture(kind.title, kind.caption, None if figure is None else as_png(figure))
 
 
 def _read_settings(run: Path) -> dict[str, Any]:

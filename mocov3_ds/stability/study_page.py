@@ -7,71 +7,58 @@ OUT/events.csv   each gradient event, loss event, dip and decline
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.monitoring.alarms import RMS_HIGH
 from mocov3_ds.stability import advice, figures, study_tables
 from mocov3_ds.stability.csv_file import write_csv
-from mocov3_ds.stability.drawing import save_png
-from mocov3_ds.stability.page import PageContent, Picture, build_page
+from mocov3_ds.stability.drawing import write_png
+from mocov3_ds.stability.page import PageContent, build_page
+from mocov3_ds.stability.pictures import Picture, PictureKind
 from mocov3_ds.stability.study import Arms, Study, read_study
 
-
-@dataclass(frozen=True)
-class _PictureKind:
-    name: str
-    """stem of its file"""
-    title: str
-    caption: str
-    draw: Callable[[Arms], Figure | None]
-
-
-_PICTURES = (
-    _PictureKind(
+_PICTURES: tuple[PictureKind[Arms], ...] = (
+    PictureKind(
         "knn",
         "k-NN accuracy",
         "Lines are seeds; dips beyond the probes' error are shaded.",
         figures.draw_knn,
     ),
-    _PictureKind(
+    PictureKind(
         "loss",
         "Loss spikes",
         "Loss above the median of the 30 steps before; dots are jumps of more than 1 %.",
         figures.draw_losses,
     ),
-    _PictureKind(
+    PictureKind(
         "layers",
         "Which layer, when",
         "Rows run from the input (top) to the output. Of each arm the seed with most events.",
         figures.draw_heat_map,
     ),
-    _PictureKind(
+    PictureKind(
         "order",
         "First against last layer",
-        "Median and quartiles over gradient events (jumps of the loss in a run without any), "
-        "aligned where each begins. The lag (steps, one a seed, 95 % interval) is that of the "
-        "largest cross-correlation; above 0 the first layer leads.",
+        "Median and quartiles over the gradient events of all seeds, aligned where each begins. The "
+        "lead is the median over the events that both layers show.",
         figures.draw_events,
     ),
-    _PictureKind(
+    PictureKind(
         "rms",
         "RMS of the first trained layer",
         f"Ticks are alarms (rule {figures.ALARM}), shades loss jumps, the dashed line is "
         f"{RMS_HIGH}.",
         figures.draw_rms,
     ),
-    _PictureKind(
+    PictureKind(
         "rate",
         "Learning rate against accuracy",
         "Solid: patch projection trained; dashed: frozen.",
         figures.draw_rates,
     ),
-    _PictureKind(
+    PictureKind(
         "trust",
         "Trust ratios",
         "LAMB fails smoothly: look for a ratio that drifts, not for a spike.",
@@ -125,13 +112,14 @@ def write_study(source: Path, out: Path, *, command: str = "") -> Path:
     return path
 
 
-def _write_picture(kind: _PictureKind, arms: Arms, out: Path) -> Picture:
+def _write_picture(kind: PictureKind[Arms], arms: Arms, out: Path) -> Picture:
     """Draw a picture and write its file; an earlier file goes where there is nothing to draw."""
-    path, figure = out / f"{kind.name}.png", kind.draw(arms)
-    if figure is None:
+    path, picture = out / f"{kind.name}.png", kind.make(arms)
+    if picture.data is None:
         path.unlink(missing_ok=True)
-        return Picture(kind.title, kind.caption, None)
-    return Picture(kind.title, kind.caption, save_png(figure, path))
+    else:
+        write_png(path, picture.data)
+    return picture
 
 
 def _list_notes(study: Study, drawn_arms: Arms) -> Iterator[str]:

@@ -3,6 +3,8 @@
 import io
 from pathlib import Path
 
+import pytest
+from matplotlib.cbook import is_math_text
 from PIL import Image
 
 from mocov3_ds.stability.drawing import (
@@ -10,9 +12,10 @@ from mocov3_ds.stability.drawing import (
     Figure,
     as_png,
     assign_colours,
-    save_png,
+    plain_text,
     set_title,
     stack_panels,
+    write_png,
 )
 
 
@@ -22,11 +25,38 @@ def test_a_picture_is_a_small_png() -> None:
         assert image.mode == "P"  # few colours
 
 
-def test_a_file_has_the_bytes_that_are_returned(tmp_path: Path) -> None:
-    figure, _ = stack_panels(1, "y")
-    data = save_png(figure, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes() == data
+def test_a_file_is_written_whole(tmp_path: Path) -> None:
+    write_png(tmp_path / "picture.png", b"earlier")
+    write_png(tmp_path / "picture.png", b"later")
+    assert (tmp_path / "picture.png").read_bytes() == b"later"
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "price_a^b $\\frac{$",
+        "$x$ and $y$",
+        r"\$5$",
+        "\ud800 & <b>",
+        "two\nlines\x1b[31m",
+        "=1+1",
+        "日本$",
+    ],
+)
+def test_a_name_is_drawn_as_it_is(name: str) -> None:
+    figure, (axes,) = stack_panels(1, "y")
+    set_title(axes, name)
+    as_png(figure)  # mathematics that nobody meant would be refused, or drawn as mathematics
+    title = axes.get_title(loc="left")
+    assert not is_math_text(title)
+    assert title.replace(r"\$", "$") == plain_text(name).replace(r"\$", "$")
+    assert "\n" not in title and "\x1b" not in title
+
+
+def test_a_long_name_is_cut() -> None:
+    assert plain_text("x" * 1000) == "x" * 109 + "…"
+    assert plain_text("a$b") == r"a\$b"
 
 
 def test_panels_grow_downwards() -> None:

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from mocov3_ds.stability.page import PageContent, Picture, build_page
+from mocov3_ds.stability.page import PageContent, build_page
+from mocov3_ds.stability.pictures import Picture
 
 NUMBERS = ("I", "E", "R", "T", "jumps", "steps_above", "worst_excess")
 NUMBERS += ("knn_best", "knn_final", "loss_final")
