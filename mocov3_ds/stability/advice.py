@@ -18,6 +18,8 @@ _COMPARED = (
 _NEXT: Mapping[Verdict, str] = {
     "DIVERGED": "lower the rate or warm up longer; if the largest attention logit passed 1000, "
     "normalise queries and keys (--model.qk_norm); train in bf16, not fp16",
+    "NOT LEARNING": "the features are no better than those of the random network: lower the rate, "
+    "warm up longer, train longer, or look whether the probes fit the images; no spike says so",
     "RESTARTED": "freeze the patch projection (--model.patch_lr 0) or slow it (0.2), shorten the "
     "memory of the second moment (beta2 0.95), clip updates (update_clip); mocov3 stability "
     "replay RUN EVENT names the layer that did it",
@@ -25,10 +27,14 @@ _NEXT: Mapping[Verdict, str] = {
     "trust ratio (trust_clip); compare with a lower rate before trusting the level",
     "UNSTABLE": "beta2 0.95 first (it costs nothing), then update_clip, a frozen or slower patch "
     "projection, a lower rate; mocov3 stability replay RUN EVENT names the layer that did it",
+    "BELOW ITS TWIN": "no event of its own, but another arm ends higher at the same seed: take "
+    "what that arm does, or lower the rate; do not raise it",
     "TWITCHY": "accuracy is not hurt yet; before raising rate or batch, take beta2 0.95 or "
     "update_clip along",
-    "STABLE": "there is room: raise batch or rate, or see how wide the range of good rates is "
-    "(grid lr-sensitivity)",
+    "NOT LOOKED": "too little is logged to see a dip, a decline or a burst: evaluate more often "
+    "(--knn.every_steps), or train longer",
+    "STABLE": "nothing was found: see how wide the range of good rates is (grid lr-sensitivity); a "
+    "higher rate is better only where it was tried and was",
 }
 
 

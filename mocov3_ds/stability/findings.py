@@ -12,7 +12,17 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Steps = npt.NDArray[np.int64]
-Verdict = Literal["DIVERGED", "RESTARTED", "DEGRADING", "UNSTABLE", "TWITCHY", "STABLE"]
+Verdict = Literal[
+    "DIVERGED",
+    "NOT LEARNING",
+    "RESTARTED",
+    "DEGRADING",
+    "UNSTABLE",
+    "BELOW ITS TWIN",
+    "TWITCHY",
+    "NOT LOOKED",
+    "STABLE",
+]
 WORST_FIRST: tuple[Verdict, ...] = get_args(Verdict)
 
 
@@ -35,6 +45,12 @@ class Series:
         total_steps: planned length of the run.
         stopped_non_finite: whether the run ended because a value was not finite.
         twin_knn: final accuracy in percent of the twin with a frozen patch projection, if any.
+        knn_at_start: accuracy in percent of the random network that the run began with, by the
+            measure of `knn_at_end`; None if unknown, or where it began with trained weights.
+        knn_at_end: accuracy in percent after the last step, by that measure; None if unknown.
+        sibling: name of the best other arm at the same seed, if any.
+        sibling_knn: its final accuracy in percent.
+        siblings: number of arms that it is the best of.
     """
 
     steps_T: Steps
@@ -51,6 +67,11 @@ class Series:
     total_steps: int
     stopped_non_finite: bool = False
     twin_knn: float | None = None
+    knn_at_start: float | None = None
+    knn_at_end: float | None = None
+    sibling: str = ""
+    sibling_knn: float | None = None
+    siblings: int = 0
 
     def trained_groups(self) -> list[str]:
         """Groups whose gradient was measured, from input to output; frozen ones have none."""
@@ -154,19 +175,16 @@ class Decline:
 class Lead:
     """How far the first trained layer's gradient is ahead of the last block's, in steps.
 
-    Positive: the shallow layer moves first. Intervals are 95 % bootstrap ones.
+    Positive: the shallow layer moves first.
 
     Attributes:
         first_group: the shallow group.
         last_group: the deep group.
         per_event: lead of each gradient event that both groups show.
         median: median of these; NaN without events.
-        interval: interval of the median.
-        lag: lag at which the cross-correlation of the two residual series is largest.
-        lag_interval: interval of that lag.
-        correlation: correlation at that lag, -1 to 1.
-        shallow_first: whether median and lag are both above 0 with their intervals: only then may
-            the order "first layer first" be claimed.
+        interval: 95 % interval of the median; NaN below 6 events, which cannot give one.
+        shallow_first: whether the whole interval is above 0: only then may the order "first layer
+            first" be claimed.
     """
 
     first_group: str
@@ -174,9 +192,6 @@ class Lead:
     per_event: tuple[int, ...]
     median: float
     interval: tuple[float, float]
-    lag: int
-    lag_interval: tuple[float, float]
-    correlation: float
     shallow_first: bool
 
 
