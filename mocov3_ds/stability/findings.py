@@ -3,6 +3,7 @@
 Shape suffixes: T = steps logged, K = k-NN evaluations, G = layer groups.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -44,6 +45,7 @@ class Series:
         knn_chance: accuracy in percent of guessing.
         total_steps: planned length of the run.
         stopped_non_finite: whether the run ended because a value was not finite.
+        epochs_per_step: epochs that a step goes on, for axes in epochs; NaN if unknown.
         twin_knn: final accuracy in percent of the twin with a frozen patch projection, if any.
         knn_at_start: accuracy in percent of the random network that the run began with, by the
             measure of `knn_at_end`; None if unknown, or where it began with trained weights.
@@ -66,6 +68,7 @@ class Series:
     knn_chance: float
     total_steps: int
     stopped_non_finite: bool = False
+    epochs_per_step: float = math.nan
     twin_knn: float | None = None
     knn_at_start: float | None = None
     knn_at_end: float | None = None

@@ -46,6 +46,7 @@ def read_series(run: Path, *, twin_knn: float | None = None) -> Series:
         probes=int(begin.get("knn_probes", config.knn.probes)),
         knn_chance=float(begin.get("knn_chance", 0.0)),
         total_steps=max(1, round(config.epochs / epochs_per_step)),
+        epochs_per_step=epochs_per_step,
         stopped_non_finite=_stopped_at_bad_step(run, int(steps_T[-1])),
         twin_knn=twin_knn,
     )
