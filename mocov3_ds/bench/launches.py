@@ -138,12 +138,12 @@ def count_step(
     result = folder / f"{name}.json"
     command = [sys.executable, "-m", "tests.fake_gpu", "--world", str(world)]
     command += ["--memory_gb", str(options.memory_gb), "--capability", options.capability]
-    command += ["--json", str(result), "--", "--recipe", shape, "--name", name]
+    command += ["--unsaved", "--json", str(result), "--", "--recipe", shape, "--name", name]
     command += ["--runs", str(folder / "runs"), "--data.images", str(folder / "images")]
     command += ["--batch", str(batch * world), "--stop_after_steps", str(_STEPS)]
     command += ["--knn.probes", "0", "--ds", f"zero_optimization.stage={stage}", *options.flags]
     process = subprocess.run(
-        command, cwd=_ROOT, capture_output=True, text=True, timeout=1800, check=False
+        command, cwd=_ROOT, capture_output=True, text=True, timeout=1900, check=False
     )
     if not result.is_file():
         raise ValueError(f"{name}: {(process.stdout + process.stderr).strip()[-2000:]}")

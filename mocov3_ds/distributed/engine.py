@@ -20,6 +20,7 @@ from mocov3_ds.distributed import devices
 from mocov3_ds.distributed.buffers import persistent_buffers
 from mocov3_ds.distributed.engine_config import compute_dtype
 from mocov3_ds.distributed.gradient_norm import speed_up_norm
+from mocov3_ds.distributed.stage3_waits import order_reductions
 
 Model = TypeVar("Model", bound=nn.Module)
 Model_co = TypeVar("Model_co", bound=nn.Module, covariant=True)
@@ -113,6 +114,7 @@ def start_engine(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"DeepSpeed refuses its config: {reason}.") from error
     speed_up_norm(engine.optimizer)
+    order_reductions(engine.optimizer)
     optimizer.attach(engine)
     return engine
 

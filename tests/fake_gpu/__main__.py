@@ -13,9 +13,13 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.fake_gpu.card import FakeGpu
 from tests.fake_gpu.process import run_on_fake_gpu
+
+_LIMIT_S = 1800.0
+"""seconds that the program may take: large networks beside other work"""
 
 
 def main() -> int:
@@ -31,6 +35,7 @@ def main() -> int:
     parser.add_argument("--program", default="mocov3_ds.train", help="module whose main is called")
     parser.add_argument("--names", action="store_true", help="list the kernels of the last step")
     parser.add_argument("--environment", action="append", default=[], help="NAME=VALUE, repeatable")
+    parser.add_argument("--unsaved", action="store_true", help="write no checkpoint of the run")
     parser.add_argument("--json", type=Path, help="file for status, output and steps")
     parser.add_argument("arguments", nargs="*", help="flags of the program, behind --")
     options = parser.parse_args()
@@ -38,7 +43,9 @@ def main() -> int:
     gpu = FakeGpu(memory_gb=options.memory_gb, capability=(major, minor))
     changes = dict(entry.split("=", 1) for entry in options.environment)
     folder = str(Path.cwd())
-    counts = run_on_fake_gpu(count_program, options, folder, gpu=gpu, changes=changes)
+    counts = run_on_fake_gpu(
+        count_program, options, folder, gpu=gpu, changes=changes, timeout=_LIMIT_S
+    )
     status, text = counts["status"], counts["text"]
     print(text)
     if options.json:
@@ -59,6 +66,10 @@ def count_program(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if options.world > 1:
             stack.enter_context(inside.pretended_world(options.world))
+        if options.unsaved:
+            from mocov3_ds.training.run import Run
+
+            stack.enter_context(mock.patch.object(Run, "save_checkpoint"))
         use = stack.enter_context(inside.counted())
         finished = inside.run_program(options.program, options.arguments)
     use = finished.steps[-1] if finished.steps else use

@@ -41,6 +41,7 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 _library = ctypes.CDLL(None)
 _library.fake_gpu_count.restype = ctypes.c_long
 _library.fake_gpu_launches.restype = ctypes.c_char_p
+_library.fake_gpu_unordered.restype = ctypes.c_long
 
 
 def set_card(name: str, value: float) -> None:
@@ -51,6 +52,17 @@ def set_card(name: str, value: float) -> None:
         value: Its new value; a capability is ten times itself.
     """
     _library.fake_gpu_set(name.encode(), ctypes.c_double(value))
+
+
+def count_unordered(earlier: torch.cuda.Stream, later: torch.cuda.Stream) -> int:
+    """Launches on one stream that the next launch on another would not wait for.
+
+    Args:
+        earlier: Stream whose launches are to be over.
+        later: Stream that is to wait for them, by events and not by a wait of the host.
+    """
+    streams = [ctypes.c_void_p(stream.cuda_stream) for stream in (earlier, later)]
+    return int(_library.fake_gpu_unordered(*streams))
 
 
 @dataclass

@@ -50,10 +50,12 @@ EXPORT int __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, v
     return 0;
 }
 EXPORT int __cudaGetKernel(void **kernel, const void *host) { *kernel = (void *)host; return 0; }
-EXPORT int __cudaLaunchKernel(void *kernel, dim3, dim3, void **, size_t, void *) {
+EXPORT int __cudaLaunchKernel(void *kernel, dim3, dim3, void **, size_t, void *stream) {
+    note_order(stream);
     return launch(kernel);
 }
-EXPORT int cudaLaunchKernel(const void *kernel, dim3, dim3, void **, size_t, void *) {
+EXPORT int cudaLaunchKernel(const void *kernel, dim3, dim3, void **, size_t, void *stream) {
+    note_order(stream);
     return launch(kernel);
 }
 EXPORT int cudaLaunchKernelExC(const void *, const void *kernel, void **) { return launch(kernel); }
@@ -238,36 +240,3 @@ EXPORT int cudaMemsetAsync(void *begin, int value, size_t bytes, void *) {
 }
 EXPORT int cudaGetSymbolAddress(void **address, const void *) { *address = malloc(4096); return 0; }
 EXPORT int cudaDeviceGetDefaultMemPool(void **pool, int) { *pool = malloc(8); return 0; }
-
-// --------------------------------------------------------------------------- streams and events
-
-EXPORT int cudaStreamCreate(void **stream) { *stream = malloc(8); return 0; }
-EXPORT int cudaStreamCreateWithFlags(void **stream, unsigned) { return cudaStreamCreate(stream); }
-EXPORT int cudaStreamCreateWithPriority(void **stream, unsigned, int) {
-    return cudaStreamCreate(stream);
-}
-EXPORT int cudaStreamDestroy(void *) { return 0; }
-EXPORT int cudaStreamGetPriority(void *, int *priority) { *priority = 0; return 0; }
-EXPORT int cudaStreamIsCapturing(void *, int *status) { *status = 0; return 0; }
-EXPORT int cudaStreamGetCaptureInfo(void *, int *status, unsigned long long *id, void **,
-                                    const void ***, const void **, size_t *count) {
-    *status = 0;
-    if (id) *id = 0;
-    if (count) *count = 0;
-    return 0;
-}
-EXPORT int cudaStreamQuery(void *) { return 0; }
-EXPORT int cudaStreamSynchronize(void *) { note_sync(STREAM); return 0; }
-EXPORT int cudaStreamWaitEvent(void *, void *, unsigned) { return 0; }
-EXPORT int cudaStreamAddCallback(void *, void *, void *, unsigned) { return 0; }
-EXPORT int cudaThreadExchangeStreamCaptureMode(int *) { return 0; }
-EXPORT int cudaEventCreate(void **event) { *event = malloc(8); return 0; }
-EXPORT int cudaEventCreateWithFlags(void **event, unsigned) { return cudaEventCreate(event); }
-EXPORT int cudaEventDestroy(void *event) { free(event); return 0; }
-EXPORT int cudaEventElapsedTime(float *ms, void *, void *) { *ms = 1.0f; return 0; }
-EXPORT int cudaEventQuery(void *) { return 0; }
-EXPORT int cudaEventRecord(void *, void *) { return 0; }
-EXPORT int cudaEventRecordWithFlags(void *, void *, unsigned) { return 0; }
-EXPORT int cudaEventSynchronize(void *) { note_sync(EVENT); return 0; }
-EXPORT int cudaProfilerStart() { return 0; }
-EXPORT int cudaProfilerStop() { return 0; }

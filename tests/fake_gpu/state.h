@@ -35,6 +35,7 @@ size_t free_bytes();
 void add(Count kind, long by = 1);
 void note_sync(Sync kind);            // calls the observer
 int note_launch(Count kind, const std::string &name);  // counts it, or says why it cannot be
+void note_order(void *stream);        // a launch on a stream, see streams.cpp
 int fail(int code);                   // remembers the code for cudaGetLastError
 int take_error(bool clear);
 

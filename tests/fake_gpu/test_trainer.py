@@ -18,9 +18,6 @@ MOST_SYNCS = 4
 """times that the host may wait for the card in a step in which nothing is measured or saved"""
 MOST_SYNCS_OF_OFFLOAD = 200
 """the same where DeepSpeed takes gradients to the host, one tensor at a time, each waited for"""
-
-MOST_SYNCS_OF_STAGE_3 = 6
-"""the same at ZeRO stage 3, where DeepSpeed waits for gathered weights"""
 MOST_LAUNCHES = 1700
 """kernels, products and Triton kernels of a step of the tiny recipe on one rank, ZeRO-2, bf16"""
 PLAN_BOUND = 0.12
@@ -104,9 +101,7 @@ CASES = {
 
 def most_syncs(name: str) -> int:
     """The bound that holds for a case."""
-    if "offload" in name:
-        return MOST_SYNCS_OF_OFFLOAD
-    return MOST_SYNCS_OF_STAGE_3 if "zero3" in name else MOST_SYNCS
+    return MOST_SYNCS_OF_OFFLOAD if "offload" in name else MOST_SYNCS
 
 
 def judge(name: str, outcome: Outcome, syncs: int) -> None:
