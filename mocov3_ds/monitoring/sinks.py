@@ -64,7 +64,7 @@ class Sink(Protocol):
 SinkOpener = Callable[[Path, int], Sink]
 """opens a sink, given the run folder and the number of steps done; later steps will come again"""
 
-_SYSTEM = ("images_per_s", "data_wait_s", "save_s", "stand_ins")
+_SYSTEM = ("images_per_s", "cpu_s", "data_wait_s", "save_s", "stand_ins")
 _SYSTEM_PREFIXES = ("memory_", "store_", "cache_", "machine_")
 
 
