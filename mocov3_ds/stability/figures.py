@@ -19,6 +19,7 @@ from mocov3_ds.stability.alarm_quality import alarm_flags
 from mocov3_ds.stability.events import LOSS_WINDOW, loss_excess, plain_jumps
 from mocov3_ds.stability.findings import Array, Series, Steps
 from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.layer_order import describe_lead, pool_leads
 from mocov3_ds.stability.study import Arms, JudgedRun
 from mocov3_ds.stability.trailing import is_measured, trailing_ratio, window_length
 
@@ -140,7 +141,7 @@ def draw_events(arms: Arms) -> Figure | None:
         axes.axvline(0, color=drawing.FAINT, lw=0.8)
         axes.set_yscale("log")
         axes.legend(loc="upper left", ncols=2)
-        drawing.set_title(axes, f"{label}: {len(arm_traces)} events, {describe_lags(arms[label])}")
+        drawing.set_title(axes, f"{label}: {_describe_order(arms[label])}")
     return figure
 
 
@@ -154,18 +155,13 @@ def _draw_quartiles(axes: Axes, traces_EW: Array, name: str, colour: str) -> Non
     axes.plot(steps_W, middle_W, color=colour, label=name)
 
 
-def describe_lags(runs: Sequence[JudgedRun]) -> str:
-    """Measured lag of each of the arm's runs with its interval."""
-    leads = [run.judgement.lead for run in runs if run.judgement.lead is not None]
-    if not leads:
-        return "no lag measured"
-    return "lag " + "; ".join(
-        f"{lead.lag} [{lead.lag_interval[0]:.0f}, {lead.lag_interval[1]:.0f}]" for lead in leads
-    )
+def _describe_order(runs: Sequence[JudgedRun]) -> str:
+    """Which layer leads in the gradient events of an arm's runs."""
+    return describe_lead(pool_leads([run.judgement.lead for run in runs]))
 
 
 def _traces_of_events(run: JudgedRun) -> list[tuple[Array, Array]]:
-    """Ratios of first and last group around each gradient event, or each jump where none is."""
+    """Ratios of first and last group around each gradient event of the first."""
     lead, series = run.judgement.lead, run.series
     if lead is None:
         return []
@@ -176,7 +172,7 @@ def _traces_of_events(run: JudgedRun) -> list[tuple[Array, Array]]:
     ]
     onsets = [e.first for e in run.judgement.gradient_events if e.group == lead.first_group]
     traces = []
-    for onset in onsets or [jump.first for jump in plain_jumps(series)]:
+    for onset in onsets:
         row = int(np.searchsorted(series.steps_T, onset))
         traces.append((_cut_around(ratios[0], row), _cut_around(ratios[1], row)))
     return traces

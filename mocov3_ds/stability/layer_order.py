@@ -1,9 +1,9 @@
 """Which layer moves first: the first trained one or the last block, and by how many steps?
 
-Two measures that must agree: the lead in each gradient event, and the lag of the largest
-cross-correlation of the two series.
+Measured in each gradient event alone: between events both series are the noise of the same batches,
+which moves all layers in the same step.
 
-Shape suffixes: T = steps logged, L = lags, N = blocks of the bootstrap.
+Shape suffix: T = steps logged.
 """
 
 import math
@@ -11,18 +11,21 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 import numpy as np
+from scipy import special
 
+from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability.events import HISTORY, SMALLEST_SPREAD, WINDOW, Excursion
 from mocov3_ds.stability.findings import Array, Lead, Series, Steps
-from mocov3_ds.stability.trailing import MAD_TO_DEVIATION, is_measured, log_of, row_spacing
+from mocov3_ds.stability.paired import ALPHA
+from mocov3_ds.stability.trailing import MAD_TO_DEVIATION, is_measured, log_of
 
 LEAD_Z = 4.0
 """a layer has moved at its first two steps in a row this far out (and half again the median)"""
 LEAD_REACH = 100
 """steps around a peak in which a layer's first move is looked for, at most half the way to the
 neighbouring event"""
-RESAMPLES = 1000
-"""resamples of each bootstrap"""
+_FEWEST = 6
+"""events below which the median has no 95 % interval"""
 
 
 def measure_lead(
@@ -41,23 +44,7 @@ def measure_lead(
     rows = is_measured(shallow_T, deep_T)
     steps_T, shallow_T, deep_T = series.steps_T[rows], shallow_T[rows], deep_T[rows]
     per_event = event_leads(steps_T, shallow_T, deep_T, bursts[shallow], window)
-    middle, interval = median_interval(per_event)
-    distances = np.diff([burst.peak for burst in bursts[shallow]])
-    every = row_spacing(steps_T)
-    reach = min(LEAD_REACH, float(np.median(distances)) / 2 if len(distances) else math.inf)
-    reach_rows = max(1, min(round(reach / every), len(steps_T) // 4))
-    lag, lag_interval, correlation = cross_lag(shallow_T, deep_T, reach_rows)
-    return Lead(
-        first_group=shallow,
-        last_group=deep,
-        per_event=tuple(per_event),
-        median=middle,
-        interval=interval,
-        lag=lag * every,
-        lag_interval=(lag_interval[0] * every, lag_interval[1] * every),
-        correlation=correlation,
-        shallow_first=middle > 0 and interval[0] > 0 and lag > 0 and lag_interval[0] > 0,
-    )
+    return summarise_leads(shallow, deep, per_event)
 
 
 def event_leads(
@@ -108,64 +95,60 @@ def _first_move(steps_T: Steps, grad_T: Array, low: int, high: int, window: int)
     return int(steps_T[start + twice[0]]) if len(twice) else None
 
 
-def cross_lag(
-    shallow_T: Array, deep_T: Array, reach: int, seed: int = 0
-) -> tuple[int, tuple[float, float], float]:
-    """Lag (rows, positive: deep later) of the largest cross-correlation of two residual series.
+def median_interval(values: Sequence[int]) -> tuple[float, tuple[float, float]]:
+    """Median and its 95 % interval between two of the values; NaN where there are too few.
 
-    The residual is log |g| minus its running median over 201 rows.
-
-    Args:
-        shallow_T: gradient of the shallow layer.
-        deep_T: gradient of the deep layer.
-        reach: largest lag looked at, either way, in rows.
-        seed: seed of the block bootstrap.
-
-    Returns:
-        The lag, its 95 % interval by resampling blocks of four times the reach, the correlation.
+    That the median lies outside has the probability of a fair coin (the sign test), whatever the
+    values' distribution, so fewer than 6 values give no interval: 2 / 2^5 is above 5 %.
     """
-    a_T, b_T = _residual(shallow_T), _residual(deep_T)
-    lags = np.arange(-reach, reach + 1)
-    norm = float(np.sqrt(np.sum(a_T * a_T) * np.sum(b_T * b_T)))
-    if norm == 0 or len(a_T) <= 2 * reach:
-        return 0, (math.nan, math.nan), 0.0
-    block = max(4 * reach, 50)
-    starts = range(0, len(a_T), block)
-    sums_NL: Array = np.array(
-        [[_lagged_product(a_T, b_T, s, s + block, int(lag)) for lag in lags] for s in starts]
-    )
-    best = int(np.argmax(sums_NL.sum(axis=0)))
-    generator = np.random.default_rng(seed)
-    counts = generator.multinomial(len(starts), [1 / len(starts)] * len(starts), RESAMPLES)
-    resampled = lags[np.argmax(counts @ sums_NL, axis=1)]
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    correlation = float(sums_NL.sum(axis=0)[best]) / norm
-    return int(lags[best]), (float(low), float(high)), correlation
-
-
-def _residual(grad_T: Array) -> Array:
-    log_T = log_of(grad_T)
-    finite = np.flatnonzero(np.isfinite(log_T))
-    if len(finite) == 0:
-        return np.zeros(len(log_T))
-    filled_T = np.interp(np.arange(len(log_T)), finite, log_T[finite])
-    half = min(100, (len(filled_T) - 1) // 2)
-    padded = np.pad(filled_T, half, mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    return filled_T - np.median(windows, axis=1)
-
-
-def _lagged_product(a_T: Array, b_T: Array, start: int, end: int, lag: int) -> float:
-    """Sum of a[t] * b[t + lag] for t in [start, end) where both exist."""
-    start, end = max(start, -lag, 0), min(end, len(a_T), len(a_T) - lag)
-    return float(np.dot(a_T[start:end], b_T[start + lag : end + lag])) if start < end else 0.0
-
-
-def median_interval(values: Sequence[int], seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """Median and its 95 % bootstrap interval; NaN without values."""
     if not values:
         return math.nan, (math.nan, math.nan)
-    generator = np.random.default_rng(seed)
-    resampled = np.median(generator.choice(values, (RESAMPLES, len(values))), axis=1)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return float(median(values)), (float(low), float(high))
+    count, ordered = len(values), sorted(values)
+    # the largest number of values that may be cut off at each end
+    cut = -1
+    while 2 * special.bdtr(cut + 1, count, 0.5) <= ALPHA:
+        cut += 1
+    if cut < 0:
+        return float(median(values)), (math.nan, math.nan)
+    return float(median(values)), (float(ordered[cut]), float(ordered[count - 1 - cut]))
+
+
+def summarise_leads(first_group: str, last_group: str, per_event: Sequence[int]) -> Lead:
+    """Leads of events, of one run or of all runs of an arm, with median, interval and order."""
+    middle, interval = median_interval(per_event)
+    return Lead(
+        first_group=first_group,
+        last_group=last_group,
+        per_event=tuple(per_event),
+        median=middle,
+        interval=interval,
+        shallow_first=middle > 0 and interval[0] > 0,
+    )
+
+
+def pool_leads(leads: Sequence[Lead | None]) -> Lead | None:
+    """The events of all runs as one lead; None where no run compares the layers of the first."""
+    known = [lead for lead in leads if lead is not None]
+    if not known:
+        return None
+    first, last = known[0].first_group, known[0].last_group
+    same = [lead for lead in known if (lead.first_group, lead.last_group) == (first, last)]
+    return summarise_leads(first, last, [lag for lead in same for lag in lead.per_event])
+
+
+def describe_lead(lead: Lead | None) -> str:
+    """Which layer moves first, by how many steps, in how many events: a clause for a page."""
+    if lead is None:
+        return "fewer than two layers with gradients"
+    count = len(lead.per_event)
+    if not count:
+        return f"no gradient event that {lead.first_group} and {lead.last_group} both show"
+    ahead = lead.first_group if lead.median > 0 else lead.last_group
+    who = f"{ahead} leads by {abs(lead.median):g} steps"
+    if lead.median == 0:
+        who = f"{lead.first_group} and {lead.last_group} move in the same step"
+    low, high = lead.interval
+    if math.isnan(low):
+        return f"{who} (median of {count_noun(count, 'event')}; an interval needs {_FEWEST})"
+    order = "" if low > 0 or high < 0 else ": the order cannot be told"
+    return f"{who} (95 % interval {low:g} to {high:g}, {count_noun(count, 'event')}{order})"

@@ -12,7 +12,7 @@ import numpy as np
 
 from mocov3_ds.stability.cell_flags import patch_rate
 from mocov3_ds.stability.events import loss_excess, plain_jumps
-from mocov3_ds.stability.findings import WORST_FIRST
+from mocov3_ds.stability.findings import WORST_FIRST, Lead
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.study import Arms, JudgedRun
 
@@ -34,7 +34,7 @@ PAPER: Mapping[tuple[str, float, int, bool], float] = {
     ("lamb", 8.0e-4, 4096, True): 66.5,
 }
 _PAPER_SETTINGS = {"recipe": "vit_b16", "epochs": 100}
-_CURES = ("beta1", "beta2", "update_clip", "trust_clip", "qk_norm", "gradient_clipping")
+_CURES = ("beta1", "beta2", "update_clip", "trust_clip", "qk_norm", "gradient_clipping", "clip")
 
 _SUMMARISED = (
     *("I", "E", "R", "T", "jumps", "steps_above", "worst_excess", "loss_events", "largest_burst"),
@@ -72,10 +72,21 @@ def _run_row(label: str, run: JudgedRun) -> dict[str, Any]:
         "knn_best": judgement.best_knn,
         "knn_final": judgement.final_knn,
         "loss_final": judgement.final_loss,
-        "lag": judgement.lead.lag if judgement.lead else None,
+        **_lead_columns(judgement.lead),
         "steps": int(run.series.steps_T[-1]),
         "paper": paper_accuracy(run.cell),
     }
+
+
+def _lead_columns(lead: Lead | None) -> dict[str, float | None]:
+    """Steps by which the first trained layer leads in the gradient events, and how many those are.
+
+    Empty where nothing is known: fewer than two layers, no event, or too few for an interval.
+    """
+    values = (math.nan, math.nan, math.nan) if lead is None else (lead.median, *lead.interval)
+    middle, low, high = (value if math.isfinite(value) else None for value in values)
+    count = len(lead.per_event) if lead else 0
+    return {"lead": middle, "lead_low": low, "lead_high": high, "lead_events": count}
 
 
 def tabulate_arms(arms: Arms) -> list[dict[str, Any]]:

@@ -74,7 +74,6 @@ def test_pictures_without_anything_to_draw() -> None:
     ):
         assert draw(arms) is None
     assert figures.draw_losses(arms) is not None
-    assert figures.describe_lags(arms["a"]) == "no lag measured"
 
 
 def test_a_heat_map_loses_no_spike() -> None:

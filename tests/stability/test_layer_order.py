@@ -1,4 +1,4 @@
-"""Leads and lags of two layers by hand; `test_verdict` has those of planted series."""
+"""Leads of two layers by hand; `test_verdict` has those of planted series."""
 
 import math
 from dataclasses import replace
@@ -6,24 +6,51 @@ from dataclasses import replace
 import numpy as np
 
 from mocov3_ds.stability.events import Excursion
-from mocov3_ds.stability.layer_order import cross_lag, event_leads, measure_lead, median_interval
+from mocov3_ds.stability.layer_order import (
+    describe_lead,
+    event_leads,
+    measure_lead,
+    median_interval,
+    pool_leads,
+    summarise_leads,
+)
 from tests.stability import synthetic
 
 
-def test_the_lag_of_a_shifted_copy() -> None:
-    noise_T = np.exp(np.random.default_rng(0).standard_normal(2000))
-    for shift in (-7, 0, 12):
-        shifted_T = np.roll(noise_T, shift)
-        lag, (low, high), correlation = cross_lag(noise_T[50:-50], shifted_T[50:-50], 20)
-        assert lag == shift and low <= shift <= high
-        assert correlation > 0.9
-    assert cross_lag(np.ones(100), noise_T[:100], 20)[0] == 0
-
-
-def test_the_interval_of_a_median() -> None:
-    middle, (low, high) = median_interval([3, 4, 5, 4, 4, 3, 5])
-    assert middle == 4 and 3 <= low <= middle <= high <= 5
+def test_the_interval_of_a_median_is_that_of_the_sign_test() -> None:
+    # one of 9 is cut off at each end: twice P(at most 1 of 9 coins) is 3.9 %; with two, 18 %
+    middle, interval = median_interval([9, 2, 3, 4, 5, 6, 7, 8, 1])
+    assert (middle, interval) == (5, (2, 8))
+    assert median_interval([3, 4, 5, 4, 4, 3]) == (4, (3, 5))
+    assert median_interval([5] * 5)[0] == 5 and math.isnan(median_interval([5] * 5)[1][0])
     assert math.isnan(median_interval([])[0])
+    random = np.random.default_rng(0)
+    skewed = random.exponential(10, (2000, 12)).astype(int)
+    intervals = [median_interval(row.tolist())[1] for row in skewed]
+    true = math.floor(10 * math.log(2))
+    assert np.mean([low <= true <= high for low, high in intervals]) >= 0.95
+
+
+def test_order_is_claimed_of_whole_intervals_alone() -> None:
+    few = summarise_leads("patch_embed", "block_2", [5, 5, 4])
+    assert not few.shallow_first
+    assert describe_lead(few) == (
+        "patch_embed leads by 5 steps (median of 3 events; an interval needs 6)"
+    )
+    pooled = pool_leads([few, None, few])
+    assert pooled is not None and pooled.shallow_first
+    assert describe_lead(pooled) == (
+        "patch_embed leads by 5 steps (95 % interval 4 to 5, 6 events)"
+    )
+    mixed = summarise_leads("patch_embed", "block_2", [-3, -3, -2, -1, -1, 1])
+    assert not mixed.shallow_first
+    assert describe_lead(mixed) == (
+        "block_2 leads by 1.5 steps (95 % interval -3 to 1, 6 events: the order cannot be told)"
+    )
+    none = summarise_leads("patch_embed", "block_2", [])
+    assert describe_lead(none) == "no gradient event that patch_embed and block_2 both show"
+    assert pool_leads([None]) is None
+    assert describe_lead(None) == "fewer than two layers with gradients"
 
 
 def test_leads_of_events_by_hand() -> None:

@@ -37,6 +37,9 @@ def test_the_tables_hold_what_the_detectors_found(study_folder: Path, tmp_path: 
         float(frozen["knn_final"]) - float(spiky["knn_final"])
     )
     assert not frozen["T"]
+    # two planted spikes of all layers at once: a median, and too few for an interval
+    assert (spiky["lead"], spiky["lead_events"], spiky["lead_low"]) == ("0.0", "2", "")
+    assert (frozen["lead"], frozen["lead_events"]) == ("", "0")
     arms = {row["arm"]: row for row in rows_of(tmp_path / "arms.csv")}
     assert arms["AdamW, lr 0.001"]["seeds"] == "2"
     assert arms["LAMB"]["verdicts"] == "STABLE x1"
