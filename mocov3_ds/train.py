@@ -208,6 +208,8 @@ def train_one_step(last: int, run: Run, log: RunLog) -> dict[str, Any] | None:
     row |= measure_knn(run, last=run.step == last)
     if step.result.applied:  # else it would be that of the step before
         row["grad_norm"] = run.optimizer.grad_norm()
+        if run.optimizer.clipper is not None:
+            row |= run.optimizer.clipper.last_values()
     if run.step == log.first_step:
         log.show_picture(
             run.step,

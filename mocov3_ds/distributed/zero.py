@@ -98,6 +98,14 @@ def _refresh_stage3(wrapper: Any) -> None:
     wrapper.checkpoint_event_epilogue()
 
 
+def whole_gradient_norm(engine: Engine[nn.Module]) -> Any:
+    """Norm of the whole gradient of the step that is made, before any clipping, unscaled.
+
+    DeepSpeed knows it before it calls the optimizer, which from stage 1 on may see parts alone.
+    """
+    return engine.optimizer._global_grad_norm
+
+
 _SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 

@@ -9,19 +9,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import ranks
+from mocov3_ds.optim.gradient_clip import Clipper, refuse_two_clips
 
 _log = logging.getLogger("mocov3_ds")
 
 _SHARDED_BY = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP"}
 
 
-def check_attachable(candidate: Any) -> None:
+def check_attachable(candidate: Any, clipper: Clipper | None = None) -> None:
     """Make sure that `attach` is given a DeepSpeed engine or nothing.
 
+    Args:
+        candidate: What it is given.
+        clipper: What clips the gradients beside the engine; None = nothing.
+
     Raises:
-        ValueError: Something else; the sentence says what to give instead.
+        ValueError: Something else, or an engine that clips as well; the sentence says what to do.
     """
-    if candidate is None or (hasattr(candidate, "optimizer") and hasattr(candidate, "micro_steps")):
+    if candidate is None:
+        return
+    if hasattr(candidate, "optimizer") and hasattr(candidate, "micro_steps"):
+        refuse_two_clips(clipper, float(candidate.gradient_clipping()))
         return
     kind = type(candidate).__name__
     parents = {parent.__name__ for parent in type(candidate).__mro__}

@@ -5,6 +5,7 @@
 DeepSpeed compares types without regard for case, and so do we. Its "Adam" is AdamW unless
 `adam_w_mode` is false; so is ours, and `adam_w_mode: false` is an error, as is everything else that
 would be ignored. The params are the keywords of the optimizer's constructor.
+Beside them may stand a "clip", see `gradient_clip`.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from mocov3_ds.optim.arguments import (
     check_number,
     list_keywords,
 )
+from mocov3_ds.optim.gradient_clip import Clipper, read_clip
 from mocov3_ds.optim.lamb import Lamb
 from mocov3_ds.optim.lars import Lars
 from mocov3_ds.optim.rules import RuleFor, vit_rule
@@ -81,7 +83,11 @@ def build_optimizer(
     for key in params:
         if key not in list_params(optimizer_class):
             raise ValueError(_refusal(key, optimizer_class))
-    return optimizer_class(named_parameters, rule=rule, **params)
+    optimizer = optimizer_class(named_parameters, rule=rule, **params)
+    assert block is not None
+    clip = read_clip(block.get("clip"))
+    optimizer.clipper = None if clip is None else Clipper(clip)
+    return optimizer
 
 
 def base_rate(block: Mapping[str, Any] | None) -> float:
@@ -108,9 +114,9 @@ def read_block(block: Mapping[str, Any] | None) -> tuple[type[ShardedOptimizer],
             f'{{"lr": 1.5e-4}}}}; types are {list_types()}.'
         )
     for key in block:
-        if key not in ("type", "params"):
+        if key not in ("type", "params", "clip"):
             raise ValueError(
-                f"the optimizer block has an unknown key {key!r}; known: type, params."
+                f"the optimizer block has an unknown key {key!r}; known: type, params, clip."
             )
     optimizer_class = find_optimizer(block["type"])
     if optimizer_class is None:

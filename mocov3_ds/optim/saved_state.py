@@ -43,7 +43,7 @@ def check_state_dict(
                 "on the weights."
             )
         if state and isinstance(index, int) and index < len(shapes):
-            _check_shapes(state, index, shapes[index])
+            _check_shapes({key: state[key] for key in keys}, index, shapes[index])
 
 
 def _check_shapes(state: Mapping[str, Any], index: int, shape: Any) -> None:

@@ -36,6 +36,7 @@ from mocov3_ds.optim.flat_step import (
     watch_engine,
 )
 from mocov3_ds.optim.full_state import check_state, gather_tensor, scatter_tensor
+from mocov3_ds.optim.gradient_clip import CLIP_KEY, Clipper
 from mocov3_ds.optim.kernel_types import BACKENDS, EVERYTHING, FlatStep
 from mocov3_ds.optim.kernels import choose_kernels
 from mocov3_ds.optim.rules import RuleFor, check_rule, vit_rule
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from mocov3_ds.distributed.engine import Engine
     from mocov3_ds.distributed.gradients import GradientWatch
 
-_COPIED = ("_names", "_shapes", "_rules", "_backend", "_measures_all")
+_COPIED = ("_names", "_shapes", "_rules", "_backend", "_measures_all", "clipper")
 """What a copy needs beside what PyTorch keeps of an optimizer"""
 
 
@@ -98,6 +99,8 @@ class ShardedOptimizer(OptimizerContract):
         }
         self._backend = backend
         self._measures_all = False
+        self.clipper: Clipper | None = None
+        """what clips the gradients by their own history; None = nothing here"""
         self._detach()
         super().__init__(list(trained.values()), defaults)
 
@@ -137,7 +140,7 @@ class ShardedOptimizer(OptimizerContract):
         Raises:
             ValueError: An engine of another optimizer, or one under which the step cannot be exact.
         """
-        check_attachable(engine)
+        check_attachable(engine, self.clipper)
         if engine is None:
             for parameter, name in self._names.items():
                 check_whole(name, parameter, self._shapes[name])
@@ -293,6 +296,9 @@ class ShardedOptimizer(OptimizerContract):
 
     def _step_tensors(self, tables: StepTables, group: Mapping[str, Any]) -> StepRecord:
         flat_steps = self._present_flats(tables, group)
+        if self.clipper is not None:
+            engine = None if len(tables.names) == len(self._shapes) else self._engine
+            self.clipper.clip_step(tables, flat_steps, self.state, self._exchange_device, engine)
         rate_S = tables.multiplier_S * group["lr"]
         quantities = EVERYTHING if self._measures_all else self.count_quantities(group)
         micro_batches = {} if self._watch is None else self._watch.micro_batches()
@@ -357,7 +363,7 @@ class ShardedOptimizer(OptimizerContract):
         """Name and whole state of each tensor, one at a time; all ranks must iterate together.
 
         Args:
-            keys: Some of "weight" and `moments`; all of them by default.
+            keys: Some of "weight", `moments` and "clip"; all of them by default.
 
         Yields:
             The name, and key -> fp32 tensor of the full shape, on each rank. It needs no layout:
@@ -374,11 +380,13 @@ class ShardedOptimizer(OptimizerContract):
             flat, index = positions[name]
             device = self._exchange_device or flat.tensor.device
             state = {}
-            for key in keys or self._keys:
+            for key in (key for key in keys or self._keys if key != CLIP_KEY):
                 state[key] = gather_tensor(flat, index, self._values(flat, key), device)
             skipped = self.state[flat.tensor].get("skipped", {}).get(name)
             if skipped and not keys:
                 state["skipped"] = torch.tensor(skipped)
+            if self.clipper is not None and (not keys or CLIP_KEY in keys):
+                state[CLIP_KEY] = self.clipper.state_of(flat, index, self.state[flat.tensor])
             yield name, state
 
     @torch.no_grad()
@@ -402,13 +410,16 @@ class ShardedOptimizer(OptimizerContract):
                 shape = flat.shapes[segment.index]
                 check_state(get(segment.name), segment.name, shape, self._keys)
         for flat in flats:
-            skipped = {}
+            skipped, clips = {}, {}
             for segment in flat.segments:
                 saved = get(segment.name)
                 skipped[segment.name] = int(saved.get("skipped", 0))
+                clips[segment.name] = saved.get(CLIP_KEY)
                 for key in self._keys:
                     scatter_tensor(segment, saved[key], self._values(flat, key))
             restore_counts(flat, self.state[flat.tensor], step_count, skipped)
+            if self.clipper is not None:
+                self.clipper.restore(flat, self.state[flat.tensor], clips)
         if self._engine is not None:
             from mocov3_ds.distributed import zero
 

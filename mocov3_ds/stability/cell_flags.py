@@ -11,6 +11,8 @@ spare the optimizer block of the DeepSpeed JSON: a parameter of the optimizer (`
     warmup              warm-up as a share of the epochs
     qk_norm             normalise queries and keys of the attention
     gradient_clipping   DeepSpeed's bound of the global gradient norm
+    clip                gradient clip by history, "adagc" or "zclip", or a table with its numbers
+    layer_scale         first value of LayerScale
 """
 
 import dataclasses
@@ -22,10 +24,12 @@ from mocov3_ds.config.run_config import Config
 from mocov3_ds.optim.build import all_params
 from mocov3_ds.recipes import RECIPES
 
+_OF_MODEL = ("qk_norm", "layer_scale")
+"""words that are flags of the model"""
 Overrides = Mapping[str, Any]
 """settings of a cell by name, values as the TOML file gives them"""
 
-WORDS = ("optimizer", "patch", "warmup", "qk_norm", "gradient_clipping")
+WORDS = ("optimizer", "patch", "warmup", *_OF_MODEL, "gradient_clipping", "clip")
 _SPELLINGS = {"beta1": "betas", "beta2": "betas", "sgd_momentum": "momentum"}
 """word of a grid -> the optimizer's parameter that it sets, where the two differ"""
 _REPEATED = ("model.group_lr",)
@@ -57,8 +61,9 @@ def settings_flags(settings: Overrides) -> list[str]:
         flags += ["--ds", f"gradient_clipping={remaining.pop('gradient_clipping')}"]
     flags += ["--model.patch_lr", f"{patch_rate(remaining):g}"]
     remaining.pop("patch", None)
-    if "qk_norm" in remaining:
-        remaining["model.qk_norm"] = remaining.pop("qk_norm")
+    for word in _OF_MODEL:
+        if word in remaining:
+            remaining[f"model.{word}"] = remaining.pop(word)
     if "warmup" in remaining:
         epochs = remaining.get("epochs", RECIPES[recipe].config.epochs)
         remaining["warmup_epochs"] = remaining.pop("warmup") * epochs
@@ -80,7 +85,8 @@ def _pop_optimizer_block(settings: dict[str, Any], recipe: str) -> dict[str, Any
         params["betas"] = [values.pop("beta1", beta1), values.pop("beta2", beta2)]
     if "sgd_momentum" in values:
         params["momentum"] = values.pop("sgd_momentum")
-    return {"type": kind, "params": {**params, **values}}
+    clip = {"clip": settings.pop("clip")} if "clip" in settings else {}
+    return {"type": kind, "params": {**params, **values}, **clip}
 
 
 def config_flag(key: str, value: Any) -> list[str]:

@@ -27,6 +27,7 @@ from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.monitoring.alarm_response import check_response
 from mocov3_ds.monitoring.signal_recorder import SignalRecorder
 from mocov3_ds.optim.build import base_rate, build_optimizer
+from mocov3_ds.optim.gradient_clip import refuse_two_clips
 from mocov3_ds.training import chunk_size, trained_state
 from mocov3_ds.training.planned import check_length
 from mocov3_ds.training.resume import build_saver, claim_run, merge_bad_samples
@@ -64,6 +65,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     trained = trained_parameters(model)
     optimizer = build_optimizer(block, trained, tensor_rules(config))
     check_response(config.alarm, optimizer)
+    refuse_two_clips(optimizer.clipper, engine_json["gradient_clipping"])
     start = _begin_with(model, find_start(settings, train, model))
     # the last thing that can be refused is the folder itself
     saved = claim_run(settings, train.digest, start.ancestry)

@@ -23,6 +23,7 @@ from mocov3_ds.distributed.engine import full_tensors
 from mocov3_ds.model.loss import ContrastiveLoss, PairLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.tensor_differences import differing_tensors
+from mocov3_ds.optim.gradient_clip import CLIP_KEY
 from mocov3_ds.optim.sharded import ShardedOptimizer
 
 NamedTensors = Iterator[tuple[str, Tensor]]
@@ -120,9 +121,10 @@ def weight_streams(
 
 def optimizer_stream(optimizer: ShardedOptimizer) -> NamedTensors:
     """The optimizer's state tensors as "exp_avg/NAME"; all ranks iterate together."""
-    if not optimizer.moments:  # `full_state` without keys would give the weights
+    keys = (*optimizer.moments, *[CLIP_KEY] * (optimizer.clipper is not None))
+    if not keys:  # `full_state` without keys would give the weights
         return
-    for name, state in optimizer.full_state(*optimizer.moments):
+    for name, state in optimizer.full_state(*keys):
         for key, tensor in state.items():
             yield f"{key}/{name}", tensor
 
@@ -193,10 +195,15 @@ def load_optimizer(optimizer: ShardedOptimizer, saved: Checkpoint) -> None:
         ValueError: the checkpoint is of another model or another optimizer.
     """
 
+    names = saved.tensor_names("optimizer") if optimizer.clipper is not None else ()
+    clips = {name for name in names if name.startswith(f"{CLIP_KEY}/")}
+
     def read_state(name: str) -> dict[str, Tensor]:
         moments = {
             key: saved.read_tensor("optimizer", f"{key}/{name}") for key in optimizer.moments
         }
+        if (clip := f"{CLIP_KEY}/{name}") in clips:
+            moments[CLIP_KEY] = saved.read_tensor("optimizer", clip)
         return {"weight": saved.read_tensor(*split_name(name)), **moments}
 
     optimizer.load_full_state(read_state, saved.state_value("optimizer_steps"))
