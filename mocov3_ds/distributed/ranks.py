@@ -9,7 +9,7 @@ Shape suffixes: B = rows of this rank, G = rows of all ranks.
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -134,14 +134,14 @@ def this_device() -> torch.device:
     return device
 
 
-def rank() -> int:
-    """Return the number of this process among all, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def rank(group: Any = None) -> int:
+    """Return the number of this process among all, or in a process group, from 0."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    """Return the number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def world_size(group: Any = None) -> int:
+    """Return the number of processes that train together, or that a process group has."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
@@ -243,6 +243,22 @@ def all_gather_flat(x: Tensor) -> Tensor:
     return joined
 
 
+def all_to_all(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], group: Any = None
+) -> Tensor:
+    """Give each rank its part of a tensor, and return what all ranks gave this one, in rank order.
+
+    Args:
+        x: Parts for each rank, one after another, one-dimensional.
+        sent: Elements for each rank.
+        received: Elements from each rank.
+        group: Process group of the ranks that take part; None = all ranks.
+    """
+    result = x.new_empty(sum(received))
+    dist.all_to_all_single(result, x, list(received), list(sent), group=group)
+    return result
+
+
 def broadcast(x: Tensor, source: int = 0) -> Tensor:
     """Give a tensor of one rank to all, in place, and return it.
 
@@ -291,16 +307,17 @@ def run_on_first(work: Callable[[], Any]) -> Any:
     return result
 
 
-def gather_objects(obj: Any) -> list[Any]:
+def gather_objects(obj: Any, group: Any = None) -> list[Any]:
     """Return the objects of all ranks, in rank order, on each rank.
 
     Args:
         obj: A small object that can be pickled.
+        group: Process group of the ranks that take part; None = all ranks.
     """
-    if world_size() == 1:
+    if world_size(group) == 1:
         return [obj]
-    objects: list[Any] = [None] * world_size()
-    dist.all_gather_object(objects, obj)
+    objects: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(objects, obj, group=group)
     return objects
 
 

@@ -130,6 +130,34 @@ def check_switch(name: str, value: Any) -> bool:
     return value
 
 
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return `value`, if it is one of the choices.
+
+    Args:
+        name: Name of the option, for the message.
+        value: What the user gave.
+        choices: What may be given.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
+    return str(value)
+
+
+def check_count(name: str, value: Any, low: int, high: int) -> int:
+    """Return `value`, if it is a whole number within [low, high].
+
+    Raises:
+        ValueError: It is no whole number, or outside.
+    """
+    number = check_number(name, value, low, high + 1)
+    if number != int(number):
+        raise ValueError(f"{name} is {value}; it must be a whole number.")
+    return int(number)
+
+
 def check_betas(betas: Any) -> tuple[float, float]:
     """Return the decay rates of the moments, if each is within [0, 1).
 

@@ -9,7 +9,11 @@ Beside them may stand a "clip", see `gradient_clip`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
+
+import torch
+from torch import nn
 
 from mocov3_ds.optim.adamw import AdamW
 from mocov3_ds.optim.arguments import (
@@ -21,6 +25,7 @@ from mocov3_ds.optim.arguments import (
 from mocov3_ds.optim.gradient_clip import Clipper, read_clip
 from mocov3_ds.optim.lamb import Lamb
 from mocov3_ds.optim.lars import Lars
+from mocov3_ds.optim.muon import Muon
 from mocov3_ds.optim.rules import RuleFor, vit_rule
 from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.settings.spelling import did_you_mean
@@ -38,7 +43,7 @@ def register_optimizer(optimizer_class: OptimizerClass) -> OptimizerClass:
     return optimizer_class
 
 
-for _class in (AdamW, Lamb, Lars):
+for _class in (AdamW, Lamb, Lars, Muon):
     register_optimizer(_class)
 
 
@@ -88,6 +93,23 @@ def build_optimizer(
     clip = read_clip(block.get("clip"))
     optimizer.clipper = None if clip is None else Clipper(clip)
     return optimizer
+
+
+def check_block(block: Mapping[str, Any] | None) -> None:
+    """Read an optimizer block as training does, on small tensors of each kind that a ViT has.
+
+    Raises:
+        ValueError: Training would refuse it whatever the network is.
+    """
+    base_rate(block)
+    shapes = {
+        "patch_embed.proj.weight": (2, 1, 1, 1),
+        "attn.qkv.weight": (6, 2),
+        "norm.weight": (2,),
+        "last.weight": (2, 2),
+    }
+    tensors = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
+    build_optimizer(block, tensors, lambda name, shape: replace(vit_rule(name, shape), heads=1))
 
 
 def base_rate(block: Mapping[str, Any] | None) -> float:

@@ -1,7 +1,7 @@
 """What an optimizer has to give to be exact on any sharding, and what it may say of itself."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mocov3_ds.optim.kernel_types import NORMS, FlatStep
 from mocov3_ds.optim.signals import StepFactors, StepSums
+from mocov3_ds.optim.step_tables import StepTables
 
 
 class OptimizerContract(torch.optim.Optimizer):
@@ -58,6 +59,19 @@ class OptimizerContract(torch.optim.Optimizer):
             flat: The flat tensor, as the first pass left it.
             rate_S: Learning rate of each tensor.
             factor_S: Factor of each tensor's step, as `compute_factors` gave it.
+        """
+
+    def finish_directions(
+        self, tables: StepTables, flats: Sequence[FlatStep], sums_QS: Tensor
+    ) -> None:
+        """Between the passes: make directions that need whole tensors; by default there are none.
+
+        All ranks call it alike, also one that holds nothing, and may exchange what they hold.
+
+        Args:
+            tables: Tables of the step.
+            flats: The flats that have a gradient here, as the first pass left them.
+            sums_QS: Sums of this rank, to which those of the finished directions are added.
         """
 
     def compute_factors(self, sums: StepSums, group: Mapping[str, Any]) -> StepFactors:

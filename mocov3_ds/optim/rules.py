@@ -19,12 +19,16 @@ class Rule:
     Attributes:
         decay: Multiple of the optimizer's weight decay; `True` is 1, `False` is 0.
         lr_multiplier: Multiple of the learning rate, above 0 (freeze a tensor instead of 0).
-        adapt: Whether a trust ratio may scale the tensor's step, where the optimizer has one.
+        adapt: Whether a trust ratio may scale the tensor's step, where the optimizer has one, or
+            Muon may make it orthogonal.
+        heads: Attention heads whose queries, keys and values the rows are, in this order; 0 where
+            it is another tensor, or their number is not known.
     """
 
     decay: float = 1.0
     lr_multiplier: float = 1.0
     adapt: bool = True
+    heads: int = 0
 
 
 RuleFor = Callable[[str, tuple[int, ...]], Rule]

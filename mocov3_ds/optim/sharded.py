@@ -308,6 +308,7 @@ class ShardedOptimizer(OptimizerContract):
             self.measure_flat(flat_step, local_QS, rate_S)
         for share in tables.shares if tables.absent else ():
             measure_absent(share, self._flats[share.flat.tensor], tables.absent, local_QS)
+        self.finish_directions(tables, flat_steps, local_QS)
         sums_QS = sum_over_ranks(tables, block_QS, self._exchange_device)
         if self._measures_all:
             is_first = find_first_updates(tables, self.state)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 
 from mocov3_ds.config.checks import check_batch
@@ -16,7 +15,7 @@ from mocov3_ds.config.run_config import encoder_shape
 from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.distributed.engine_keys import read_settings
 from mocov3_ds.optim.arguments import check_number
-from mocov3_ds.optim.build import base_rate, build_optimizer
+from mocov3_ds.optim.build import check_block
 from mocov3_ds.planning import plan_text, tables
 from mocov3_ds.planning.calibrate import calibrate
 from mocov3_ds.planning.cards import PRESETS, Card, describe_own_card, format_presets
@@ -154,7 +153,7 @@ def plan_run(
         engine = {"optimizer": engine["optimizer"]} | read_json(deepspeed_config)
     engine = read_settings(with_overrides(engine, overrides))
     if deepspeed_config is not None or overrides:
-        _check_optimizer(engine["optimizer"])
+        check_block(engine["optimizer"])
     config = recipe.config
     return PlannedRun(
         recipe=recipe_name,
@@ -164,16 +163,6 @@ def plan_run(
         engine=engine,
         tf32=tf32,
     )
-
-
-def _check_optimizer(block: Any) -> None:
-    """Read the block as training does.
-
-    Raises:
-        ValueError: training would refuse it.
-    """
-    base_rate(block)
-    build_optimizer(block, [("weight", torch.nn.Parameter(torch.zeros(1)))])
 
 
 def _read_cluster(options: PlanOptions) -> Cluster:

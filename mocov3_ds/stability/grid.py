@@ -34,10 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from mocov3_ds.config.run_config import Settings
-from mocov3_ds.optim.build import build_optimizer
+from mocov3_ds.optim.build import check_block
 from mocov3_ds.recipes import parse
 from mocov3_ds.settings.spelling import did_you_mean
 from mocov3_ds.stability import grid_file
@@ -240,8 +238,7 @@ def check_cell(cell: Cell, file_name: str) -> Settings:
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             settings = parse([*cell.flags(), "--name", cell.name])
-        dummy = torch.nn.Parameter(torch.zeros(2, 2))
-        build_optimizer(settings.engine.get("optimizer"), [("weight", dummy)])
+        check_block(settings.engine.get("optimizer"))
     except SystemExit:
         reason = " ".join(re.sub(r"[─│╭╮╰╯]|-{4,}", " ", printed.getvalue()).split())
         raise ValueError(f"{file_name}, cell {cell.name}: {reason}") from None

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from functools import partial
 
 from mocov3_ds.config.checks import group_rates
-from mocov3_ds.config.run_config import Config
+from mocov3_ds.config.run_config import Config, encoder_shape
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.layer_groups import layer_group
+from mocov3_ds.model.shapes import VitShape
 from mocov3_ds.optim.rules import Rule, vit_rule
 
 
@@ -46,4 +47,11 @@ def _tensor_rule(
         decay=matrix or config.decay == "all",
         lr_multiplier=patch_rate * rates.get(group, 1.0),  # what the loss trains is in no group
         adapt=matrix,
+        heads=_heads(config) if name.endswith(".attn.qkv.weight") else 0,
     )
+
+
+def _heads(config: Config) -> int:
+    """Heads of each attention; 0 = the backbone's are not known here."""
+    backbone = encoder_shape(config).backbone
+    return backbone.heads if isinstance(backbone, VitShape) else 0

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.optim import AdamW, Lamb, Lars
+from mocov3_ds.optim import AdamW, Lamb, Lars, Muon
 from mocov3_ds.optim.rules import Rule, RuleFor
 from tests import reference
 from tests.optim import plain
@@ -27,8 +27,9 @@ from tests.optim import plain
 STEPS = 11
 BATCH = 12
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS: dict[str, Any] = {"lamb": Lamb, "adamw": AdamW, "lars": Lars}
-RATES = {"lamb": 2e-2, "adamw": 0.1, "lars": 4.0}
+OPTIMIZERS: dict[str, Any] = {"lamb": Lamb, "adamw": AdamW, "lars": Lars, "muon": Muon}
+RATES = {"lamb": 2e-2, "adamw": 0.1, "lars": 4.0, "muon": 0.1}
+HIDDEN = ("wide.weight", "narrow.weight")  # by Muon; out.weight is the last layer
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,11 @@ class Witness:
         self.rules = {n: rule_for(n, tuple(w.shape)) for n, w in self.w.items()}
         self.t = 0
         self.library = {n: torch.nn.Parameter(w.clone()) for n, w in self.first.items()}
-        self.library_optimizer = self._library_optimizer()
+        hidden = [n for n in self.rules if case.optimizer == "muon" and n in HIDDEN]
+        self.library_optimizers = [self._library_optimizer({*self.rules} - {*hidden})]
+        self.library_optimizers += [self._library_optimizer(hidden)] * bool(hidden)
 
-    def _library_optimizer(self) -> torch.optim.Optimizer:
+    def _library_optimizer(self, names: Collection[str]) -> torch.optim.Optimizer:
         """Options that timm spells as ours; differences are spelled out in test_lamb.py."""
         groups = [
             {
@@ -184,7 +187,11 @@ class Witness:
                 "weight_decay": self.options["weight_decay"] * rule_n.decay,
             }
             for n, rule_n in self.rules.items()
+            if n in names
         ]
+        if {*names} <= {*HIDDEN}:
+            scale = self.options["adjust"]
+            return torch.optim.Muon(groups, momentum=self.options["momentum"], adjust_lr_fn=scale)
         if self.case.optimizer == "lamb":
             always = self.options["always_adapt"]
             return timm.optim.Lamb(groups, max_grad_norm=None, always_adapt=always, foreach=False)
@@ -197,13 +204,19 @@ class Witness:
         for n, g in gradients.items():
             self.library[n].grad = g.clone()
             self._plain_step(n, g)
-        self.library_optimizer.step()
+        for optimizer in self.library_optimizers:
+            optimizer.step()
 
     def _plain_step(self, n: str, g: Tensor) -> None:
         rule_n = self.rules[n]
         lr = self.options["lr"] * rule_n.lr_multiplier
         wd = self.options["weight_decay"] * rule_n.decay
-        if self.case.optimizer == "adamw":
+        if self.case.optimizer == "muon" and n in HIDDEN:
+            self.w[n], self.m[n] = plain.muon_step(
+                self.w[n], g, self.m[n], lr=lr, wd=wd, dtype=self.options["ns_dtype"]
+            )
+            return
+        if self.case.optimizer in ("adamw", "muon"):
             self.w[n], self.m[n], self.v[n] = reference.adamw_step(
                 self.w[n], g, self.m[n], self.v[n], self.t, lr=lr, wd=wd
             )

@@ -1,7 +1,8 @@
-"""LAMB, LARS, StableAdamW and a small odd-sized model, written plainly: whole tensors, one process.
+"""LAMB, LARS, StableAdamW, Muon and a small odd-sized model, written plainly: whole tensors.
 
 LAMB: arXiv 1904.00962, Algorithm 2, with bias-corrected moments and decay inside the direction.
 LARS: arXiv 1708.03888, Algorithm 1.
+Muon: kellerjordan.github.io/posts/muon, with the scale and the decay of arXiv 2502.16982.
 """
 
 import torch
@@ -83,6 +84,34 @@ def stable_adamw_step(
     """arXiv 2304.13013, Algorithm 2, with Adam's own bias corrections; returns (w, m, v)."""
     lr = lr * update_clip(g, v, t, b2=b2) if clip else lr
     return adamw_step(w, g, m, v, t, lr=lr, wd=wd, b2=b2)
+
+
+def muon_step(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    *,
+    lr: float,
+    wd: float,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    dtype: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One step of a matrix; returns (w, m)."""
+    m = torch.lerp(m, g, 1 - momentum)
+    d = torch.lerp(g, m, momentum) if nesterov else m
+    x = newton_schulz(d.bfloat16() if dtype == "bf16" else d).float()
+    return w - lr * (0.2 * max(w.shape) ** 0.5 * x + wd * w), m
+
+
+def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
+    """Five rounds of X <- a X + b (X X') X + c (X X')^2 X, always by the rows."""
+    x = x / x.norm()
+    for _ in range(steps):
+        gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
+        poly = -4.7750 * gram + 2.0315 * (gram @ gram)
+        x = 3.4445 * x + (poly @ x if x.shape[0] <= x.shape[1] else x @ poly)
+    return x
 
 
 class OddModel(nn.Module):
