@@ -49,7 +49,7 @@ from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.cpu_ops import linear
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, as_written
 from mocov3_ds.settings.wording import count_noun
-from mocov3_ds.training.step import QueriesToLoss
+from mocov3_ds.training.step import NOTHING_DRAWN, Draws, QueriesToLoss
 
 Kind = Literal["direct", "joint", "channels_last", "compiled", "blocks", "chunks", "plain"]
 
@@ -270,11 +270,11 @@ class QueriesOfEitherWay(QueriesToLoss):
     joint = False
 
     def features(
-        self, x1_BCHW: Tensor, x2_BCHW: Tensor, factors_VBM: Tensor | None = None
+        self, x1_BCHW: Tensor, x2_BCHW: Tensor, draws: Draws = NOTHING_DRAWN
     ) -> tuple[Tensor, Tensor]:
         """Backbone features (B, D) of both views."""
         if not self.joint:
-            return super().features(x1_BCHW, x2_BCHW, factors_VBM)
+            return super().features(x1_BCHW, x2_BCHW, draws)
         features1_BD, features2_BD = self.base.backbone(torch.cat([x1_BCHW, x2_BCHW])).chunk(2)
         return features1_BD, features2_BD
 

@@ -194,6 +194,7 @@ _DECIDING = (
     "epochs",
     "warmup_epochs",
     "lr_schedule",
+    "compress",
     "rate_rule",
     "decay",
     "seed",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields
 
+from mocov3_ds.config.compression import read_schedule
 from mocov3_ds.config.parts import RESNETS, TIMM, VIT_BACKBONES, ModelConfig, ViewConfig
 from mocov3_ds.config.run_config import Config
 from mocov3_ds.model.layer_groups import group_names
@@ -51,6 +52,7 @@ def check_config(config: Config) -> None:
             f"--extend_schedule {config.extend_schedule} has no effect without --extend."
         )
     _check_backbone(config)
+    read_schedule(config.compress)
     _check_views(config.views)
     if config.alarm.response != "none" and config.signals.every != 1:
         raise ValueError(

@@ -104,6 +104,11 @@ class Config:
     """peak rate of a batch from the base rate, which is stated for 256 images: linear = times
     batch / 256 (the paper's, with AdamW, LARS and LAMB); sqrt = times its square root (usual for
     LAMB, and for Adam where batches are huge); none = the base rate itself"""
+    compress: str = "off"
+    """train on a part of each image's patches at first, and on all of them at the end (arXiv
+    2410.22364): off, 2x, 4x (that much less compute), or a schedule of your own by the run's
+    progress, e.g. "0:0.25 0.5:0.25 0.9:1" = a quarter for half of the run, growing to all at 90 %;
+    "0:q0.5,k1,p2" = half for queries, all for keys, patches of twice the side"""
     stop_after_steps: Count = 0
     """end early after this many steps, with a checkpoint; 0 = run to the end of the schedule"""
     hang_timeout: NonNegative = 0.0

@@ -21,9 +21,9 @@ from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.distributed.guarded_step import DROP, step_within
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.momentum_encoder import ViewKeys
-from mocov3_ds.training.advance import draw_depth, seed_drawing
+from mocov3_ds.training.advance import draw_step, seed_drawing
 from mocov3_ds.training.run import Run
-from mocov3_ds.training.step import ForwardResult
+from mocov3_ds.training.step import Draws, ForwardResult, make_both_keys
 
 _OUTLIERS = 8  # samples named where none is certainly bad
 _BAD_SAMPLES = 64  # samples named at most
@@ -116,7 +116,7 @@ def diagnose_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, sample_ids_B: Tens
         x2_BCHW: Second views of the same samples.
         sample_ids_B: Numbers of these samples in the manifest.
     """
-    tensors, gradients = _record_step(run, x1_BCHW, x2_BCHW, draw_depth(run, sample_ids_B))
+    tensors, gradients = _record_step(run, x1_BCHW, x2_BCHW, draw_step(run, sample_ids_B))
     local = {
         "stages": [(name, *_measure(tensor)) for name, tensor in tensors.items()],
         "suspects": _find_suspects(tensors, sample_ids_B),
@@ -134,7 +134,7 @@ def diagnose_step(run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, sample_ids_B: Tens
 
 
 def _record_step(
-    run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, factors_VBM: Tensor | None
+    run: Run, x1_BCHW: Tensor, x2_BCHW: Tensor, draws: Draws
 ) -> tuple[StepTensors, list[Stage]]:
     """Run the step and drop it; return its tensors, and the gradients measured."""
     engine, encoder = run.engine, run.momentum_encoder
@@ -142,13 +142,13 @@ def _record_step(
     tensors = {StageName.VIEW_1: x1_BCHW, StageName.VIEW_2: x2_BCHW}
 
     def make_keys() -> tuple[ViewKeys, ViewKeys]:
-        view1, view2 = encoder.make_keys(x1_BCHW, chunk), encoder.make_keys(x2_BCHW, chunk)
+        view1, view2 = make_both_keys(encoder, x1_BCHW, x2_BCHW, chunk, draws)
         tensors.update({StageName.KEYS_1: view1.keys_BP, StageName.KEYS_2: view2.keys_BP})
         return view1, view2
 
     with _recorded_heads(run.base, tensors), _restored_buffers([run.model, encoder]):
         seed_drawing(run)
-        forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, factors_VBM)
+        forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, draws)
         tensors[StageName.LOSS] = forward.loss
         engine.backward(forward.loss)
         gradients = [Stage(name, *_measure(g)) for name, g in full_gradients(engine.module)]

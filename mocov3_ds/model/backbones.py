@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mocov3_ds.model import vit
 from mocov3_ds.model.body_norm import BodyBatchNorm, spread_batch_norms
 from mocov3_ds.model.layer_groups import order_groups, vit_groups
+from mocov3_ds.model.sequence_length import allow_shorter, count_patches, scalable_patch_size
 from mocov3_ds.model.shapes import BackboneShape, EncoderShape, TimmShape, VitShape, write_size
 from mocov3_ds.model.stochastic_depth import find_branches, replace_drop_paths
 from mocov3_ds.model.timm_backbone import build_timm
@@ -50,6 +51,10 @@ class BackboneFacts:
     """whether `backbone.forward_features` gives tokens (B, N, D) and not a map (B, D, H, W)"""
     unused: tuple[str, ...] = ()
     """names of tensors that no feature depends on; they stay as they are"""
+    patches: int = 0
+    """patches of an image, of which a pass may leave some out; 0 where it cannot"""
+    patch_size: int = 0
+    """side of a patch, pixels, where a pass may use larger ones; 0 where it cannot"""
 
 
 def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> nn.Module:
@@ -84,6 +89,7 @@ def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> nn.Module:
             "has no branch of timm's DropPath."
         )
     spread_batch_norms(backbone)
+    allow_shorter(backbone)
     return backbone
 
 
@@ -105,12 +111,16 @@ def describe_backbone(backbone: nn.Module, shape: BackboneShape) -> BackboneFact
             rows_know_each_other=batch_norm,
             attention_blocks=shape.depth,
             has_tokens=True,
+            patches=count_patches(backbone),
+            patch_size=scalable_patch_size(backbone),
         )
     facts = BackboneFacts(
         width=0,
         groups=order_groups([name for name, _ in backbone.named_parameters()]),
         rows_know_each_other=batch_norm,
         attention_blocks=_count_attention_blocks(backbone),
+        patches=count_patches(backbone),
+        patch_size=scalable_patch_size(backbone),
     )
     return _probe(backbone, shape, facts)
 

@@ -45,7 +45,7 @@ def chunked_features(
     x_BCHW: Tensor,
     chunk: int = 0,
     keep: int = 0,
-    *beside_B: Tensor,
+    *beside_B: Tensor | None,
 ) -> Tensor:
     """Class-token features (B, D) of a whole rank batch, activations of one chunk at a time.
 
@@ -61,16 +61,19 @@ def chunked_features(
         chunk: images per piece; 0 or >= B runs one plain pass.
         keep: chunks at the end that keep their activations. The backward starts there, so one of
             them in the last view costs no memory at the peak and saves the forward of a chunk.
-        beside_B: what belongs to the images row by row, such as draws.
+        beside_B: what belongs to the images row by row, such as draws; None stays None.
     """
 
-    def class_tokens(*rows: Tensor) -> Tensor:
+    def class_tokens(*rows: Tensor | None) -> Tensor:
         # the network returns a view of its last layer's output; a copy lets go of the other tokens
         return backbone(*rows).contiguous()
 
     if chunk <= 0 or chunk >= len(x_BCHW):
         return class_tokens(x_BCHW, *beside_B)
-    pieces = list(zip(*(torch.split(rows, chunk) for rows in (x_BCHW, *beside_B)), strict=True))
+    count = math.ceil(len(x_BCHW) / chunk)
+    all_rows = (x_BCHW, *beside_B)
+    columns = [[None] * count if rows is None else torch.split(rows, chunk) for rows in all_rows]
+    pieces = list(zip(*columns, strict=True))
     features = []
     for index, piece in enumerate(pieces):
         if torch.is_grad_enabled() and index < len(pieces) - keep:

@@ -10,7 +10,8 @@ after 300 to 3000 steps of Adam-sized drift; stored in fp32 but fed bf16 base we
 So the master is fp32 always, and where the network runs in low precision a copy is cast once per
 step for the forward pass.
 
-Shape suffixes: B = images, C H W = image, D = backbone features, P = projector output.
+Shape suffixes: B = images, C H W = image, D = backbone features, P = projector output,
+K = patches that are kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.chunking import chunked_features
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_projector
+from mocov3_ds.model.sequence_length import shortened
 
 if TYPE_CHECKING:
     from mocov3_ds.model.momentum_triton import MoveTable
@@ -192,14 +194,28 @@ class MomentumEncoder(nn.Module):
         torch._foreach_copy_(list(parameters.values()), [self._master[n] for n in parameters])
 
     @torch.no_grad()
-    def make_keys(self, x_BCHW: Tensor, chunk: int = 0) -> ViewKeys:
+    def make_keys(
+        self,
+        x_BCHW: Tensor,
+        chunk: int = 0,
+        kept_BK: Tensor | None = None,
+        patch_scale: float = 1.0,
+    ) -> ViewKeys:
         """Keys of one view: backbone by chunks, projector on the whole rank batch.
 
         Args:
             x_BCHW: this rank's images of the view, in the dtype of the forward pass.
             chunk: images per pass of the backbone; 0 = all at once.
+            kept_BK: places of the patches that each image keeps; None = all.
+            patch_scale: side of a patch over that of a whole sequence.
         """
-        features_BD = chunked_features(self.backbone, x_BCHW, chunk)
+
+        def run_backbone(x_bCHW: Tensor, kept_bK: Tensor | None) -> Tensor:
+            with shortened(self.backbone, kept_bK, patch_scale):
+                features_bD: Tensor = self.backbone(x_bCHW)
+            return features_bD
+
+        features_BD = chunked_features(run_backbone, x_BCHW, chunk, 0, kept_BK)
         return ViewKeys(self.projector(features_BD), features_BD)
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:

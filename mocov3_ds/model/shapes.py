@@ -65,6 +65,31 @@ def parse_size(size: int | str) -> tuple[int, int]:
     return height, width
 
 
+def scaled_grid(size: tuple[int, int], patch_size: int, scale: float = 1.0) -> tuple[int, int]:
+    """Rows and columns of patches whose side is `scale` times as long as the stored ones'.
+
+    Args:
+        size: height and width of an image, pixels.
+        patch_size: side of a stored patch, pixels.
+        scale: 1 or more.
+
+    Raises:
+        ValueError: such patches have no whole pixels, or do not fill the image.
+    """
+    side = round(patch_size * scale)
+    if side != patch_size * scale or any(length % side for length in size):
+        possible = [
+            f"{larger / patch_size:g}"
+            for larger in range(patch_size, min(size) + 1)
+            if not any(length % larger for length in size)
+        ]
+        raise ValueError(
+            f"the patch scale {scale:g} makes patches of {patch_size * scale:g} pixels, which do "
+            f"not divide an image of {write_size(size)}; possible scales are {', '.join(possible)}."
+        )
+    return size[0] // side, size[1] // side
+
+
 def write_size(size: tuple[int, int]) -> int | str:
     """Height and width as a user gives them: 224 for a square, else "192x256"."""
     height, width = size

@@ -1,25 +1,28 @@
 """One step of a run, from the next batch to the moved weights; `train` logs it.
 
 Shape suffixes: V = the two views, B = rank batch, C H W = image, M = branches with stochastic
-depth.
+depth, N = patches, K = patches that are kept.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mocov3_ds.config.compression import StepLength
 from mocov3_ds.data.loader import Batch
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.distributed.guarded_step import DROP
 from mocov3_ds.model.stochastic_depth import draw_factors, find_branches
+from mocov3_ds.model.token_dropout import draw_patch_order, keep_first
 from mocov3_ds.monitoring.profiler import StepPhase, phase
+from mocov3_ds.training.compression import length_of_step
 from mocov3_ds.training.run import Run
 from mocov3_ds.training.run_data import network_views
 from mocov3_ds.training.schedule import encoder_momentum, learning_rate, momentum_for_batch
-from mocov3_ds.training.step import StepResult, train_step
+from mocov3_ds.training.step import Draws, StepResult, train_step
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class AdvancedStep:
     momentum: float
     """momentum of the momentum encoder in this step"""
     result: StepResult
+    length: StepLength | None = None
+    """patches that took part, where the run compresses its sequences"""
 
     def measured_values(self) -> dict[str, Any]:
         """What the log says of the step; numbers that are not finite are left out."""
@@ -46,6 +51,8 @@ class AdvancedStep:
             "applied": result.applied,
             "data_wait_s": self.batch.wait_s,
         }
+        if self.length is not None:
+            values |= self.length.as_values()
         if result.bad_reason:
             values["trouble"] = result.bad_reason
         return {
@@ -73,6 +80,8 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
     run.recorder.prepare_step(run.step)
     lr, momentum = scheduled_rates(run)
     run.optimizer.set_lr(lr)
+    length = length_of_step(run.config, run.base.facts, *schedule_position(run))
+    draws = draw_step(run, batch.sample_ids_B)
     seed_drawing(run)
     result = train_step(
         run.engine,
@@ -80,7 +89,7 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
         x1_BCHW,
         x2_BCHW,
         momentum=momentum,
-        factors_VBM=draw_depth(run, batch.sample_ids_B),
+        draws=draws,
         loss_limit=run.limits.loss_limit(),
         norm_limit=DROP if dropped else run.limits.norm_limit(),
     )
@@ -88,7 +97,7 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
         run.count_step()
         if result.applied:
             run.limits.note_applied_step(result.loss, result.gradient_norm)
-    return AdvancedStep(batch, x1_BCHW, x2_BCHW, lr, momentum, result)
+    return AdvancedStep(batch, x1_BCHW, x2_BCHW, lr, momentum, result, length)
 
 
 def next_batch(run: Run) -> Batch:
@@ -112,8 +121,7 @@ def batch_views(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def scheduled_rates(run: Run) -> tuple[float, float]:
     """Learning rate and encoder momentum of the coming step."""
-    begins, moco = run.start.schedule_begins(run.config), run.config.moco
-    step, total = run.step - begins, run.total_steps - begins
+    moco, (step, total) = run.config.moco, schedule_position(run)
     cosine = run.config.lr_schedule == "cosine"
     lr = learning_rate(
         step, peak=run.peak_rate, warmup_steps=run.warmup_steps, total_steps=total, cosine=cosine
@@ -122,6 +130,36 @@ def scheduled_rates(run: Run) -> tuple[float, float]:
     momentum = encoder_momentum(step, start=moco.momentum, total_steps=total, cosine=cosine)
     momentum = momentum_for_batch(momentum, run.config.batch, moco.momentum_batch)
     return run.recorder.adjust_rate(run.step, lr), momentum
+
+
+def schedule_position(run: Run) -> tuple[int, int]:
+    """Steps done of the present schedules, and steps that they have."""
+    begins = run.start.schedule_begins(run.config)
+    return run.step - begins, run.total_steps - begins
+
+
+def draw_step(run: Run, sample_ids_B: Tensor) -> Draws:
+    """What of images and network takes part in the coming step.
+
+    Args:
+        run: the run before that step.
+        sample_ids_B: numbers of this rank's samples in the manifest.
+    """
+    draws = Draws(factors_VBM=draw_depth(run, sample_ids_B))
+    length = length_of_step(run.config, run.base.facts, *schedule_position(run))
+    if length is None:
+        return draws
+    order_VBN = draw_patch_order(
+        length.patches, sample_ids_B.numpy(), seed=run.config.seed, step=run.step
+    )
+    queries_VBK = keep_first(order_VBN, length.query_patches)
+    keys_VBK = keep_first(order_VBN, length.key_patches)
+    return replace(
+        draws,
+        query_patches_VBK=None if queries_VBK is None else queries_VBK.to(run.device),
+        key_patches_VBK=None if keys_VBK is None else keys_VBK.to(run.device),
+        patch_scale=length.patch_scale,
+    )
 
 
 def draw_depth(run: Run, sample_ids_B: Tensor) -> Tensor | None:

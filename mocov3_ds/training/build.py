@@ -29,6 +29,7 @@ from mocov3_ds.monitoring.signal_recorder import SignalRecorder
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.optim.gradient_clip import refuse_two_clips
 from mocov3_ds.training import chunk_size, trained_state
+from mocov3_ds.training.compression import check_last_step
 from mocov3_ds.training.planned import check_length
 from mocov3_ds.training.resume import build_saver, claim_run, merge_bad_samples
 from mocov3_ds.training.run import Run
@@ -67,6 +68,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     check_response(config.alarm, optimizer)
     refuse_two_clips(optimizer.clipper, engine_json["gradient_clipping"])
     start = _begin_with(model, find_start(settings, train, model))
+    check_last_step(config, total_steps - start.schedule_begins(config))
     # the last thing that can be refused is the folder itself
     saved = claim_run(settings, train.digest, start.ancestry)
     if saved is not None:

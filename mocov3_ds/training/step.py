@@ -8,12 +8,14 @@ The loss, the batch-norm statistics and the gradients depend on the global batch
 forward, one backward, one gradient reduction.
 
 Shape suffixes: V = the two views, B = rank batch, b = images of a chunk, G = global batch,
-C H W = image, D = backbone features, P = head output, M = branches with stochastic depth.
+C H W = image, D = backbone features, P = head output, M = branches with stochastic depth,
+K = patches that are kept.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import Chunks, chunked_features, count_kept_chunks
 from mocov3_ds.model.loss import PairLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder, ViewKeys
+from mocov3_ds.model.sequence_length import shortened
 from mocov3_ds.model.stochastic_depth import find_branches, set_factors
 from mocov3_ds.monitoring.profiler import StepPhase, phase, replace_phase_in_backward
 
@@ -45,6 +48,23 @@ class ForwardResult(NamedTuple):
     """queries of view 1"""
     keys_BP: Tensor
     """keys of view 2, the positives of these queries"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """What of images and network takes part in a step, drawn for each image of this rank."""
+
+    factors_VBM: Tensor | None = None
+    """stochastic depth, see `stochastic_depth.draw_factors`; None where the network has none"""
+    query_patches_VBK: Tensor | None = None
+    """places of the patches that the base encoder gets, see `token_dropout`; None = all"""
+    key_patches_VBK: Tensor | None = None
+    """places of the patches that the momentum encoder gets; None = all"""
+    patch_scale: float = 1.0
+    """side of a patch over that of a whole sequence"""
+
+
+NOTHING_DRAWN = Draws()
 
 
 class QueriesToLoss(nn.Module):
@@ -70,13 +90,19 @@ class QueriesToLoss(nn.Module):
         x1_BCHW: Tensor,
         x2_BCHW: Tensor,
         make_keys: KeyMaker,
-        factors_VBM: Tensor | None = None,
+        draws: Draws = NOTHING_DRAWN,
     ) -> ForwardResult:
         """Loss of this rank's queries, and what was computed on the way to it."""
-        base = self.base
-        features1_BD, features2_BD = self.features(x1_BCHW, x2_BCHW, factors_VBM)
+        features1_BD, features2_BD = self.features(x1_BCHW, x2_BCHW, draws)
         if features2_BD.requires_grad:  # the first of the two that the backward reaches
             replace_phase_in_backward(features2_BD, StepPhase.BACKWARD_OF_BACKBONES)
+        return self.loss_of_features(features1_BD, features2_BD, make_keys)
+
+    def loss_of_features(
+        self, features1_BD: Tensor, features2_BD: Tensor, make_keys: KeyMaker
+    ) -> ForwardResult:
+        """Heads, keys and loss, given the backbone features of both views of this rank."""
+        base = self.base
         with phase(StepPhase.HEADS):
             q1_BP = base.predictor(base.projector(features1_BD))
             q2_BP = base.predictor(base.projector(features2_BD))
@@ -88,32 +114,40 @@ class QueriesToLoss(nn.Module):
         )
 
     def features(
-        self, x1_BCHW: Tensor, x2_BCHW: Tensor, factors_VBM: Tensor | None = None
+        self, x1_BCHW: Tensor, x2_BCHW: Tensor, draws: Draws = NOTHING_DRAWN
     ) -> tuple[Tensor, Tensor]:
         """Backbone features (B, D) of both views, one after the other, chunk by chunk.
 
         Args:
             x1_BCHW: first views of this rank's part.
             x2_BCHW: second views of the same images.
-            factors_VBM: draws of stochastic depth, see `stochastic_depth.draw_factors`.
+            draws: what takes part in the step.
         """
         size = self.chunks.size
         kept1, kept2 = count_kept_chunks(self.chunks, len(x1_BCHW))
-        draws1, draws2 = [()] * 2 if factors_VBM is None else [(view,) for view in factors_VBM]
+        factors1, factors2 = _each_view(draws.factors_VBM)
+        patches1, patches2 = _each_view(draws.query_patches_VBK)
+        run = partial(self._run_backbone, draws.patch_scale)
         return (
-            chunked_features(self._run_backbone, x1_BCHW, size, kept1, *draws1),
-            chunked_features(self._run_backbone, x2_BCHW, size, kept2, *draws2),
+            chunked_features(run, x1_BCHW, size, kept1, factors1, patches1),
+            chunked_features(run, x2_BCHW, size, kept2, factors2, patches2),
         )
 
-    def _run_backbone(self, x_bCHW: Tensor, factors_bM: Tensor | None = None) -> Tensor:
+    def _run_backbone(
+        self,
+        patch_scale: float,
+        x_bCHW: Tensor,
+        factors_bM: Tensor | None,
+        patches_bK: Tensor | None,
+    ) -> Tensor:
         """Features (b, D) of a chunk; also what a chunk runs again in the backward."""
-        with phase(StepPhase.BACKBONE):
-            if factors_bM is None:
-                return self.base.backbone(x_bCHW)
-            branches = find_branches(self.base.backbone)
+        backbone = self.base.backbone
+        branches = [] if factors_bM is None else find_branches(backbone)
+        if factors_bM is not None:
             set_factors(branches, factors_bM)
-            features_bD: Tensor = self.base.backbone(x_bCHW)
-        if features_bD.requires_grad:
+        with phase(StepPhase.BACKBONE), shortened(backbone, patches_bK, patch_scale):
+            features_bD: Tensor = backbone(x_bCHW)
+        if factors_bM is not None and features_bD.requires_grad:
             # blocks that run again in the backward of this pass need its factors, not the last ones
             features_bD.register_hook(  # type: ignore[no-untyped-call]
                 lambda _: set_factors(branches, factors_bM)
@@ -154,7 +188,7 @@ def train_step(
     x2_BCHW: Tensor,
     *,
     momentum: float,
-    factors_VBM: Tensor | None = None,
+    draws: Draws = NOTHING_DRAWN,
     loss_limit: float = math.inf,
     norm_limit: float = math.inf,
 ) -> StepResult:
@@ -170,8 +204,7 @@ def train_step(
         x1_BCHW: first views of this rank's part, in the engine's dtype.
         x2_BCHW: second views of the same images, in the engine's dtype.
         momentum: momentum of the momentum encoder in this step.
-        factors_VBM: draws of stochastic depth, see `stochastic_depth.draw_factors`; None where the
-            network has none.
+        draws: what of images and network takes part in the step.
         loss_limit: largest loss that is trained on.
         norm_limit: largest norm of the whole gradient that is trained on.
     """
@@ -181,12 +214,11 @@ def train_step(
         with phase(StepPhase.MOMENTUM):
             momentum_encoder.finish_move()
         with phase(StepPhase.KEYS):
-            view1 = momentum_encoder.make_keys(x1_BCHW, chunk)
-            return view1, momentum_encoder.make_keys(x2_BCHW, chunk)
+            return make_both_keys(momentum_encoder, x1_BCHW, x2_BCHW, chunk, draws)
 
     with phase(StepPhase.MOMENTUM):
         momentum_encoder.begin_move(momentum)
-    forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, factors_VBM)
+    forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, draws)
     loss_sum = ranks.all_reduce_sum(forward.loss.detach().float().clone())
     with phase(StepPhase.BACKWARD), phase(StepPhase.BACKWARD_OF_HEADS):
         engine.backward(forward.loss)
@@ -198,6 +230,27 @@ def train_step(
         reason = _bad_reason(loss, loss_limit, norm, norm_limit, scale_can_shrink)
     features, pair = forward.features_BD, (forward.queries_BP, forward.keys_BP)
     return StepResult(loss, features, forward.momentum_features_BD, pair, applied, norm, reason)
+
+
+def make_both_keys(
+    encoder: MomentumEncoder, x1_BCHW: Tensor, x2_BCHW: Tensor, chunk: int, draws: Draws
+) -> tuple[ViewKeys, ViewKeys]:
+    """Keys of view 1 and of view 2.
+
+    Args:
+        encoder: the momentum encoder after its move.
+        x1_BCHW: first views of this rank's part.
+        x2_BCHW: second views of the same images.
+        chunk: images per pass of the backbone; 0 = all at once.
+        draws: what takes part in the step.
+    """
+    patches1, patches2 = _each_view(draws.key_patches_VBK)
+    view1 = encoder.make_keys(x1_BCHW, chunk, patches1, draws.patch_scale)
+    return view1, encoder.make_keys(x2_BCHW, chunk, patches2, draws.patch_scale)
+
+
+def _each_view(both_V: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if both_V is None else (both_V[0], both_V[1])
 
 
 def _bad_reason(

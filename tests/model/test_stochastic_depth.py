@@ -13,7 +13,7 @@ from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.model.stochastic_depth import StochasticDepth, draw_factors, find_branches
 from mocov3_ds.model.vit import VitShape
-from mocov3_ds.training.step import QueriesToLoss
+from mocov3_ds.training.step import Draws, QueriesToLoss
 
 SHAPE = EncoderShape(
     backbone=VitShape(image_size=16, patch_size=8, dim=16, depth=3, heads=2),
@@ -80,7 +80,7 @@ def test_gradients_equal_one_plain_pass_whatever_the_chunks(
     def gradients(chunks: Chunks, recompute_blocks: bool) -> list[Tensor]:
         base.backbone.set_grad_checkpointing(recompute_blocks)
         model = QueriesToLoss(base, ContrastiveLoss(0.2), chunks=chunks)
-        features1, features2 = model.features(x1, x2, factors)
+        features1, features2 = model.features(x1, x2, Draws(factors_VBM=factors))
         queries = base.predictor(base.projector(torch.cat([features1, features2])))
         loss = queries.square().mul(torch.arange(8)).sum() + (features1 * features2).sum()
         return list(torch.autograd.grad(loss, [p for p in base.parameters() if p.requires_grad]))

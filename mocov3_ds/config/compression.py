@@ -1,0 +1,181 @@
+"""Sequence compression: how much of an image a step sees, by the run's progress (arXiv 2410.22364).
+
+A schedule is a line of points PROGRESS:VALUES, such as "0:q0.25,k0.5,p2 0.6:0.5,p1 0.9:1". Progress
+is the share of the run that is done. VALUES are the share of patch tokens that queries (`q`) and
+keys (`k`) keep, a plain number for both, and the patch scale (`p`): how many times as long the side
+of a patch is. What a point does not name stays as at the point before. Shares go in straight lines
+from point to point; the patch scale holds until a point gives another. Two points of the same
+progress are a jump.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from mocov3_ds.settings.spelling import did_you_mean
+
+READY = {
+    "off": "0:1",
+    "2x": "0:0.25 0.5:0.25 0.9:1",
+    "4x": "0:0.125 0.8:0.125 0.92:1",
+}
+"""schedules by name; what they save is in the README's table"""
+
+LEVELS = 16
+"""shares are rounded to multiples of 1 / LEVELS, so that few lengths occur in a run"""
+_LATEST_FULL = 0.95
+"""progress from which on the sequences are whole, at the latest"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceLength:
+    """How much of an image a step sees."""
+
+    query_share: float = 1.0
+    """share of the patch tokens that the base encoder gets"""
+    key_share: float = 1.0
+    """share of the patch tokens that the momentum encoder gets"""
+    patch_scale: float = 1.0
+    """side of a patch over that of a whole sequence"""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self == SequenceLength()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A corner of a schedule."""
+
+    progress: float
+    """share of the run that is done, from 0 to 1"""
+    length: SequenceLength = SequenceLength()
+
+
+@lru_cache
+def read_schedule(text: str) -> tuple[Point, ...]:
+    """Points of a schedule that is named or written out.
+
+    Args:
+        text: value of `--compress`.
+
+    Raises:
+        ValueError: it is neither, its progress goes backwards, or it does not end at full length.
+    """
+    points: list[Point] = []
+    for entry in READY.get(text, text).split():
+        before = points[-1] if points else Point(progress=-1.0)
+        points.append(_read_point(text, entry, before))
+    if not points or points[0].progress > 0:
+        raise ValueError(
+            f"--compress {text!r} says nothing of the run's start: begin with 0:SHARE."
+        )
+    last = points[-1]
+    if not last.length.is_whole or last.progress > _LATEST_FULL:
+        raise ValueError(
+            f"--compress {text!r} does not end at full length: its last point must have all tokens "
+            f"and the patch scale 1 at a progress of {_LATEST_FULL} or before, e.g. 0.9:1,p1."
+        )
+    return tuple(points)
+
+
+def _read_point(text: str, entry: str, before: Point) -> Point:
+    """A point as written, with what it leaves out from the point before."""
+    progress_text, colon, values = entry.partition(":")
+    if not colon:
+        raise ValueError(
+            f"--compress {text!r} is no schedule{did_you_mean(text, READY)}; there are "
+            f"{', '.join(READY)}, and schedules of your own, e.g. '0:0.25 0.5:0.25 0.9:1'."
+        )
+    progress = _read_number(text, progress_text, 0.0, 1.0)
+    if progress < before.progress:
+        raise ValueError(
+            f"--compress {text!r} goes back from the progress {before.progress:g} to {progress:g}; "
+            "write the points in the order of the run."
+        )
+    length = before.length
+    for value in values.split(","):
+        kind = value[:1] if value[:1] in ("q", "k", "p") else ""
+        if kind == "p":
+            scale = _read_number(text, value[1:], 1.0, 64.0)
+            length = replace(length, patch_scale=scale)
+            continue
+        share = _read_number(text, value.removeprefix(kind), 0.5 / LEVELS, 1.0)
+        if kind != "k":
+            length = replace(length, query_share=share)
+        if kind != "q":
+            length = replace(length, key_share=share)
+    return Point(progress=progress, length=length)
+
+
+def _read_number(text: str, written: str, low: float, high: float) -> float:
+    try:
+        number = float(written)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        raise ValueError(
+            f"--compress {text!r}: {written!r} is no number from {low:g} to {high:g}; a point is "
+            "PROGRESS:SHARE or PROGRESS:qSHARE,kSHARE,pSCALE."
+        )
+    return number
+
+
+def length_at(points: tuple[Point, ...], progress: float) -> SequenceLength:
+    """Shares, rounded to a level, and patch scale at a progress of the run.
+
+    Args:
+        points: the schedule, see `read_schedule`.
+        progress: share of the run that is done, from 0 to 1.
+    """
+    index = max(i for i, point in enumerate(points) if point.progress <= progress)
+    before, after = points[index], points[min(index + 1, len(points) - 1)]
+    way = after.progress - before.progress
+    done = (progress - before.progress) / way if way else 0.0
+
+    def share(start: float, end: float) -> float:
+        return max(round((start + done * (end - start)) * LEVELS), 1) / LEVELS
+
+    return SequenceLength(
+        query_share=share(before.length.query_share, after.length.query_share),
+        key_share=share(before.length.key_share, after.length.key_share),
+        patch_scale=before.length.patch_scale,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLength:
+    """Patches of an image that take part in a step."""
+
+    patches: int
+    """patches that an image has at the step's patch scale"""
+    query_patches: int
+    """of them, those that the base encoder gets"""
+    key_patches: int
+    """of them, those that the momentum encoder gets"""
+    patch_scale: float
+    """side of a patch over that of a whole sequence"""
+
+    def as_values(self) -> dict[str, float]:
+        """The columns of the log that name the step's phase."""
+        return {
+            "query_patches": self.query_patches,
+            "key_patches": self.key_patches,
+            "patch_scale": self.patch_scale,
+        }
+
+
+def count_length(length: SequenceLength, patches: int) -> StepLength:
+    """Patches of a step, at least one.
+
+    Args:
+        length: shares and patch scale.
+        patches: patches that an image has at that scale.
+    """
+    return StepLength(
+        patches=patches,
+        query_patches=max(round(length.query_share * patches), 1),
+        key_patches=max(round(length.key_share * patches), 1),
+        patch_scale=length.patch_scale,
+    )

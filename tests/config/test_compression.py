@@ -1,0 +1,75 @@
+"""Schedules of compression: what is read, what is refused, and what each step sees."""
+
+import pytest
+
+from mocov3_ds.config.compression import (
+    LEVELS,
+    READY,
+    SequenceLength,
+    count_length,
+    length_at,
+    read_schedule,
+)
+
+
+def shares(text: str, progress: float) -> tuple[float, float, float]:
+    length = length_at(read_schedule(text), progress)
+    return length.query_share, length.key_share, length.patch_scale
+
+
+def test_a_schedule_goes_in_straight_lines_and_holds_its_patch_scale() -> None:
+    text = "0:q0.25,k0.5,p2 0.4:0.5 0.4:p1 0.8:1"
+    assert shares(text, 0.0) == (0.25, 0.5, 2)
+    assert shares(text, 0.2) == (0.375, 0.5, 2)
+    assert shares(text, 0.39999) == (0.5, 0.5, 2)
+    assert shares(text, 0.4) == (0.5, 0.5, 1)
+    assert shares(text, 0.6) == (0.75, 0.75, 1)
+    assert shares(text, 0.8) == shares(text, 1.0) == (1, 1, 1)
+
+
+def test_few_lengths_occur() -> None:
+    points = read_schedule("0:0.05 0.95:1")
+    seen = {length_at(points, step / 10_000).query_share for step in range(10_000)}
+    assert seen == {level / LEVELS for level in range(1, LEVELS + 1)}
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_schedules_only_grow_and_end_whole(name: str) -> None:
+    points = read_schedule(name)
+    lengths = [length_at(points, step / 100) for step in range(100)]
+    patches = [length.query_share / length.patch_scale**2 for length in lengths]
+    assert patches == sorted(patches)
+    assert lengths[-1] == SequenceLength()
+    assert (lengths[0] == SequenceLength()) == (name == "off")
+
+
+def test_patches_are_counted_and_never_none() -> None:
+    length = SequenceLength(query_share=0.25, key_share=1 / 16, patch_scale=2)
+    counted = count_length(length, 49)
+    assert (counted.query_patches, counted.key_patches) == (12, 3)
+    assert count_length(length, 4).key_patches == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("3x", "is no schedule; there are off, 2x, 4x"),
+        ("", "says nothing of the run's start"),
+        ("0.1:0.5 0.9:1", "says nothing of the run's start"),
+        ("0:0.5", "does not end at full length"),
+        ("0:0.5 0.99:1", "does not end at full length"),
+        ("0:0.5,p2 0.9:1", "does not end at full length"),
+        ("0:q0.5 0.9:q0.75", "does not end at full length"),
+        ("0:0.5 0.6:0.7 0.5:0.8 0.9:1", "goes back from the progress 0.6 to 0.5"),
+        ("0:half 0.9:1", "'half' is no number from 0.03125 to 1"),
+        ("0:0 0.9:1", "'0' is no number"),
+        ("0:nan 0.9:1", "'nan' is no number"),
+        ("0:0.5,p0.5 0.9:1,p1", "'0.5' is no number from 1 to 64"),
+        ("0:1.5 0.9:1", "'1.5' is no number"),
+        ("2:0.5 0.9:1", "'2' is no number from 0 to 1"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match="--compress") as error:
+        read_schedule(text)
+    assert says in str(error.value)
