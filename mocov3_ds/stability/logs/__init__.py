@@ -1,0 +1,1 @@
+"""What did another program log? Its tables of numbers, and which of them mean what."""

@@ -1,0 +1,217 @@
+"""What do the columns of a log say? Series as `verdict.judge` takes them, and what was understood.
+
+Shape suffixes: T = steps, M = values of a column, K = k-NN evaluations, G = layer groups.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mocov3_ds.stability.findings import Array, Series, Steps
+from mocov3_ds.stability.logs.columns import GRADIENT, find_columns, list_names
+from mocov3_ds.stability.logs.table import Column, LoggedTable, count_words
+
+WHOLE = "whole network"
+"""layer group of a log that has the norm of the whole gradient alone"""
+_UNORDERED = 0.05  # share of rows that go back, from which on a file has no order
+_LARGEST_STEP = 1 << 53
+
+
+@dataclass(frozen=True, eq=False)
+class ForeignRun:
+    """A run of another program: its series, and how its log was understood."""
+
+    series: Series
+    understood: str
+    """a sentence: which column means what, what was left out"""
+
+
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """A column at the steps that count."""
+
+    steps_M: Steps
+    values_M: Array
+    repeated: int
+    """values that a later one of the same or an earlier step replaced"""
+
+
+def read_foreign_run(table: LoggedTable, given: Sequence[str] = (), probes: int = 0) -> ForeignRun:
+    """Make series of a log.
+
+    Of steps that were logged twice, as after a resume, the last value counts; what lies behind the
+    step that a resumed run went back to is dropped.
+
+    Args:
+        table: the log.
+        given: MEANING=COLUMN each, as `columns.find_columns` takes them.
+        probes: images that each evaluation classifies; 0 = as the log says, or unknown.
+
+    Raises:
+        ValueError: the columns are ambiguous, there is neither loss nor accuracy, or steps are no
+            whole numbers.
+    """
+    try:
+        roles = find_columns(table.columns, given)
+        clock, clock_words = _find_clock(table, roles)
+    except ValueError as error:
+        raise ValueError(f"{table.source}, run {table.name}: {error}") from None
+    curves = {
+        role: _align(table.columns[name], clock)
+        for role, name in roles.items()
+        if role not in ("step", "epoch")
+    }
+    if not {"loss", "knn"} & {role for role, curve in curves.items() if len(curve.steps_M)}:
+        raise ValueError(
+            f"{table.source}, run {table.name}: neither a loss nor an accuracy is known by its "
+            f"name; there are {list_names(list(table.columns))}. Say which with --columns "
+            "loss=COLUMN or knn=COLUMN."
+        )
+    series, unit = _build_series(table, roles, curves, clock, probes)
+    return ForeignRun(series, _describe(table, roles, curves, clock_words + unit))
+
+
+def _find_clock(table: LoggedTable, roles: dict[str, str]) -> tuple[Array, list[str]]:
+    """Step of each row, NaN where it has none, and how it was found."""
+    rows = table.rows
+    if "step" in roles:
+        clock = _spread(table.columns[roles["step"]], rows)
+        known = clock[np.isfinite(clock)]
+        if np.any(known != np.round(known)) or np.any(np.abs(known) >= _LARGEST_STEP):
+            raise ValueError(f"column {roles['step']} holds steps that are no whole numbers.")
+        clock[clock < 0] = np.nan
+        missing = int(np.sum(np.isnan(clock)))
+        return clock, count_words(
+            missing, "row without a step left out", "rows without a step left out"
+        )
+    if "epoch" in roles:
+        clock = _spread(table.columns[roles["epoch"]], rows)
+        known = clock[np.isfinite(clock)]
+        if np.all(known == np.round(known)) and np.all(known >= 0):
+            return clock, [f"no step, so steps are those of {roles['epoch']}"]
+    return np.arange(1.0, rows + 1), ["no step, so rows are numbered"]
+
+
+def _spread(column: Column, rows: int) -> Array:
+    spread = np.full(rows, np.nan)
+    spread[column.rows_M] = column.values_M
+    return spread
+
+
+def _align(column: Column, clock: Array) -> _Curve:
+    """A column over steps, each step once: the last value counts."""
+    clock_M = clock[column.rows_M]
+    is_there = np.isfinite(clock_M)
+    steps_M: Steps = clock_M[is_there].astype(np.int64)
+    values_M = column.values_M[is_there]
+    if len(steps_M) > 1 and np.mean(np.diff(steps_M) < 0) > _UNORDERED:
+        order = np.argsort(steps_M, kind="stable")
+        steps_M, values_M = steps_M[order], values_M[order]
+    kept = last_of_each_step(steps_M)
+    return _Curve(steps_M[kept], values_M[kept], len(steps_M) - len(kept))
+
+
+def last_of_each_step(steps_M: Steps) -> Steps:
+    """Indices of the values that no later one of the same or an earlier step replaces, ascending.
+
+    Args:
+        steps_M: steps in the order in which they were written.
+    """
+    if not len(steps_M):
+        return np.empty(0, np.int64)
+    earliest_after = np.minimum.accumulate(steps_M[::-1])[::-1]
+    is_last = np.append(steps_M[:-1] < earliest_after[1:], True)
+    return np.flatnonzero(is_last)
+
+
+def _build_series(
+    table: LoggedTable,
+    roles: dict[str, str],
+    curves: dict[str, _Curve],
+    clock: Array,
+    probes: int,
+) -> tuple[Series, list[str]]:
+    nothing = _Curve(np.empty(0, np.int64), np.empty(0), 0)
+    loss, knn = curves.get("loss", nothing), curves.get("knn", nothing)
+    steps_T = loss.steps_M if len(loss.steps_M) else knn.steps_M
+    gradients = {role.removeprefix(GRADIENT): c for role, c in curves.items() if GRADIENT in role}
+    if not gradients and "grad_norm" in curves:
+        gradients = {WHOLE: curves["grad_norm"]}
+    grad_GT = np.full((len(gradients), len(steps_T)), np.nan)
+    for row_T, curve in zip(grad_GT, gradients.values(), strict=True):
+        row_T[:] = _at_steps(curve, steps_T)
+    is_evaluated = np.isfinite(knn.values_M)
+    knn_K, unit = _as_percent(knn.values_M[is_evaluated], roles.get("knn", ""))
+    series = Series(
+        steps_T=steps_T,
+        loss_T=_at_steps(loss, steps_T),
+        chance_loss=_last(curves.get("chance_loss", nothing), math.nan),
+        lr_T=_at_steps(curves.get("lr", nothing), steps_T),
+        groups=tuple(gradients),
+        grad_linf_GT=grad_GT,
+        rms_GT=np.full(grad_GT.shape, np.nan),
+        knn_steps_K=knn.steps_M[is_evaluated],
+        knn_K=knn_K,
+        probes=probes or int(_last(curves.get("probes", nothing), 0.0)),
+        knn_chance=_last(curves.get("knn_chance", nothing), 0.0),
+        total_steps=max(1, *(int(c.steps_M[-1]) for c in (loss, knn) if len(c.steps_M))),
+        epochs_per_step=_epochs_per_step(table, roles, clock),
+    )
+    return series, unit
+
+
+def _at_steps(curve: _Curve, steps_T: Steps) -> Array:
+    values_T = np.full(len(steps_T), np.nan)
+    _, ours, theirs = np.intersect1d(
+        steps_T, curve.steps_M, assume_unique=True, return_indices=True
+    )
+    values_T[ours] = curve.values_M[theirs]
+    return values_T
+
+
+def _last(curve: _Curve, default: float) -> float:
+    values_M = curve.values_M[np.isfinite(curve.values_M)]
+    return float(values_M[-1]) if len(values_M) else default
+
+
+def _as_percent(knn_K: Array, name: str) -> tuple[Array, list[str]]:
+    """Accuracy in percent; one that is never above 1 is a share."""
+    if len(knn_K) and np.max(knn_K) <= 1:
+        return 100 * knn_K, [f"{name} is never above 1, so it is a share of 1"]
+    return knn_K, []
+
+
+def _epochs_per_step(table: LoggedTable, roles: dict[str, str], clock: Array) -> float:
+    """Epochs that a step goes on, by the first and the last row that say both; NaN if unknown."""
+    if "epoch" not in roles:
+        return math.nan
+    epochs = _spread(table.columns[roles["epoch"]], table.rows)
+    known = np.isfinite(epochs) & np.isfinite(clock)
+    if not known.any():
+        return math.nan
+    first, last = np.argmin(np.where(known, clock, np.inf)), np.argmax(np.where(known, clock, -1.0))
+    steps = clock[last] - clock[first]
+    return float((epochs[last] - epochs[first]) / steps) if steps > 0 else math.nan
+
+
+def _describe(
+    table: LoggedTable, roles: dict[str, str], curves: dict[str, _Curve], more: list[str]
+) -> str:
+    meanings = ", ".join(f"{role} = {name}" for role, name in roles.items())
+    repeated = sum(curve.repeated for curve in curves.values())
+    unused = [name for name in table.columns if name not in roles.values()]
+    clauses = [
+        f"{table.rows:,} rows",
+        meanings,
+        *table.notes,
+        *more,
+        *count_words(
+            repeated,
+            "value of a step that was logged again is replaced by the last",
+            "values of steps that were logged again are replaced by the last",
+        ),
+        *([f"not used: {list_names(unused)}"] if unused else []),
+    ]
+    return f"{table.name}: {'; '.join(clauses)}."

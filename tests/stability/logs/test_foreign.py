@@ -1,0 +1,110 @@
+"""Series of another program's log: which step a value belongs to, and which of several counts."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mocov3_ds.stability.logs.foreign import last_of_each_step, read_foreign_run
+from mocov3_ds.stability.logs.table import LoggedTable, rows_as_columns
+from mocov3_ds.stability.verdict import judge
+
+
+def make_table(*rows: dict[str, Any]) -> LoggedTable:
+    columns, count = rows_as_columns(rows)
+    return LoggedTable("mine", Path("mine.csv"), columns, count)
+
+
+def test_columns_become_series() -> None:
+    rows: list[dict[str, Any]] = [
+        {"step": s, "epoch": s / 4, "loss": 5 - s, "lr": 0.1, "grad_norm": 2.0} for s in (1, 2, 3)
+    ]
+    rows.insert(2, {"step": 2, "val/acc": 0.125})  # a row of its own, as Lightning writes it
+    run = read_foreign_run(make_table(*rows), probes=500)
+    series = run.series
+    assert series.steps_T.tolist() == [1, 2, 3] and series.loss_T.tolist() == [4, 3, 2]
+    assert series.knn_steps_K.tolist() == [2] and series.knn_K.tolist() == [12.5]
+    assert series.groups == ("whole network",) and series.grad_linf_GT.tolist() == [[2, 2, 2]]
+    assert series.epochs_per_step == 0.25 and series.total_steps == 3 and series.probes == 500
+    assert run.understood == (
+        "mine: 4 rows; step = step, epoch = epoch, loss = loss, lr = lr, knn = val/acc, "
+        "grad_norm = grad_norm; val/acc is never above 1, so it is a share of 1."
+    )
+
+
+def test_of_a_resumed_log_the_last_values_count() -> None:
+    first = [{"step": s, "loss": 10.0 + s} for s in range(1, 41)]
+    again = [{"step": s, "loss": 20.0 + s} for s in range(31, 36)]
+    run = read_foreign_run(make_table(*first, *again))
+    assert run.series.steps_T.tolist() == list(range(1, 36))
+    assert run.series.loss_T[29:].tolist() == [40, 51, 52, 53, 54, 55]
+    assert "10 values of steps that were logged again are replaced by the last" in run.understood
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_rule_of_the_last_value_in_words(seed: int) -> None:
+    steps = np.random.default_rng(seed).integers(0, 12, 40)
+    plain = [i for i, step in enumerate(steps) if all(step < later for later in steps[i + 1 :])]
+    assert last_of_each_step(steps).tolist() == plain
+    assert last_of_each_step(steps[:0]).tolist() == []
+
+
+def test_a_log_that_runs_backwards_is_sorted() -> None:
+    run = read_foreign_run(make_table(*({"step": s, "loss": s} for s in (4, 3, 2, 1))))
+    assert run.series.loss_T.tolist() == [1, 2, 3, 4]
+
+
+def test_steps_of_epochs_and_of_rows() -> None:
+    by_epoch = read_foreign_run(make_table(*({"epoch": e, "train_loss": e} for e in (0, 1, 2))))
+    assert by_epoch.series.steps_T.tolist() == [0, 1, 2] and by_epoch.series.epochs_per_step == 1
+    assert "no step, so steps are those of epoch" in by_epoch.understood
+    by_row = read_foreign_run(make_table({"loss": 3}, {"loss": math.nan}))
+    assert by_row.series.steps_T.tolist() == [1, 2] and math.isnan(by_row.series.loss_T[1])
+    assert "no step, so rows are numbered" in by_row.understood
+
+
+def test_accuracy_alone_and_rows_without_a_step() -> None:
+    rows = [{"step": s, "acc": 10.0 + s} for s in (10, 20)]
+    run = read_foreign_run(make_table(*rows, {"acc": 99}))
+    assert run.series.knn_K.tolist() == [20, 30] and run.series.steps_T.tolist() == [10, 20]
+    assert "1 row without a step left out" in run.understood
+
+
+def test_layers_named_by_hand() -> None:
+    rows = [{"step": s, "loss": 1.0, "g/a": s, "g/b": 2 * s} for s in (1, 2)]
+    given = ["grad.patch_embed=g/a", "grad.block_11=g/b"]
+    series = read_foreign_run(make_table(*rows), given).series
+    assert series.groups == ("patch_embed", "block_11")
+    assert series.gradient_of("block_11").tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"step": 1.5, "loss": 1}], "column step holds steps that are no whole numbers"),
+        ([{"step": 1e300, "loss": 1}], "column step holds steps that are no whole numbers"),
+        ([{"step": 1, "speed": 1}], "neither a loss nor an accuracy .* there are step, speed"),
+        ([{"step": 1, "a/loss": 1, "b/loss": 1}], "mine.csv, run mine: 2 columns may be the tr"),
+    ],
+)
+def test_what_cannot_be_understood(rows: list[dict[str, Any]], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_foreign_run(make_table(*rows))
+
+
+def test_a_log_without_our_numbers_is_judged() -> None:
+    """No chance level, no layers, no probes: events of the loss and dips are still found."""
+    random = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 2001):
+        loss = 3 * np.exp(-step / 400) + 1 + 0.005 * random.standard_normal()
+        rows.append({"step": step, "loss": loss * (1.5 if 1000 <= step < 1010 else 1)})
+        if step % 20 == 0:
+            dip = 8 if 1000 <= step <= 1200 else 0
+            rows[-1]["knn"] = 50 - 30 * np.exp(-step / 300) - dip + 0.2 * random.standard_normal()
+    judgement = judge(read_foreign_run(make_table(*rows)).series)
+    assert judgement.verdict == "UNSTABLE"
+    assert any(900 <= dip.first <= 1020 for dip in judgement.dips)
+    assert any(abs(event.peak - 1004) <= 6 for event in judgement.loss_events)
