@@ -226,6 +226,11 @@ def compile_blocks(backbone: nn.Module) -> None:
     vit.compile_blocks(backbone)
 
 
+def has_compiled_blocks(backbone: nn.Module) -> bool:
+    """Whether `compile_blocks` was called for it."""
+    return isinstance(backbone, VisionTransformer) and vit.has_compiled_blocks(backbone)
+
+
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Within, batch norm takes its running statistics: nothing is exchanged between ranks."""

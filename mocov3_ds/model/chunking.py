@@ -46,6 +46,7 @@ def chunked_features(
     chunk: int = 0,
     keep: int = 0,
     *beside_B: Tensor | None,
+    fill: bool = False,
 ) -> Tensor:
     """Class-token features (B, D) of a whole rank batch, activations of one chunk at a time.
 
@@ -62,6 +63,9 @@ def chunked_features(
         keep: chunks at the end that keep their activations. The backward starts there, so one of
             them in the last view costs no memory at the peak and saves the forward of a chunk.
         beside_B: what belongs to the images row by row, such as draws; None stays None.
+        fill: make all pieces equally large, at most `chunk`, by repeating the last image; what
+            comes of the repeated ones is cut off, so that they add exact zeros to the gradient.
+            For a compiled backbone, which would be compiled once more for a smaller last piece.
     """
 
     def class_tokens(*rows: Tensor | None) -> Tensor:
@@ -72,6 +76,9 @@ def chunked_features(
         return class_tokens(x_BCHW, *beside_B)
     count = math.ceil(len(x_BCHW) / chunk)
     all_rows = (x_BCHW, *beside_B)
+    if fill:
+        chunk = math.ceil(len(x_BCHW) / count)
+        all_rows = tuple(rows if rows is None else _fill(rows, count * chunk) for rows in all_rows)
     columns = [[None] * count if rows is None else torch.split(rows, chunk) for rows in all_rows]
     pieces = list(zip(*columns, strict=True))
     features = []
@@ -83,7 +90,15 @@ def chunked_features(
         # chunks must not share one autocast cast of a weight: their gradients would be summed in
         # the low precision (error growing with the square root of the number of chunks)
         torch.clear_autocast_cache()
-    return torch.cat(features)
+    return torch.cat(features)[: len(x_BCHW)] if fill else torch.cat(features)
+
+
+def _fill(rows_B: Tensor, count: int) -> Tensor:
+    """As many rows, the last one repeated."""
+    missing = count - len(rows_B)
+    if not missing:
+        return rows_B
+    return torch.cat([rows_B, rows_B[-1:].expand(missing, *rows_B.shape[1:])])
 
 
 def count_kept_chunks(chunks: Chunks, batch: int) -> tuple[int, int]:

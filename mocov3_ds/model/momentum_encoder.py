@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.distributed import devices
 from mocov3_ds.distributed.buffers import persistent_buffers
-from mocov3_ds.model.backbones import build_backbone, describe_backbone
+from mocov3_ds.model.backbones import build_backbone, describe_backbone, has_compiled_blocks
 from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.chunking import chunked_features
 from mocov3_ds.model.cpu_ops import suit_cpu
@@ -215,7 +215,9 @@ class MomentumEncoder(nn.Module):
                 features_bD: Tensor = self.backbone(x_bCHW)
             return features_bD
 
-        features_BD = chunked_features(run_backbone, x_BCHW, chunk, 0, kept_BK)
+        features_BD = chunked_features(
+            run_backbone, x_BCHW, chunk, 0, kept_BK, fill=has_compiled_blocks(self.backbone)
+        )
         return ViewKeys(self.projector(features_BD), features_BD)
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:

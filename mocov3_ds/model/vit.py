@@ -159,9 +159,14 @@ def compile_blocks(vit: VisionTransformer) -> None:
         block.compile()
 
 
+def has_compiled_blocks(vit: VisionTransformer) -> bool:
+    """Whether `compile_blocks` was called for it."""
+    return any(block._compiled_call_impl is not None for block in vit.blocks)
+
+
 def as_written(vit: VisionTransformer) -> AbstractContextManager[Any]:
     """Context in which compiled blocks run line by line, which hooks inside of them need."""
-    if any(block._compiled_call_impl is not None for block in vit.blocks):
+    if has_compiled_blocks(vit):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
 

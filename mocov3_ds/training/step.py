@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import Engine
 from mocov3_ds.distributed.guarded_step import scale_is_exhausted, step_within
+from mocov3_ds.model.backbones import has_compiled_blocks
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import Chunks, chunked_features, count_kept_chunks
 from mocov3_ds.model.loss import PairLoss
@@ -128,9 +129,10 @@ class QueriesToLoss(nn.Module):
         factors1, factors2 = _each_view(draws.factors_VBM)
         patches1, patches2 = _each_view(draws.query_patches_VBK)
         run = partial(self._run_backbone, draws.patch_scale)
+        fill = has_compiled_blocks(self.base.backbone)
         return (
-            chunked_features(run, x1_BCHW, size, kept1, factors1, patches1),
-            chunked_features(run, x2_BCHW, size, kept2, factors2, patches2),
+            chunked_features(run, x1_BCHW, size, kept1, factors1, patches1, fill=fill),
+            chunked_features(run, x2_BCHW, size, kept2, factors2, patches2, fill=fill),
         )
 
     def _run_backbone(

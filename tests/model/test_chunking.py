@@ -39,6 +39,36 @@ def test_chunked_gradients_equal_the_plain_pass(chunk: int, drop_path: float, ke
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)  # fp64
 
 
+def test_a_filled_last_chunk_changes_nothing() -> None:
+    """11 images in chunks of at most 5 are three of 4; the draws beside them are filled as well."""
+    torch.manual_seed(0)
+    backbone = BaseEncoder(SHAPE).backbone.double()
+    images, weights = torch.randn(2, 11, 3, 16, 16, dtype=torch.float64)
+    beside = torch.rand(11, dtype=torch.float64)
+    sizes: list[int] = []
+
+    def features(x_bCHW: torch.Tensor, beside_b: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x_bCHW))
+        assert len(beside_b) == len(x_bCHW)
+        result: torch.Tensor = backbone(x_bCHW) * beside_b[:, None]
+        return result
+
+    def gradients(fill: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        found = chunked_features(features, images, 5, 1, beside, fill=fill)
+        loss = (found * weights.flatten(1)[:, : SHAPE.vit.dim]).square().sum()
+        trained = [p for p in backbone.parameters() if p.requires_grad]
+        return found, list(torch.autograd.grad(loss, trained))
+
+    plain, plain_gradients = gradients(False)
+    assert sizes[:3] == [5, 5, 1]
+    sizes.clear()
+    filled, filled_gradients = gradients(True)
+    assert set(sizes) == {4} and len(filled) == 11
+    torch.testing.assert_close(filled, plain, rtol=1e-12, atol=1e-12)  # fp64
+    for ours, others in zip(filled_gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(ours, others, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_chunk_leaves_class_tokens_behind_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, gradients: bool

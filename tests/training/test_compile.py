@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import full_tensors, start_engine
@@ -58,6 +59,28 @@ def after_two_steps(stage: int, compiled: bool) -> tuple[list[float], dict[str, 
 def all_stages() -> list[tuple[list[float], dict[str, torch.Tensor]]]:
     compiled = [after_two_steps(stage, compiled=True) for stage in (0, 1, 2)]
     return [after_two_steps(1, compiled=False), *compiled]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own
+def test_one_code_for_all_chunks() -> None:
+    """A smaller last chunk is filled up: no further compilation, and not one for a changing size.
+
+    Each of two kinds of block is compiled with gradient and without.
+    """
+    torch.manual_seed(0)
+    model = QueriesToLoss(BaseEncoder(SHAPE), ContrastiveLoss(0.2), chunks=Chunks(size=3))
+    encoder = MomentumEncoder(SHAPE)
+    for network in (model.base, encoder):
+        for block in network.backbone.blocks:
+            block.compile(backend="eager")
+    counters.clear()
+    for batch in (7, 5):  # in pieces of 3, 3, 3 and of 3, 3
+        views = torch.randn(2, batch, 3, 16, 16)
+        features1_BD, features2_BD = model.features(*views)
+        (features1_BD + features2_BD).square().sum().backward()
+        for view_BCHW in views:
+            assert len(encoder.make_keys(view_BCHW, 3).keys_BP) == batch
+    assert counters["stats"]["unique_graphs"] == 4, counters["stats"]
 
 
 @pytest.mark.slow
