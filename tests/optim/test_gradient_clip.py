@@ -123,10 +123,11 @@ def test_a_tensor_that_begins_with_zeros_is_not_held_for_ever() -> None:
     zeros = torch.zeros(2, dtype=torch.float64)
     state_KS = torch.zeros(2, 2, dtype=torch.float64)
     clip = AdaGC(warmup_steps=2)
-    for norms in ([0.0, 0.5], [0.0, 0.4], [0.0, 0.6]):
+    for norms in ([0.0, 50.0], [0.0, 0.4], [0.0, 0.6]):
         norm_S = zeros + torch.tensor(norms)
         factor_S, state_KS = clip.clip(norm_S, norm_S.norm(), state_KS)
         assert factor_S[0] == 1
+        assert state_KS[0, 1] == 2 or factor_S[1] == 1  # nothing is clipped before
     assert state_KS[:, 0].tolist() == [0, 0]
     assert float(factor_S[1]) == pytest.approx(1.05 * 0.4 / 0.6)
     factor_S, state_KS = clip.clip(zeros + 0.3, zeros.norm() + 0.42, state_KS)
