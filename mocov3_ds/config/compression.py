@@ -11,11 +11,14 @@ progress are a jump.
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 
+from mocov3_ds.model.shapes import scaled_grid
 from mocov3_ds.settings.spelling import did_you_mean
 
+OFF = "off"
 READY = {
-    "off": "0:1",
+    OFF: "0:1",
     "2x": "0:0.25 0.5:0.25 0.9:1",
     "4x": "0:0.125 0.8:0.125 0.92:1",
 }
@@ -157,6 +160,13 @@ class StepLength:
     patch_scale: float
     """side of a patch over that of a whole sequence"""
 
+    def share_of(self, whole: int) -> float:
+        """Memory of a pass over that of one over a whole sequence of so many patches.
+
+        Keys take a fraction of what queries take, as nothing of them is kept for a backward.
+        """
+        return min((max(self.query_patches, self.key_patches / 4) + 1) / (whole + 1), 1.0)
+
     def as_values(self) -> dict[str, float]:
         """The columns of the log that name the step's phase."""
         return {
@@ -164,6 +174,69 @@ class StepLength:
             "key_patches": self.key_patches,
             "patch_scale": self.patch_scale,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patches:
+    """The patches that a network makes of an image."""
+
+    network: str
+    """name of the network, for messages"""
+    image_size: tuple[int, int]
+    """height and width of an image, pixels"""
+    count: int
+    """patches of an image, of which a pass may leave some out; 0 = it cannot"""
+    side: int
+    """side of a patch, pixels, where a pass may use larger ones; 0 = it cannot"""
+
+    def count_at(self, scale: float) -> int:
+        """Patches of an image whose patches have sides so many times as long.
+
+        Raises:
+            ValueError: such patches do not divide the image.
+        """
+        return prod(scaled_grid(self.image_size, self.side, scale)) if scale != 1 else self.count
+
+
+def check_patches(text: str, patches: Patches) -> None:
+    """Refuse to compress the sequences of a network that cannot do it.
+
+    Args:
+        text: value of `--compress`.
+        patches: what is known of the network.
+
+    Raises:
+        ValueError: it has no patches to leave out, or cannot have larger ones as the schedule asks.
+    """
+    points = read_schedule(text)
+    if text == OFF:
+        return
+    if not patches.count:
+        raise ValueError(
+            f"--compress {text} leaves patches of an image out, and {patches.network} has none "
+            "that can be left out: it is for Vision Transformers (vit, vit_conv, timm:vit_*)."
+        )
+    for scale in {point.length.patch_scale for point in points} - {1.0}:
+        if not patches.side:
+            raise ValueError(
+                f"--compress {text}: {patches.network} cannot have patches {scale:g} times as "
+                "large, as no single projection makes its tokens; leave the patch scale out."
+            )
+        patches.count_at(scale)
+
+
+def step_length(text: str, progress: float, patches: Patches) -> StepLength | None:
+    """Patches that take part in a step; None where the schedule leaves none out at any time.
+
+    Args:
+        text: value of `--compress`.
+        progress: share of the schedule's steps that are done before it.
+        patches: those of the network, see `check_patches`.
+    """
+    if text == OFF:
+        return None
+    length = length_at(read_schedule(text), progress)
+    return count_length(length, patches.count_at(length.patch_scale))
 
 
 def count_length(length: SequenceLength, patches: int) -> StepLength:

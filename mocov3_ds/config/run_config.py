@@ -83,7 +83,7 @@ class Config:
     """global batch: images per step over all ranks"""
     chunk: Count = 0
     """images per backbone pass (the result is exact at any value; a smaller one saves memory);
-    0 = measure what fits"""
+    0 = measure what fits; while --compress leaves patches out, more take the same memory"""
     keep_chunks: Count = 0
     """chunks that keep their activations, which takes memory and saves time (chosen when chunk is
     0)"""
@@ -108,7 +108,7 @@ class Config:
     """train on a part of each image's patches at first, and on all of them at the end (arXiv
     2410.22364): off, 2x, 4x (that much less compute), or a schedule of your own by the run's
     progress, e.g. "0:0.25 0.5:0.25 0.9:1" = a quarter for half of the run, growing to all at 90 %;
-    "0:q0.5,k1,p2" = half for queries, all for keys, patches of twice the side"""
+    a point may be q0.5,k1,p2 = half for queries, all for keys, patches of twice the side"""
     stop_after_steps: Count = 0
     """end early after this many steps, with a checkpoint; 0 = run to the end of the schedule"""
     hang_timeout: NonNegative = 0.0

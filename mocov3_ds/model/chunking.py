@@ -113,19 +113,34 @@ def count_kept_chunks(chunks: Chunks, batch: int) -> tuple[int, int]:
     return max(chunk_count - chunks_per_view, 0), min(chunk_count, chunks_per_view)
 
 
-def choose_chunks(images: int, batch: int) -> Chunks:
+def choose_chunks(images: int, batch: int, busy: int = LARGEST_CHUNK) -> Chunks:
     """Chunks for the memory of a rank.
 
     Args:
         images: images of one view whose activations fit at once, 1 or more.
         batch: images of the rank's batch.
+        busy: images that keep the device busy, beyond which chunks do not grow.
     """
     if images >= 2 * batch:
         return Chunks()
-    largest = min(max(images // 2, 1), LARGEST_CHUNK, batch)
+    largest = min(max(images // 2, 1), busy, batch)
     # as many chunks of nearly the same size: a small last one would keep less than was planned
     size = math.ceil(batch / math.ceil(batch / largest))
     return Chunks(size=size, keep=max(images // size - 1, 0))
+
+
+def shorter_chunks(chunks: Chunks, batch: int, share: float) -> Chunks:
+    """Chunks that take the memory of `chunks` where each image takes a share of it.
+
+    Args:
+        chunks: as `choose_chunks` gave them for whole images.
+        batch: images of the rank's batch.
+        share: memory of an image over that of a whole one, above 0 and up to 1.
+    """
+    if not chunks.size or share >= 1:
+        return chunks
+    images = int(chunks.size * (chunks.keep + 1) / share)
+    return choose_chunks(images, batch, int(LARGEST_CHUNK / share))
 
 
 def choose_key_block(batch: int, global_batch: int) -> int:

@@ -13,6 +13,8 @@ from functools import lru_cache
 from itertools import pairwise
 from math import prod
 
+from mocov3_ds.config.compression import Patches, StepLength
+from mocov3_ds.model.backbones import shape_name
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.shapes import VitShape
 from mocov3_ds.planning.measured_backbone import MeasuredBackbone, measure_backbone
@@ -24,12 +26,31 @@ ATTENTION_BACKWARD = 2.5
 _NORM_LEAVES = ("weight", "bias")
 
 
-def measure_other(shape: EncoderShape) -> MeasuredBackbone | None:
-    """Counts of a backbone that the formulas do not cover; None = they do."""
+def measure_other(
+    shape: EncoderShape, patches: int = 0, patch_scale: float = 1.0
+) -> MeasuredBackbone | None:
+    """Counts of a backbone that the formulas do not cover; None = they do.
+
+    Args:
+        shape: architecture of the encoder.
+        patches: patches of an image that a pass keeps; 0 = all.
+        patch_scale: side of a patch over that of a whole sequence.
+    """
     backbone = shape.backbone
     if isinstance(backbone, VitShape) and backbone.stem == "patch":
         return None
-    return measure_backbone(shape)
+    return measure_backbone(shape, patches, patch_scale)
+
+
+def patches_of(shape: EncoderShape) -> Patches:
+    """The patches that a backbone makes of an image."""
+    counts, backbone = measure_other(shape), shape.backbone
+    return Patches(
+        network=shape_name(backbone),
+        image_size=backbone.size,
+        count=prod(shape.vit.grid) if counts is None else counts.patches,
+        side=shape.vit.patch_size if counts is None else counts.patch_size,
+    )
 
 
 def rows_know_each_other(shape: EncoderShape) -> bool:
@@ -267,23 +288,29 @@ class Work:
         return Work(self.linear * times, self.attention * times, self.moved * times)
 
 
-def forward_work(shape: EncoderShape) -> Work:
-    """One backbone pass over one view of one image (a multiply-add is two operations)."""
-    if (counts := measure_other(shape)) is not None:
+def forward_work(shape: EncoderShape, patches: int = 0, patch_scale: float = 1.0) -> Work:
+    """One backbone pass over one view of one image (a multiply-add is two operations).
+
+    Args:
+        shape: architecture of the encoder.
+        patches: patches of the image that the pass keeps; 0 = all.
+        patch_scale: side of a patch over that of a whole sequence.
+    """
+    if (counts := measure_other(shape, patches, patch_scale)) is not None:
         return Work(counts.forward_operations)
-    blocks = block_work(shape) * (shape.vit.depth - 1)
-    return Work(_patch_projection_operations(shape)) + blocks + _last_block_work(shape)
+    blocks = block_work(shape, patches) * (shape.vit.depth - 1)
+    return Work(_patch_projection_operations(shape)) + blocks + _last_block_work(shape, patches)
 
 
-def block_work(shape: EncoderShape) -> Work:
-    """One block, forward, of one image."""
-    tokens, dim = count_tokens(shape), shape.vit.dim
+def block_work(shape: EncoderShape, patches: int = 0) -> Work:
+    """One block, forward, of one image, of which `patches` are kept (0 = all)."""
+    tokens, dim = patches + 1 if patches else count_tokens(shape), shape.vit.dim
     return Work(linear=2 * tokens * 12 * dim**2, attention=4 * tokens**2 * dim)
 
 
-def _last_block_work(shape: EncoderShape) -> Work:
+def _last_block_work(shape: EncoderShape, patches: int) -> Work:
     """Queries, keys and values of all tokens; then the class token alone."""
-    tokens, dim = count_tokens(shape), shape.vit.dim
+    tokens, dim = patches + 1 if patches else count_tokens(shape), shape.vit.dim
     return Work(linear=2 * (3 * tokens + 9) * dim**2, attention=4 * tokens * dim)
 
 
@@ -291,15 +318,20 @@ def _patch_projection_operations(shape: EncoderShape) -> float:
     return 2.0 * count_pixels(shape) * shape.vit.dim
 
 
-def backward_work(shape: EncoderShape) -> Work:
+def backward_work(shape: EncoderShape, patches: int = 0, patch_scale: float = 1.0) -> Work:
     """The backward of `forward_work`: gradients of weights and inputs.
 
     Pixels need no gradient, frozen weights neither. Attention's backward is counted as two of its
     forward; see `ATTENTION_BACKWARD`.
+
+    Args:
+        shape: architecture of the encoder.
+        patches: patches of the image that the pass keeps; 0 = all.
+        patch_scale: side of a patch over that of a whole sequence.
     """
-    if (counts := measure_other(shape)) is not None:
+    if (counts := measure_other(shape, patches, patch_scale)) is not None:
         return Work(counts.backward_operations)
-    forward, patch = forward_work(shape), _patch_projection_operations(shape)
+    forward, patch = forward_work(shape, patches), _patch_projection_operations(shape)
     linear = 2 * (forward.linear - patch) + patch * shape.train_patch_projection
     return Work(linear, 2 * forward.attention)
 
@@ -312,35 +344,66 @@ def heads_work(shape: EncoderShape) -> Work:
     return Work(3 * (projector + predictor) + projector)
 
 
-def model_operations(shape: EncoderShape) -> float:
+def model_operations(shape: EncoderShape, length: StepLength | None = None) -> float:
     """Operations that an image needs in a step, computed once each: what MFU counts.
 
     Two views, each a query forward, its backward and a key forward. The last block's other tokens,
     which the paper's figures count (but nobody reads), and the logits (0.01 %) are left out.
+
+    Args:
+        shape: architecture of the base encoder.
+        length: patches that take part in the step; None = all.
     """
-    forward, backward = forward_work(shape), backward_work(shape)
-    return 2 * (forward * 2 + backward + heads_work(shape)).operations
+    queries, keys, scale = _patches_in(length)
+    forward = forward_work(shape, queries, scale) + forward_work(shape, keys, scale)
+    return 2 * (forward + backward_work(shape, queries, scale) + heads_work(shape)).operations
 
 
-def step_work(shape: EncoderShape, number_bytes: int, recomputed: float) -> Work:
+def _patches_in(length: StepLength | None) -> tuple[int, int, float]:
+    """Patches of queries and of keys (0 = all), and patch scale."""
+    if length is None:
+        return 0, 0, 1.0
+    return length.query_patches, length.key_patches, length.patch_scale
+
+
+def step_work(
+    shape: EncoderShape, number_bytes: int, recomputed: float, length: StepLength | None = None
+) -> Work:
     """What a rank executes for one image: `model_operations`, and what is computed again.
 
     Args:
         shape: architecture of the base encoder.
         number_bytes: bytes of one number of the network.
         recomputed: share of the query passes that run a second time, from 0 to 1.
+        length: patches that take part in the step; None = all.
     """
-    forward, backward = forward_work(shape), backward_work(shape)
-    if (counts := measure_other(shape)) is not None:
-        # what is kept is written and read once each way, and its gradient as well in the backward
-        kept = counts.kept_numbers * number_bytes
-        forward = Work(forward.linear, moved=2 * kept)
-        backward = Work(backward.linear, moved=4 * kept)
-        return (forward * (2 + recomputed) + backward + heads_work(shape)) * 2
-    row = count_tokens(shape) * shape.vit.dim * number_bytes * shape.vit.depth
+    queries, keys, scale = _patches_in(length)
+    key_pass = _executed_forward(shape, number_bytes, keys, scale)
+    query_pass = _executed_forward(shape, number_bytes, queries, scale)
+    backward = _executed_backward(shape, number_bytes, queries, scale)
+    return (key_pass + query_pass * (1 + recomputed) + backward + heads_work(shape)) * 2
+
+
+def _executed_forward(shape: EncoderShape, number_bytes: int, patches: int, scale: float) -> Work:
+    forward = forward_work(shape, patches, scale)
+    if (counts := measure_other(shape, patches, scale)) is not None:
+        # what is kept is written and read once
+        return Work(forward.linear, moved=2 * counts.kept_numbers * number_bytes)
     # read and written: two norms (4), GELU (8), two residuals (6)
-    forward = Work(forward.linear, forward.attention, 18 * row)
+    return Work(forward.linear, forward.attention, 18 * _row_bytes(shape, number_bytes, patches))
+
+
+def _executed_backward(shape: EncoderShape, number_bytes: int, patches: int, scale: float) -> Work:
+    backward = backward_work(shape, patches, scale)
+    if (counts := measure_other(shape, patches, scale)) is not None:
+        # what is kept, and its gradient
+        return Work(backward.linear, moved=4 * counts.kept_numbers * number_bytes)
     # two norms (8), GELU (12), gradients that meet (6), sums for the biases (9)
-    attention = ATTENTION_BACKWARD * forward.attention
-    backward = Work(backward.linear, attention, 35 * row)
-    return (forward * (2 + recomputed) + backward + heads_work(shape)) * 2
+    attention = ATTENTION_BACKWARD * forward_work(shape, patches).attention
+    return Work(backward.linear, attention, 35 * _row_bytes(shape, number_bytes, patches))
+
+
+def _row_bytes(shape: EncoderShape, number_bytes: int, patches: int) -> int:
+    """Bytes of a number for each token, feature and block."""
+    tokens = patches + 1 if patches else count_tokens(shape)
+    return tokens * shape.vit.dim * number_bytes * shape.vit.depth

@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import tyro
 
 from mocov3_ds.config.checks import check_batch
+from mocov3_ds.config.compression import OFF, check_patches, read_schedule
 from mocov3_ds.config.run_config import encoder_shape
 from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.distributed.engine_keys import read_settings
 from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.optim.build import check_block
 from mocov3_ds.planning import plan_text, tables
+from mocov3_ds.planning.architecture import patches_of
 from mocov3_ds.planning.calibrate import calibrate
 from mocov3_ds.planning.cards import PRESETS, Card, describe_own_card, format_presets
 from mocov3_ds.planning.flags import PlanOptions
@@ -88,6 +90,7 @@ def _print_plan(options: PlanOptions) -> None:
         deepspeed_config=options.deepspeed_config,
         overrides=options.ds,
         tf32=options.tf32,
+        compress=options.compress,
     )
     cluster = _read_cluster(options)
     stages = _choose_stages(planned, cluster, options)
@@ -128,6 +131,7 @@ def plan_run(
     deepspeed_config: Path | None = None,
     overrides: tuple[str, ...] = (),
     tf32: bool = False,
+    compress: str = OFF,
 ) -> PlannedRun:
     """What a recipe trains, with what a command line changes.
 
@@ -139,6 +143,7 @@ def plan_run(
             where the file has none.
         overrides: values of that JSON as `KEY.KEY=VALUE`.
         tf32: whether products of an fp32 run may round their inputs to TF32.
+        compress: schedule of the sequences' length, see `--compress`.
 
     Raises:
         ValueError: the recipe is unknown, numbers are impossible, or the JSON cannot be read.
@@ -155,13 +160,18 @@ def plan_run(
     if deepspeed_config is not None or overrides:
         check_block(engine["optimizer"])
     config = recipe.config
+    shape = encoder_shape(config)
+    read_schedule(compress)
+    if compress != OFF:
+        check_patches(compress, patches_of(shape))
     return PlannedRun(
         recipe=recipe_name,
-        shape=encoder_shape(config),
+        shape=shape,
         batch=batch or config.batch,
         epochs=epochs or config.epochs,
         engine=engine,
         tf32=tf32,
+        compress=compress,
     )
 
 
@@ -282,6 +292,8 @@ def launch_command(
         flags.append("--recompute_blocks")
     if planned.tf32:
         flags.append("--tf32")
+    if planned.compress != OFF:
+        flags.append(f"--compress {shlex.quote(planned.compress)}")
     if planned.epochs < find_recipe(planned.recipe).config.warmup_epochs:
         flags.append("--warmup_epochs WARMUP")  # the recipe's is longer than the run
     if file is not None:

@@ -24,6 +24,8 @@ class PlanOptions:
     """global batch; 0 = the recipe's"""
     epochs: float = 0.0
     """length of the run; 0 = the recipe's"""
+    compress: str = "off"
+    """as in training: schedule by which patches of the images are left out at first"""
     nodes: int = 0
     """machines; 0 = as few as hold the cards, the same number each"""
     interconnect: float = 0.0

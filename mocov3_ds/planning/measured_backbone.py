@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mocov3_ds.model.backbones import shape_name
+from mocov3_ds.model.sequence_length import (
+    allow_shorter,
+    count_patches,
+    scalable_patch_size,
+    shortened,
+)
 from mocov3_ds.model.shapes import BackboneShape, EncoderShape, TimmShape, VitShape
 from mocov3_ds.model.timm_backbone import build_timm
 from mocov3_ds.model.vit import build_vit
@@ -47,14 +53,22 @@ class MeasuredBackbone:
     """floating-point operations of matrix products and convolutions, forward"""
     backward_operations: float
     """the same of the backward"""
+    patches: int = 0
+    """patches of an image, of which a pass may leave some out; 0 = it cannot"""
+    patch_size: int = 0
+    """side of a patch, pixels, where a pass may use larger ones; 0 = it cannot"""
 
 
 @lru_cache
-def measure_backbone(shape: EncoderShape) -> MeasuredBackbone:
+def measure_backbone(
+    shape: EncoderShape, patches: int = 0, patch_scale: float = 1.0
+) -> MeasuredBackbone:
     """Count a backbone that is no Vision Transformer of plain patches.
 
     Args:
         shape: architecture of the encoder.
+        patches: patches of an image that the passes keep; 0 = all.
+        patch_scale: side of a patch over that of a whole sequence.
 
     Raises:
         ValueError: its passes cannot be counted, because it does not run without numbers.
@@ -62,6 +76,7 @@ def measure_backbone(shape: EncoderShape) -> MeasuredBackbone:
     network = _build(shape)
     height, width = shape.backbone.size
     images_BCHW = torch.zeros(_IMAGES, shape.backbone.channels, height, width, device="meta")
+    kept_BK = torch.zeros(_IMAGES, patches, dtype=torch.int64, device="meta") if patches else None
     try:
         tensors_by_storage: dict[int, Tensor] = {}
         with (
@@ -69,6 +84,7 @@ def measure_backbone(shape: EncoderShape) -> MeasuredBackbone:
                 lambda x: _note(x, tensors_by_storage), lambda x: x
             ),
             FlopCounterMode(display=False) as forward,
+            shortened(network, kept_BK, patch_scale),
         ):
             features_BD = network(images_BCHW)
         with FlopCounterMode(display=False) as backward:
@@ -103,6 +119,8 @@ def measure_backbone(shape: EncoderShape) -> MeasuredBackbone:
         # torch counts a grouped convolution's backward as that of a dense one
         backward_operations=min(backward.get_total_flops(), 2 * forward.get_total_flops())
         / _IMAGES,
+        patches=count_patches(network),
+        patch_size=scalable_patch_size(network),
     )
 
 
@@ -129,4 +147,5 @@ def _build(shape: EncoderShape) -> nn.Module:
             network = build_timm(backbone)
         case _:
             network = backbone.make()
+    allow_shorter(network)
     return network.to("meta").train()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mocov3_ds.config.compression import OFF
 from mocov3_ds.distributed.engine_config import REDUCE_BUCKET
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks, choose_chunks, choose_key_block
@@ -40,6 +41,8 @@ class PlannedRun:
     """DeepSpeed JSON, with its optimizer block"""
     tf32: bool = False
     """whether products of an fp32 run may round their inputs to TF32"""
+    compress: str = OFF
+    """schedule of the sequences' length, see `--compress`"""
 
     @property
     def precision(self) -> Precision:
@@ -73,6 +76,7 @@ class PlannedRun:
             recompute_blocks=recompute_blocks,
             key_block=choose_key_block(self.batch // cards, self.batch),
             optimizer=self.optimizer,
+            compress=self.compress,
             persistence=self._zero_number("stage3_param_persistence_threshold", PERSISTENCE),
             bucket=self._zero_number("reduce_bucket_size", REDUCE_BUCKET),
         )
@@ -131,7 +135,7 @@ def rank_options(
 
 def _rank(option: Option) -> tuple[bool, float, bool, int]:
     setup = option.setup
-    measure = option.pace.step_s if option.pace else option.memory.peak_bytes
+    measure = option.pace.mean_step_s if option.pace else option.memory.peak_bytes
     order = _STAGE_ORDER[setup.stage]
     return (not option.fits, round(measure, 3), setup.recompute_blocks, order)
 
@@ -232,7 +236,7 @@ def _explain(option: Option, best: Option, cluster: Cluster) -> str:
         reasons.append("optimizer state whole on each card")
     if option.setup.recompute_blocks:
         reasons.append("computes each block twice")
-    slower = option.pace.step_s / best.pace.step_s - 1
+    slower = option.pace.mean_step_s / best.pace.mean_step_s - 1
     if slower >= 5e-4:
         reasons.append(f"{100 * slower:.1f} % slower")
     return "; ".join(reasons) or "the same speed"

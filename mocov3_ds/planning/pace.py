@@ -4,8 +4,11 @@ Nothing is assumed to overlap: with chunks there is one reduction at the end of 
 the collectives of batch norm and loss are waited for. So it is an upper bound in that respect.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
+from mocov3_ds.config.compression import OFF, StepLength, check_patches, step_length
+from mocov3_ds.model.chunking import shorter_chunks
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.reach import STREAM
@@ -21,9 +24,24 @@ IMAGE_BYTES = 110_000
 DECODE_CPU_S = 0.86e-3
 STORAGE_CPU_S = 53e-6
 
+_POINTS = 1000
+"""steps at which the length of a compressed run is looked at"""
 _AROUND_BYTES = 42
 """bytes that DeepSpeed moves around the optimizer's step for each number of a rank's shard: norm,
 flatten, cast to fp32, copy back (bf16, read)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPhase:
+    """A part of a run whose steps have the same length."""
+
+    share: float
+    """share of the run's steps"""
+    length: StepLength
+    step_s: float
+    """seconds of a step"""
+    operations: float
+    """what the model asks for in a whole step, all ranks together"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,8 @@ class Pace:
     """what the model asks for in a whole step, all ranks together"""
     peak_rate: float
     """operations a second of all cards, by their data sheets"""
+    phases: tuple[RunPhase, ...] = ()
+    """what the run is made of where its sequences are compressed; empty = of steps as this one"""
 
     @property
     def communication_s(self) -> float:
@@ -54,6 +74,11 @@ class Pace:
     def step_s(self) -> float:
         """Seconds of the whole step."""
         return self.compute_s + self.elementwise_s + self.update_s + self.communication_s
+
+    @property
+    def mean_step_s(self) -> float:
+        """Seconds of a step over the whole run: of this one, or of its phases."""
+        return sum(p.share * p.step_s for p in self.phases) if self.phases else self.step_s
 
     @property
     def images_per_s(self) -> float:
@@ -77,11 +102,41 @@ class Pace:
 
 
 def plan_pace(setup: StepSetup, cluster: Cluster) -> Pace:
-    """Time of one step of `setup` on the cards and the network of a cluster."""
+    """Time of a step of `setup` over whole sequences, and of each phase where they are compressed.
+
+    Args:
+        setup: the step.
+        cluster: cards and network.
+    """
+    pace = _plan_step(setup, cluster)
+    if setup.compress == OFF:
+        return pace
+    patches = architecture.patches_of(setup.shape)
+    check_patches(setup.compress, patches)
+    middles = ((index + 0.5) / _POINTS for index in range(_POINTS))
+    lengths = Counter(step_length(setup.compress, middle, patches) for middle in middles)
+    phases = []
+    for length, count in lengths.items():
+        assert length is not None
+        chunks = shorter_chunks(setup.chunks, setup.images, length.share_of(patches.count))
+        step = _plan_step(replace(setup, chunks=chunks), cluster, length)
+        phases.append(
+            RunPhase(
+                share=count / _POINTS,
+                length=length,
+                step_s=step.step_s,
+                operations=step.operations,
+            )
+        )
+    return replace(pace, phases=tuple(phases))
+
+
+def _plan_step(setup: StepSetup, cluster: Cluster, length: StepLength | None = None) -> Pace:
+    """Time of a step of one length."""
     card, shape, number_bytes = cluster.card, setup.shape, setup.number_bytes
     rate = card.peak_rate(setup.precision)
     recomputed = setup.passes.recomputed / setup.passes.forward
-    work = architecture.step_work(shape, number_bytes, recomputed) * setup.images
+    work = architecture.step_work(shape, number_bytes, recomputed, length) * setup.images
     reachable = rate * card.reach.products
     elementwise = card.elementwise_bandwidth or card.bandwidth * card.reach.elementwise
     shard = architecture.count_trained(shape) / (setup.world_size if setup.stage else 1)
@@ -99,7 +154,7 @@ def plan_pace(setup: StepSetup, cluster: Cluster) -> Pace:
         update_s=updated / (card.bandwidth * STREAM),
         collectives=collectives,
         batch=setup.batch,
-        operations=architecture.model_operations(shape) * setup.batch,
+        operations=architecture.model_operations(shape, length) * setup.batch,
         peak_rate=rate * setup.world_size,
     )
 

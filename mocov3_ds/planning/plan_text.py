@@ -56,6 +56,7 @@ def format_plan(plan: Plan) -> str:
         memory_lines(best.memory, cluster),
         "\nTime of a step:\n",
         time_lines(plan.planned, cluster, best.pace),
+        *([f"\n{compression_lines(plan.planned, best.pace)}"] if best.pace.phases else []),
         f"\nData: {data_line(best.pace, cluster)}",
         f"\n{hours_lines(plan, best.pace)}",
         f"\nStart it:\n\n    {plan.launch}",
@@ -155,6 +156,29 @@ def time_lines(planned: PlannedRun, cluster: Cluster, pace: Pace) -> str:
     return "\n".join(lines)
 
 
+def compression_lines(planned: PlannedRun, pace: Pace) -> str:
+    """What the steps of a run cost whose sequences are shorter at first, and what that saves."""
+    operations = sum(phase.share * phase.operations for phase in pace.phases)
+    lines = [
+        f"Steps under --compress {planned.compress} (the step above is over whole sequences):\n",
+        "| share of the steps | patches of a query, key | patch scale | s a step | operations, % |",
+        "|---|---|---|---|---|",
+    ]
+    for phase in pace.phases:
+        length = phase.length
+        lines.append(
+            f"| {100 * phase.share:.1f} % | {length.query_patches}, {length.key_patches} "
+            f"| {length.patch_scale:g} | {phase.step_s:.3g} "
+            f"| {100 * phase.operations / pace.operations:.1f} |"
+        )
+    lines.append(
+        f"\nOn average {pace.mean_step_s:.3g} s a step, {100 * operations / pace.operations:.1f} % "
+        f"of the operations of whole sequences, MFU "
+        f"{100 * operations / pace.mean_step_s / pace.peak_rate:.1f} %."
+    )
+    return "\n".join(lines)
+
+
 def data_line(pace: Pace, cluster: Cluster) -> str:
     """What the loaders of all machines must give."""
     a_node = f" ({pace.loader_cores / cluster.nodes:.1f} a machine)" * (cluster.nodes > 1)
@@ -184,11 +208,11 @@ def hours_lines(plan: Plan, pace: Pace) -> str:
         f"The range is what to expect of {plan.cluster.card.name}: {plan.cluster.card.reach}."
     )
     if time.loader_bound:
-        needed = pace.loader_cores / plan.cluster.nodes
+        needed = pace.loader_cores * pace.step_s / time.shortest_step_s / plan.cluster.nodes
         lines.append(
             f"The cards wait for the loader: {plan.cores} cores a machine read and decode a batch "
-            f"in {time.loader_s:.3g} s, a step takes {time.step_s:.3g} s; {needed:.0f} cores a "
-            "machine would do, or shards made with --resize 384."
+            f"in {time.loader_s:.3g} s, a step takes {time.shortest_step_s:.3g} s; {needed:.0f} "
+            "cores a machine would do, or shards made with --resize 384."
         )
     return "\n".join(lines)
 
@@ -212,6 +236,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "recipe": planned.recipe,
         "batch": planned.batch,
         "epochs": planned.epochs,
+        "compress": planned.compress,
         "images": plan.images,
         "cores_a_machine": plan.cores,
         "precision": planned.precision,
@@ -255,6 +280,7 @@ def _pace_as_json(plan: Plan, pace: Pace) -> dict[str, Any]:
     cards, time = plan.cluster.cards, plan.run_time(pace, plan.planned.epochs)
     return {
         "step_s": pace.step_s,
+        "mean_step_s": pace.mean_step_s,
         "compute_s": pace.compute_s,
         "elementwise_s": pace.elementwise_s,
         "update_s": pace.update_s,

@@ -19,7 +19,9 @@ class RunTime:
 
     steps: int
     step_s: float
-    """seconds of a step, by the cards"""
+    """seconds of a step over whole sequences, by the cards"""
+    phases: tuple[tuple[float, float], ...] = ()
+    """share of the steps and seconds of such a step, of a run that compresses its sequences"""
     loader_s: float
     """seconds in which the machines' cores read and decode a batch; 0 where they are not known"""
     knn_s: float
@@ -31,8 +33,13 @@ class RunTime:
 
     @property
     def loader_bound(self) -> bool:
-        """Whether the cards wait for the loader."""
-        return self.loader_s > self.step_s
+        """Whether the cards wait for the loader at any time."""
+        return self.loader_s > self.shortest_step_s
+
+    @property
+    def shortest_step_s(self) -> float:
+        """Seconds of a step when the sequences are shortest."""
+        return min((seconds for _, seconds in self.phases), default=self.step_s)
 
     @property
     def hours(self) -> float:
@@ -55,7 +62,10 @@ class RunTime:
         Args:
             slowness: the cards' time over what is computed.
         """
-        step_s = max(self.step_s * slowness, self.loader_s)
+        step_s = sum(
+            share * max(seconds * slowness, self.loader_s)
+            for share, seconds in self.phases or ((1.0, self.step_s),)
+        )
         return (self.steps * step_s + self.knn_s * slowness + self.save_s) / 3600
 
 
@@ -86,6 +96,7 @@ def plan_run_time(
     return RunTime(
         steps=steps,
         step_s=pace.step_s,
+        phases=tuple((phase.share, phase.step_s) for phase in pace.phases),
         loader_s=loader_s / (cores * cluster.nodes) if cores else 0.0,
         knn_s=_evaluations(config, steps) * _evaluation_s(config, planned, cluster),
         save_s=steps // config.save.every_steps * _copied_bytes(planned, cluster) / _HOST_COPY,

@@ -6,6 +6,7 @@ Memory, traffic and time of a step are all computed from this one description.
 from dataclasses import dataclass
 from typing import Literal
 
+from mocov3_ds.config.compression import OFF
 from mocov3_ds.distributed.engine_config import REDUCE_BUCKET
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks, count_kept_chunks
@@ -53,6 +54,8 @@ class StepSetup:
     """tells how many state tensors stand beside each weight, and what an update moves"""
     persistence: int = PERSISTENCE
     """`stage3_param_persistence_threshold`: numbers of the largest tensor that stays whole"""
+    compress: str = OFF
+    """schedule of the sequences' length, see `--compress`; memory is that of the longest"""
     bucket: int = REDUCE_BUCKET
     """`reduce_bucket_size`: numbers of the gradient that are reduced at once"""
 

@@ -15,10 +15,11 @@ from mocov3_ds.config.compression import StepLength
 from mocov3_ds.data.loader import Batch
 from mocov3_ds.distributed import heartbeat, ranks
 from mocov3_ds.distributed.guarded_step import DROP
+from mocov3_ds.model.chunking import shorter_chunks
 from mocov3_ds.model.stochastic_depth import draw_factors, find_branches
 from mocov3_ds.model.token_dropout import draw_patch_order, keep_first
 from mocov3_ds.monitoring.profiler import StepPhase, phase
-from mocov3_ds.training.compression import length_of_step
+from mocov3_ds.training.compression import image_operations, length_of_step
 from mocov3_ds.training.run import Run
 from mocov3_ds.training.run_data import network_views
 from mocov3_ds.training.schedule import encoder_momentum, learning_rate, momentum_for_batch
@@ -40,6 +41,8 @@ class AdvancedStep:
     result: StepResult
     length: StepLength | None = None
     """patches that took part, where the run compresses its sequences"""
+    operations: float = 0.0
+    """floating-point operations that the model asked for in the step, of all ranks together"""
 
     def measured_values(self) -> dict[str, Any]:
         """What the log says of the step; numbers that are not finite are left out."""
@@ -52,7 +55,7 @@ class AdvancedStep:
             "data_wait_s": self.batch.wait_s,
         }
         if self.length is not None:
-            values |= self.length.as_values()
+            values |= self.length.as_values() | {"operations": self.operations}
         if result.bad_reason:
             values["trouble"] = result.bad_reason
         return {
@@ -80,7 +83,6 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
     run.recorder.prepare_step(run.step)
     lr, momentum = scheduled_rates(run)
     run.optimizer.set_lr(lr)
-    length = length_of_step(run.config, run.base.facts, *schedule_position(run))
     draws = draw_step(run, batch.sample_ids_B)
     seed_drawing(run)
     result = train_step(
@@ -93,11 +95,15 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
         loss_limit=run.limits.loss_limit(),
         norm_limit=DROP if dropped else run.limits.norm_limit(),
     )
+    operations = 0.0
+    if draws.length is not None:
+        operations = run.config.batch * image_operations(run.momentum_encoder.shape, draws.length)
     if not result.bad_reason:
         run.count_step()
         if result.applied:
             run.limits.note_applied_step(result.loss, result.gradient_norm)
-    return AdvancedStep(batch, x1_BCHW, x2_BCHW, lr, momentum, result, length)
+    values = (result, draws.length, operations)
+    return AdvancedStep(batch, x1_BCHW, x2_BCHW, lr, momentum, *values)
 
 
 def next_batch(run: Run) -> Batch:
@@ -146,7 +152,8 @@ def draw_step(run: Run, sample_ids_B: Tensor) -> Draws:
         sample_ids_B: numbers of this rank's samples in the manifest.
     """
     draws = Draws(factors_VBM=draw_depth(run, sample_ids_B))
-    length = length_of_step(run.config, run.base.facts, *schedule_position(run))
+    facts = run.base.facts
+    length = length_of_step(run.config, facts, *schedule_position(run))
     if length is None:
         return draws
     order_VBN = draw_patch_order(
@@ -159,6 +166,8 @@ def draw_step(run: Run, sample_ids_B: Tensor) -> Draws:
         query_patches_VBK=None if queries_VBK is None else queries_VBK.to(run.device),
         key_patches_VBK=None if keys_VBK is None else keys_VBK.to(run.device),
         patch_scale=length.patch_scale,
+        chunks=shorter_chunks(run.model.chunks, len(sample_ids_B), length.share_of(facts.patches)),
+        length=length,
     )
 
 

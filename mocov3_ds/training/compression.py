@@ -1,22 +1,24 @@
 """How many patches of an image take part in a step of a run, and which runs can leave some out."""
 
-from math import prod
+import math
+from functools import lru_cache
 
 from mocov3_ds.config.compression import (
-    SequenceLength,
+    OFF,
+    Patches,
     StepLength,
-    count_length,
+    check_patches,
     length_at,
     read_schedule,
+    step_length,
 )
 from mocov3_ds.config.run_config import Config
 from mocov3_ds.model.backbones import BackboneFacts, shape_name
-from mocov3_ds.model.shapes import scaled_grid
+from mocov3_ds.model.shapes import EncoderShape
+from mocov3_ds.planning.architecture import model_operations
 
-WITHOUT = "off"
 
-
-def check_backbone(config: Config, facts: BackboneFacts) -> None:
+def check_compression(config: Config, facts: BackboneFacts) -> None:
     """Refuse to compress the sequences of a network that cannot do it.
 
     Args:
@@ -26,22 +28,7 @@ def check_backbone(config: Config, facts: BackboneFacts) -> None:
     Raises:
         ValueError: it has no patches to leave out, or cannot have larger ones as the schedule asks.
     """
-    if config.compress == WITHOUT:
-        return
-    name = shape_name(config.backbone)
-    if not facts.patches:
-        raise ValueError(
-            f"--compress {config.compress} leaves patches of an image out, and {name} has none "
-            "that can be left out: it is for Vision Transformers (vit, vit_conv, timm:vit_*)."
-        )
-    for point in read_schedule(config.compress):
-        scale = point.length.patch_scale
-        if scale != 1 and not facts.patch_size:
-            raise ValueError(
-                f"--compress {config.compress}: {name} cannot have patches {scale:g} times as "
-                "large, as no single projection makes its tokens; leave the patch scale out."
-            )
-        _count_patches(config, facts, point.length)
+    check_patches(config.compress, _patches(config, facts))
 
 
 def check_last_step(config: Config, total_steps: int) -> None:
@@ -55,7 +42,7 @@ def check_last_step(config: Config, total_steps: int) -> None:
         ValueError: it is.
     """
     points = read_schedule(config.compress)
-    if not length_at(points, (total_steps - 1) / total_steps).is_whole:
+    if total_steps > 0 and not length_at(points, (total_steps - 1) / total_steps).is_whole:
         raise ValueError(
             f"--compress {config.compress} does not come to full length in the {total_steps} steps "
             "of this run; train longer, or give a schedule that ends sooner."
@@ -73,14 +60,29 @@ def length_of_step(
         step: steps of the schedule that are done before it.
         total_steps: steps of the schedule.
     """
-    if config.compress == WITHOUT:
+    if config.compress == OFF:
         return None
-    length = length_at(read_schedule(config.compress), step / total_steps)
-    return count_length(length, _count_patches(config, facts, length))
+    return step_length(config.compress, step / total_steps, _patches(config, facts))
 
 
-def _count_patches(config: Config, facts: BackboneFacts, length: SequenceLength) -> int:
-    """Patches of an image at the patch scale of a step."""
-    if length.patch_scale == 1:
-        return facts.patches
-    return prod(scaled_grid(config.backbone.size, facts.patch_size, length.patch_scale))
+@lru_cache(maxsize=256)
+def image_operations(shape: EncoderShape, length: StepLength) -> float:
+    """Operations that the model asks for in a step for one image; nan where they are not known.
+
+    Args:
+        shape: architecture of the encoder.
+        length: patches that take part in the step.
+    """
+    try:
+        return model_operations(shape, length)
+    except ValueError:  # a backbone that does not run without numbers
+        return math.nan
+
+
+def _patches(config: Config, facts: BackboneFacts) -> Patches:
+    return Patches(
+        network=shape_name(config.backbone),
+        image_size=config.backbone.size,
+        count=facts.patches,
+        side=facts.patch_size,
+    )

@@ -13,7 +13,7 @@ from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import choose_key_block
 from mocov3_ds.model.loss import ContrastiveLoss, PairLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
-from mocov3_ds.training.compression import check_backbone
+from mocov3_ds.training.compression import check_compression
 from mocov3_ds.training.step import QueriesToLoss
 from mocov3_ds.training.tensor_rules import freeze_tensors
 from mocov3_ds.training.trained_state import check_restorable
@@ -36,7 +36,7 @@ def build_model(config: Config, world_size: int, loss: PairLoss | None = None) -
     torch.manual_seed(config.seed)
     base = BaseEncoder(encoder_shape(config))
     _check_chunk(config, config.batch // world_size, base)
-    check_backbone(config, base.facts)
+    check_compression(config, base.facts)
     if base.facts.unused and ranks.is_first():
         unused = base.facts.unused
         _log.info("no feature depends on %d tensors, which stay: %s", len(unused), unused[:5])

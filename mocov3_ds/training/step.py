@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from mocov3_ds.config.compression import StepLength
 from mocov3_ds.distributed import ranks
 from mocov3_ds.distributed.engine import Engine
 from mocov3_ds.distributed.guarded_step import scale_is_exhausted, step_within
@@ -63,6 +64,10 @@ class Draws:
     """places of the patches that the momentum encoder gets; None = all"""
     patch_scale: float = 1.0
     """side of a patch over that of a whole sequence"""
+    length: StepLength | None = None
+    """numbers of these patches, where the run compresses its sequences"""
+    chunks: Chunks | None = None
+    """how the rank's batch goes through the backbone in this step; None = as in any other"""
 
 
 NOTHING_DRAWN = Draws()
@@ -124,8 +129,9 @@ class QueriesToLoss(nn.Module):
             x2_BCHW: second views of the same images.
             draws: what takes part in the step.
         """
-        size = self.chunks.size
-        kept1, kept2 = count_kept_chunks(self.chunks, len(x1_BCHW))
+        chunks = draws.chunks or self.chunks
+        size = chunks.size
+        kept1, kept2 = count_kept_chunks(chunks, len(x1_BCHW))
         factors1, factors2 = _each_view(draws.factors_VBM)
         patches1, patches2 = _each_view(draws.query_patches_VBK)
         run = partial(self._run_backbone, draws.patch_scale)
@@ -210,7 +216,7 @@ def train_step(
         loss_limit: largest loss that is trained on.
         norm_limit: largest norm of the whole gradient that is trained on.
     """
-    chunk = engine.module.chunks.size
+    chunk = (draws.chunks or engine.module.chunks).size
 
     def make_keys() -> tuple[ViewKeys, ViewKeys]:
         with phase(StepPhase.MOMENTUM):
