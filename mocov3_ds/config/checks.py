@@ -19,7 +19,7 @@ from mocov3_ds.settings.bounds import (
 )
 from mocov3_ds.settings.spelling import did_you_mean
 
-_OF_VITS = ("positions", "qk_norm", "layer_scale")
+_OF_VITS = ("positions", "qk_norm", "layer_scale", "sigma_reparam")
 """settings of the model that all Vision Transformers of ours have, and nothing else"""
 _OF_OWN_VIEWS = {
     *("image_size", "channels", "mean", "std", "function", "fixed", "colour", "colour_ops"),

@@ -166,6 +166,10 @@ class ModelConfig:
     """first value of LayerScale (arXiv 2103.17239), a learned factor on each feature of both
     branches of a block, e.g. 1e-5: blocks begin as nearly the identity; 0 = none; exported to timm
     alone"""
+    sigma_reparam: bool = False
+    """sigma-reparametrisation (arXiv 2303.06296): the largest singular value of each linear layer
+    of the blocks is a learned number, so that attention cannot sharpen at a blow; exported as
+    ordinary weights"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,4 +231,5 @@ def encoder_shape(config: Config) -> EncoderShape:
         drop_path=config.model.drop_path,
         qk_norm=config.model.qk_norm,
         layer_scale=config.model.layer_scale,
+        sigma_reparam=config.model.sigma_reparam,
     )

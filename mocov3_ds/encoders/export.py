@@ -30,6 +30,7 @@ from mocov3_ds.data.storage.tensor_file import save_tensors
 from mocov3_ds.encoders.choices import EncoderRole, Format
 from mocov3_ds.encoders.foreign_names import (
     architecture_names,
+    has_layer_scale,
     has_qk_norm,
     replace_prefix,
     timm_sizes,
@@ -101,11 +102,6 @@ def export_encoder(
         raise ValueError(f"{out} is not empty; give another --out.")
     weights = read_weights(path, role, heads=heads)
     check_format(weights, to)
-    if weights.is_plain_vit and has_qk_norm(weights.tensors) and to != "timm":
-        raise ValueError(
-            f"{path} was trained with --model.qk_norm: its attention has norms on queries and "
-            f"keys, for which --to {to} has no place; use --to timm."
-        )
     encoder = build_encoder(weights, image_size=image_size)
     weights = replace(weights, backbone=with_size(weights.backbone, image_size))
     with _replace_folder(out) as temporary:
@@ -135,6 +131,7 @@ def check_format(weights: Weights, to: Format) -> None:
             f"{weights.backbone.channels} channels; --to timm keeps both."
         )
     if weights.is_plain_vit:
+        _check_variant(weights, to)
         return
     formats: dict[Format, str] = {}
     if isinstance(weights.backbone, TimmShape):
@@ -148,6 +145,20 @@ def check_format(weights: Weights, to: Format) -> None:
         raise ValueError(
             f"--to {to} has no place for the backbone {shape_name(weights.backbone)}; {where}."
         )
+
+
+def _check_variant(weights: Weights, to: Format) -> None:
+    """Refuse to write a Vision Transformer with tensors for which a format has no place."""
+    variants = {
+        "--model.qk_norm: its attention has norms on queries and keys": has_qk_norm,
+        "--model.layer_scale: its branches have a factor for each feature": has_layer_scale,
+    }
+    for description, is_there in variants.items():
+        if to != "timm" and is_there(weights.tensors):
+            raise ValueError(
+                f"{weights.path} was trained with {description}, for which --to {to} has no "
+                "place; use --to timm."
+            )
 
 
 @contextlib.contextmanager
@@ -204,7 +215,7 @@ def _write_timm(weights: Weights, tensors: dict[str, Tensor], out: Path) -> Forw
     file = out / "model.safetensors"
     if isinstance(weights.backbone, TimmShape):
         return _write_any_timm(weights.backbone, weights, tensors, out)
-    sizes = timm_sizes(weights.shape, qk_norm=has_qk_norm(tensors))
+    sizes = timm_sizes(weights.shape, [*tensors])
     save_tensors(tensors, file, {"format": "pt", "num_heads": f"{weights.shape.heads}"})
     (out / "timm.json").write_text(json.dumps(sizes, indent=1) + "\n")
     config = timm_config(weights.shape, weights.settings, sizes)

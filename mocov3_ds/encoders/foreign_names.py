@@ -9,7 +9,7 @@ Shape suffixes: N = tokens (class token first), D = embedding.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -132,6 +132,8 @@ def take_backbone(
         _add_zero_biases(backbone)
     required = _backbone_names(min(max(depth, 1), len(backbone)))
     used = required | {n for n in backbone if n == "pos_embed" or has_qk_norm([n])}
+    if (factors := _layer_scale_names(depth)) <= {*backbone}:
+        used |= factors
     if homeless := [name for name in own_tensors if _timm_name(name) not in used]:
         raise ValueError(_explain_homeless(homeless, prefix))
     if not depth:
@@ -196,6 +198,16 @@ def _add_zero_biases(backbone: dict[str, Tensor]) -> None:
 def has_qk_norm(names: Iterable[str]) -> bool:
     """Whether timm's names are those of a ViT with norms on the queries and keys of each head."""
     return any(re.match(r"blocks\.\d+\.attn\.[qk]_norm\.", name) for name in names)
+
+
+def has_layer_scale(names: Iterable[str]) -> bool:
+    """Whether timm's names are those of a ViT with LayerScale on each branch."""
+    return "blocks.0.ls1.gamma" in names
+
+
+def _layer_scale_names(depth: int) -> set[str]:
+    """Tensors of LayerScale that a ViT of so many blocks has."""
+    return {f"blocks.{block}.ls{branch}.gamma" for block in range(depth) for branch in (1, 2)}
 
 
 def infer_shape(tensors: Tensors, heads: int = 0) -> VitShape:
@@ -300,14 +312,14 @@ _ARCHITECTURES = {  # names of the same sizes in timm, and in the published code
 }
 
 
-def timm_sizes(shape: VitShape, *, qk_norm: bool = False) -> dict[str, Any]:
+def timm_sizes(shape: VitShape, names: Collection[str] = ()) -> dict[str, Any]:
     """Arguments that turn any of timm's ViTs into the one of this shape.
 
     Args:
         shape: sizes of the encoder.
-        qk_norm: whether its attention has norms on queries and keys.
+        names: names of its tensors, which tell norms on queries and keys, and LayerScale.
     """
-    sizes = {
+    return {
         "img_size": shape.size if shape.image_width else shape.image_size,
         **({"in_chans": shape.channels} if shape.channels != 3 else {}),
         "patch_size": shape.patch_size,
@@ -315,8 +327,9 @@ def timm_sizes(shape: VitShape, *, qk_norm: bool = False) -> dict[str, Any]:
         "depth": shape.depth,
         "num_heads": shape.heads,
         "num_classes": 0,
+        **({"qk_norm": True} if has_qk_norm(names) else {}),
+        **({"init_values": 1.0} if has_layer_scale(names) else {}),  # the weights replace it
     }
-    return sizes | {"qk_norm": True} if qk_norm else sizes
 
 
 def architecture_names(shape: VitShape) -> tuple[str, str]:

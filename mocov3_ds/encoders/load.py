@@ -26,6 +26,7 @@ from mocov3_ds.config.stored import from_json
 from mocov3_ds.distributed import ranks
 from mocov3_ds.encoders.choices import EncoderRole
 from mocov3_ds.encoders.foreign_names import (
+    has_layer_scale,
     has_qk_norm,
     infer_shape,
     replace_prefix,
@@ -53,6 +54,7 @@ from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.model.backbones import describe_backbone
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.shapes import LARGEST_SIDE, BackboneShape
+from mocov3_ds.model.sigma_reparam import bake_weights
 from mocov3_ds.model.tensor_differences import differing_tensors
 from mocov3_ds.model.vit import VitShape, build_vit, sincos_positions
 from mocov3_ds.recipes import read_json
@@ -276,6 +278,7 @@ def build_encoder(weights: Weights, *, image_size: int = 0, drop_path: float = 0
                 positions=weights.positions,
                 drop_path=drop_path,
                 qk_norm=has_qk_norm(weights.tensors),
+                layer_scale=float(has_layer_scale(weights.tensors)),
                 norm_eps=weights.settings.norm_eps,
             )
     except ValueError as error:
@@ -381,7 +384,7 @@ def _count_features(shape: BackboneShape) -> int:
 
 def _read_backbone(saved: Checkpoint, role: EncoderRole, shape: BackboneShape) -> dict[str, Tensor]:
     """The backbone of a saved encoder in the names of its own library, fp32."""
-    group = saved.read_group(role)
+    group = bake_weights(saved.read_group(role))
     if isinstance(shape, VitShape) and shape.stem == "patch":
         return to_timm(group)
     tensors = replace_prefix(group, "backbone.", "")

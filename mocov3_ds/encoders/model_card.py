@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mocov3_ds.encoders.choices import Format
-from mocov3_ds.encoders.foreign_names import architecture_names, has_qk_norm, timm_sizes
+from mocov3_ds.encoders.foreign_names import architecture_names, timm_sizes
 from mocov3_ds.encoders.timm_networks import write_arguments
 from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.model.backbones import shape_name
@@ -72,7 +72,7 @@ def _explain_loading(weights: Weights, to: Format) -> str:
         name, sizes = weights.backbone.name, write_arguments(weights.backbone)
     else:
         name = architecture_names(weights.shape)[0]
-        sizes = timm_sizes(weights.shape, qk_norm=has_qk_norm(weights.tensors))
+        sizes = timm_sizes(weights.shape, [*weights.tensors])
     arguments = ", ".join(f"{key}={value!r}" for key, value in sizes.items())
     code = {
         "timm": f'import timm\n\nmodel = timm.create_model(\n    "{name}", '

@@ -76,6 +76,7 @@ def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> nn.Module:
                 drop_path=drop_path,
                 qk_norm=shape.qk_norm,
                 layer_scale=shape.layer_scale,
+                sigma_reparam=shape.sigma_reparam,
                 class_token_only=True,
             )
         case TimmShape() as named:

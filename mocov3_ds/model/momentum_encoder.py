@@ -27,6 +27,7 @@ from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.chunking import chunked_features
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_projector
+from mocov3_ds.model.sigma_reparam import move_all_vectors
 from mocov3_ds.model.sequence_length import shortened
 
 if TYPE_CHECKING:
@@ -175,16 +176,17 @@ class MomentumEncoder(nn.Module):
     def finish_move(self) -> None:
         """Move what no forward pass has reached; before the keys, on all ranks alike.
 
-        A layer may compute with the weight of another one, whose own forward nobody calls.
+        A layer may compute with the weight of another one, whose own forward nobody calls. Then
+        what follows from the weights: the singular vectors of `sigma_reparam`.
         """
-        if not self._pending:
-            return
-        from mocov3_ds.distributed.engine import gather_parameters
+        if self._pending:
+            from mocov3_ds.distributed.engine import gather_parameters
 
-        names = [name for name in self._trained if name in self._pending]
-        with gather_parameters(self._trained[name] for name in names):
-            self._average_tensors(names)
-        self._pending.clear()
+            names = [name for name in self._trained if name in self._pending]
+            with gather_parameters(self._trained[name] for name in names):
+                self._average_tensors(names)
+            self._pending.clear()
+        move_all_vectors(self.backbone)
 
     @torch.no_grad()
     def _refresh_copies(self) -> None:

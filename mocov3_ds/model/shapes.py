@@ -161,6 +161,8 @@ class EncoderShape:
     qk_norm: bool = False
     layer_scale: float = 0.0
     """first value of the factors on the branches of each block; 0 = there are none"""
+    sigma_reparam: bool = False
+    """whether the linear layers of the blocks have a learned largest singular value"""
 
     @property
     def vit(self) -> VitShape:

@@ -29,6 +29,7 @@ from mocov3_ds.model.shapes import PAPER_SHAPES as PAPER_SHAPES
 from mocov3_ds.model.shapes import Positions as Positions
 from mocov3_ds.model.shapes import VitShape as VitShape
 from mocov3_ds.model.shapes import write_size
+from mocov3_ds.model.sigma_reparam import reparametrise_blocks
 
 _NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -41,6 +42,7 @@ def build_vit(
     drop_path: float = 0.0,
     qk_norm: bool = False,
     layer_scale: float = 0.0,
+    sigma_reparam: bool = False,
     norm_eps: float = 1e-6,
     class_token_only: bool = False,
 ) -> VisionTransformer:
@@ -57,6 +59,7 @@ def build_vit(
             bounds the attention logits; another architecture than the paper's.
         layer_scale: first value of a learned factor on each feature of both branches of a block
             (LayerScale, arXiv 2103.17239); 0 = there is none, as in the paper.
+        sigma_reparam: the linear layers of the blocks are those of `sigma_reparam`.
         norm_eps: epsilon of all norms (1e-6 in the paper's code, 1e-12 in transformers).
         class_token_only: the last block computes the class token alone, which is all that MoCo v3
             uses; `backbone(x)` and its gradients stay the same, the other tokens are not there.
@@ -84,6 +87,8 @@ def build_vit(
         block_fn=partial(_build_block, shape.depth - 1) if class_token_only else Block,  # type: ignore[arg-type]
     )
     _initialise_weights(vit)
+    if sigma_reparam:
+        reparametrise_blocks(vit.blocks)
     if positions == "sincos":
         assert vit.pos_embed is not None
         vit.pos_embed.data.copy_(sincos_positions(shape.grid, shape.dim))

@@ -102,6 +102,7 @@ def _list_block_tensors(shape: EncoderShape) -> list[tuple[str, int]]:
         tensors += [(f"{norm}.weight", dim), (f"{norm}.bias", dim)]
         for name, (fan_in, fan_out) in linears.items():
             tensors += [(f"{name}.weight", fan_in * fan_out), (f"{name}.bias", fan_out)]
+            tensors += [(f"{name}.gain", 1)] * shape.sigma_reparam
             if name == "attn.qkv" and shape.qk_norm:
                 tensors += [
                     (f"attn.{qk}_norm.{leaf}", head) for qk in "qk" for leaf in _NORM_LEAVES

@@ -141,6 +141,7 @@ def _build(shape: EncoderShape) -> nn.Module:
                 train_patch_projection=shape.train_patch_projection,
                 qk_norm=shape.qk_norm,
                 layer_scale=shape.layer_scale,
+                sigma_reparam=shape.sigma_reparam,
                 class_token_only=True,
             )
         case TimmShape():

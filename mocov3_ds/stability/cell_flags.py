@@ -13,6 +13,7 @@ spare the optimizer block of the DeepSpeed JSON: a parameter of the optimizer (`
     gradient_clipping   DeepSpeed's bound of the global gradient norm
     clip                gradient clip by history, "adagc" or "zclip", or a table with its numbers
     layer_scale         first value of LayerScale
+    sigma_reparam       sigma-reparametrisation
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from mocov3_ds.config.run_config import Config
 from mocov3_ds.optim.build import all_params
 from mocov3_ds.recipes import RECIPES
 
-_OF_MODEL = ("qk_norm", "layer_scale")
+_OF_MODEL = ("qk_norm", "layer_scale", "sigma_reparam")
 """words that are flags of the model"""
 Overrides = Mapping[str, Any]
 """settings of a cell by name, values as the TOML file gives them"""

@@ -29,6 +29,7 @@ from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import Chunks, chunked_features, count_kept_chunks
 from mocov3_ds.model.loss import PairLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder, ViewKeys
+from mocov3_ds.model.sigma_reparam import move_all_vectors
 from mocov3_ds.model.sequence_length import shortened
 from mocov3_ds.model.stochastic_depth import find_branches, set_factors
 from mocov3_ds.monitoring.profiler import StepPhase, phase, replace_phase_in_backward
@@ -226,6 +227,7 @@ def train_step(
 
     with phase(StepPhase.MOMENTUM):
         momentum_encoder.begin_move(momentum)
+        move_all_vectors(engine.module.base.backbone)
     forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, draws)
     loss_sum = ranks.all_reduce_sum(forward.loss.detach().float().clone())
     with phase(StepPhase.BACKWARD), phase(StepPhase.BACKWARD_OF_HEADS):

@@ -8,12 +8,15 @@ import timm
 import torch
 from torch import Tensor
 
+from mocov3_ds.checkpoints import checkpoint
+from mocov3_ds.config.run_config import encoder_shape
 from mocov3_ds.data.storage.tensor_file import save_tensors
 from mocov3_ds.encoders.choices import EncoderRole, Format
 from mocov3_ds.encoders.export import WRITERS, Forward, export_encoder
 from mocov3_ds.encoders.foreign_names import timm_sizes, to_timm, to_transformers
-from mocov3_ds.encoders.load import load_encoder, read_weights
+from mocov3_ds.encoders.load import load_encoder, read_run_config, read_weights
 from mocov3_ds.encoders.weights import Weights
+from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.vit import PAPER_SHAPES, VitShape, build_vit, sincos_positions
 from tests.encoders.test_load import plain_features
 from tests.evaluation.runs import DIM, HEADS, SIZE, make_run
@@ -195,3 +198,29 @@ def test_an_epsilon_has_a_place_in_transformers_alone(tmp_path: Path) -> None:
     assert export_encoder(folder, tmp_path / "hf", to="hf") < 1e-5
     with pytest.raises(ValueError, match=r"epsilon 0\.1, for which only --to hf has a place"):
         export_encoder(folder, tmp_path / "timm", to="timm")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("qk_norm", True), ("layer_scale", 0.1), ("sigma_reparam", True)]
+)
+def test_variants_of_the_vit(tmp_path: Path, flag: str, value: object) -> None:
+    """As trained, exported to timm, and read again; other programs have no place, or no need."""
+    run = make_run(tmp_path / "run", **{flag: value})
+    weights = read_weights(run)
+    trained = BaseEncoder(encoder_shape(read_run_config(run)))
+    saved = checkpoint.find_newest(run)
+    assert saved is not None
+    trained.load_state_dict(dict(saved.read_group("base")))
+    theirs = trained.backbone.eval()(images(SIZE)).detach()
+    torch.testing.assert_close(load_encoder(run)(images(SIZE)), theirs, atol=1e-5, rtol=1e-5)
+    export_encoder(run, tmp_path / "timm", to="timm")
+    there = features_there(tmp_path / "timm", "timm", weights.shape, images(SIZE))
+    torch.testing.assert_close(there, theirs, atol=1e-5, rtol=1e-5)
+    again = load_encoder(tmp_path / "timm")
+    torch.testing.assert_close(again(images(SIZE)), theirs, atol=1e-5, rtol=1e-5)
+    for to in ("deit", "hf", "moco-v3"):
+        if flag == "sigma_reparam":  # nothing but ordinary weights is left of it
+            export_encoder(run, tmp_path / to, to=to)  # type: ignore[arg-type]
+        else:
+            with pytest.raises(ValueError, match=f"--model.{flag}: .* --to {to} has no place"):
+                export_encoder(run, tmp_path / to, to=to)  # type: ignore[arg-type]

@@ -51,7 +51,9 @@ def test_architectures_have_their_names_at_any_image_size() -> None:
     assert architecture_names(SHAPE) == ("vit_base_patch16_224", "vit_32_2_4")
     assert timm_sizes(SHAPE)["embed_dim"] == 32
     assert "qk_norm" not in timm_sizes(SHAPE)
-    assert timm_sizes(SHAPE, qk_norm=True)["qk_norm"]
+    assert timm_sizes(SHAPE, ["blocks.0.attn.q_norm.weight"])["qk_norm"]
+    assert "init_values" not in timm_sizes(SHAPE, BASE.state_dict())
+    assert timm_sizes(SHAPE, ["blocks.0.ls1.gamma"])["init_values"]
     assert has_qk_norm(["blocks.0.attn.q_norm.weight"])
     assert not has_qk_norm(BASE.state_dict())
 

@@ -28,6 +28,7 @@ SMALL = EncoderShape(
         {"train_patch_projection": True},
         {"qk_norm": True},
         {"layer_scale": 0.1},
+        {"sigma_reparam": True},
     ],
     ids=str,
 )
