@@ -22,6 +22,7 @@ _DRIVERS = {"13": 580, "12": 525, "11": 450}
 """first NVIDIA driver for each major version of CUDA (CUDA release notes, minor compatibility)"""
 _INSIST = "--device cpu (or DS_ACCELERATOR=cpu) uses the CPU all the same"
 _OLD_WHEELS = "a torch built for an older CUDA (pytorch.org, previous versions)"
+_OWN_CONTEXT_BYTES = 2**30
 _AMPERE = (8, 0)
 """compute capability from which tensor cores have bf16 and TF32"""
 _HIDDEN = ("", "-1", "NoDevFiles")
@@ -255,6 +256,19 @@ def check_bf16(device: torch.device) -> None:
             "no bf16, which torch would emulate slowly; use --deepspeed_config "
             "ds_configs/zero1_adamw_fp16.json, or --ds bf16.enabled=false for fp32."
         )
+
+
+def bytes_of_others() -> int:
+    """Memory of this process's card that other programs hold, as far as it is more than a trifle.
+
+    Kernels and the context of this process take memory of the card that torch knows nothing of, up
+    to 1 GiB: that much is not told from a trifle.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    return others if others > _OWN_CONTEXT_BYTES else 0
 
 
 def _spell(capability: tuple[int, int]) -> str:

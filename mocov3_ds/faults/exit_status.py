@@ -6,7 +6,13 @@ import traceback
 from typing import NamedTuple
 
 from mocov3_ds.data.storage import hide_secrets
-from mocov3_ds.distributed import collective_errors, heartbeat, heartbeat_rules, ranks
+from mocov3_ds.distributed import (
+    collective_errors,
+    devices,
+    heartbeat,
+    heartbeat_rules,
+    ranks,
+)
 from mocov3_ds.distributed.heartbeat_rules import INTERRUPTED_STATUS, PEER_LOST_STATUS
 from mocov3_ds.faults.preemption import AskedToStopError, Stop
 
@@ -94,7 +100,10 @@ def describe_ending(error: BaseException) -> Ending:
             return Ending(1, f"{first_line}{'; ' * bool(remedy)}{remedy}.", True)
     if collective_errors.is_memory_fault(error):
         memory = first_line or "of the host"
-        return Ending(1, f"out of memory ({memory}); a smaller --chunk helps.", True)
+        others = devices.bytes_of_others()
+        held = f"other programs hold {others / 2**30:.1f} GiB of the card: end them, or "
+        remedy = f"{held * bool(others)}a smaller --chunk helps"
+        return Ending(1, f"out of memory ({memory}); {remedy}.", True)
     match error:
         case SystemExit():
             return Ending(1, first_line, True)

@@ -1,5 +1,10 @@
 #include "state.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -13,7 +18,7 @@ std::map<std::string, long> launches;
 
 static std::map<std::string, double> given;     // settings that a test made at run time
 static std::map<char *, size_t> blocks;         // device memory by address
-static size_t used = 0;
+static std::atomic<size_t> used_here{0};
 static void (*observer)(int) = nullptr;
 static thread_local int device = 0, error = SUCCESS;
 
@@ -36,10 +41,21 @@ int device_count() { return (int)setting("COUNT", 1); }
 int capability() { return (int)setting("CAPABILITY", 90); }
 size_t total_bytes() { return (size_t)(setting("MEMORY_GB", 80) * (1 << 30)); }
 
+// Bytes in use of the card: by all processes that name the same file in FAKE_GPU_CARD, or by this.
+static std::atomic<size_t> &used() {
+    static std::atomic<size_t> *shared = [] {
+        const char *path = getenv("FAKE_GPU_CARD");
+        int file = path && *path ? open(path, O_RDWR | O_CREAT, 0600) : -1;
+        if (file < 0 || ftruncate(file, sizeof(size_t))) return &used_here;
+        void *page = mmap(nullptr, sizeof(size_t), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        return page == MAP_FAILED ? &used_here : (std::atomic<size_t> *)page;
+    }();
+    return *shared;
+}
+
 size_t free_bytes() {
-    size_t taken = (size_t)(setting("HELD_GB", 0) * (1 << 30)), total = total_bytes();
-    LOCK;
-    return total > used + taken ? total - used - taken : 0;
+    size_t taken = used() + (size_t)(setting("HELD_GB", 0) * (1 << 30)), total = total_bytes();
+    return total > taken ? total - taken : 0;
 }
 
 int current_device_of_thread() { return device; }
@@ -74,16 +90,13 @@ int take_error(bool clear) {
 
 bool take_bytes(size_t bytes) {
     if (free_bytes() < bytes) return false;
+    used() += bytes;
     LOCK;
-    used += bytes;
     counts[ALLOCATIONS]++;
     return true;
 }
 
-void give_bytes(size_t bytes) {
-    LOCK;
-    used -= bytes;
-}
+void give_bytes(size_t bytes) { used() -= bytes; }
 
 void add_block(void *begin, size_t bytes) {
     LOCK;

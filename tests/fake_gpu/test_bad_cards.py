@@ -1,7 +1,9 @@
 """What is said of cards that cannot be used, or not for this: one sentence and a status each."""
 
 import os
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,7 @@ def test_one_card_a_task_a_full_card_and_the_cpu_beside_a_card(flags: list[str])
     status, sentence, steps = found["full"]
     assert (status, steps) == (1, 2)
     assert "out of memory" in sentence and "--chunk" in sentence
+    assert "other programs hold 79.0 GiB of the card: end them" in sentence
     status, output, launches = found["cpu"]
     assert status == 0 and "on cpu" in output and launches == 0
 
@@ -128,3 +131,41 @@ def test_without_a_compiler_the_torch_kernels_are_used(tmp_path: Path, flags: li
     assert status == 0, output[-4000:]
     assert output.count("Triton cannot be used") == 1
     assert "install gcc and Python's headers (python3-dev)" in output
+
+
+def train_beside_another(flags: list[str], meeting: str, name: str) -> End:
+    """How a run ends that has planned with memory which another one has planned with as well."""
+    from tests.fake_gpu import inside
+
+    def wait_for_the_other(step: int) -> None:
+        Path(meeting, f"{name}-{step}").touch()
+        deadline = time.monotonic() + 120
+        while len(list(Path(meeting).glob(f"*-{step}"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if list(Path(meeting).glob("ended-*")):
+                return
+
+    ended = inside.train([*flags, "--name", name], before_step=wait_for_the_other)
+    Path(meeting, f"ended-{name}").touch()
+    return ended.status, ended.last_line, ended.output
+
+
+def test_two_runs_on_one_card_do_not_both_fit(tmp_path: Path, flags: list[str]) -> None:
+    """Each finds the card nearly free and plans to fill it; who comes too late says so and ends."""
+    many = [*flags, "--batch", "64"]
+    card = FakeGpu(memory_gb=0.4)
+    changes = {"FAKE_GPU_CARD": str(tmp_path / "card")}
+    with ThreadPoolExecutor(2) as pool:
+        runs = [
+            pool.submit(
+                run_on_fake_gpu, train_beside_another, many, str(tmp_path), name,
+                gpu=card, changes=changes,
+            )
+            for name in ("first", "second")
+        ]  # fmt: skip
+        ends = [run.result() for run in runs]
+    failed = [(status, line, output) for status, line, output in ends if status]
+    assert failed, [output[-1000:] for _, _, output in ends]
+    for status, line, output in failed:
+        assert status == 1 and "out of memory" in line and "--chunk" in line, line
+        assert "Traceback" not in output
