@@ -163,15 +163,23 @@ class Muon(ShardedOptimizer):
         }
 
     def _plan(self, flat: Flat) -> list[Round]:
-        group = self.param_groups[0]
-        works = {}
-        for name, shape in zip(flat.names, flat.shapes, strict=True):
-            if self._rules[name].adapt:
-                blocks = count_blocks(name, self._rules[name], group["qkv"])
-                rows, columns = matrix_shape(shape)
-                works[name] = count_operations(rows, columns, group["ns_steps"], blocks)
+        works = self.matrix_works()
+        here = {name: works[name] for name in flat.names if name in works}
         held = ranks.gather_objects(flat.segments, flat.group)
-        return plan_rounds(assign_owners(list_matrices(works, held), len(held)))
+        return plan_rounds(assign_owners(list_matrices(here, held), len(held)))
+
+    def matrix_works(self) -> dict[str, float]:
+        """Operations that it takes to orthogonalise each of the hidden matrices, by name."""
+        group = self.param_groups[0]
+        return {
+            name: count_operations(
+                *matrix_shape(self._shapes[name]),
+                steps=group["ns_steps"],
+                blocks=count_blocks(name, rule, group["qkv"]),
+            )
+            for name, rule in self._rules.items()
+            if rule.adapt
+        }
 
     # ------------------------------------------------------------------------------ stepping
 

@@ -35,9 +35,12 @@ class Matrix:
     slices: tuple[tuple[int, Segment], ...]
     owner: int = 0
 
-    def held_by(self, rank: int) -> int:
-        """Elements that lie on a rank."""
-        return sum(segment.length for holder, segment in self.slices if holder == rank)
+    def held(self) -> dict[int, int]:
+        """Rank -> elements that lie there."""
+        numbers: dict[int, int] = {}
+        for rank, segment in self.slices:
+            numbers[rank] = numbers.get(rank, 0) + segment.length
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def assign_owners(matrices: Sequence[Matrix], world_size: int) -> list[Matrix]:
     largest = max((matrix.work for matrix in matrices), default=0.0)
     bound, loads, owned = max(share * _SLACK, largest), [0.0] * world_size, {}
     for matrix in sorted(matrices, key=lambda matrix: (-matrix.work, matrix.name)):
-        holders = {rank: matrix.held_by(rank) for rank, _ in matrix.slices}
+        holders = matrix.held()
         able = [rank for rank in holders if loads[rank] + matrix.work <= bound]
         if able:
             owner = min(able, key=lambda rank: (-holders[rank], loads[rank], rank))
@@ -133,3 +136,26 @@ def list_transfers(matrices: Round, *, to_owners: bool) -> list[Transfer]:
         for m in matrices
         for rank, segment in m.slices
     ]
+
+
+def count_travel(rounds: Sequence[Round], world_size: int) -> tuple[int, list[int]]:
+    """What the rounds of a step send, there and back.
+
+    Args:
+        rounds: Matrices with their owners.
+        world_size: Number of ranks.
+
+    Returns:
+        Exchanges, and of each rank the numbers on the larger side of all of them.
+    """
+    exchanges, numbers = 0, [0] * world_size
+    for matrices in rounds:
+        sent, received = [0] * world_size, [0] * world_size
+        for transfer in list_transfers(matrices, to_owners=True):
+            if transfer.source != transfer.target:
+                sent[transfer.source] += transfer.segment.length
+                received[transfer.target] += transfer.segment.length
+        exchanges += 2 * any(sent)
+        for rank, sides in enumerate(zip(sent, received, strict=True)):
+            numbers[rank] += 2 * max(sides)
+    return exchanges, numbers

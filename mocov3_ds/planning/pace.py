@@ -14,6 +14,7 @@ from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.reach import STREAM
 from mocov3_ds.planning.step_setup import StepSetup
 from mocov3_ds.planning.traffic import Collective, plan_collectives
+from mocov3_ds.planning.whole_matrices import plan_matrices
 
 IMAGENET = 1_281_167
 """training images of ImageNet-1k: what an epoch means here"""
@@ -149,7 +150,8 @@ def _plan_step(setup: StepSetup, cluster: Cluster, length: StepLength | None = N
         for collective in plan_collectives(setup)
     )
     return Pace(
-        compute_s=work.linear / reachable + work.attention / (card.attention_rate or reachable),
+        compute_s=(work.linear + plan_matrices(setup).operations) / reachable
+        + work.attention / (card.attention_rate or reachable),
         elementwise_s=work.moved / elementwise,
         update_s=updated / (card.bandwidth * STREAM),
         collectives=collectives,

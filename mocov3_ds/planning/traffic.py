@@ -21,10 +21,9 @@ from mocov3_ds.planning.architecture import (
     list_tensors,
 )
 from mocov3_ds.planning.step_setup import StepSetup
+from mocov3_ds.planning.whole_matrices import ALIGNMENT, plan_matrices
 
 _DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "int32": 4, "float32": 4, "float64": 8}
-_ALIGNMENT = 2
-"""numbers of a ZeRO-1/2 partition come in multiples of this (its `nccl_start_alignment_factor`)"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class Collective:
     def wire_bytes(self, world_size: int) -> float:
         """Bytes that a ring sends through each rank's link."""
         share = (world_size - 1) / world_size
+        if self.operation == "all_to_all_single":  # what stays on a rank is not in it
+            return float(self.payload)
         return {"all_reduce": 2.0}.get(self.operation, 1.0) * share * self.payload
 
     def seconds(self, world_size: int, link: float, latency: float) -> float:
@@ -94,6 +95,13 @@ def plan_collectives(setup: StepSetup, *, signals: bool = False) -> list[Collect
         trained = sum(tensor.trained for tensor in tensors)
         collectives.append(Collective("gradients there?", "all_reduce", "int32", 1, trained))
     if stage and distributed:
+        matrices = plan_matrices(setup)  # which travel as bf16, from and to cards
+        collectives.append(
+            Collective(
+                *("whole matrices", "all_to_all_single", "bfloat16"),
+                *(matrices.exchanges, matrices.numbers),
+            )
+        )
         collectives += _optimizer_collectives(tensors, signals)
         collectives.append(_updated_weights(setup, tensors))
     return [collective for collective in collectives if collective.calls]
@@ -143,7 +151,7 @@ def _updated_weights(setup: StepSetup, tensors: Sequence[TensorSize]) -> Collect
         calls = len(persistent)
         numbers = sum(_padded_numbers(tensor, setup.world_size) for tensor in persistent)
     else:
-        multiple = _ALIGNMENT * setup.world_size
+        multiple = ALIGNMENT * setup.world_size
         calls, numbers = 1, -(-count_trained(setup.shape) // multiple) * multiple
     return Collective("updated weights", "all_gather_into_tensor", setup.dtype, calls, numbers)
 

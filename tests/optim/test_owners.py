@@ -4,6 +4,7 @@ from mocov3_ds.distributed.segments import Segment, cut_segments, packed_offsets
 from mocov3_ds.optim.owners import (
     Matrix,
     assign_owners,
+    count_travel,
     list_matrices,
     list_transfers,
     plan_rounds,
@@ -29,7 +30,7 @@ def test_matrices_are_put_together() -> None:
     matrices = list_matrices({n: WORKS[n] for n in NAMES[1:]}, cut(4))
     assert [m.name for m in matrices] == NAMES[1:]
     for matrix, (rows, columns) in zip(matrices, SHAPES[1:], strict=True):
-        assert matrix.numbers == rows * columns == sum(matrix.held_by(r) for r in range(4))
+        assert matrix.numbers == rows * columns == sum(matrix.held().values())
 
 
 def test_work_is_balanced() -> None:
@@ -73,3 +74,10 @@ def test_what_travels_there_comes_back() -> None:
     assert [(t.source, t.target) for t in there] == [(t.target, t.source) for t in back]
     assert all(t.target == t.matrix.owner for t in there)
     assert sum(t.segment.length for t in there) == sum(r * c for r, c in SHAPES)
+    exchanges, numbers = count_travel([chosen], 4)
+    crossing = [t for t in there if t.source != t.target]
+    assert exchanges == 2
+    for rank in range(4):
+        sent = sum(t.segment.length for t in crossing if t.source == rank)
+        received = sum(t.segment.length for t in crossing if t.target == rank)
+        assert numbers[rank] == 2 * max(sent, received)
