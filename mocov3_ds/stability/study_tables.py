@@ -4,16 +4,17 @@ The keys of the rows are the columns of `runs.csv`, `arms.csv` and `events.csv`.
 """
 
 import math
-from collections.abc import Mapping
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mocov3_ds.stability import paired
 from mocov3_ds.stability.cell_flags import patch_rate
 from mocov3_ds.stability.events import loss_excess, plain_jumps
 from mocov3_ds.stability.findings import WORST_FIRST, Lead
 from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.layer_order import pool_leads
 from mocov3_ds.stability.study import Arms, JudgedRun
 
 # arXiv 2104.02057, Figs. 1-3 and 5: linear probe of ViT-B/16 after 100 epochs, top-1 in percent.
@@ -34,13 +35,16 @@ PAPER: Mapping[tuple[str, float, int, bool], float] = {
     ("lamb", 8.0e-4, 4096, True): 66.5,
 }
 _PAPER_SETTINGS = {"recipe": "vit_b16", "epochs": 100}
-_CURES = ("beta1", "beta2", "update_clip", "trust_clip", "qk_norm", "gradient_clipping", "clip")
+_CURES = (
+    *("beta1", "beta2", "update_clip", "trust_clip", "gradient_clipping", "clip"),
+    *("qk_norm", "layer_scale", "sigma_reparam", "model.backbone"),
+)
 
 _SUMMARISED = (
     *("I", "E", "R", "T", "jumps", "steps_above", "worst_excess", "loss_events", "largest_burst"),
     *("knn_best", "knn_final", "loss_final"),
 )
-"""columns of a run whose mean, least and largest value stand in the row of its arm"""
+"""columns of a run that are summarised in the row of its arm"""
 EVENT_COLUMNS = ("run", "kind", "group", "first", "last", "peak", "size")
 
 
@@ -74,6 +78,7 @@ def _run_row(label: str, run: JudgedRun) -> dict[str, Any]:
         "loss_final": judgement.final_loss,
         **_lead_columns(judgement.lead),
         "steps": int(run.series.steps_T[-1]),
+        "planned_steps": run.series.total_steps,
         "paper": paper_accuracy(run.cell),
     }
 
@@ -89,23 +94,54 @@ def _lead_columns(lead: Lead | None) -> dict[str, float | None]:
     return {"lead": middle, "lead_low": low, "lead_high": high, "lead_events": count}
 
 
-def tabulate_arms(arms: Arms) -> list[dict[str, Any]]:
-    """One row an arm: verdicts of its seeds, then mean, least and largest of each number."""
+def tabulate_arms(arms: Arms, compared: Arms | None = None) -> list[dict[str, Any]]:
+    """One row an arm: verdicts of all its runs, then the numbers of those that can be compared.
+
+    Each number has its mean with 95 % interval, least, largest, and standard deviation between
+    seeds with 95 % interval (`paired.spread_over_seeds`).
+
+    Args:
+        arms: all runs.
+        compared: runs that got equally far (`comparable_runs.line_up`); None = all.
+    """
     rows = []
     for label, runs in arms.items():
-        run_rows = [_run_row(label, run) for run in runs]
-        verdicts = [run["verdict"] for run in run_rows]
+        comparable = runs if compared is None else compared.get(label, ())
+        run_rows = [_run_row(label, run) for run in comparable]
+        verdicts = [run.judgement.verdict for run in runs]
         counts = [f"{name} x{verdicts.count(name)}" for name in WORST_FIRST if name in verdicts]
-        row: dict[str, Any] = {"arm": label, "seeds": len(runs), "verdicts": ", ".join(counts)}
+        row: dict[str, Any] = {
+            "arm": label,
+            "seeds": len(comparable),
+            "left_out": len(runs) - len(comparable),
+            "verdicts": ", ".join(counts),
+        }
         for name in _SUMMARISED:
-            values = [run[name] for run in run_rows if run[name] is not None]
-            values = [value for value in values if math.isfinite(value)]
-            row[name] = fmean(values) if values else None
-            row[f"{name}_min"] = min(values, default=None)
-            row[f"{name}_max"] = max(values, default=None)
-        row["paper"] = run_rows[0]["paper"]
-        rows.append(row)
+            row |= _summarise_column(name, [run[name] for run in run_rows])
+        lead = pool_leads([run.judgement.lead for run in comparable])
+        rows.append({**row, **_lead_columns(lead), "paper": paper_accuracy(runs[0].cell)})
     return rows
+
+
+def _summarise_column(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean, range and spread of a column over seeds; None where too few seeds have a value."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    spread = paired.spread_over_seeds(known)
+    low, high = spread.mean_interval
+    sd_low, sd_high = spread.sd_interval
+    columns = {
+        name: spread.mean,
+        f"{name}_low": low,
+        f"{name}_high": high,
+        f"{name}_sd": spread.sd,
+        f"{name}_sd_low": sd_low,
+        f"{name}_sd_high": sd_high,
+    }
+    return {
+        **{key: value if math.isfinite(value) else None for key, value in columns.items()},
+        f"{name}_min": min(known, default=None),
+        f"{name}_max": max(known, default=None),
+    }
 
 
 def tabulate_events(arms: Arms) -> list[dict[str, Any]]:

@@ -1,0 +1,234 @@
+"""Do the arms of a study differ? Each comparison with its interval, corrected over the page.
+
+Each arm is compared with the first one, and each frozen twin with its trained run, in the metrics
+`METRICS`, seed by seed. A difference is told where Holm's p over all of these is below 5 %.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from mocov3_ds.settings.wording import count_noun
+from mocov3_ds.stability import paired
+from mocov3_ds.stability.study import Arms, JudgedRun
+from mocov3_ds.stability.study_tables import tabulate_runs
+
+Values = Mapping[str, Mapping[str, Mapping[int, float]]]
+"""metric of `METRICS` -> label of an arm -> seed -> value; NaN where a run has none"""
+METRICS: Mapping[str, tuple[str, str]] = {
+    "knn_final": ("is {size} points above {reference}", "is {size} points below {reference}"),
+    "jumps": (
+        "has {size} more loss jumps a run than {reference}",
+        "has {size} fewer loss jumps a run than {reference}",
+    ),
+    "worst_excess": (
+        "has a worst loss excess {size} % larger than {reference}",
+        "has a worst loss excess {size} % smaller than {reference}",
+    ),
+}
+"""column of a run -> how a higher and a lower value are told"""
+COLUMNS = (
+    *("arm", "reference", "metric", "seeds", "difference", "low", "high", "sd"),
+    *("p", "p_holm", "p_sign_flip", "told", "smallest_shown"),
+)
+PLANNED_SEEDS = (3, 5, 8, 12)
+_FEWEST_FLIPPED = 6
+"""seeds from which on sign flips can pass 5 %"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of two arms, paired by seed.
+
+    Attributes:
+        arm: label of the arm.
+        reference: label of the arm that it is compared with.
+        metric: column of a run.
+        seeds: seeds that both have with a finite value, ascending; not empty.
+        difference: mean of arm minus reference, in the metric's unit.
+        interval: its 95 % t interval, of this comparison alone; NaN with one seed.
+        sd: standard deviation of the paired differences; NaN with one seed.
+        p: two-sided p of this comparison alone; NaN with one seed.
+        holm_p: p after Holm over all comparisons of the page; NaN with one seed.
+        sign_flip_p: p without normality, of this comparison alone; NaN below 6 seeds.
+        shown: smallest difference that so many seeds show in four of five studies, after the
+            correction; infinite with one seed, NaN without a deviation.
+    """
+
+    arm: str
+    reference: str
+    metric: str
+    seeds: tuple[int, ...]
+    difference: float
+    interval: tuple[float, float]
+    sd: float
+    p: float
+    holm_p: float
+    sign_flip_p: float
+    shown: float
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the seeds tell a difference."""
+        return self.holm_p < paired.ALPHA
+
+    def describe(self) -> str:
+        """A clause: `is 2.7 points below frozen (95 % interval 0.2 to 5.1, 4 seeds, ...)`."""
+        sign = -1 if self.difference < 0 else 1
+        words = METRICS[self.metric][sign < 0]
+        text = words.format(size=f"{abs(self.difference):.1f}", reference=self.reference)
+        if len(self.seeds) < 2:
+            return f"{text} (one seed: cannot be told)"
+        low, high = sorted(sign * end for end in self.interval)
+        count = count_noun(len(self.seeds), "seed")
+        told = "" if self.is_told else f": cannot be told at {count}"
+        return (
+            f"{text} (95 % interval {low:.1f} to {high:.1f}, {count}, "
+            f"Holm p {_format_p(self.holm_p)}{told})"
+        )
+
+
+def _format_p(p: float) -> str:
+    return "below 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.01 else f"{p:.2f}"
+
+
+def compare_values(values: Values, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+    """Every metric of every pair of arms, corrected by Holm over all of them.
+
+    Args:
+        values: what was measured.
+        pairs: arm and reference; a pair without a seed in common is left out.
+    """
+    tests: list[tuple[str, str, str, tuple[int, ...], paired.PairedTest, float]] = []
+    for metric, arms in values.items():
+        step = paired.step_of(np.array([v for of_arm in arms.values() for v in of_arm.values()]))
+        for arm, reference in pairs:
+            a, b = arms.get(arm, {}), arms.get(reference, {})
+            seeds = tuple(sorted(s for s in {*a} & {*b} if math.isfinite(a[s] - b[s])))
+            if seeds:
+                differences_S = np.array([a[seed] - b[seed] for seed in seeds])
+                flips = math.nan
+                if len(seeds) >= _FEWEST_FLIPPED:
+                    flips = paired.sign_flip_p(differences_S)
+                test = paired.compare_pairs(differences_S, step)
+                tests.append((arm, reference, metric, seeds, test, flips))
+    holm_C = paired.holm(np.array([float(test.p_X) for *_, test, _ in tests]))
+    corrected = max(int(np.sum(~np.isnan(holm_C))), 1)
+    return [
+        Comparison(
+            arm=arm,
+            reference=reference,
+            metric=metric,
+            seeds=seeds,
+            difference=float(test.mean_X),
+            interval=(float(test.low_X), float(test.high_X)),
+            sd=float(test.sd_X),
+            p=float(test.p_X),
+            holm_p=float(holm_p),
+            sign_flip_p=flips,
+            shown=paired.smallest_difference(float(test.sd_X), len(seeds), corrected),
+        )
+        for (arm, reference, metric, seeds, test, flips), holm_p in zip(tests, holm_C, strict=True)
+    ]
+
+
+def list_pairs(arms: Arms) -> list[tuple[str, str]]:
+    """Each arm with the first one, and each frozen twin with its trained arm, once."""
+    labels = [*arms]
+    label_of = {run.cell.name: label for label, runs in arms.items() for run in runs}
+    twins = [
+        (label_of[run.cell.twin], label)
+        for label, runs in arms.items()
+        for run in runs
+        if run.cell.twin in label_of
+    ]
+    pairs = [(label, labels[0]) for label in labels[1:]] + twins
+    known: set[frozenset[str]] = set()
+    return [
+        pair
+        for pair in pairs
+        if len({*pair}) == 2 and frozenset(pair) not in known and not known.add(frozenset(pair))
+    ]
+
+
+def measure_arms(arms: Arms) -> Values:
+    """The metrics of all runs.
+
+    The final accuracy of a run that stopped at a value that was not finite counts as guessing: the
+    network classifies nothing any more, and leaving such a run out would favour its arm.
+    """
+    values: dict[str, dict[str, dict[int, float]]] = {metric: {} for metric in METRICS}
+    runs = {run.cell.name: run for of_arm in arms.values() for run in of_arm}
+    for row in tabulate_runs(arms):
+        for metric, of_arms in values.items():
+            value = row[metric]
+            if metric == "knn_final" and has_no_network(runs[row["run"]]):
+                value = runs[row["run"]].series.knn_chance
+            of_arms.setdefault(row["arm"], {})[row["seed"]] = math.nan if value is None else value
+    return values
+
+
+def has_no_network(run: JudgedRun) -> bool:
+    """Whether a run that was evaluated stopped at a value that was not finite."""
+    return run.series.stopped_non_finite and len(run.series.knn_K) > 0
+
+
+def compare_arms(arms: Arms) -> list[Comparison]:
+    """The comparisons of a page. Runs must have got equally far (`same_step.line_up`)."""
+    return compare_values(measure_arms(arms), list_pairs(arms))
+
+
+def list_findings(arms: Arms, comparisons: Sequence[Comparison]) -> list[str]:
+    """A sentence for each pair of arms; in a study of one arm one for each run instead."""
+    if len(arms) < 2:
+        return [f"{a}: {run.judgement.why}" for a, runs in arms.items() for run in runs]
+    clauses: dict[tuple[str, str], list[str]] = {}
+    for one in comparisons:
+        clauses.setdefault((one.arm, one.reference), []).append(one.describe())
+    return [f"{arm} {'; it '.join(texts)}." for (arm, _), texts in clauses.items()]
+
+
+def describe_correction(comparisons: Sequence[Comparison]) -> list[str]:
+    """What stands under the sentences: how they were corrected, and what more seeds would show."""
+    tested = [one for one in comparisons if len(one.seeds) >= 2]
+    if not tested:
+        return []
+    count = len(tested)
+    sentences = [
+        "Differences are paired by seed, intervals are Student's t of one comparison alone, and p "
+        f"is Holm's over the {count_noun(count, 'comparison')} of this page: of 100 pages without "
+        "any difference at most 5 claim one."
+    ]
+    knn = [one.sd for one in tested if one.metric == "knn_final"]
+    if knn and median(knn) > 0:
+        shown, alone = (
+            ", ".join(
+                f"{paired.smallest_difference(median(knn), seeds, of):.1f}"
+                for seeds in PLANNED_SEEDS
+            )
+            for of in (count, 1)
+        )
+        sentences.append(
+            f"A paired difference of final k-NN accuracies varies by {median(knn):.1f} points from "
+            f"seed to seed (standard deviation, median of {count_noun(len(knn), 'comparison')}). "
+            f"With {', '.join(map(str, PLANNED_SEEDS))} seeds a page like this tells differences "
+            f"of {shown} points in four of five studies; a study that plans one comparison alone, "
+            f"of {alone} points."
+        )
+    return sentences
+
+
+def tabulate_comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """One row a comparison with the columns of `comparisons.csv`; an empty one without any."""
+    rows = [
+        (
+            *(one.arm, one.reference, one.metric, len(one.seeds), one.difference, *one.interval),
+            *(one.sd, one.p, one.holm_p, one.sign_flip_p, one.is_told, one.shown),
+        )
+        for one in comparisons
+    ]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows] or [dict.fromkeys(COLUMNS)]
