@@ -21,6 +21,7 @@ from mocov3_ds.planning import plan_text, tables
 from mocov3_ds.planning.architecture import patches_of
 from mocov3_ds.planning.calibrate import calibrate
 from mocov3_ds.planning.cards import PRESETS, Card, describe_own_card, format_presets
+from mocov3_ds.planning.critical_batch import describe_critical_batch, find_noise_scale
 from mocov3_ds.planning.flags import PlanOptions
 from mocov3_ds.planning.hardware import Cluster, read_cluster
 from mocov3_ds.planning.measured_card import is_gpu_file, read_rates
@@ -57,6 +58,10 @@ def run_plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> None:
                 [plan_run(name, batch=b) for name in _TABLE_RECIPES for b in _TABLE_BATCHES]
             )
         )
+    elif options.critical_batch:
+        batch = options.batch or find_recipe(options.recipe).config.batch
+        noise = find_noise_scale(options.critical_batch)
+        print(describe_critical_batch(noise, batch))
     elif options.recipes:
         print(tables.tabulate_recipes(plan_run))
     else:
@@ -75,8 +80,9 @@ def _check_alone(options: PlanOptions) -> None:
         for entry in dataclasses.fields(options)
         if getattr(options, entry.name) != entry.default
     }
-    for name in ("calibrate", "presets", "what_fits", "recipes"):
-        useless = [flag for field, flag in flags.items() if field != name]
+    for name in ("calibrate", "presets", "what_fits", "recipes", "critical_batch"):
+        beside = {name, *(("recipe", "batch") if name == "critical_batch" else ())}
+        useless = [flag for field, flag in flags.items() if field not in beside]
         if name in flags and useless:
             raise ValueError(f"{', '.join(useless)} would have no effect beside {flags[name]}.")
 

@@ -74,6 +74,9 @@ class PlanOptions:
     """table of what fits where, for ViT-B, L and H"""
     recipes: bool = False
     """table of the recipes with command, hours and the paper's accuracy"""
+    critical_batch: str = ""
+    """how large a batch still pays: a run folder whose log has the gradient noise scale, or that
+    scale in images; steps and images to a target against --batch (beside --recipe and --batch)"""
 
 
 def read_flags(arguments: Sequence[str]) -> PlanOptions:

@@ -60,7 +60,9 @@ def settings_flags(settings: Overrides) -> list[str]:
     flags = ["--recipe", recipe, "--ds", f"optimizer={json.dumps(block)}"]
     if "gradient_clipping" in remaining:
         flags += ["--ds", f"gradient_clipping={remaining.pop('gradient_clipping')}"]
-    flags += ["--model.patch_lr", f"{patch_rate(remaining):g}"]
+    backbone = remaining.get("model.backbone", RECIPES[recipe].config.model.backbone)
+    if backbone == "vit" or patch_rate(remaining) != 1:  # others refuse it, as they have none
+        flags += ["--model.patch_lr", f"{patch_rate(remaining):g}"]
     remaining.pop("patch", None)
     for word in _OF_MODEL:
         if word in remaining:

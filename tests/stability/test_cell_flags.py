@@ -36,6 +36,11 @@ def test_train_py_reads_the_settings() -> None:
         "params": {"lr": 2e-4, "betas": [0.9, 0.95], "weight_decay": 0.1},
     }
     assert not parse(config_flag("views.fixed", False)).config.views.fixed
+    cures = {"clip": {"type": "adagc", "beta": 0.9}, "layer_scale": 1e-4, "sigma_reparam": True}
+    run = parse(settings_flags({"recipe": "vit_b16", "model.backbone": "vit_conv", **cures}))
+    assert run.engine["optimizer"]["clip"] == cures["clip"]
+    model = run.config.model
+    assert (model.layer_scale, model.sigma_reparam, model.backbone) == (1e-4, True, "vit_conv")
     lars = parse(settings_flags({"optimizer": "Lars", "lr": 0.3, "sgd_momentum": 0.8})).engine
     # nothing of the recipe's AdamW is left
     assert lars["optimizer"] == {"type": "Lars", "params": {"lr": 0.3, "momentum": 0.8}}
