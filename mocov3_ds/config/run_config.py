@@ -92,6 +92,9 @@ class Config:
     compile_blocks: bool = False
     """compile the blocks with torch.compile (not at ZeRO stage 3): same values up to rounding,
     about a minute at the start; slower in fp32 on an AMD processor"""
+    overlap_keys: bool = False
+    """compute the keys beside the queries, on a stream of the GPU of their own (not at ZeRO stage
+    3): same values, a little more memory; of use to small networks that do not fill a GPU"""
     key_block: Count = 0
     """keys per block of the loss (exact at any value); 0 = all if 512 MiB hold the logits"""
     epochs: Positive = 300.0

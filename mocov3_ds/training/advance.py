@@ -94,6 +94,7 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
         draws=draws,
         loss_limit=run.limits.loss_limit(),
         norm_limit=DROP if dropped else run.limits.norm_limit(),
+        overlap_keys=run.config.overlap_keys,
     )
     operations = 0.0
     if draws.length is not None:

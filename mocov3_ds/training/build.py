@@ -147,6 +147,13 @@ def _check_engine(settings: Settings) -> dict[str, Any]:
             "--compile_blocks does not go with ZeRO stage 3, which gathers weights inside of a "
             "block; use --ds zero_optimization.stage=2."
         )
+    if config.overlap_keys and engine_json["zero_optimization"]["stage"] == 3:
+        raise ValueError(
+            "--overlap_keys does not go with ZeRO stage 3, where the momentum encoder moves while "
+            "the queries are computed; use --ds zero_optimization.stage=2."
+        )
+    if config.overlap_keys and device.type == "cpu":
+        raise ValueError("--overlap_keys has no effect on a CPU; leave the flag out.")
     if config.compile_blocks and device.type == "cuda" and devices.triton_problem(device):
         raise ValueError(
             f"--compile_blocks needs Triton on a GPU: {devices.triton_problem(device)}; or leave "
@@ -183,6 +190,7 @@ def _set_chunks(
             global_batch=config.batch,
             gradient_bytes=gradient_bytes(engine),
             recompute_blocks=config.recompute_blocks,
+            overlap_keys=config.overlap_keys,
         )
         return chunk_size.agree_on_chunks(room, batch, whole=encoder.facts.rows_know_each_other)
 

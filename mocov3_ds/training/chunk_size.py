@@ -55,6 +55,7 @@ def measure_room(
     global_batch: int,
     gradient_bytes: int,
     recompute_blocks: bool = False,
+    overlap_keys: bool = False,
 ) -> Room:
     """Run parts of the network on a few images and look at the free memory; all ranks must call.
 
@@ -65,6 +66,7 @@ def measure_room(
         global_batch: images of all ranks.
         gradient_bytes: what backward and optimizer will allocate beside activations.
         recompute_blocks: whether the base encoder recomputes each of its blocks in the backward.
+        overlap_keys: whether the keys of a chunk are computed beside the queries.
     """
     backbone, parameter = encoder.backbone, next(encoder.parameters())
     channels, size = encoder.shape.backbone.channels, encoder.shape.backbone.size
@@ -75,8 +77,9 @@ def measure_room(
     if recompute_blocks:
         switch_recomputation(backbone, False)
     features_1D = example_1CHW.new_zeros(1, encoder.facts.width)
-    if example_1CHW.device.type == "cpu":
-        # the allocator keeps no record here; the block at work holds about its own share twice
+    if example_1CHW.device.type == "cpu" or overlap_keys:
+        # the allocator keeps no record here; the block at work holds about its own share twice;
+        # and a block of the keys is at work beside it
         per_image += largest_block_bytes(backbone, encoder.facts, example_1CHW)
     # the predictor is smaller than the projector
     heads = 2 * activation_bytes(encoder.projector, features_1D)
@@ -166,6 +169,7 @@ def chunk_conditions(
         "world_size": world_size,
         "given": bool(config.chunk),
         "recompute_blocks": config.recompute_blocks,
+        **({"overlap_keys": True} if config.overlap_keys else {}),  # older runs do not have it
         "engine": {key: engine_json.get(key) for key in keys},
         # drivers and kernels differ by some MiB in what they keep of the same memory
         "memory_gib": round(memory_bytes / 2**30),

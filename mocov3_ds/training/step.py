@@ -13,7 +13,6 @@ K = patches that are kept.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -33,9 +32,7 @@ from mocov3_ds.model.sigma_reparam import move_all_vectors
 from mocov3_ds.model.sequence_length import shortened
 from mocov3_ds.model.stochastic_depth import find_branches, set_factors
 from mocov3_ds.monitoring.profiler import StepPhase, phase, replace_phase_in_backward
-
-KeyMaker = Callable[[], tuple[ViewKeys, ViewKeys]]
-"""makes the keys of view 1 and of view 2"""
+from mocov3_ds.training.key_stream import KeyMaker, begin_keys
 
 
 class ForwardResult(NamedTuple):
@@ -200,6 +197,7 @@ def train_step(
     draws: Draws = NOTHING_DRAWN,
     loss_limit: float = math.inf,
     norm_limit: float = math.inf,
+    overlap_keys: bool = False,
 ) -> StepResult:
     """Queries, momentum move, keys, loss, backward and optimizer step on one global batch.
 
@@ -216,6 +214,7 @@ def train_step(
         draws: what of images and network takes part in the step.
         loss_limit: largest loss that is trained on.
         norm_limit: largest norm of the whole gradient that is trained on.
+        overlap_keys: compute the keys beside the queries, on another stream of the GPU.
     """
     chunk = (draws.chunks or engine.module.chunks).size
 
@@ -228,6 +227,8 @@ def train_step(
     with phase(StepPhase.MOMENTUM):
         momentum_encoder.begin_move(momentum)
         move_all_vectors(engine.module.base.backbone)
+    if overlap_keys:
+        make_keys = begin_keys(make_keys, x1_BCHW.device)
     forward: ForwardResult = engine(x1_BCHW, x2_BCHW, make_keys, draws)
     loss_sum = ranks.all_reduce_sum(forward.loss.detach().float().clone())
     with phase(StepPhase.BACKWARD), phase(StepPhase.BACKWARD_OF_HEADS):

@@ -52,33 +52,3 @@ def test_it_counts_and_has_an_end_to_its_memory() -> None:
     assert found["products"] == 1 and found["launches"] == 4
     assert found["copies"] == (1, 2) and found["syncs"] == 3
     assert found["allocated"] == pytest.approx(3 * 4e6, rel=0.02)
-
-
-def order_reduction() -> list[int]:
-    """Launches of a side stream that the main one does not wait for, before and after each wait."""
-    from types import SimpleNamespace
-
-    import torch
-
-    from mocov3_ds.distributed.stage3_waits import order_reductions
-    from tests.fake_gpu import inside
-
-    wrapper_of_stage_3 = type("DeepSpeedZeroOptimizer_Stage3", (SimpleNamespace,), {})
-    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    numbers, unordered = torch.ones(8, device="cuda"), []
-    for offloads in (True, False):
-        wrapper = wrapper_of_stage_3(reduce_and_partition_stream=side, offload_optimizer=offloads)
-        order_reductions(wrapper)
-        with torch.cuda.stream(wrapper.reduce_and_partition_stream):
-            assert torch.cuda.current_stream() == side
-            numbers += 1
-        unordered.append(inside.count_unordered(side, main))
-        with inside.counted() as use:
-            wrapper.reduce_and_partition_stream.synchronize()
-        unordered += [inside.count_unordered(side, main), use.syncs]
-    return unordered
-
-
-def test_reduced_gradients_are_waited_for_on_the_card_unless_the_host_computes_with_them() -> None:
-    offloaded, ordered = [1, 1, 1], [2, 0, 0]
-    assert run_on_fake_gpu(order_reduction) == offloaded + ordered

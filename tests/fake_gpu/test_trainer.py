@@ -91,6 +91,7 @@ CASES = {
     "zero1_bf16_chunks": ds("zero1_adamw_bf16", "--chunk", "12", "--keep_chunks", "1"),
     "zero1_fp16_profile": ds("zero1_adamw_fp16", "--profile", "1", "--stop_after_steps", "4"),
     "zero1_lamb_recompute": ds("zero1_lamb_bf16", "--recompute_blocks"),
+    "zero1_overlap_keys": ds("zero1_adamw_bf16", "--overlap_keys"),
     "zero2_bf16": ds("zero1_adamw_bf16", "--ds", "zero_optimization.stage=2"),
     "zero2_offload": ds("zero2_adamw_bf16_offload"),
     "zero3_bf16": ds("zero3_adamw_bf16"),

@@ -36,6 +36,8 @@ def refusals(folder: Path) -> list[str]:
     common = [*SMALL, "--data.shards", str(folder / "train"), "--runs", str(folder / "runs")]
     cases: list[tuple[list[str], ContrastiveLoss | None]] = [
         (["--compile_blocks", "--ds", "zero_optimization.stage=3"], None),
+        (["--overlap_keys", "--ds", "zero_optimization.stage=3"], None),
+        (["--overlap_keys"], None),
         (["--ds", "optimizer.params.lr=fast"], None),
         (["--ds", "optimizer.type=Lamb", "--alarm.response", "clip"], None),
         (["--batch", "24"], None),
@@ -55,6 +57,8 @@ def test_refused_before_the_folder_is_touched(tmp_path: Path) -> None:
         sentences,
         (
             "--compile_blocks does not go with ZeRO stage 3",
+            "--overlap_keys does not go with ZeRO stage 3",
+            "--overlap_keys has no effect on a CPU",
             "optimizer.params.lr",
             "--alarm.response clip",
             f"{tmp_path}/train holds 20 samples, fewer than one global batch of 24",
