@@ -1,0 +1,74 @@
+"""What do all runs of a study say together: do spikes make dips, what do wrong rates cost?"""
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from mocov3_ds.settings.wording import count_noun
+from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.rate_sensitivity import RateSensitivity, measure_sensitivity
+from mocov3_ds.stability.spike_dips import SpikeDipTest, collect_events, compare_with_shifts
+from mocov3_ds.stability.study import Arms, JudgedRun
+
+
+def answer_questions(arms: Arms) -> list[str]:
+    """A sentence for each question that the runs can answer.
+
+    Args:
+        arms: runs that got equally far (`comparable_runs.line_up`).
+    """
+    sentences = [
+        f"{name[0].upper()}{name[1:]} {found.describe()} ({count_noun(found.lost.seeds, 'seed')})."
+        for name, found in measure_rates(arms).items()
+    ]
+    spikes = look_for_dips(arms)
+    return [*sentences, spikes.describe()] if spikes.spikes else sentences
+
+
+def look_for_dips(arms: Arms) -> SpikeDipTest:
+    """Test all runs of a study together for dips after gradient spikes.
+
+    It is one test a page, at 5 % of its own, beside Holm's family of comparisons.
+    """
+    runs = [run for of_arm in arms.values() for run in of_arm]
+    return compare_with_shifts([collect_events(run.series, run.judgement) for run in runs])
+
+
+def measure_rates(arms: Arms) -> Mapping[str, RateSensitivity]:
+    """Sensitivity of the final k-NN accuracy to the rate, of all arms that differ by it alone.
+
+    Of each set of arms the seeds that every rate has; sets with fewer than two rates, or without
+    such a seed, have none. A network that has learned nothing guesses.
+    """
+    sets: dict[str, dict[float, dict[int, JudgedRun]]] = {}
+    for of_arm in arms.values():
+        for run in of_arm:
+            if run.cell.settings.get("lr") is not None and len(run.series.knn_K):
+                by_rate = sets.setdefault(_settings_beside_rate(run.cell), {})
+                by_rate.setdefault(float(run.cell.settings["lr"]), {})[run.cell.seed] = run
+    found = {}
+    for by_rate in sets.values():
+        rates = sorted(by_rate)
+        seeds = sorted(set.intersection(*({*runs} for runs in by_rate.values())))
+        if len(rates) < 2 or not seeds:
+            continue
+        first = by_rate[rates[0]][seeds[0]]
+        values_RS = np.array(
+            [[by_rate[rate][seed].judgement.final_knn for seed in seeds] for rate in rates]
+        )
+        found[_name_set(first.cell)] = measure_sensitivity(
+            rates, values_RS, nothing_learned=first.series.knn_chance, higher_is_better=True
+        )
+    return found
+
+
+def _settings_beside_rate(cell: Cell) -> str:
+    rest = {key: value for key, value in cell.settings.items() if key not in ("lr", "seed")}
+    return json.dumps(rest, sort_keys=True, default=str)
+
+
+def _name_set(cell: Cell) -> str:
+    """The label of an arm without its rate."""
+    terms = [term for term in cell.label.split(", ") if not term.startswith("lr ")]
+    return ", ".join(terms) or "the arm"
