@@ -1,19 +1,10 @@
-"""What do the numbers of a study say, and what to try next? Sentences about its arms."""
+"""What to try next, by the verdicts of a study? And which arms are worth a picture?"""
 
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any
 
 from mocov3_ds.stability.findings import WORST_FIRST, Verdict
 from mocov3_ds.stability.study import Arms
-from mocov3_ds.stability.study_tables import tabulate_arms
-
-_COMPARED = (
-    ("jumps", "loss jumps a run"),
-    ("worst_excess", "worst loss excess, %"),
-    ("knn_final", "final k-NN, %"),
-)
-"""columns of an arm that are compared, and what they are called in a sentence"""
 
 _NEXT: Mapping[Verdict, str] = {
     "DIVERGED": "lower the rate or warm up longer; if the largest attention logit passed 1000, "
@@ -36,37 +27,6 @@ _NEXT: Mapping[Verdict, str] = {
     "STABLE": "nothing was found: see how wide the range of good rates is (grid lr-sensitivity); a "
     "higher rate is better only where it was tried and was",
 }
-
-
-def compare_arms(arms: Arms) -> list[str]:
-    """Each arm against the first one; a difference is claimed only where the ranges do not touch.
-
-    A study of one arm has a sentence for each run instead.
-    """
-    rows = tabulate_arms(arms)
-    if len(rows) < 2:
-        return [f"{a}: {run.judgement.why}" for a, runs in arms.items() for run in runs]
-    base = rows[0]
-    sentences = []
-    for row in rows[1:]:
-        clauses = [
-            f"{title} {row[name]:.1f} against {base[name]:.1f} ({_compare_seeds(row, base, name)})"
-            for name, title in _COMPARED
-            if row[name] is not None and base[name] is not None
-        ]
-        sentences.append(f"{row['arm']} against {base['arm']}: {'; '.join(clauses)}.")
-    return sentences
-
-
-def _compare_seeds(row: Mapping[str, Any], base: Mapping[str, Any], name: str) -> str:
-    """How the seeds of two arms differ in a column."""
-    if min(row["seeds"], base["seeds"]) < 2:
-        return "one seed: no spread known"
-    if row[f"{name}_max"] < base[f"{name}_min"]:
-        return "lower in every seed"
-    if row[f"{name}_min"] > base[f"{name}_max"]:
-        return "higher in every seed"
-    return "within the spread of the seeds"
 
 
 def suggest_next(arms: Arms) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """What did the runs of a study do? The runs of a grid, or one run, read and judged."""
 
+import dataclasses
 import json
 import math
 import shlex
@@ -13,6 +14,8 @@ from mocov3_ds.optim.build import find_optimizer
 from mocov3_ds.stability.cells import list_cells, read_grid_json, read_outcome
 from mocov3_ds.stability.findings import Judgement, Series
 from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.knn_curve import best_and_final_accuracy
+from mocov3_ds.stability.same_step import cut_series, has_ended, share_done
 from mocov3_ds.stability.series import read_series
 from mocov3_ds.stability.verdict import judge
 
@@ -114,14 +117,28 @@ def _judge_run(folder: Path, cell: Cell, twin: JudgedRun | None) -> JudgedRun | 
         metrics.read_text() if metrics.exists() else ""
     ):
         return None
-    twin_knn = None
-    if twin is not None and math.isfinite(twin.judgement.final_knn):
-        twin_knn = twin.judgement.final_knn
-    series = read_series(folder, twin_knn=twin_knn)
+    series = read_series(folder)
+    if twin is not None:
+        series = dataclasses.replace(series, twin_knn=_twin_accuracy(twin.series, series))
     signals = None
     if (folder / "signals.json").exists():
         signals = signal_file.read_signals(folder)
     return JudgedRun(cell, series, judge(series), signals, _read_optimizer(folder))
+
+
+def _twin_accuracy(twin: Series, series: Series) -> float | None:
+    """Final accuracy of a twin, that at the same step where the run is unfinished.
+
+    None where the twin is not there yet, or was not evaluated.
+    """
+    if not has_ended(series):
+        if not has_ended(twin) and share_done(twin) < share_done(series):
+            return None
+        twin = cut_series(twin, round(share_done(series) * twin.total_steps))
+    elif not has_ended(twin):
+        return None
+    accuracy = best_and_final_accuracy(twin)[1]
+    return accuracy if math.isfinite(accuracy) else None
 
 
 def _read_optimizer(run: Path) -> str:

@@ -4,15 +4,19 @@ OUT/index.html   everything, pictures inside; opens anywhere, loads nothing
 OUT/*.png        the pictures
 OUT/runs.csv     a row a run        OUT/arms.csv   a row an arm, over its seeds
 OUT/events.csv   each gradient event, loss event, dip and decline
+OUT/comparisons.csv  a row a comparison of two arms, with its interval and p
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.monitoring.alarms import RMS_HIGH
-from mocov3_ds.stability import advice, figures, study_tables
+from mocov3_ds.stability import advice, comparisons, figures, study_tables
+from mocov3_ds.stability.arm_questions import answer_questions
+from mocov3_ds.stability.comparable_runs import LinedUp, line_up
 from mocov3_ds.stability.csv_file import write_csv
 from mocov3_ds.stability.drawing import write_png
 from mocov3_ds.stability.page import PageContent, build_page
@@ -41,8 +45,8 @@ _PICTURES: tuple[PictureKind[Arms], ...] = (
     PictureKind(
         "order",
         "First against last layer",
-        "Median and quartiles over the gradient events of all seeds, aligned where each begins. The "
-        "lead is the median over the events that both layers show.",
+        "Median and quartiles over the gradient events of all seeds, aligned where each begins. "
+        "The lead is the median over the events that both layers show.",
         figures.draw_events,
     ),
     PictureKind(
@@ -88,13 +92,9 @@ def write_study(source: Path, out: Path, *, command: str = "") -> Path:
     drawn_arms = advice.choose_worst_arms(study.arms, figures.PANELS)
     out.mkdir(parents=True, exist_ok=True)
     pictures = [_write_picture(kind, drawn_arms, out) for kind in _PICTURES]
-    runs, arms = study_tables.tabulate_runs(study.arms), study_tables.tabulate_arms(study.arms)
-    write_csv(out / "runs.csv", runs)
-    write_csv(out / "arms.csv", arms)
-    write_csv(
-        out / "events.csv",
-        study_tables.tabulate_events(study.arms) or [dict.fromkeys(study_tables.EVENT_COLUMNS)],
-    )
+    lined_up = line_up(study.arms)
+    compared = comparisons.compare_arms(lined_up.arms)
+    runs, arms = _write_tables(study, lined_up, compared, out)
     content = PageContent(
         title=study.title,
         about=study.about,
@@ -103,13 +103,38 @@ def write_study(source: Path, out: Path, *, command: str = "") -> Path:
         arms=arms,
         runs=runs,
         pictures=pictures,
-        findings=advice.compare_arms(study.arms),
+        findings=[
+            *comparisons.list_findings(study.arms, compared),
+            *answer_questions(lined_up.arms),
+        ],
         advice=advice.suggest_next(study.arms),
-        notes=list(_list_notes(study, drawn_arms)),
+        notes=[
+            *lined_up.notes,
+            *comparisons.describe_correction(compared),
+            *_list_notes(study, drawn_arms),
+        ],
     )
     path = out / "index.html"
     atomic.write_text(path, build_page(content))
     return path
+
+
+def _write_tables(
+    study: Study, lined_up: LinedUp, compared: Sequence[comparisons.Comparison], out: Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write the tables; return the rows of runs and of arms."""
+    runs = study_tables.tabulate_runs(study.arms)
+    arms = study_tables.tabulate_arms(study.arms, lined_up.arms)
+    events = study_tables.tabulate_events(study.arms)
+    tables = {
+        "runs": runs,
+        "arms": arms,
+        "events": events or [dict.fromkeys(study_tables.EVENT_COLUMNS)],
+        "comparisons": comparisons.tabulate_comparisons(compared),
+    }
+    for name, rows in tables.items():
+        write_csv(out / f"{name}.csv", rows)
+    return runs, arms
 
 
 def _write_picture(kind: PictureKind[Arms], arms: Arms, out: Path) -> Picture:

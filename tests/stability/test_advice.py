@@ -1,12 +1,11 @@
-"""Sentences about arms claim no more than the seeds show, and advice follows the verdicts."""
+"""Advice follows the verdicts, and the arms with most trouble are drawn."""
 
 from dataclasses import replace
-from pathlib import Path
 
-from mocov3_ds.stability.advice import choose_worst_arms, compare_arms, suggest_next
+from mocov3_ds.stability.advice import choose_worst_arms, suggest_next
 from mocov3_ds.stability.findings import LossEvent, Verdict
 from mocov3_ds.stability.grid import Cell
-from mocov3_ds.stability.study import JudgedRun, read_study
+from mocov3_ds.stability.study import JudgedRun
 from mocov3_ds.stability.verdict import judge
 from tests.stability.synthetic import healthy
 
@@ -17,21 +16,6 @@ def judged(verdict: Verdict, loss_events: int = 0) -> JudgedRun:
     events = tuple(LossEvent(step, step, step, 0.1) for step in range(loss_events))
     judgement = replace(judge(HEALTHY), verdict=verdict, loss_events=events)
     return JudgedRun(Cell("", "", {"seed": 0}, {}), HEALTHY, judgement, None)
-
-
-def test_only_ranges_that_do_not_touch_are_called_different(study_folder: Path) -> None:
-    sentences = compare_arms(read_study(study_folder).arms)
-    twin = next(line for line in sentences if line.startswith("AdamW, lr 0.001, frozen against"))
-    assert "loss jumps a run 0.0 against 2.0 (lower in every seed)" in twin
-    same = next(line for line in sentences if line.startswith("AdamW, lr 0.002 against"))
-    assert "loss jumps a run 2.0 against 2.0 (within the spread of the seeds)" in same
-    one = next(line for line in sentences if line.startswith("LAMB against"))
-    assert "one seed: no spread known" in one
-
-
-def test_one_arm_has_a_sentence_for_each_run(study_folder: Path) -> None:
-    run = judged("STABLE")
-    assert compare_arms({"a": [run]}) == [f"a: {run.judgement.why}"]
 
 
 def test_advice_follows_the_verdict_of_half_the_seeds() -> None:

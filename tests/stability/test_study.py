@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mocov3_ds.stability.study import read_study
+from mocov3_ds.stability.same_step import cut_series
+from mocov3_ds.stability.study import _twin_accuracy, read_study
+from tests.stability.judged_runs import judged_run
 from tests.stability.written_study import write_run
 
 
@@ -25,6 +27,17 @@ def test_a_run_is_measured_against_its_own_twin(study_folder: Path) -> None:
     for trained, frozen in runs:
         assert trained.series.twin_knn == frozen.judgement.final_knn
         assert frozen.series.twin_knn is None
+
+
+def test_an_unfinished_run_is_measured_against_its_twin_at_the_same_step() -> None:
+    frozen = judged_run("frozen", 0, 40.0).series
+    assert _twin_accuracy(frozen, judged_run("trained", 0, 30.0).series) == 40.0
+    half = judged_run("trained", 0, 30.0, upto=90).series
+    assert _twin_accuracy(frozen, half) == 20.0
+    # a twin that is behind tells nothing yet, one that is ahead does
+    assert _twin_accuracy(cut_series(frozen, 80), half) is None
+    assert _twin_accuracy(cut_series(frozen, 80), judged_run("trained", 0, 30.0).series) is None
+    assert _twin_accuracy(cut_series(frozen, 120), half) == 20.0
 
 
 def test_one_run(study_folder: Path) -> None:
