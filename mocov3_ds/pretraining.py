@@ -30,6 +30,7 @@ from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.own_images import MapStyle, OwnImages, hold_set
 from mocov3_ds.distributed import heartbeat, ranks
+from mocov3_ds.distributed.engine import release_engine
 from mocov3_ds.encoders.choices import EncoderRole
 from mocov3_ds.encoders.load import load_encoder
 from mocov3_ds.evaluation.commands import evaluate_knn
@@ -171,7 +172,7 @@ def pretrain(
             raise
         finally:
             heartbeat.stop()
-        run.engine.destroy()
+        release_engine(run.engine)
         ranks.barrier()
     return PretrainedRun(parsed.config.folder, tuple(sets))
 

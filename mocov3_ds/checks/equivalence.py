@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mocov3_ds.checks import plain_step
 from mocov3_ds.checks.finding import Finding, judge_errors, judge_problem
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import Engine, full_tensors, start_engine
+from mocov3_ds.distributed.engine import Engine, full_tensors, release_engine, start_engine
 from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
@@ -194,7 +194,7 @@ def check_determinism(device: torch.device) -> Finding:
         for step in range(_STEPS):
             train_step(engine, momentum, *rank_views(step, device), momentum=MOMENTUM)
         digests.append(_hash_tensors(full_tensors(engine.module.base)))
-        engine.destroy()
+        release_engine(engine)
     repeats = digests[0] == digests[1]
     return Finding(
         "one step twice",
@@ -211,7 +211,7 @@ def _measure_stage(stage: int, device: torch.device) -> Errors:
     try:
         return _compare_steps(engine, momentum, device)
     finally:
-        engine.destroy()
+        release_engine(engine)
 
 
 def _compare_steps(

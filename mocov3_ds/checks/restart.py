@@ -16,7 +16,7 @@ from mocov3_ds.checks.equivalence import relative_difference
 from mocov3_ds.checks.finding import Finding, judge_errors
 from mocov3_ds.checks.run_disk import check_shared
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import full_tensors
+from mocov3_ds.distributed.engine import full_tensors, release_engine
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.advance import advance_run
 from mocov3_ds.training.build import build_run
@@ -144,7 +144,7 @@ def _run_attempt(
         return Attempt(first_step, losses, weights)
     finally:
         run.close()
-        run.engine.destroy()
+        release_engine(run.engine)
         gc.collect()
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import devices
@@ -117,6 +118,20 @@ def start_engine(
     order_reductions(engine.optimizer)
     optimizer.attach(engine)
     return engine
+
+
+def release_engine(engine: Engine[nn.Module]) -> None:
+    """End an engine, so that its memory is freed in a process that goes on.
+
+    Its hooks on gradients keep it alive where Python's collector does not see it, and DeepSpeed
+    puts the module of each engine of ZeRO-3 on a list that lives as long as the process.
+
+    Args:
+        engine: What `start_engine` returned; at ZeRO-3 its module cannot compute any more.
+    """
+    engine.destroy()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
 
 
 def check_precision(config: Mapping[str, Any]) -> None:

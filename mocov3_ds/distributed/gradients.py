@@ -56,7 +56,7 @@ class GradientWatch:
         self._step_number = -1
         self._forget = _choose_forgetting(engine.optimizer)
         self._hooks = [self._hook(parameter) for parameter in names]
-        _watches[engine.module] = self
+        _watches[engine.module] = ref(self)
 
     def _hook(self, parameter: Tensor) -> Any:
         """The hook of a tensor; one that is frozen now may be trained again later."""
@@ -157,12 +157,14 @@ class GradientWatch:
         self._micro_batches[name] = micro_batches | _bit(engine)
 
 
-_watches: WeakKeyDictionary[nn.Module, GradientWatch] = WeakKeyDictionary()
+_watches: WeakKeyDictionary[nn.Module, ref[GradientWatch]] = WeakKeyDictionary()
+"""weakly, as a watch holds DeepSpeed's wrapper, which holds the module; the optimizer keeps it"""
 
 
 def watch_of(module: nn.Module) -> GradientWatch | None:
     """The watch over the engine that trains a module, if one of our optimizers is attached."""
-    return _watches.get(module)
+    watch = _watches.get(module)
+    return None if watch is None else watch()
 
 
 def watch_gradients(

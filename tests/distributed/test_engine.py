@@ -1,6 +1,8 @@
 """Tensors and gradients of an engine by name, whole on each rank, at each ZeRO stage."""
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -9,7 +11,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from mocov3_ds.distributed import ranks
-from mocov3_ds.distributed.engine import check_precision, full_tensors, gradient_bytes, start_engine
+from mocov3_ds.distributed.engine import (
+    check_precision,
+    full_tensors,
+    gradient_bytes,
+    release_engine,
+    start_engine,
+)
 from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.distributed.gradients import full_gradients
 from mocov3_ds.optim import AdamW
@@ -78,3 +86,28 @@ def test_a_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.Monkey
     check_precision({"bf16": {"enabled": True}, "fp16": {"enabled": False}})
     with pytest.raises(ValueError, match=r"fp16 is not for this device .*fp16\.enabled=false"):
         check_precision({"fp16": {"enabled": True}})
+
+
+def step_and_release(stages: list[int]) -> list[list[bool]]:
+    """Whether engine, module, optimizer and wrapper of each stage are still there at the end."""
+    warnings.filterwarnings("ignore")  # DeepSpeed's own
+    engines.quiet()
+
+    def use_engine(stage: int) -> list[weakref.ref[Any]]:
+        model, settings = plain.odd_model(), {"zero_optimization": {"stage": stage}}
+        config = engine_config(settings, global_batch=BATCH, world_size=1)
+        optimizer = AdamW(model.named_parameters())
+        engine = start_engine(model, optimizer, config)
+        ((x, y),) = next(engines.batches(Case(stage), 1))
+        engines.backward(engine, x, y)
+        engine.step()
+        release_engine(engine)
+        return [weakref.ref(part) for part in (engine, model, optimizer, engine.optimizer)]
+
+    parts = [use_engine(stage) for stage in stages]
+    gc.collect()
+    return [[part() is not None for part in of_stage] for of_stage in parts]
+
+
+def test_a_released_engine_leaves_nothing_behind() -> None:
+    assert run_ranks(1, step_and_release, [1, 2, 3]) == [[[False] * 4] * 3]
