@@ -5,6 +5,7 @@ A slice that is already where it belongs is copied and crosses no wire.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,18 +36,18 @@ def work_on_whole(
         dtype: What travels, and what the work is given.
     """
     for matrices in rounds:
-        mine = [matrix for matrix in matrices if matrix.owner == ranks.rank(group)]
-        whole = {m.name: torch.empty(m.numbers, device=device, dtype=dtype) for m in mine}
+        owned = [matrix for matrix in matrices if matrix.owner == ranks.rank(group)]
+        inputs = {m.name: torch.empty(m.numbers, device=device, dtype=dtype) for m in owned}
         _send(
             list_transfers(matrices, to_owners=True),
             lambda transfer: transfer.segment.of(values),
-            partial(_fill_in, whole),
+            partial(_fill_in, inputs),
             *(group, device, dtype),
         )
-        made = {name: work(name, x).reshape(-1) for name, x in whole.items()}
+        results = {name: work(name, x).reshape(-1) for name, x in inputs.items()}
         _send(
             list_transfers(matrices, to_owners=False),
-            partial(_read, made),
+            partial(_read, results),
             lambda transfer, slice_: transfer.segment.of(values).copy_(slice_),
             *(group, device, dtype),
         )
@@ -94,13 +95,13 @@ def _send(
             incoming[source].append(transfer)
     if not travels:
         return
-    sent = [sum(len(part) for part in parts) for parts in outgoing]
-    received = [sum(transfer.segment.length for transfer in parts) for parts in incoming]
-    parts = [part for parts in outgoing for part in parts]
-    numbers = torch.cat(parts) if parts else torch.empty(0, device=device, dtype=dtype)
+    sent = [sum(map(len, slices)) for slices in outgoing]
+    received = [sum(transfer.segment.length for transfer in due) for due in incoming]
+    in_order = [slice_ for slices in outgoing for slice_ in slices]
+    numbers = torch.cat(in_order) if in_order else torch.empty(0, device=device, dtype=dtype)
     arrived = ranks.all_to_all(numbers, sent, received, group)
     first = 0
-    for transfer in (transfer for parts in incoming for transfer in parts):
+    for transfer in chain.from_iterable(incoming):
         end = first + transfer.segment.length
         write(transfer, arrived[first:end])
         first = end

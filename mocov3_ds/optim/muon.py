@@ -164,9 +164,10 @@ class Muon(ShardedOptimizer):
 
     def _plan(self, flat: Flat) -> list[Round]:
         works = self.matrix_works()
-        here = {name: works[name] for name in flat.names if name in works}
-        held = ranks.gather_objects(flat.segments, flat.group)
-        return plan_rounds(assign_owners(list_matrices(here, held), len(held)))
+        flat_works = {name: works[name] for name in flat.names if name in works}
+        segments_by_rank = ranks.gather_objects(flat.segments, flat.group)
+        matrices = list_matrices(flat_works, segments_by_rank)
+        return plan_rounds(assign_owners(matrices, len(segments_by_rank)))
 
     def matrix_works(self) -> dict[str, float]:
         """Operations that it takes to orthogonalise each of the hidden matrices, by name."""
@@ -185,10 +186,10 @@ class Muon(ShardedOptimizer):
 
     def measure_flat(self, flat: FlatStep, sums_QS: Tensor, rate_S: Tensor) -> None:
         """Matrices: update the momentum, leave its direction in g. The rest moves by AdamW."""
-        hidden, rest = self._split(flat.share)
+        hidden, by_adamw = self._split(flat.share)
         group = {**flat.group, "bias_correction": True}
-        if rest.flat.segments:
-            flat.kernels.update_adam(replace(flat, share=rest, group=group), sums_QS, rate_S)
+        if by_adamw.flat.segments:
+            flat.kernels.update_adam(replace(flat, share=by_adamw, group=group), sums_QS, rate_S)
         momentum = flat.group["momentum"]
         for segment in hidden.flat.segments:
             row = hidden.row(segment)
@@ -222,9 +223,9 @@ class Muon(ShardedOptimizer):
                 sums_QS[Quantity.UPDATE, row] += square_sum(g_)
 
     def _orthogonalise_cut(self, share: Share, absent: frozenset[str]) -> None:
-        whole = self._flats[share.flat.tensor]
-        has_gradient = whole.tensor.grad is not None
-        values = flat_gradient(whole) if has_gradient else torch.zeros_like(whole.view())
+        flat = self._flats[share.flat.tensor]
+        has_gradient = flat.tensor.grad is not None
+        values = flat_gradient(flat) if has_gradient else torch.zeros_like(flat.view())
 
         def work(name: str, x: Tensor) -> Tensor:
             if name in absent:
@@ -233,10 +234,10 @@ class Muon(ShardedOptimizer):
 
         device = self._exchange_device or values.device
         work_on_whole(
-            self._rounds[whole.tensor],
+            self._rounds[flat.tensor],
             values,
             work,
-            group=whole.group,
+            group=flat.group,
             device=device,
             dtype=_resolve_dtype(self.param_groups[0]["ns_dtype"], device),
         )
@@ -332,18 +333,18 @@ def _check_qkv(
     """
     if qkv == "whole":
         return
-    found = [name for name in matrices if name.endswith(_QKV)]
-    if not found:
+    fused = [name for name in matrices if name.endswith(_QKV)]
+    if not fused:
         raise ValueError(
             f"qkv {qkv!r} has no effect: no matrix is called {' or '.join(f'*{n}' for n in _QKV)}; "
             "remove it."
         )
-    for name in found:
+    for name in fused:
         blocks, rows = count_blocks(name, rules[name], qkv), shapes[name][0]
         if not blocks or rows % blocks:
-            known = f"{rules[name].heads} heads" if blocks else "an unknown number of heads"
+            heads = f"{rules[name].heads} heads" if blocks else "an unknown number of heads"
             raise ValueError(
-                f"qkv {qkv!r} cannot cut {name!r}: {rows} rows and {known}; use qkv 'whole', or "
+                f"qkv {qkv!r} cannot cut {name!r}: {rows} rows and {heads}; use qkv 'whole', or "
                 "give a rule with the right heads."
             )
 

@@ -71,9 +71,9 @@ def list_matrices(
             if segment.name in slices:
                 slices[segment.name].append((rank, segment))
     return [
-        Matrix(name, sum(segment.length for _, segment in held), works[name], tuple(held))
-        for name, held in slices.items()
-        if held
+        Matrix(name, sum(segment.length for _, segment in cut), works[name], tuple(cut))
+        for name, cut in slices.items()
+        if cut
     ]
 
 

@@ -51,10 +51,10 @@ def _plan_muon(shape: EncoderShape, stage: int, world_size: int) -> MatrixWork:
         return MatrixWork(sum(works.values()))
     shapes = {name: tuple(parameter.shape) for name, parameter in named}
     if stage == 3:
-        held = _cut_each({name: shapes[name] for name in works}, world_size)
+        segments_by_rank = _cut_each({name: shapes[name] for name in works}, world_size)
     else:
-        held = _cut_all(shapes, world_size)
-    matrices = assign_owners(list_matrices(works, held), world_size)
+        segments_by_rank = _cut_all(shapes, world_size)
+    matrices = assign_owners(list_matrices(works, segments_by_rank), world_size)
     loads = [0.0] * world_size
     for matrix in matrices:
         loads[matrix.owner] += matrix.work
@@ -75,11 +75,11 @@ def _cut_all(shapes: Mapping[str, Shape], world_size: int) -> list[tuple[Segment
 
 def _cut_each(shapes: Mapping[str, Shape], world_size: int) -> list[tuple[Segment, ...]]:
     """Stage 3: each tensor cut evenly."""
-    held: list[list[Segment]] = [[] for _ in range(world_size)]
+    cuts: list[list[Segment]] = [[] for _ in range(world_size)]
     for index, (name, shape) in enumerate(shapes.items()):
         chunk = -(-prod(shape) // world_size)
         for rank in range(world_size):
             length = min(chunk, prod(shape) - rank * chunk)
             if length > 0:
-                held[rank].append(Segment(name, index, rank * chunk, length, 0))
-    return [tuple(segments) for segments in held]
+                cuts[rank].append(Segment(name, index, rank * chunk, length, 0))
+    return [tuple(segments) for segments in cuts]
