@@ -9,12 +9,13 @@ from typing import Literal
 
 import torch
 
+from mocov3_ds.config.compression import length_at, read_schedule
 from mocov3_ds.config.run_config import Config, encoder_shape
 from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.monitoring.run_log import peak_memory
 from mocov3_ds.planning.architecture import model_operations
 from mocov3_ds.planning.cards import PRESETS, find_card_of_device
-from mocov3_ds.planning.drift import Drift
+from mocov3_ds.planning.drift import SETTLED, Drift
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.memory import plan_memory
 from mocov3_ds.planning.pace import Pace, plan_pace
@@ -98,9 +99,18 @@ def run_setup(run: Run) -> StepSetup:
     )
 
 
+def _last_steps_were_whole(run: Run) -> bool:
+    """Whether the steps whose time `Drift` knows were over whole sequences."""
+    points, first = read_schedule(run.config.compress), max(run.step - SETTLED, 0)
+    return length_at(points, first / max(run.total_steps, 1)).is_whole
+
+
 def run_pace(run: Run, setup: StepSetup) -> Pace | None:
-    """Planned time of a step; None on a CPU and on cards that the planner does not know."""
-    if run.device.type != "cuda":
+    """Planned time of a step; None where there is none to compare with.
+
+    That is on a CPU, on cards that the planner does not know, and while sequences are shortened.
+    """
+    if run.device.type != "cuda" or not _last_steps_were_whole(run):
         return None
     card = find_card_of_device(torch.cuda.get_device_name(run.device))
     if card is None:
