@@ -188,7 +188,7 @@ def train_one_step(last: int, run: Run, log: RunLog) -> dict[str, Any] | None:
     bad = bool(step.result.bad_reason)
     if bad and not bad_step_policy.handle_bad_step(run, log, step):
         return None  # rewound: the steps since the checkpoint come again, with other batches
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started - step.look_s
     heartbeat.enter_stage(run.step, "look")
     row: dict[str, Any] = {
         "step": run.step,

@@ -236,6 +236,13 @@ class SignalConfig:
     attention_every: Count = 50
     """steps between largest attention logit, entropies (mean, and lowest head) and RMS of activations
     of each block; 0 = none"""
+    sharpness_every: Count = 0
+    """steps between curvatures of the loss: largest eigenvalue of the preconditioned Hessian, and
+    curvature along the step, beside the limits at which steps become unstable; each takes as long
+    as ten to sixty gradients and an fp32 copy of the weights; 0 = none"""
+    noise_every: Count = 0
+    """steps between gradient noise scales (the batch above which more images help little); each
+    takes about as long as two steps and an fp32 copy of the weights; 0 = none"""
 
 
 @dataclass(frozen=True, kw_only=True)

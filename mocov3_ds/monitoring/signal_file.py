@@ -36,6 +36,22 @@ Steps = npt.NDArray[np.int64]
 
 VERSION = 1
 
+INSTRUMENTS: dict[str, str] = {
+    "sharpness": "every --signals.sharpness_every, of the batch before its step: largest "
+    "eigenvalue of P^-1 H, H the exact loss's Hessian, P Adam's sqrt(v) + eps (LARS, Muon: 1)",
+    "sharpness_limit": "at the same steps: (2 + 2 beta1) / (1 - beta1) / lr, above which Adam's "
+    "steps are unstable; of Adam alone",
+    "curvature": "at the same steps: that along the gradient's step P^-1 g",
+    "curvature_limit": "at the same steps: 2 / lr, above which such a step makes the loss rise",
+    "noise_trace": "every --signals.noise_every, of the batch before its step: trace of the "
+    "covariance of one image's gradient of the backbone",
+    "gradient_square": "at the same steps: squared norm of the true gradient, unbiased (below 0 "
+    "where the noise hides it)",
+    "noise_scale": "at the same steps: noise_trace / gradient_square, images; averages over steps "
+    "are to be taken of the two before dividing",
+}
+"""Those of `SCALARS` that `training.instruments` measures, in few steps or none."""
+
 SCALARS: dict[str, str] = {
     "step": "optimizer steps done, from 1",
     "lr": "learning rate of the step, before any tensor's own factor",
@@ -47,6 +63,7 @@ SCALARS: dict[str, str] = {
     "negative": "every 10 steps: mean cosine of a query and the other keys",
     "knn": "every --knn.every_steps: accuracy in percent of the base encoder",
     "knn_momentum": "at the same steps: of the momentum encoder",
+    **INSTRUMENTS,
 }
 """Columns that belong to the whole run, with their meanings."""
 

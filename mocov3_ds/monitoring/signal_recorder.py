@@ -39,11 +39,12 @@ from mocov3_ds.monitoring.alarm_response import AlarmResponse
 from mocov3_ds.monitoring.alarms import RULES, AlarmRule, Alarms
 from mocov3_ds.monitoring.block_signals import block_signals
 from mocov3_ds.monitoring.embedding_spread import feature_signals
-from mocov3_ds.monitoring.signal_file import SCALARS, Floats, GroupExtremes, SignalFile
+from mocov3_ds.monitoring.signal_file import INSTRUMENTS, SCALARS, Floats, GroupExtremes, SignalFile
 from mocov3_ds.optim.sharded import ShardedOptimizer
 
 _ATTENTION_IMAGES = 8
 _ALARM_ROWS = 50  # rows before an alarm that its file keeps
+_RARE_VALUES = ("knn", *INSTRUMENTS)  # a step that has one has a row
 _QUIET_STEPS = 20  # a new alarm gets a file of its own only after so many steps without one
 
 _log = logging.getLogger("mocov3_ds")
@@ -143,7 +144,7 @@ class SignalRecorder:
         if not signals.every:
             return {}
         values = {name: float(row[name]) for name in SCALARS if name in row}
-        is_due = _is_due(step, signals.every) or "knn" in row
+        is_due = _is_due(step, signals.every) or any(name in row for name in _RARE_VALUES)
         said: dict[str, Any] = {}
         if _is_due(step, signals.features_every):
             values |= feature_signals(*pair)

@@ -39,7 +39,7 @@ from mocov3_ds.optim.full_state import check_state, gather_tensor, scatter_tenso
 from mocov3_ds.optim.gradient_clip import CLIP_KEY, Clipper
 from mocov3_ds.optim.kernel_types import BACKENDS, EVERYTHING, FlatStep
 from mocov3_ds.optim.kernels import choose_kernels
-from mocov3_ds.optim.rules import RuleFor, check_rule, vit_rule
+from mocov3_ds.optim.rules import Rule, RuleFor, check_rule, vit_rule
 from mocov3_ds.optim.saved_state import check_state_dict
 from mocov3_ds.optim.signals import (
     Signals,
@@ -56,6 +56,7 @@ from mocov3_ds.optim.update_counts import (
     find_first_updates,
     restore_counts,
     split_by_updates,
+    updates_of,
 )
 
 if TYPE_CHECKING:
@@ -251,6 +252,20 @@ class ShardedOptimizer(OptimizerContract):
     def step_count(self) -> int:
         """Optimizer steps done; steps that fp16 skipped are not counted."""
         return max((self.state[flat]["step"] for flat in self._flats), default=0)
+
+    @property
+    def rules(self) -> Mapping[str, Rule]:
+        """What holds for each tensor, by name."""
+        return self._rules
+
+    def update_counts(self) -> dict[str, int]:
+        """Updates that each tensor has had, as its moments are corrected for them."""
+        own = self.counts_own_updates
+        return {
+            name: updates_of(name, self.state[tensor]) if own else self.state[tensor]["step"]
+            for tensor, flat in self._flats.items()
+            for name in flat.names
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

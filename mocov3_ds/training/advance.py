@@ -5,7 +5,8 @@ depth, N = patches, K = patches that are kept.
 """
 
 import math
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from mocov3_ds.model.stochastic_depth import draw_factors, find_branches
 from mocov3_ds.model.token_dropout import draw_patch_order, keep_first
 from mocov3_ds.monitoring.profiler import StepPhase, phase
 from mocov3_ds.training.compression import image_operations, length_of_step
+from mocov3_ds.training.instruments import buffers_kept, random_numbers_kept
+from mocov3_ds.training.measured_copy import FixedBatch
 from mocov3_ds.training.run import Run
 from mocov3_ds.training.run_data import network_views
 from mocov3_ds.training.schedule import encoder_momentum, learning_rate, momentum_for_batch
-from mocov3_ds.training.step import Draws, StepResult, train_step
+from mocov3_ds.training.step import Draws, StepResult, make_both_keys, train_step
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class AdvancedStep:
     """patches that took part, where the run compresses its sequences"""
     operations: float = 0.0
     """floating-point operations that the model asked for in the step, of all ranks together"""
+    measured: dict[str, float] = field(default_factory=dict)
+    """what the instruments say of the loss before the step, see `instruments`; empty in most"""
+    look_s: float = 0.0
+    """seconds that they took"""
 
     def measured_values(self) -> dict[str, Any]:
         """What the log says of the step; numbers that are not finite are left out."""
@@ -56,6 +63,7 @@ class AdvancedStep:
         }
         if self.length is not None:
             values |= self.length.as_values() | {"operations": self.operations}
+        values |= self.measured
         if result.bad_reason:
             values["trouble"] = result.bad_reason
         return {
@@ -84,6 +92,7 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
     lr, momentum = scheduled_rates(run)
     run.optimizer.set_lr(lr)
     draws = draw_step(run, batch.sample_ids_B)
+    measured, look_s = measure_instruments(run, batch, (x1_BCHW, x2_BCHW), draws, lr)
     seed_drawing(run)
     result = train_step(
         run.engine,
@@ -103,8 +112,44 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
         run.count_step()
         if result.applied:
             run.limits.note_applied_step(result.loss, result.gradient_norm)
-    values = (result, draws.length, operations)
+    values = (result, draws.length, operations, measured, look_s)
     return AdvancedStep(batch, x1_BCHW, x2_BCHW, lr, momentum, *values)
+
+
+def measure_instruments(
+    run: Run, batch: Batch, views: tuple[Tensor, Tensor], draws: Draws, lr: float
+) -> tuple[dict[str, float], float]:
+    """What is due of curvature and noise before the coming step, and the seconds it took.
+
+    Args:
+        run: the run before that step, which stays as it is; all ranks must call.
+        batch: this rank's part of the step's batch.
+        views: both views of it (B, C, H, W), as the network gets them.
+        draws: what of images and network takes part in the step.
+        lr: learning rate of the step.
+    """
+    if not run.instruments.are_due(run.step + 1):
+        return {}, 0.0
+    heartbeat.enter_stage(run.step + 1, "look")  # it has no limit
+    started, encoder = time.perf_counter(), run.momentum_encoder
+    with random_numbers_kept(run.device), buffers_kept(encoder):
+        seed_drawing(run)
+        keys = make_both_keys(encoder, *views, run.model.chunks.size, draws)
+    whole = replace(draws, chunks=None)
+    fixed = FixedBatch((views[0].float(), views[1].float()), keys, whole, step_seed(run))
+    run.instruments.prepare(run.model, _chunk_of_copy(run))
+    values = run.instruments.measure(run.step + 1, lr, run.optimizer, fixed, batch.sample_ids_B)
+    heartbeat.enter_stage(run.step + 1, "step")
+    return values, time.perf_counter() - started
+
+
+def _chunk_of_copy(run: Run) -> int:
+    """Images of a pass in fp32, whose activations are twice as large where the run's are not."""
+    chunk, autocast = run.model.chunks.size, run.engine.config.get("torch_autocast", {})
+    is_fp32 = run.dtype == torch.float32 and not autocast.get("enabled")
+    if is_fp32 or run.base.facts.rows_know_each_other:
+        return chunk
+    return math.ceil((chunk or run.config.batch // ranks.world_size()) / 2)
 
 
 def next_batch(run: Run) -> Batch:
@@ -193,4 +238,9 @@ def draw_depth(run: Run, sample_ids_B: Tensor) -> Tensor | None:
 
 def seed_drawing(run: Run) -> None:
     """A loss that draws does it from the step's own seed: a resumed run repeats an unbroken one."""
-    torch.manual_seed(hash((run.config.seed, run.step, ranks.rank())) % 2**63)
+    torch.manual_seed(step_seed(run))
+
+
+def step_seed(run: Run) -> int:
+    """Seed of what a loss draws in the coming step on this rank."""
+    return hash((run.config.seed, run.step, ranks.rank())) % 2**63

@@ -30,6 +30,7 @@ from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.optim.gradient_clip import refuse_two_clips
 from mocov3_ds.training import chunk_size, trained_state
 from mocov3_ds.training.compression import check_last_step
+from mocov3_ds.training.instruments import Instruments, check_instruments
 from mocov3_ds.training.planned import check_length
 from mocov3_ds.training.resume import build_saver, claim_run, merge_bad_samples
 from mocov3_ds.training.run import Run
@@ -67,6 +68,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     optimizer = build_optimizer(block, trained, tensor_rules(config))
     check_response(config.alarm, optimizer)
     refuse_two_clips(optimizer.clipper, engine_json["gradient_clipping"])
+    check_instruments(config.signals, model.base.facts)
     start = _begin_with(model, find_start(settings, train, model))
     check_last_step(config, total_steps - start.schedule_begins(config))
     # the last thing that can be refused is the folder itself
@@ -74,6 +76,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     if saved is not None:
         start = start_of(saved)
         _load_weights(model, saved)
+    instruments = Instruments(config.signals, model, device)
     engine = start_engine(model.to(device), optimizer, engine_json)
     dtype = compute_dtype(engine_json)
     momentum_encoder = start_momentum_encoder(config, engine, device, dtype)
@@ -94,7 +97,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
         peak_rate=peak_rate, total_steps=total_steps, warmup_steps=warmup_steps,
         step=step, position=position, start=start,
         saver=build_saver(config), recorder=recorder_from(saved),
-        limits=StepLimits(config.trouble, state.get("trouble", {})),
+        limits=StepLimits(config.trouble, state.get("trouble", {})), instruments=instruments,
         open_loader=loader_from, open_recorder=recorder_from,
     )  # fmt: skip
     if saved is not None:

@@ -24,6 +24,7 @@ from mocov3_ds.monitoring.knn_monitor import KnnMonitor
 from mocov3_ds.monitoring.signal_recorder import SignalRecorder
 from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.training import trained_state
+from mocov3_ds.training.instruments import Instruments
 from mocov3_ds.training.resume import merge_bad_samples
 from mocov3_ds.training.start import Start
 from mocov3_ds.training.step import QueriesToLoss
@@ -56,6 +57,8 @@ class Run:
     saver: Saver
     recorder: SignalRecorder
     limits: StepLimits
+    instruments: Instruments
+    """what measures curvature and noise of the loss before a step"""
     position: int
     """global batches gone through; the next one, counted from 0"""
     start: Start
@@ -114,6 +117,7 @@ class Run:
         }
         if self.knn_monitor is not None:
             groups["extra"] = self.knn_monitor.full_state()
+        groups["direction"] = self.instruments.full_state()
         chunks = self.model.chunks
         state = {
             "loss": trained_state.loss_name(self.model.loss),
@@ -130,7 +134,7 @@ class Run:
         self.save_s += self.saver.save(self.step, groups, state, background=background)
 
     def restore(self, saved: Checkpoint, *, with_queues: bool = True) -> None:
-        """Set optimizer, momentum encoder and k-NN queues back to a checkpoint; all ranks call.
+        """Set all but weights of the module back to a checkpoint; all ranks must call.
 
         Args:
             saved: checkpoint of this run or of the one that it goes on from; the module's weights
@@ -145,6 +149,7 @@ class Run:
         self.momentum_encoder.load_full_state(saved.read_group("momentum"))
         if with_queues and self.knn_monitor is not None and saved.tensor_names("extra"):
             self.knn_monitor.load_full_state(saved.read_group("extra"))
+        self.instruments.load_full_state(saved.read_group("direction"))
 
     def rewind_to(self, saved: Checkpoint) -> None:
         """Be as a checkpoint of this run says, but go on with the batch after the present one.
