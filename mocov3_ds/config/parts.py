@@ -234,8 +234,8 @@ class SignalConfig:
     features_every: Count = 10
     """steps between spread and cosines of queries and keys; 0 = none"""
     attention_every: Count = 50
-    """steps between largest attention logit, entropies (mean, and lowest head) and RMS of activations
-    of each block; 0 = none"""
+    """steps between largest attention logit, entropies (mean, and lowest head) and RMS of
+    activations of each block; 0 = none"""
     sharpness_every: Count = 0
     """steps between curvatures of the loss: largest eigenvalue of the preconditioned Hessian, and
     curvature along the step, beside the limits at which steps become unstable; each takes as long
