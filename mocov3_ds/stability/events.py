@@ -1,12 +1,12 @@
 """When does a gradient or the loss stand out of its own past? Pure functions of arrays.
 
-A series is compared with its own past: median and 1.4826 MAD of the previous W unflagged values, so
-no detector knows a model's scale. Flagged values stay out of the past, up to a longest burst: after
-that many the new level counts as the usual one.
+A series is compared with its own past, so no detector knows a model's scale; how far a value must
+stand out, and for how many rows, follows from the tails of its noise (`outliers`). Flagged values
+stay out of the past, up to a longest burst: after that many the new level counts as the usual one.
 
 Steps ascend and need not be consecutive; NaN means not measured and never fires.
 
-Shape suffix: T = steps logged.
+Shape suffixes: T = steps logged, G = layer groups.
 """
 
 import math
@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mocov3_ds.stability.findings import Array, Flags, LossEvent, Series, Steps
+from mocov3_ds.stability.outliers import LONGEST_RUN, stand_out
 from mocov3_ds.stability.trailing import (
-    TrailingWindow,
     is_measured,
     log_of,
-    longest_run,
     row_spacing,
     trailing_ratio,
 )
@@ -29,22 +28,16 @@ WINDOW = 200
 """values of the past that a gradient is compared with (1 % of the run where that is more)"""
 LOSS_WINDOW = 30
 """values of the past that a loss is compared with: it falls, so its past must be near"""
-HISTORY = 30
+HISTORY = 16
 """measured values of the past below which nothing fires"""
-LONGEST_BURST = 100
-"""flagged values in a row after which the new level enters the past"""
-BURST_Z = 6.0
-"""a gradient burst is this many robust standard deviations of log |g| above the median"""
 BURST_RATIO = 3.0
-"""and this many times the median"""
-BURST_ROWS = 2
-"""for so many logged steps in a row"""
+"""a gradient burst of several rows is this many times the median"""
+SINGLE_RATIO = 4.0
+"""a burst of one row is this many times the median"""
 MERGE = 20
 """bursts no more than this many steps (or two measured ones) apart are one event"""
 LOSS_EXCESS = 0.01
 """a loss jump is this share above the trailing median"""
-LOSS_Z = 6.0
-"""and this many robust standard deviations of the past's excess"""
 SMALLEST_SPREAD = 0.01
 """least spread of log |g|: keeps a noiseless past from making each ripple an event"""
 SPIKE_WINDOW, SPIKE_HISTORY = 1000, 100
@@ -77,70 +70,85 @@ def merge_distance(steps_T: Steps) -> int:
     return max(MERGE, 2 * row_spacing(steps_T))
 
 
-def gradient_bursts(steps_T: Steps, grad_T: Array, window: int = WINDOW) -> list[Excursion]:
-    """Events of one group's gradient; `size` is the largest gradient over the trailing median."""
-    rows = is_measured(grad_T)  # rows in a row are measured ones
-    steps_T, log_T = steps_T[rows], log_of(grad_T[rows])
-    flags_T, sizes_T = np.zeros(len(log_T), bool), np.zeros(len(log_T))
-    history, flagged_in_a_row = TrailingWindow(window), 0
-    for row, value in enumerate(log_T):
-        if value == -math.inf:
-            continue
-        if len(history) >= HISTORY:
-            excess = value - history.median()
-            if excess > math.log(BURST_RATIO):
-                flags_T[row] = excess > BURST_Z * max(history.spread(), SMALLEST_SPREAD)
-                sizes_T[row] = math.exp(min(excess, 700.0))
-        flagged_in_a_row = flagged_in_a_row + 1 if flags_T[row] else 0
-        if (not flags_T[row] or flagged_in_a_row > LONGEST_BURST) and value < math.inf:
-            history.append(float(value))
-    return _group_flags(steps_T, flags_T, sizes_T, rows_in_a_row=BURST_ROWS)
+def gradient_bursts(steps_T: Steps, grad_GT: Array, window: int = WINDOW) -> list[list[Excursion]]:
+    """Events of each group's gradient; `size` is the largest gradient over the trailing median.
+
+    What stands out in the median over the groups alone, a spike of a single step in all layers for
+    example, is an event of each group that is `BURST_RATIO` times its own median there.
+
+    Args:
+        steps_T: logged steps, (T,), ascending.
+        grad_GT: largest gradient of each group, (G, T); NaN where not measured.
+        window: values of the past.
+    """
+    trained = [row for row, grad_T in enumerate(grad_GT) if np.isfinite(grad_T).any()]
+    flags_GT, excess_GT = np.zeros(grad_GT.shape, bool), np.full(grad_GT.shape, np.nan)
+    for row in trained:
+        rows = np.flatnonzero(is_measured(grad_GT[row]))  # rows in a row are measured ones
+        flags_GT[row, rows], excess_GT[row, rows] = _flag_gradient(
+            log_of(grad_GT[row, rows]), window, len(trained) + 1
+        )
+    if len(trained) > 2:
+        rows = np.flatnonzero(np.isfinite(excess_GT[trained]).all(axis=0))
+        middle_T = np.median(excess_GT[trained][:, rows], axis=0)
+        together_T, _ = _flag_gradient(middle_T, window, len(trained) + 1)
+        with np.errstate(invalid="ignore"):
+            flags_GT[:, rows] |= together_T & (excess_GT[:, rows] > math.log(BURST_RATIO))
+    sizes_GT = np.exp(np.minimum(np.nan_to_num(excess_GT, nan=0.0, posinf=700.0), 700.0))
+    distance = merge_distance(steps_T[is_measured(*grad_GT)] if len(grad_GT) else steps_T)
+    return [_group_flags(steps_T, *pair, distance) for pair in zip(flags_GT, sizes_GT, strict=True)]
 
 
-def loss_jumps(steps_T: Steps, loss_T: Array, deviations: float = LOSS_Z) -> list[Excursion]:
+def _flag_gradient(log_T: Array, window: int, series: int) -> tuple[Flags, Array]:
+    """Rows in which a log gradient stands out, (T,), and how far each is above its level, (T,)."""
+    finite_T = np.isfinite(log_T)
+    flags_T, excess_T = log_T == math.inf, np.full(len(log_T), np.nan)
+    smallest = np.array([math.log(SINGLE_RATIO)] + [math.log(BURST_RATIO)] * (LONGEST_RUN - 1))
+    flags_T[finite_T], excess_T[finite_T] = stand_out(
+        log_T[finite_T],
+        window=window,
+        spread_window=window,
+        at_least=HISTORY,
+        smallest_spread=SMALLEST_SPREAD,
+        smallest=smallest,
+        series=series,
+    )
+    excess_T[log_T == math.inf] = math.inf
+    return flags_T, excess_T
+
+
+def loss_jumps(steps_T: Steps, loss_T: Array) -> list[Excursion]:
     """Events of the loss; `size` is the largest excess over the trailing median, as a share.
-
-    A run's first excesses are over shorter pasts, down to a single value. They tell its noise until
-    there are `HISTORY` others; while the loss falls fast they spread more, and hide small jumps.
 
     Args:
         steps_T: logged steps, (T,), ascending.
         loss_T: loss of each step, (T,); not finite where it was not.
-        deviations: robust standard deviations of the past's excess that a jump must have; 0 for
-            a run without gradient noise, where each rise counts.
     """
-    flags_T, sizes_T = np.zeros(len(loss_T), bool), np.zeros(len(loss_T))
-    history, flagged_in_a_row = TrailingWindow(LOSS_WINDOW), 0
-    early_excesses, excesses = TrailingWindow(WINDOW), TrailingWindow(WINDOW)
-    for row, value in enumerate(loss_T):
-        if not value < math.inf:
-            continue
-        excess = math.nan
-        old_enough = len(history) >= HISTORY
-        if len(history) and history.median() > 0:
-            excess = value / history.median() - 1
-            if old_enough and excess > LOSS_EXCESS:
-                noise = excesses if len(excesses) >= HISTORY else early_excesses
-                flags_T[row] = excess > deviations * (noise.spread() if len(noise) else 0.0)
-                sizes_T[row] = excess
-        flagged_in_a_row = flagged_in_a_row + 1 if flags_T[row] else 0
-        if not flags_T[row] or flagged_in_a_row > LONGEST_BURST:
-            history.append(float(value))
-            if not math.isnan(excess):
-                early_excesses.append(excess)
-                if old_enough:
-                    excesses.append(excess)
-    return _group_flags(steps_T, flags_T, sizes_T, rows_in_a_row=1)
+    rows, flags_T, excess_T = flag_losses(loss_T)
+    sizes_T = np.exp(np.nan_to_num(excess_T, nan=0.0)) - 1
+    return _group_flags(steps_T[rows], flags_T, sizes_T, merge_distance(steps_T))
 
 
-def _group_flags(
-    steps_T: Steps, flags_T: Flags, sizes_T: Array, *, rows_in_a_row: int
-) -> list[Excursion]:
-    """Flagged steps as events, those without so many flagged rows in a row left out."""
-    flagged, distance = np.flatnonzero(flags_T), merge_distance(steps_T)
+def flag_losses(loss_T: Array) -> tuple[Steps, Flags, Array]:
+    """Rows with a positive finite loss, whether each stands out, and by how much its log does."""
+    rows = np.flatnonzero(np.isfinite(loss_T) & (loss_T > 0))
+    flags_T, excess_T = stand_out(
+        np.log(loss_T[rows]),
+        window=LOSS_WINDOW,
+        spread_window=WINDOW,
+        at_least=HISTORY,
+        smallest_spread=LOSS_EXCESS / 10,
+        smallest=np.full(LONGEST_RUN, math.log1p(LOSS_EXCESS)),
+    )
+    return rows, flags_T, excess_T
+
+
+def _group_flags(steps_T: Steps, flags_T: Flags, sizes_T: Array, distance: int) -> list[Excursion]:
+    """Flagged steps as events: those at most `distance` steps apart are one."""
+    flagged = np.flatnonzero(flags_T)
     events = []
     for group in np.split(flagged, np.flatnonzero(np.diff(steps_T[flagged]) > distance) + 1):
-        if len(group) and longest_run(flags_T[group[0] : group[-1] + 1]) >= rows_in_a_row:
+        if len(group):
             peak = group[np.argmax(sizes_T[group])]
             first, last = int(steps_T[group[0]]), int(steps_T[group[-1]])
             events.append(Excursion(first, last, int(steps_T[peak]), float(sizes_T[peak])))
@@ -160,8 +168,8 @@ def merge_excursions(events: Sequence[Excursion], distance: int = MERGE) -> list
     return merged
 
 
-def count_spikes(values_T: Array, deviations: float) -> int:
-    """Steps so many standard deviations above the rolling mean of the (up to) 1000 before them."""
+def flag_spikes(values_T: Array, deviations: float) -> Flags:
+    """Steps so many standard deviations above the rolling mean of the (up to) 1000 before, (T,)."""
     finite_T = np.isfinite(values_T)
     x_T = np.where(finite_T, values_T, 0.0)
     # around the first value: the sums of squares would otherwise cancel
@@ -174,7 +182,8 @@ def count_spikes(values_T: Array, deviations: float) -> int:
         mean_T = total_T / count_T
         spread_T = np.sqrt(np.maximum(square_T / count_T - mean_T * mean_T, 0.0))
         spikes_T = (x_T - mean_T >= deviations * spread_T) & (spread_T > 0)
-    return int(np.sum(spikes_T & finite_T & (count_T >= SPIKE_HISTORY)))
+    flags_T: Flags = spikes_T & finite_T & (count_T >= SPIKE_HISTORY)
+    return flags_T
 
 
 def plain_jumps(series: Series) -> list[LossEvent]:
@@ -182,9 +191,13 @@ def plain_jumps(series: Series) -> list[LossEvent]:
 
     A plainer test than the verdict's, which also asks how far the loss wanders otherwise.
     """
+    size_T = trailing_ratio(series.loss_T, LOSS_WINDOW) - 1
+    size_T[~np.isfinite(size_T)] = 0.0
+    flags_T = size_T > LOSS_EXCESS
+    jumps = _group_flags(series.steps_T, flags_T, size_T, merge_distance(series.steps_T))
     return [
         LossEvent(first=jump.first, last=jump.last, peak=jump.peak, excess=jump.size)
-        for jump in loss_jumps(series.steps_T, series.loss_T, deviations=0.0)
+        for jump in jumps
         if jump.peak > SCORED_FROM
     ]
 

@@ -132,15 +132,15 @@ class LossEvent:
 
 @dataclass(frozen=True)
 class Dip:
-    """A drawdown of the k-NN curve.
+    """A sudden or short fall of the k-NN curve.
 
     Attributes:
         first: step of the evaluation that opened it.
         last: step of the evaluation that closed it, or of the last one.
         lowest: step of the deepest evaluation.
-        depth: points below the best accuracy before.
-        relative_depth: the same as a share of that best.
-        area: point-steps below the best.
+        depth: points below the accuracy before.
+        relative_depth: the same as a share of that accuracy.
+        area: point-steps below it.
         closed: whether accuracy came back.
         sudden: whether it fell within 3 % of the run or three evaluations.
         restart: whether it is a partial restart.
@@ -159,19 +159,17 @@ class Dip:
 
 @dataclass(frozen=True)
 class Decline:
-    """A smooth fall of the k-NN curve without a gradient event in it.
+    """A slow and long fall of the k-NN curve, whatever else happens in it.
 
     Attributes:
         first: first step of the fall.
         last: last step of the fall.
         fall: points lost between them.
-        p: Mann-Kendall's p of the falling trend; NaN for a long drawdown, which needs no trend.
     """
 
     first: int
     last: int
     fall: float
-    p: float
 
 
 @dataclass(frozen=True)
@@ -257,6 +255,10 @@ class Judgement:
         lead: first trained layer against the last block; None with fewer than two such groups.
         alarms: quality of each alarm rule on the first trained group.
         notes: what could not be judged, e.g. too short a history; one sentence each.
+        not_looked: what was not looked for at all, and what it would take; one sentence each.
+        knn_noise: standard deviation of one k-NN evaluation, from the curve itself, points.
+        smallest_dip: depth in points of a dip of three evaluations that would just be told from
+            noise; NaN where none is looked for.
     """
 
     verdict: Verdict
@@ -277,3 +279,6 @@ class Judgement:
     lead: Lead | None
     alarms: tuple[AlarmQuality, ...]
     notes: tuple[str, ...]
+    not_looked: tuple[str, ...] = ()
+    knn_noise: float = float("nan")
+    smallest_dip: float = float("nan")

@@ -1,6 +1,10 @@
 """What does a k-NN curve show: dips, smooth declines, and how much accuracy-time they cost?
 
-Accuracies and depths are in percent points. Shape suffixes: K = k-NN evaluations, T = steps.
+What falls by more than the curve's own noise (`drops`) is followed from where the fall begins to
+where the accuracy is back. Sudden falls are dips, slow and long ones declines. A fall from the
+level of the random network, in the warm-up, is neither.
+
+Accuracies and depths are in percent points. Shape suffix: K = k-NN evaluations.
 """
 
 import math
@@ -9,63 +13,80 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mocov3_ds.stability.events import Excursion
-from mocov3_ds.stability.findings import Array, Decline, Dip, Series, Steps
+from mocov3_ds.stability.drops import MOST_BEFORE, Drop, find_drops, find_single_drops
+from mocov3_ds.stability.findings import Array, Decline, Dip, Flags, Series, Steps
+from mocov3_ds.stability.knn_noise import Noise, estimate_noise
 
-SMALLEST_DIP = 1.0
-"""a dip is at least this many points deep"""
-DIP_SIGMAS = 4.0
-"""and this many binomial errors of the probes"""
+SMALLEST_FALL = 1.0
+"""a dip or decline is at least this many points deep: the paper's instability costs 1 to 3"""
 SUDDEN = 0.03
 """a fall within this share of the run (or three evaluations) is sudden"""
-RESTART_DEPTH = 0.30
-"""a restart loses this share of the best accuracy at once"""
+RESTART_DEPTH = 0.20
+"""a restart, the paper's big dip, loses this share of the accuracy at once"""
 RESTART_FOR = 0.02
-"""and stays open for this share of the run"""
+"""and is not made good for this share of the run"""
 DECLINE_FOR = 0.05
-"""a smooth drawdown is a decline if it stays open for this share of the run"""
-TREND_WINDOW = 0.10
-"""so is a significant falling trend over this share of the run"""
-TREND_P = 0.01
-"""Mann-Kendall's p of that trend, divided by the number of windows that fit into the run"""
-LR_TAIL = 0.10
-"""trends are looked for until the learning rate has fallen to this share of its peak"""
-_FEWEST_FOR_TREND = 8
+"""a slow fall is a decline if accuracy is lost for this share of the run"""
+BEGUN = 0.2
+"""share of its depth at which a fall has begun"""
+FALLEN = 0.8
+"""share of its depth at which it has fallen"""
+HEALED = 0.25
+"""share of its depth below the level at which a fall is made good"""
+WARM_UP = 0.15
+"""share of the run, at least, in which accuracy may fall from the random network's level"""
+_RESOLUTION = 4.0  # a curve is smoothed until a fall is so many standard errors deep
 
 
 @dataclass(frozen=True)
-class Drawdown:
-    """A dip by the indices of its evaluations.
+class Fall:
+    """A fall by the indices of its evaluations, its level and its depth in points.
 
     Attributes:
-        first: index of the evaluation that opens it.
-        lowest: index of the deepest evaluation.
-        last: index of the evaluation that ends it.
+        first: first evaluation below the level.
+        fallen: first one with most of the depth.
+        lowest: the deepest one.
+        last: the one that makes it good, or the last of the run.
+        level: accuracy before it.
+        depth: points lost.
         closed: whether the accuracy came back.
-        sudden: whether it fell within a few evaluations instead of sliding slowly.
+        sudden: whether it fell within a few evaluations.
     """
 
     first: int
+    fallen: int
     lowest: int
     last: int
+    level: float
+    depth: float
     closed: bool
     sudden: bool
 
 
+@dataclass(frozen=True)
+class CurveFindings:
+    """What a k-NN curve shows.
+
+    Attributes:
+        noise: noise of the curve.
+        dips: sudden falls, and short ones, by first step.
+        declines: slow long ones, by first step.
+        lost: I, the share of accuracy-time lost to them, in percent; NaN without evaluations.
+    """
+
+    noise: Noise
+    dips: tuple[Dip, ...]
+    declines: tuple[Decline, ...]
+    lost: float
+
+
 def smooth_curve(knn_K: Array) -> Array:
-    """Median of three (two at the ends), (K,): one odd evaluation is no dip."""
-    return np.array([np.median(knn_K[max(i - 1, 0) : i + 2]) for i in range(len(knn_K))])
-
-
-def binomial_error(accuracy: Array | float, probes: int) -> Array:
-    """Standard error in points of an accuracy in percent on so many images; 0 if unknown."""
-    p = np.clip(np.asarray(accuracy, float) / 100, 0.0, 1.0)
-    return 100 * np.sqrt(p * (1 - p) / probes) if probes else np.zeros_like(p)
-
-
-def dip_threshold(best: Array | float, probes: int) -> Array:
-    """Points below `best` from which on a drawdown is a dip."""
-    return np.maximum(SMALLEST_DIP, DIP_SIGMAS * binomial_error(best, probes))
+    """Median of three (two at the ends), (K,): one odd evaluation is not the best accuracy."""
+    if len(knn_K) < 3:
+        return np.array([np.median(knn_K)] * len(knn_K))
+    middle = np.median(np.lib.stride_tricks.sliding_window_view(knn_K, 3), axis=1)
+    ends = np.median(knn_K[:2]), np.median(knn_K[-2:])
+    return np.concatenate([[ends[0]], middle, [ends[1]]])
 
 
 def best_and_final_accuracy(series: Series) -> tuple[float, float]:
@@ -75,154 +96,183 @@ def best_and_final_accuracy(series: Series) -> tuple[float, float]:
     return float(np.max(smooth_curve(series.knn_K))), float(np.median(series.knn_K[-3:]))
 
 
-def instability(series: Series) -> float:
-    """I, the share of accuracy-time lost to dips, in percent; NaN without evaluations.
+def examine_curve(series: Series) -> CurveFindings:
+    """Find the dips and declines of a run's k-NN curve, and what they cost.
+
+    Args:
+        series: the run; its evaluations ascend.
+    """
+    noise = estimate_noise(series.knn_K, series.probes)
+    falls = find_falls(series, noise)
+    dips, declines = [], []
+    for fall in falls:
+        long = _duration(series, fall) > DECLINE_FOR * series.total_steps
+        if fall.sudden or not long:
+            dips.append(_as_dip(series, fall))
+        else:
+            steps_K = series.knn_steps_K
+            declines.append(
+                Decline(int(steps_K[fall.first]), int(steps_K[fall.lowest]), fall.depth)
+            )
+    return CurveFindings(noise, tuple(dips), tuple(declines), _lost_share(series, falls))
+
+
+def find_falls(series: Series, noise: Noise) -> list[Fall]:
+    """Falls of the curve by first evaluation, those from the random network's level left out.
+
+    Sudden ones are looked for first. Each fall is taken out of the curve before the next is looked
+    for, so that a row of dips is no decline.
+    """
+    falls: list[Fall] = []
+    left = np.arange(len(series.knn_K))  # evaluations that belong to no fall yet
+    knn_K = series.knn_K.astype(float).copy()  # without what earlier falls lost for good
+    for only_sudden in (True, False):
+        while True:
+            fall = _next_fall(series, noise, left, knn_K, only_sudden)
+            if fall is None:
+                break
+            if not _is_from_random(series, noise, fall):
+                falls.append(fall)
+            resume = fall.last if fall.closed else fall.fallen + 1
+            taken = (left >= fall.first) & (left < resume)
+            after = knn_K[left[left >= resume][:MOST_BEFORE]]
+            if len(after):
+                knn_K[resume:] += max(fall.level - float(np.mean(after)), 0.0)
+            left = left[~taken]
+    return sorted(falls, key=lambda fall: fall.first)
+
+
+def _next_fall(
+    series: Series, noise: Noise, left: Steps, knn_K: Array, only_sudden: bool
+) -> Fall | None:
+    """The clearest fall of the evaluations that are left."""
+    narrow = max(MOST_BEFORE, round(2 * SUDDEN * len(left)))
+    drops = find_drops(knn_K[left], noise, narrow if only_sudden else None)
+    if only_sudden:
+        drops = [*find_single_drops(knn_K[left], noise), *drops]
+    dismissed = np.zeros(len(left) + 1, bool)
+    for drop in drops:
+        if dismissed[drop.at]:
+            continue
+        fall = _follow(drop, left, knn_K[left], series, noise)
+        if fall.depth >= SMALLEST_FALL and (fall.sudden or not only_sudden):
+            return fall
+        begin = max(int(np.searchsorted(left, fall.first)) - drop.width, 0)
+        dismissed[begin : max(int(np.searchsorted(left, fall.lowest)), drop.at) + 1] = True
+    return None
+
+
+def _follow(drop: Drop, left: Steps, knn_K: Array, series: Series, noise: Noise) -> Fall:
+    """Where the fall of a drop begins, how deep it gets, and where it is made good."""
+    steps_K = series.knn_steps_K[left]
+    smoothing = next(
+        (n for n in range(1, drop.width, 2) if noise.of_mean(n) * _RESOLUTION <= drop.depth),
+        drop.width,
+    )
+    smooth_K = _moving_mean(knn_K, smoothing)
+    level = _level_before(drop, knn_K)
+    back = _first_true(smooth_K[drop.at + 1 :] >= level - HEALED * drop.depth, drop.at + 1)
+    lowest = drop.at + int(np.argmin(smooth_K[drop.at : back]))
+    depth = level - float(smooth_K[lowest])
+    above = np.flatnonzero(smooth_K[: lowest + 1] > level - BEGUN * depth)
+    first = int(above[-1]) + 1 if len(above) else 0
+    first = min(first, lowest)
+    fallen = _first_true(smooth_K[first:] <= level - FALLEN * depth, first)
+    last = _first_true(smooth_K[lowest + 1 :] >= level - HEALED * depth, lowest + 1)
+    spacing = float(np.median(np.diff(steps_K))) if len(steps_K) > 1 else 0.0
+    took = steps_K[min(fallen, lowest)] - steps_K[max(first - 1, 0)] - (smoothing - 1) * spacing
+    return Fall(
+        first=int(left[first]),
+        fallen=int(left[min(fallen, lowest)]),
+        lowest=int(left[lowest]),
+        last=int(left[min(last, len(left) - 1)]),
+        level=level,
+        depth=depth,
+        closed=last < len(left),
+        sudden=bool(took <= max(3 * spacing, SUDDEN * series.total_steps)),
+    )
+
+
+def _level_before(drop: Drop, knn_K: Array) -> float:
+    """Highest mean of so many evaluations as tell the level, up to where the drop was seen."""
+    if drop.width == 1:
+        return drop.depth + float(knn_K[drop.at])
+    sums = np.concatenate([[0.0], np.cumsum(knn_K)])
+    ends = np.arange(max(drop.before, drop.at - 2 * drop.width), drop.at + 1)
+    return float(np.max((sums[ends] - sums[ends - drop.before]) / drop.before))
+
+
+def _moving_mean(values_K: Array, count: int) -> Array:
+    """Mean of `count` values around each one, of fewer at the ends, (K,)."""
+    if count == 1:
+        return values_K
+    ones = np.ones(count)
+    mean_K: Array = np.convolve(values_K, ones, "same") / np.convolve(
+        np.ones(len(values_K)), ones, "same"
+    )
+    return mean_K
+
+
+def _first_true(flags: Flags, offset: int) -> int:
+    """Index of the first true one, after so many others; past the end where there is none."""
+    return offset + (int(np.argmax(flags)) if flags.any() else len(flags))
+
+
+def _is_from_random(series: Series, noise: Noise, fall: Fall) -> bool:
+    """Whether a fall begins in the warm-up, from a level no higher than the random network's."""
+    lr_T = np.nan_to_num(series.lr_T)
+    peak = int(series.steps_T[np.argmax(lr_T)]) if len(lr_T) else 0
+    if series.knn_steps_K[fall.first] > max(WARM_UP * series.total_steps, peak):
+        return False
+    random = float(np.max(smooth_curve(series.knn_K)[:3]))
+    if series.knn_at_start is not None:
+        random = max(random, series.knn_at_start)
+    return fall.level <= random + 2 * noise.deviation
+
+
+def _duration(series: Series, fall: Fall) -> int:
+    """Steps from the last evaluation before a fall to the one that made it good."""
+    return int(series.knn_steps_K[fall.last] - series.knn_steps_K[max(fall.first - 1, 0)])
+
+
+def _lost_area(series: Series, fall: Fall) -> float:
+    """Point-steps below the level."""
+    span = slice(fall.first, fall.last + (not fall.closed))
+    dt_K = np.diff(series.knn_steps_K, prepend=0)
+    return max(float(np.sum((fall.level - series.knn_K[span]) * dt_K[span])), 0.0)
+
+
+def _as_dip(series: Series, fall: Fall) -> Dip:
+    steps_K = series.knn_steps_K
+    relative = fall.depth / fall.level if fall.level > 0 else 0.0
+    long = _duration(series, fall) > RESTART_FOR * series.total_steps
+    return Dip(
+        first=int(steps_K[fall.first]),
+        last=int(steps_K[fall.last]),
+        lowest=int(steps_K[fall.lowest]),
+        depth=fall.depth,
+        relative_depth=relative,
+        area=_lost_area(series, fall),
+        closed=fall.closed,
+        sudden=fall.sudden,
+        restart=fall.sudden and relative > RESTART_DEPTH and long,
+    )
+
+
+def _lost_share(series: Series, falls: Sequence[Fall]) -> float:
+    """I: accuracy-time lost to falls that are none of noise, so a quiet run of any length has 0.
 
     After a run stopped at a value that was not finite, accuracy counts as chance to the planned
     end.
     """
-    steps_K, accuracy_K = series.knn_steps_K, smooth_curve(series.knn_K)
-    if len(accuracy_K) == 0:
-        return math.nan
-    if series.stopped_non_finite and series.total_steps > steps_K[-1]:
-        steps_K = np.append(steps_K, series.total_steps)
-        chance = min(series.knn_chance, float(accuracy_K[-1]))
-        accuracy_K = np.append(accuracy_K, chance)
-    best_K = np.maximum.accumulate(accuracy_K)
-    dt_K = np.diff(steps_K, prepend=0).astype(float)
-    lost_K = best_K - accuracy_K - 2 * binomial_error(best_K, series.probes)
-    best_area = float(np.sum(best_K * dt_K))
-    lost_area = float(np.sum(np.maximum(lost_K, 0.0) * dt_K))
-    return 100 * lost_area / best_area if best_area else math.nan
-
-
-def find_dips(series: Series) -> tuple[Dip, ...]:
-    """Dips of the smoothed curve, by first step."""
-    steps_K, accuracy_K = series.knn_steps_K, smooth_curve(series.knn_K)
-    best_K = np.maximum.accumulate(accuracy_K) if len(accuracy_K) else accuracy_K
-    below_K = best_K - accuracy_K
-    dt_K = np.diff(steps_K, prepend=0)
-    dips = []
-    for drawdown in find_drawdowns(steps_K, series.knn_K, series.probes, series.total_steps):
-        span = slice(drawdown.first, drawdown.last + 1)
-        depth = float(below_K[drawdown.lowest])
-        relative = depth / float(best_K[drawdown.lowest])
-        first, last = int(steps_K[drawdown.first]), int(steps_K[drawdown.last])
-        is_long = last - first > RESTART_FOR * series.total_steps
-        dips.append(
-            Dip(
-                first=first,
-                last=last,
-                lowest=int(steps_K[drawdown.lowest]),
-                depth=depth,
-                relative_depth=relative,
-                area=float(np.sum(below_K[span] * dt_K[span])),
-                closed=drawdown.closed,
-                sudden=drawdown.sudden,
-                restart=drawdown.sudden and relative > RESTART_DEPTH and is_long,
-            )
-        )
-    return tuple(dips)
-
-
-def find_drawdowns(steps_K: Steps, knn_K: Array, probes: int, total_steps: int) -> list[Drawdown]:
-    """Dips of a curve that is not yet smoothed: open above the threshold, closed below half."""
-    accuracy_K = smooth_curve(knn_K)
-    best_K = np.maximum.accumulate(accuracy_K) if len(accuracy_K) else accuracy_K
-    down_K, limit_K = best_K - accuracy_K, dip_threshold(best_K, probes)
-    drawdowns, first = [], 0
-    while first < len(accuracy_K):
-        if down_K[first] <= limit_K[first]:
-            first += 1
-            continue
-        last = first
-        while last + 1 < len(accuracy_K) and down_K[last] >= limit_K[last] / 2:
-            last += 1
-        closed = bool(down_K[last] < limit_K[last] / 2)
-        lowest = first + int(np.argmax(down_K[first : last + 1]))
-        start = int(np.flatnonzero(down_K[: first + 1] < limit_K[first] / 2)[-1])
-        fallen = first + int(np.argmax(down_K[first:] >= 0.8 * down_K[lowest]))
-        three = 3 * float(np.median(np.diff(steps_K))) if len(steps_K) > 1 else 0.0
-        sudden = steps_K[fallen] - steps_K[start] <= max(three, SUDDEN * total_steps)
-        drawdowns.append(Drawdown(first, lowest, last, closed, bool(sudden)))
-        first = last + 1
-    return drawdowns
-
-
-def find_declines(
-    series: Series, dips: Sequence[Dip], bursts: Sequence[Excursion]
-) -> tuple[Decline, ...]:
-    """Long smooth dips, and significant falling trends, without a gradient event inside."""
-    slides = [
-        Decline(dip.first, dip.lowest, dip.depth, math.nan)
-        for dip in dips
-        if not dip.sudden
-        and dip.last - dip.first > DECLINE_FOR * series.total_steps
-        and not _has_burst(bursts, dip.first, dip.lowest, series)
-    ]
-    trends = [
-        trend
-        for trend in _find_trends(series)
-        if not any(trend.first <= slide.last and slide.first <= trend.last for slide in slides)
-        and not _has_burst(bursts, trend.first, trend.last, series)
-    ]
-    return tuple(sorted(slides + trends, key=lambda decline: decline.first))
-
-
-def _has_burst(bursts: Sequence[Excursion], first: int, last: int, series: Series) -> bool:
-    """Whether a gradient event lies in a fall, or shortly before it began."""
-    earliest = first - DECLINE_FOR * series.total_steps
-    return any(earliest <= burst.first <= last for burst in bursts)
-
-
-def _find_trends(series: Series) -> list[Decline]:
-    """Windows of a tenth of the run in which the accuracy itself, not its median, falls."""
     steps_K, knn_K = series.knn_steps_K, series.knn_K
-    width = TREND_WINDOW * series.total_steps
-    tail = _tail_start(series)
-    trends: list[Decline] = []
-    for start in range(len(steps_K)):
-        end = int(np.searchsorted(steps_K, steps_K[start] + width, side="right"))
-        window_K, third = knn_K[start:end], (end - start) // 3
-        if end == len(steps_K) and steps_K[-1] - steps_K[start] < 0.9 * width:
-            break
-        if steps_K[end - 1] > tail or third < 2:
-            continue
-        fall = float(np.mean(window_K[:third]) - np.mean(window_K[-third:]))
-        if fall < float(dip_threshold(float(np.max(window_K)), series.probes)) / 2:
-            continue
-        p = mann_kendall(window_K)
-        if p >= TREND_P * TREND_WINDOW:
-            continue
-        trend = Decline(int(steps_K[start]), int(steps_K[end - 1]), fall, p)
-        if trends and trend.first <= trends[-1].last:  # one fall, seen by several windows
-            previous = trends.pop()
-            fall, p = max(previous.fall, fall), min(previous.p, p)
-            trend = Decline(previous.first, trend.last, fall, p)
-        trends.append(trend)
-    return trends
-
-
-def _tail_start(series: Series) -> float:
-    """Step from which the learning rate is in its tail; infinite where it never gets there."""
-    lr_T = np.nan_to_num(series.lr_T)
-    if len(lr_T) == 0 or lr_T.max() == 0:
-        return math.inf
-    top = int(np.argmax(lr_T))
-    tail_T = np.flatnonzero(lr_T[top:] < LR_TAIL * lr_T[top])
-    return float(series.steps_T[top + tail_T[0]]) if len(tail_T) else math.inf
-
-
-def mann_kendall(values: Array) -> float:
-    """One-sided p of a falling trend (normal approximation with ties); 1.0 for too few values."""
-    n = len(values)
-    if n < _FEWEST_FOR_TREND:
-        return 1.0
-    signs = np.triu(np.sign(values[None, :] - values[:, None]), 1)
-    score = float(signs.sum())
-    _, ties = np.unique(values, return_counts=True)
-    variance = (n * (n - 1) * (2 * n + 5) - float(np.sum(ties * (ties - 1) * (2 * ties + 5)))) / 18
-    if variance <= 0:
-        return 1.0
-    z = (score + 1) / math.sqrt(variance) if score < 0 else 0.0
-    return 0.5 * math.erfc(-z / math.sqrt(2))
+    if len(knn_K) == 0:
+        return math.nan
+    kept = float(np.sum(knn_K * np.diff(steps_K, prepend=0)))
+    lost = sum(_lost_area(series, fall) for fall in falls)
+    if series.stopped_non_finite and series.total_steps > steps_K[-1]:
+        rest = float(series.total_steps - steps_K[-1])
+        best = float(np.max(smooth_curve(knn_K)))
+        chance = min(series.knn_chance, float(knn_K[-1]))
+        kept, lost = kept + chance * rest, lost + (best - chance) * rest
+    return 100 * lost / (kept + lost) if kept + lost > 0 else math.nan

@@ -1,5 +1,6 @@
 """How does a run folder become the plain arrays that `verdict.judge` takes?"""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ def read_series(run: Path, *, twin_knn: float | None = None) -> Series:
     groups, grad_linf_GT, rms_GT = _read_signals(run, steps_T)
     knn_rows = [row for row in rows if row.get("knn") is not None]
     epochs_per_step = rows[-1]["epoch"] / rows[-1]["step"]
+    at_start, at_end = _read_full_accuracies(run, logged)
     return Series(
         steps_T=steps_T,
         loss_T=_read_column(rows, "loss"),
@@ -49,7 +51,24 @@ def read_series(run: Path, *, twin_knn: float | None = None) -> Series:
         epochs_per_step=epochs_per_step,
         stopped_non_finite=_stopped_at_bad_step(run, int(steps_T[-1])),
         twin_knn=twin_knn,
+        knn_at_start=at_start,
+        knn_at_end=at_end,
     )
+
+
+def _read_full_accuracies(
+    run: Path, logged: Sequence[dict[str, Any]]
+) -> tuple[float | None, float | None]:
+    """Accuracy by a bank of its own of the random network and of the last step, where known.
+
+    A run that began with trained weights has no random network.
+    """
+    full = {
+        row["step"]: float(row["knn_full"]) for row in logged if row.get("knn_full") is not None
+    }
+    began_trained = json.loads((run / "config.json").read_text()).get("ancestry")
+    at_end = full[max(full)] if full and max(full) > 0 else None
+    return (None if began_trained else full.get(0)), at_end
 
 
 def _read_column(rows: Sequence[dict[str, Any]], name: str) -> Array:
@@ -63,7 +82,11 @@ def _read_signals(run: Path, steps_T: Steps) -> tuple[tuple[str, ...], Array, Ar
         empty = np.empty((0, len(steps_T)))
         return (), empty, empty
     table = signal_file.read_signals(run)
-    _, logged_rows, table_rows = np.intersect1d(steps_T, table.steps, return_indices=True)
+    table_steps, from_the_end = np.unique(table.steps[::-1], return_index=True)
+    logged_rows = np.flatnonzero(np.isin(steps_T, table_steps))
+    # of a step that was measured again after a resume the last row counts
+    last_rows = len(table.steps) - 1 - from_the_end
+    table_rows = last_rows[np.searchsorted(table_steps, steps_T[logged_rows])]
     arrays = []
     for signal in ("grad_linf", "rms"):
         array_GT = np.full((len(table.groups), len(steps_T)), np.nan)

@@ -4,8 +4,6 @@ Shape suffix: T = rows of a series, logged or measured ones.
 """
 
 import warnings
-from bisect import bisect_left, insort
-from collections import deque
 
 import numpy as np
 
@@ -15,39 +13,39 @@ MAD_TO_DEVIATION = 1.4826
 """a normal distribution's standard deviation over its median absolute deviation"""
 
 
-class TrailingWindow:
-    """The last values of a series, their median and their robust spread.
+_ROWS_AT_ONCE = 4096  # windows whose values are copied at a time
+HOPS = 8
+"""a level is taken anew after such a part of its window, an eighth"""
+
+
+def trailing_level(values_T: Array, window: int, at_least: int) -> Array:
+    """Median of the `window` values before each one, (T,), taken anew every eighth of a window.
+
+    Early values have shorter pasts; NaN where there are fewer than `at_least` of them.
 
     Args:
-        length: number of values that are kept; an older one goes when a new one comes.
+        values_T: finite values, (T,).
+        window: values of the past that count.
+        at_least: fewest values that make a level.
     """
+    level_T = np.full(len(values_T), np.nan)
+    hop = max(1, window // HOPS)
+    for row in range(at_least, min(window, len(values_T)), min(hop, at_least)):
+        level_T[row : row + min(hop, at_least)] = np.median(values_T[:row])
+    if len(values_T) > window:
+        earlier = np.lib.stride_tricks.sliding_window_view(values_T[:-1], window)[::hop]
+        levels = np.repeat(np.median(earlier, axis=1), hop)
+        level_T[window:] = levels[: len(values_T) - window]
+    return level_T
 
-    def __init__(self, length: int) -> None:
-        self._in_order: deque[float] = deque()
-        self._sorted: list[float] = []
-        self._length = length
 
-    def __len__(self) -> int:
-        return len(self._in_order)
-
-    def append(self, value: float) -> None:
-        """Take in a finite value."""
-        if len(self._in_order) == self._length:
-            del self._sorted[bisect_left(self._sorted, self._in_order.popleft())]
-        self._in_order.append(value)
-        insort(self._sorted, value)
-
-    def median(self) -> float:
-        """Median of the values; there must be one."""
-        middle = len(self._sorted) // 2
-        if len(self._sorted) % 2:
-            return self._sorted[middle]
-        return (self._sorted[middle - 1] + self._sorted[middle]) / 2
-
-    def spread(self) -> float:
-        """Standard deviation by the median absolute deviation, which outliers do not move."""
-        deviations = np.abs(np.array(self._sorted) - self.median())
-        return float(MAD_TO_DEVIATION * np.median(deviations))
+def trailing_spread(values_T: Array, window: int, at_least: int) -> Array:
+    """Standard deviation of the values before each one by their median absolute deviation, (T,)."""
+    if len(values_T) == 0:
+        return np.empty(0)
+    level_T = trailing_level(values_T, window, at_least)
+    apart_T = np.abs(values_T - np.where(np.isnan(level_T), np.median(values_T), level_T))
+    return MAD_TO_DEVIATION * trailing_level(apart_T, window, at_least)
 
 
 def window_length(rows: int, at_least: int) -> int:
@@ -62,8 +60,18 @@ def trailing_ratio(values_T: Array, window: int) -> Array:
         earlier = np.lib.stride_tricks.sliding_window_view(values_T[:-1], window)
         with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
             warnings.simplefilter("ignore", RuntimeWarning)  # a window without a value stays NaN
-            ratio_T[window:] = values_T[window:] / np.nanmedian(earlier, axis=1)
+            ratio_T[window:] = values_T[window:] / _medians_of_windows(earlier)
     return ratio_T
+
+
+def _medians_of_windows(windows_TW: Array) -> Array:
+    """Median of each window, (T,), without its NaN; those with one cost much more."""
+    pieces = [windows_TW[a : a + _ROWS_AT_ONCE] for a in range(0, len(windows_TW), _ROWS_AT_ONCE)]
+    medians_T = np.concatenate([np.median(piece, axis=1) for piece in pieces])
+    with_nan = np.flatnonzero(np.isnan(medians_T))
+    if len(with_nan):
+        medians_T[with_nan] = np.nanmedian(windows_TW[with_nan], axis=1)
+    return medians_T
 
 
 def log_of(values_T: Array) -> Array:

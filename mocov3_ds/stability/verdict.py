@@ -1,26 +1,31 @@
 """One word on a run's stability, and the numbers behind it: pure functions of logged series.
 
     judgement = judge(series)
-    judgement.verdict      STABLE | TWITCHY | UNSTABLE | DEGRADING | RESTARTED | DIVERGED
+    judgement.verdict      one word, the first that applies, from the worst
 
-The first word that applies, from the worst:
+    DIVERGED        a value was not finite, the loss sits at its chance level, or the k-NN accuracy
+                    ends below half of its best
+    NOT LEARNING    it ends no better than the random network, or than guessing
+    RESTARTED       a sudden dip of more than a fifth of the accuracy that is not made good for
+                    2 % of the run: the partial restart of arXiv 2104.02057, Sec. 4.1
+    DEGRADING       accuracy falls slowly for 5 % of the run or more: LAMB's failure (Fig. 3)
+    UNSTABLE        another dip, or loss spikes on more than 0.1 % of the steps
+    BELOW ITS TWIN  no event, but the frozen twin, or another arm at the same seed, ends higher by
+                    more than the noise of such a difference
+    TWITCHY         gradient or loss events without a dip
+    NOT LOOKED      nothing was found, and too little is logged to look for all of these
+    STABLE          all were looked for, and none was found
 
-    DIVERGED    a value was not finite, the loss sits at its chance level, or the k-NN accuracy ends
-                below half of its best
-    RESTARTED   a sudden dip deeper than 30 % of the best accuracy so far that stays open for more
-                than 2 % of the run: the partial restart of arXiv 2104.02057, Sec. 4.1
-    DEGRADING   accuracy falls smoothly, without a gradient event: LAMB's failure (Fig. 3)
-    UNSTABLE    a dip, or loss spikes on more than 0.1 % of the steps
-    TWITCHY     gradient events without a dip
-    STABLE      none of these
+What is a dip, a decline or an event follows from the noise of the series itself, such that one
+quiet run in a hundred has one, whatever its length (`drops`, `outliers`).
 
-The instability score I is the share of accuracy-time lost to dips, in percent,
+The instability score I is the share of accuracy-time lost to dips and declines, in percent,
 
-    I = 100 * sum_t max(0, M(t) - A(t) - 2 sigma_A) dt / sum_t M(t) dt
+    I = 100 * sum_t (M(t) - A(t)) dt / sum_t M(t) dt        over the steps of dips and declines,
 
-with A the 3-point median of the k-NN accuracy, M its running maximum and sigma_A the binomial error
-of the probes: 0 = never below its own past, comparable across models, lengths and batch sizes. E, R
-and T stand beside it and are never merged into it.
+with A the k-NN accuracy and M its level before the fall (elsewhere M is A). What noise alone loses
+is not in it, so 0 is what a quiet run of any length has. E, R and T stand beside it and are never
+merged into it.
 
 Shape suffixes: T = steps logged, K = k-NN evaluations, G = layer groups.
 """
@@ -34,10 +39,9 @@ from mocov3_ds.monitoring.alarms import RMS_HIGH
 from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability import events, knn_curve
 from mocov3_ds.stability.alarm_quality import judge_alarms
+from mocov3_ds.stability.drops import FEWEST, smallest_drop
 from mocov3_ds.stability.findings import (
     Array,
-    Decline,
-    Dip,
     GradientEvent,
     Judgement,
     LossEvent,
@@ -45,7 +49,10 @@ from mocov3_ds.stability.findings import (
     Steps,
     Verdict,
 )
+from mocov3_ds.stability.knn_curve import CurveFindings
 from mocov3_ds.stability.layer_order import measure_lead
+from mocov3_ds.stability.references import explain_behind, explain_no_learning
+from mocov3_ds.stability.repeated_rows import keep_last_rows
 from mocov3_ds.stability.trailing import is_measured, longest_run, row_spacing, window_length
 
 LOST = 0.5
@@ -60,53 +67,69 @@ LEFT_CHANCE = 0.95
 """share of the chance level below which a run counts as started"""
 SPIKE_SHARE = 0.001
 """UNSTABLE: share of steps whose loss is 7 deviations out (and at least two steps)"""
+FEWEST_STEPS = 2 * events.HISTORY
+"""logged steps below which no gradient or loss event can be told from noise"""
 _FEW_EVALUATIONS = 20
 
 
 def judge(series: Series) -> Judgement:
     """Apply every detector and name the verdict.
 
+    Of a step that was logged more than once the last row counts.
+
     Raises:
-        ValueError: arrays have different lengths, or steps do not ascend.
+        ValueError: arrays have different lengths.
     """
     _check_arrays(series)
+    series, repeated = keep_last_rows(series)
     window = window_length(series.total_steps, events.WINDOW)
-    bursts = {
-        group: events.gradient_bursts(series.steps_T, grad_T, window)
-        for group, grad_T in zip(series.groups, series.grad_linf_GT, strict=True)
-    }
+    found = events.gradient_bursts(series.steps_T, series.grad_linf_GT, window)
+    bursts = dict(zip(series.groups, found, strict=True))
     run_bursts = events.merge_excursions(
-        [burst for group in bursts.values() for burst in group],
+        [burst for group in found for burst in group],
         events.merge_distance(_gradient_steps(series)),
     )
     jumps = events.loss_jumps(series.steps_T, series.loss_T)
-    dips = knn_curve.find_dips(series)
-    declines = knn_curve.find_declines(series, dips, run_bursts)
-    spikes = events.count_spikes(series.loss_T, events.SPIKE_Z)
-    verdict, why = _name_verdict(series, dips, declines, run_bursts, jumps, spikes)
+    curve = knn_curve.examine_curve(series)
+    spikes = _count_spikes(series, jumps)
+    final_loss = _final_loss(series.loss_T)
     best, final = knn_curve.best_and_final_accuracy(series)
+    not_looked = _list_not_looked(series)
+    verdict, why = (
+        _explain_failure(series, curve, final, final_loss)
+        or _explain_falls(curve)
+        or _explain_events(series, curve, final, (run_bursts, jumps, spikes))
+        or _explain_quiet(not_looked)
+    )
     rows = max(len(series.steps_T), 1)
     layer = series.first_trained_layer()
     onsets = [jump.first for jump in jumps]
     return Judgement(
         verdict=verdict,
         why=why,
-        instability=knn_curve.instability(series),
+        instability=curve.lost,
         events_per_1000=1000 * len(run_bursts) / rows,
         rms_share=_rms_share(series),
         lost_to_twin=None if series.twin_knn is None else series.twin_knn - final,
         spike_score=spikes / rows,
-        steps_above_3_2=events.count_spikes(series.loss_T, events.PAPER_Z),
+        steps_above_3_2=int(np.sum(events.flag_spikes(series.loss_T, events.PAPER_Z))),
         best_knn=best,
         final_knn=final,
-        final_loss=_final_loss(series.loss_T),
+        final_loss=final_loss,
         gradient_events=_gradient_events(bursts),
         loss_events=tuple(LossEvent(j.first, j.last, j.peak, j.size) for j in jumps),
-        dips=dips,
-        declines=declines,
+        dips=curve.dips,
+        declines=curve.declines,
         lead=measure_lead(series, bursts, window),
         alarms=() if layer is None else judge_alarms(series, layer, onsets),
-        notes=tuple(_list_notes(series)),
+        notes=tuple(_list_notes(series, repeated)),
+        not_looked=tuple(not_looked),
+        knn_noise=curve.noise.deviation if len(series.knn_K) else math.nan,
+        smallest_dip=(
+            smallest_drop(len(series.knn_K), curve.noise, 3)
+            if len(series.knn_K) >= FEWEST
+            else math.nan
+        ),
     )
 
 
@@ -121,9 +144,6 @@ def _check_arrays(series: Series) -> None:
     ):
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, it must be {shape}.")
-    for name, steps in (("steps_T", series.steps_T), ("knn_steps_K", series.knn_steps_K)):
-        if np.any(np.diff(steps) <= 0):
-            raise ValueError(f"{name} must ascend.")
 
 
 def _gradient_events(bursts: Mapping[str, Sequence[events.Excursion]]) -> tuple[GradientEvent, ...]:
@@ -136,49 +156,109 @@ def _gradient_events(bursts: Mapping[str, Sequence[events.Excursion]]) -> tuple[
     return tuple(sorted(events, key=lambda event: event.first))
 
 
-def _name_verdict(
-    series: Series,
-    dips: Sequence[Dip],
-    declines: Sequence[Decline],
-    bursts: Sequence[events.Excursion],
-    jumps: Sequence[events.Excursion],
-    spikes: int,
-) -> tuple[Verdict, str]:
-    """The word, and one sentence with the numbers that decided."""
-    divergence = _explain_divergence(series)
-    if divergence:
+def _count_spikes(series: Series, jumps: Sequence[events.Excursion]) -> int:
+    """Steps of loss events whose loss is 7 deviations above the rolling mean of those before."""
+    spikes_T = events.flag_spikes(series.loss_T, events.SPIKE_Z)
+    inside_T = np.zeros(len(series.steps_T), bool)
+    for jump in jumps:
+        inside_T |= (series.steps_T >= jump.first) & (series.steps_T <= jump.last)
+    return int(np.sum(spikes_T & inside_T))
+
+
+Named = tuple[Verdict, str]
+"""a verdict, and one sentence with the numbers that decided"""
+
+
+def _explain_failure(
+    series: Series, curve: CurveFindings, final: float, final_loss: float
+) -> Named | None:
+    """The run led nowhere."""
+    if divergence := _explain_divergence(series):
         return "DIVERGED", divergence
-    restarts = [dip for dip in dips if dip.restart]
+    if nothing := explain_no_learning(series, curve.noise, final, final_loss):
+        return "NOT LEARNING", nothing
+    return None
+
+
+def _explain_falls(curve: CurveFindings) -> Named | None:
+    """The k-NN accuracy fell."""
+    restarts = [dip for dip in curve.dips if dip.restart]
     if restarts:
         worst = max(restarts, key=lambda dip: dip.relative_depth)
         return "RESTARTED", (
             f"the k-NN accuracy lost {worst.depth:.1f} points ({100 * worst.relative_depth:.0f} % "
-            f"of its best) at once, open from step {worst.first} to {worst.last}"
+            f"of what it was) at once, open from step {worst.first} to {worst.last}"
         )
-    if declines:
-        steepest = max(declines, key=lambda decline: decline.fall)
+    if curve.declines:
+        steepest = max(curve.declines, key=lambda decline: decline.fall)
         return "DEGRADING", (
-            f"the k-NN accuracy fell smoothly by {steepest.fall:.1f} points from step "
-            f"{steepest.first} to {steepest.last}, without a gradient event"
+            f"the k-NN accuracy fell slowly by {steepest.fall:.1f} points from step "
+            f"{steepest.first} to {steepest.last}"
         )
-    if dips:
-        deepest = max(dips, key=lambda dip: dip.depth)
+    if curve.dips:
+        deepest = max(curve.dips, key=lambda dip: dip.depth)
         return "UNSTABLE", (
-            f"{count_noun(len(dips), 'dip')} of the k-NN accuracy, the deepest of "
-            f"{deepest.depth:.1f} points at step {deepest.lowest}"
+            f"{count_noun(len(curve.dips), 'dip')} of the k-NN accuracy, the deepest of "
+            f"{deepest.depth:.1f} points at step {deepest.lowest} (noise of an evaluation: "
+            f"{curve.noise.deviation:.1f})"
         )
+    return None
+
+
+def _explain_events(
+    series: Series,
+    curve: CurveFindings,
+    final: float,
+    found: tuple[Sequence[events.Excursion], Sequence[events.Excursion], int],
+) -> Named | None:
+    """Gradients or the loss jumped, or the run ends lower than another one.
+
+    `found` are gradient events, loss events, and the count of steps with spikes of the loss.
+    """
+    bursts, jumps, spikes = found
     share = spikes / max(len(series.steps_T), 1)
-    if spikes >= 2 and share > SPIKE_SHARE:
+    if len(jumps) >= 2 and spikes >= 2 and share > SPIKE_SHARE:
         return "UNSTABLE", (
             f"the loss of {spikes} steps ({100 * share:.2f} %) is 7 deviations above its rolling "
             "mean"
         )
+    if behind := explain_behind(series, curve.noise, final):
+        return "BELOW ITS TWIN", behind
     if bursts or jumps:
+        fell = (
+            "no dip of the k-NN accuracy"
+            if len(series.knn_K) >= FEWEST
+            else "dips of the k-NN accuracy were not looked for"
+        )
         return "TWITCHY", (
             f"{count_noun(len(bursts), 'gradient event')} and "
-            f"{count_noun(len(jumps), 'loss event')}, no dip of the k-NN accuracy"
+            f"{count_noun(len(jumps), 'loss event')}, {fell}"
         )
+    return None
+
+
+def _explain_quiet(not_looked: Sequence[str]) -> Named:
+    """Nothing was found, and perhaps not all was looked for."""
+    if not_looked:
+        return "NOT LOOKED", "nothing was found, but " + "; ".join(not_looked)
     return "STABLE", "no gradient event, no loss event, no dip and no decline"
+
+
+def _list_not_looked(series: Series) -> list[str]:
+    """What could not be looked for at all, and what it would take."""
+    missing = []
+    evaluations, rows = len(series.knn_K), len(series.steps_T)
+    if evaluations < FEWEST:
+        missing.append(
+            f"no dip or decline was looked for: {count_noun(evaluations, 'k-NN evaluation')}, "
+            f"{FEWEST} are needed"
+        )
+    if rows < FEWEST_STEPS:
+        missing.append(
+            f"no gradient or loss event was looked for: {count_noun(rows, 'logged step')}, "
+            f"{FEWEST_STEPS} are needed"
+        )
+    return missing
 
 
 def _explain_divergence(series: Series) -> str:
@@ -225,29 +305,25 @@ def _gradient_steps(series: Series) -> Steps:
     return series.steps_T[is_measured(*series.grad_linf_GT)]
 
 
-def _list_notes(series: Series) -> list[str]:
-    """What could not be judged, one sentence each."""
-    notes = []
-    rows, last = len(series.steps_T), int(series.steps_T[-1]) if len(series.steps_T) else 0
+def _list_notes(series: Series, repeated: int) -> list[str]:
+    """What could not be judged, or only in part, one sentence each."""
+    notes = _list_not_looked(series)
+    last = int(series.steps_T[-1]) if len(series.steps_T) else 0
     if last < series.total_steps:
         notes.append(f"judged after {last} of {series.total_steps} steps")
-    if rows <= events.HISTORY:
-        notes.append(f"{rows} logged steps are too few for gradient and loss events")
-    if len(series.knn_K) == 0:
-        notes.append("no k-NN evaluations, so dips and declines cannot be seen")
-    elif series.probes == 0:
-        notes.append("the number of probes is unknown, so dips count from 1 point on")
-    elif len(series.knn_K) < _FEW_EVALUATIONS:
+    if repeated:
+        notes.append(f"{count_noun(repeated, 'row')} of steps logged again later did not count")
+    if FEWEST <= len(series.knn_K) < _FEW_EVALUATIONS:
         notes.append(f"{len(series.knn_K)} k-NN evaluations are few: short dips fall between them")
     if not series.trained_groups():
         notes.append("no gradients were logged, so no gradient events, leads and alarms")
     elif (every := row_spacing(_gradient_steps(series))) > row_spacing(series.steps_T):
         notes.append(
-            f"gradients were measured every {every} steps: events shorter than {2 * every} steps "
+            f"gradients were measured every {every} steps: events shorter than {every} steps "
             f"and those before step {events.HISTORY * every} cannot be seen, leads and alarms are "
             f"{every} steps coarse"
         )
     bad = int(np.sum(~np.isfinite(series.loss_T)))
     if bad:
-        notes.append(f"the loss of {bad} steps was not finite")
+        notes.append(f"the loss of {count_noun(bad, 'step')} was not finite")
     return notes

@@ -1,4 +1,4 @@
-"""The k-NN curve: its instability, its dips and its trends, by hand."""
+"""The k-NN curve: its dips, its declines and what they cost, by hand."""
 
 import math
 from dataclasses import replace
@@ -6,61 +6,72 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mocov3_ds.stability.knn_curve import (
-    best_and_final_accuracy,
-    binomial_error,
-    find_declines,
-    find_dips,
-    instability,
-    mann_kendall,
-    smooth_curve,
-)
+from mocov3_ds.stability.findings import Series
+from mocov3_ds.stability.knn_curve import best_and_final_accuracy, examine_curve, smooth_curve
 from mocov3_ds.stability.verdict import judge
 from tests.stability import synthetic
 
 
-def test_instability_by_hand() -> None:
-    """40 % for ever but for a fifth of the time at 30 %, without binomial error."""
-    series = synthetic.healthy(0).series
-    knn = np.full(len(series.knn_steps_K), 40.0)
-    knn[100:140] = 30.0
-    assert instability(replace(series, knn_K=knn, probes=0)) == pytest.approx(5.0)
-    sigma = float(binomial_error(40.0, 5000))
-    expected = 100 * (10 - 2 * sigma) * 0.2 / 40
-    assert instability(replace(series, knn_K=knn)) == pytest.approx(expected)
-    assert instability(replace(series, knn_K=np.full(200, 40.0))) == 0
-    no_values = np.array([])
-    empty = replace(series, knn_K=no_values, knn_steps_K=no_values.astype(int))
-    assert math.isnan(instability(empty))
-    assert "no k-NN evaluations, so dips and declines cannot be seen" in judge(empty).notes
-
-
-def test_mann_kendall_on_trends_and_noise() -> None:
-    random = np.random.default_rng(0)
-    noise = [mann_kendall(random.standard_normal(30)) for _ in range(400)]
-    assert 0.03 < np.mean(np.array(noise) < 0.05) < 0.08
-    falling = [mann_kendall(random.standard_normal(30) - 0.1 * np.arange(30)) for _ in range(50)]
-    assert np.median(falling) < 1e-3
-    assert mann_kendall(np.arange(30.0)) > 0.4 and mann_kendall(np.ones(30)) == 1.0
-
-
-def test_a_dip_by_hand() -> None:
+def with_curve(*changes: tuple[slice, float]) -> Series:
+    """40 % in all of 200 evaluations, every 10 steps, but for some."""
     series = synthetic.healthy(0).series
     knn_K = np.full(len(series.knn_steps_K), 40.0)
-    knn_K[100:140] = 30.0
-    knn_K[20] = 0.0  # one odd evaluation is no dip
-    dipped = replace(series, knn_K=knn_K)
-    [dip] = find_dips(dipped)
+    for where, value in changes:
+        knn_K[where] = value
+    return replace(series, knn_K=knn_K)
+
+
+def test_a_dip_and_its_cost_by_hand() -> None:
+    """40 % for ever but for a fifth of the time at 30 %."""
+    curve = examine_curve(with_curve((slice(100, 140), 30.0)))
+    [dip] = curve.dips
     assert (dip.first, dip.lowest, dip.last) == (1010, 1010, 1410)
     assert (dip.depth, dip.relative_depth, dip.area) == (10.0, 0.25, 4000.0)
-    assert dip.closed and dip.sudden and not dip.restart
-    assert smooth_curve(knn_K)[20] == 40
+    assert dip.closed and dip.sudden and dip.restart
+    assert curve.declines == () and curve.lost == pytest.approx(5.0)
+    assert examine_curve(with_curve()).lost == 0
+    longer = examine_curve(replace(with_curve((slice(100, 140), 30.0)), total_steps=4000))
+    assert longer.lost == pytest.approx(5.0)
+
+
+def test_one_low_evaluation_is_a_dip_and_not_the_best() -> None:
+    dipped = with_curve((slice(80, 81), 25.0), (slice(120, 121), 42.0))
+    [dip] = examine_curve(dipped).dips
+    assert (dip.first, dip.last, dip.depth, dip.restart) == (810, 820, 15.0, False)
+    assert smooth_curve(dipped.knn_K)[[80, 120]].tolist() == [40, 40]
     assert best_and_final_accuracy(dipped) == (40.0, 40.0)
 
 
-def test_a_slow_slide_is_a_decline_and_no_sudden_dip() -> None:
-    series = synthetic.with_decline(0).series
-    dips = find_dips(series)
-    declines = find_declines(series, dips, [])
-    assert declines and not any(dip.sudden for dip in dips)
-    assert all(decline.fall > 1 for decline in declines)
+def test_without_evaluations_nothing_is_looked_for() -> None:
+    no_values = np.array([])
+    empty = replace(with_curve(), knn_K=no_values, knn_steps_K=no_values.astype(int))
+    curve, judgement = examine_curve(empty), judge(empty)
+    assert math.isnan(curve.lost) and curve.dips == ()
+    assert judgement.verdict == "NOT LOOKED" and math.isnan(judgement.smallest_dip)
+    assert "0 k-NN evaluations, 8 are needed" in judgement.why
+
+
+def test_a_slow_slide_is_a_decline_and_a_row_of_dips_is_none() -> None:
+    slide = examine_curve(synthetic.with_decline(0).series)
+    assert (
+        slide.declines and slide.dips == () and all(decline.fall > 1 for decline in slide.declines)
+    )
+    row = [(slice(at, at + 4), 34.0) for at in range(60, 180, 15)]
+    curve = examine_curve(with_curve(*row))
+    assert len(curve.dips) == len(row) and curve.declines == ()
+
+
+def test_a_fall_from_the_random_network_is_no_dip_and_the_same_fall_later_is() -> None:
+    series = synthetic.healthy(0).series
+    u_K = np.linspace(0, 1, len(series.knn_K))
+    knn_K = 28 + 20 * (1 - np.exp(-u_K / 0.3))
+    early, late = knn_K.copy(), knn_K.copy()
+    early[2:12] -= 8
+    late[102:112] -= 8
+    assert examine_curve(replace(series, knn_K=early)).dips == ()
+    assert [d.first for d in examine_curve(replace(series, knn_K=late)).dips] == [1030]
+
+
+def test_the_planned_rest_of_a_run_that_stopped_counts_as_lost() -> None:
+    series = replace(with_curve(), stopped_non_finite=True, total_steps=4000)
+    assert examine_curve(series).lost == pytest.approx(100 * (40 - 10) / 2 / 40)

@@ -1,15 +1,15 @@
 """Medians and spreads of the past alone."""
 
 import numpy as np
-import pytest
 
 from mocov3_ds.stability.trailing import (
-    TrailingWindow,
     is_measured,
     log_of,
     longest_run,
     row_spacing,
+    trailing_level,
     trailing_ratio,
+    trailing_spread,
     window_length,
 )
 
@@ -25,16 +25,20 @@ def test_a_ratio_to_the_past_alone() -> None:
     assert np.isnan(trailing_ratio(values_T, 40)).all()
 
 
-def test_a_window_forgets_what_is_too_old() -> None:
-    values = np.random.default_rng(0).standard_normal(30)
-    window = TrailingWindow(7)
-    for row, value in enumerate(values):
-        window.append(float(value))
-        last = values[max(row - 6, 0) : row + 1]
-        assert len(window) == len(last)
-        assert window.median() == pytest.approx(np.median(last))
-        deviation = np.median(np.abs(last - np.median(last)))
-        assert window.spread() == pytest.approx(1.4826 * deviation)
+def test_a_level_is_a_median_of_the_past_that_is_at_most_an_eighth_of_it_old() -> None:
+    values_T = np.random.default_rng(0).standard_normal(200)
+    level_T = trailing_level(values_T, 16, 4)
+    assert np.isnan(level_T[:4]).all() and np.isfinite(level_T[4:]).all()
+    for row in range(4, 200):
+        ends = range(max(row - 3, 4), row + 1)
+        assert level_T[row] in [np.median(values_T[max(end - 16, 0) : end]) for end in ends]
+    assert len(trailing_level(values_T[:3], 16, 4)) == 3
+
+
+def test_a_spread_is_the_standard_deviation_of_noise() -> None:
+    values_T = 3 + 2 * np.random.default_rng(0).standard_normal(4000)
+    values_T[::50] += 100
+    assert abs(np.nanmean(trailing_spread(values_T, 200, 16)) - 2) < 0.2
 
 
 def test_windows_grow_with_long_runs() -> None:

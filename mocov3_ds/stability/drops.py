@@ -1,0 +1,169 @@
+"""Where does a k-NN curve fall by more than its noise? A scan over all places and widths.
+
+At each place the mean of the evaluations before is compared with the mean of those after, for
+widths from two evaluations to a third of the curve, in standard errors that the curve's own noise
+gives. A healthy curve rises, so a flat one is the worst that a quiet run can be: the threshold is
+set by simulating flat curves (`calibrate`) with Gaussian noise, heavy tails and memories, such that
+one quiet run in a hundred has a drop anywhere. Narrow widths have more places to be wrong in; the
+term sqrt(2 ln(K / width)) allows for that.
+
+Shape suffixes: K = k-NN evaluations, W = widths.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from mocov3_ds.stability.findings import Array
+from mocov3_ds.stability.knn_noise import Noise
+
+TABLE = Path(__file__).parent / "drop_thresholds.json"
+"""thresholds by number of evaluations, made by `python -m mocov3_ds.bench verdicts --calibrate`"""
+FEWEST = 8
+"""evaluations below which no drop can be told from noise"""
+MOST_BEFORE = 8
+"""evaluations before a narrow drop that tell its level"""
+CLIP = 4.0
+"""deviations from its neighbours' median beyond which one evaluation counts no more"""
+SINGLE_DEVIATIONS, SINGLE_SHARE, SINGLE_OVER_HIGHEST = 6.0, 0.15, 3.0
+"""a drop of one evaluation: so many deviations, such a share of the level, and so many times as far
+down as the highest one is up"""
+SIDE = 4
+"""evaluations on each side of a single one that tell the level"""
+_WIDER = 1.35
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A place where a curve falls.
+
+    Attributes:
+        at: index of the first evaluation after the fall.
+        before: evaluations before it that tell the level.
+        width: evaluations after it that are lower.
+        depth: mean of those before minus mean of those after, points.
+        above: how far its standard errors are above the threshold.
+    """
+
+    at: int
+    before: int
+    width: int
+    depth: float
+    above: float
+
+
+def widths(count: int) -> list[int]:
+    """Widths that are scanned in a curve of so many evaluations, ascending."""
+    found, width = [], 2.0
+    while width <= count / 3:
+        found.append(round(width))
+        width *= _WIDER
+    return sorted({*found})
+
+
+def evaluations_before(width: int, count: int) -> int:
+    """Evaluations that tell the level before a drop of a width, in a curve of so many."""
+    return max(width, min(MOST_BEFORE, count // 4))
+
+
+def clip_singles(knn_K: Array, deviation: float) -> Array:
+    """The curve with each evaluation at most `CLIP` deviations from the median of its five."""
+    if len(knn_K) < FEWEST:
+        return knn_K
+    padded = np.pad(knn_K, 2, mode="reflect")
+    median_K = np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
+    clipped: Array = np.clip(knn_K, median_K - CLIP * deviation, median_K + CLIP * deviation)
+    return clipped
+
+
+def scan(knn_K: Array, noise: Noise) -> list[tuple[int, int, Array, Array]]:
+    """For each width: width, evaluations before, depths, and standard errors less the allowance.
+
+    The arrays hold one value for each place, from the first with enough evaluations before it.
+    """
+    count = len(knn_K)
+    sums = np.concatenate([[0.0], np.cumsum(clip_singles(knn_K, noise.deviation))])
+    found = []
+    for width in widths(count):
+        before = evaluations_before(width, count)
+        at = np.arange(before, count - width + 1)
+        if len(at):
+            level = (sums[at] - sums[at - before]) / before
+            depths = level - (sums[at + width] - sums[at]) / width
+            allowance = math.sqrt(2 * math.log(count / width))
+            found.append((width, before, depths, depths / noise.of_step(before, width) - allowance))
+    return found
+
+
+def largest_excess(knn_K: Array, noise: Noise) -> float:
+    """The largest standard errors less allowance of a whole scan: what the threshold is set on."""
+    return max((float(errors.max()) for *_, errors in scan(knn_K, noise)), default=-math.inf)
+
+
+@cache
+def _thresholds() -> tuple[Array, Array]:
+    table = json.loads(TABLE.read_text())
+    counts = np.array([float(count) for count in table])
+    return counts, np.array([row["threshold"] for row in table.values()], float)
+
+
+def threshold(count: int) -> float:
+    """Standard errors less allowance above which a drop is none of noise."""
+    counts, values = _thresholds()
+    return float(np.interp(math.log(max(count, 1)), np.log(counts), values))
+
+
+def smallest_drop(count: int, noise: Noise, width: int) -> float:
+    """Points of a drop of a width that would just be told from noise."""
+    allowance = math.sqrt(2 * math.log(max(count / width, 1.0)))
+    error = noise.of_step(evaluations_before(width, count), width)
+    return error * (threshold(count) + allowance)
+
+
+def find_drops(knn_K: Array, noise: Noise, widest: int | None = None) -> list[Drop]:
+    """Drops above the threshold, of all places and widths, the clearest first.
+
+    Args:
+        knn_K: accuracies in percent, (K,).
+        noise: noise of the curve.
+        widest: widths to look at; None = all.
+    """
+    if len(knn_K) < FEWEST:
+        return []
+    limit = threshold(len(knn_K))
+    drops = []
+    for width, before, depths, errors in scan(knn_K, noise):
+        if widest is not None and width > widest:
+            continue
+        for place in np.flatnonzero(errors > limit):
+            above = float(errors[place]) - limit
+            drops.append(Drop(before + int(place), before, width, float(depths[place]), above))
+    return sorted(drops, key=lambda drop: -drop.above)
+
+
+def find_single_drops(knn_K: Array, noise: Noise) -> list[Drop]:
+    """Drops of one evaluation below the medians of the four before it and of the four after.
+
+    Heavy tails are told by the other side: a noise that never goes far up goes never far down.
+    """
+    if len(knn_K) < FEWEST:
+        return []
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(knn_K, SIDE), axis=1)
+    before_K = np.concatenate([np.full(SIDE, -np.inf), medians[: len(knn_K) - SIDE]])
+    after_K = np.concatenate([medians[1:], np.full(SIDE, np.inf)])
+    level_K = np.minimum(before_K, after_K)
+    depth_K = level_K - knn_K
+    above_K = knn_K - np.maximum(before_K, np.where(after_K < np.inf, after_K, -np.inf))
+    highest = max(float(np.max(above_K[SIDE:])), 0.0)
+    limit_K = np.maximum(
+        max(SINGLE_DEVIATIONS * noise.deviation, SINGLE_OVER_HIGHEST * highest),
+        SINGLE_SHARE * level_K,
+    )
+    return [
+        Drop(int(place), SIDE, 1, float(depth_K[place]), 0.0)
+        for place in np.flatnonzero(depth_K > limit_K)
+    ]

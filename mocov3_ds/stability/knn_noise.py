@@ -1,0 +1,153 @@
+"""How noisy is a k-NN curve? Read off the curve itself: a white part and a part with a memory.
+
+A queue's accuracy remembers: the next evaluation shares most of the bank with this one. So noise is
+white noise plus an autoregressive part. Both come from second differences of the means of blocks of
+one, two, four ... evaluations, in which a trend cancels:
+
+    Var(mean_1 - 2 mean_2 + mean_3) = 6 white^2 / length + slow^2 * (what correlations of phi^|i-j|
+    leave of it)
+
+A low quantile of their absolute values keeps dips and steep beginnings out.
+
+Shape suffixes: K = k-NN evaluations, L = lengths of blocks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from scipy import special
+
+from mocov3_ds.stability.findings import Array
+
+LENGTHS = (1, 2, 4, 8, 16, 32)
+"""evaluations of a block"""
+MEMORIES = (0.3, 0.5, 0.7, 0.8, 0.9)
+"""values of phi that are tried"""
+BLOCKS = 25
+"""blocks that a curve must have of a length: longer ones would see it bend"""
+FEWEST_FOR_MEMORY = 40
+"""evaluations below which the noise counts as white"""
+SMALLEST = 0.02
+"""points: least noise, for curves without any"""
+
+_QUANTILE = 0.4  # of absolute differences: below the median, as dips make the larger ones
+_GAUSSIAN_QUANTILE = float(special.ndtri((1 + _QUANTILE) / 2))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise of a k-NN curve, in points.
+
+    Attributes:
+        white: standard deviation of the part that is new in each evaluation.
+        slow: standard deviation of the part that remembers.
+        memory: its correlation from one evaluation to the next.
+    """
+
+    white: float
+    slow: float = 0.0
+    memory: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of one evaluation."""
+        return math.hypot(self.white, self.slow)
+
+    def of_mean(self, count: int) -> float:
+        """Standard error of the mean of so many evaluations in a row."""
+        slow = _sum_of_correlations(self.memory, count) / count**2
+        return math.sqrt(self.white**2 / count + self.slow**2 * slow)
+
+    def of_step(self, before: int, after: int) -> float:
+        """Standard error of the mean of some evaluations minus that of those right after them."""
+        phi = self.memory
+        shared = phi * (1 - phi**before) * (1 - phi**after) / (1 - phi) ** 2 / (before * after)
+        slow = (
+            _sum_of_correlations(phi, before) / before**2
+            + _sum_of_correlations(phi, after) / after**2
+            - 2 * shared
+        )
+        white = 1 / before + 1 / after
+        return math.sqrt(self.white**2 * white + self.slow**2 * max(slow, 0.0))
+
+
+def _sum_of_correlations(phi: float, count: int) -> float:
+    """Sum of phi^|i - j| over all pairs of so many evaluations."""
+    return count * (1 + phi) / (1 - phi) - 2 * phi * (1 - phi**count) / (1 - phi) ** 2
+
+
+def binomial_error(accuracy: Array | float, probes: int) -> Array:
+    """Standard error in points of an accuracy in percent on so many images; 0 if unknown."""
+    p = np.clip(np.asarray(accuracy, float) / 100, 0.0, 1.0)
+    return 100 * np.sqrt(p * (1 - p) / probes) if probes else np.zeros_like(p)
+
+
+def estimate_noise(knn_K: Array, probes: int = 0) -> Noise:
+    """Noise of a curve; of a short one at least the binomial error of its probes.
+
+    Args:
+        knn_K: accuracies in percent, (K,).
+        probes: images that each evaluation classifies; 0 if unknown.
+    """
+    if len(knn_K) < 3:
+        return Noise(max(SMALLEST, *(_binomial(knn_K, probes), 0.0)))
+    lengths_L = [n for n in LENGTHS if BLOCKS * n <= len(knn_K)] or [1]
+    variance_L = np.array([_variance_of_differences(knn_K, n) for n in lengths_L])
+    if len(knn_K) < FEWEST_FOR_MEMORY:
+        white = math.sqrt(variance_L[0] / 6)
+        return Noise(max(SMALLEST, white, _binomial(knn_K, probes)))
+    if (variance_L * lengths_L).min() <= 6 * SMALLEST**2:
+        return Noise(max(SMALLEST, math.sqrt(float(np.median(variance_L * lengths_L)) / 6)))
+    return _fit(lengths_L, variance_L)
+
+
+def _binomial(knn_K: Array, probes: int) -> float:
+    return float(np.median(binomial_error(knn_K, probes))) if len(knn_K) else 0.0
+
+
+def _variance_of_differences(knn_K: Array, length: int) -> float:
+    """Robust variance of the second differences of the means of all blocks of a length."""
+    sums = np.concatenate([[0.0], np.cumsum(knn_K)])
+    means = (sums[length:] - sums[:-length]) / length
+    differences = means[: -2 * length] - 2 * means[length:-length] + means[2 * length :]
+    return float(np.quantile(np.abs(differences), _QUANTILE) / _GAUSSIAN_QUANTILE) ** 2
+
+
+@cache
+def _slow_variance(length: int, phi: float) -> float:
+    """Variance of a second difference of blocks of autoregressive noise of deviation 1."""
+    weights = np.repeat([1.0, -2.0, 1.0], length) / length
+    apart = np.abs(np.subtract.outer(np.arange(3 * length), np.arange(3 * length)))
+    return float(weights @ phi**apart @ weights)
+
+
+def _fit(lengths_L: Sequence[int], variance_L: Array) -> Noise:
+    """White and slow part that explain the variances best, by relative least squares."""
+    white_L = 6 / np.array(lengths_L) / variance_L
+    best, least = Noise(0.0), math.inf
+    for phi in MEMORIES:
+        slow_L = np.array([_slow_variance(n, phi) for n in lengths_L]) / variance_L
+        for white, slow in _split(white_L, slow_L):
+            miss = float(np.sum((white * white_L + slow * slow_L - 1) ** 2))
+            if miss < least - 1e-12:
+                least = miss
+                best = Noise(math.sqrt(white), math.sqrt(slow), phi if slow else 0.0)
+    return best
+
+
+def _split(white_L: Array, slow_L: Array) -> list[tuple[float, float]]:
+    """Variances of the two parts with the least squares, neither below 0."""
+    ww, ws, ss = white_L @ white_L, white_L @ slow_L, slow_L @ slow_L
+    w, s = white_L.sum(), slow_L.sum()
+    splits = [(float(w / ww), 0.0)]
+    if ss > 0:
+        splits.append((0.0, float(s / ss)))
+        determinant = ww * ss - ws * ws
+        if determinant > 1e-9 * ww * ss:
+            white, slow = (w * ss - s * ws) / determinant, (s * ww - w * ws) / determinant
+            if white > 0 and slow > 0:
+                splits.append((float(white), float(slow)))
+    return splits

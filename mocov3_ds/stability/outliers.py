@@ -1,0 +1,165 @@
+"""Which values stand out of their past, so seldom by chance that a run of any length stays quiet?
+
+A value counts by its deviations from the level of its past. How many it must have depends on how
+heavy the tails of the noise are: that is read off the noise itself, as the number of degrees of a
+Student's t whose quantiles lie as far apart, and extrapolated to one false alarm in a hundred runs.
+Several rows in a row need fewer deviations each, as independent noise seldom repeats itself.
+
+Shape suffix: T = rows.
+"""
+
+from functools import cache
+
+import numpy as np
+from scipy import special
+
+from mocov3_ds.stability.findings import Array, Flags
+from mocov3_ds.stability.trailing import trailing_level, trailing_spread
+
+FALSE_ALARMS = 0.01
+"""false alarms of a detector per quiet run"""
+DEVIATIONS = 6.0
+"""fewest deviations of a value that stands out, where noise is Gaussian"""
+LONGEST_BURST = 100
+"""rows in a row that stand out after which the new level counts as the usual one"""
+LONGEST_RUN = 4
+"""rows in a row beyond which more of them prove no more"""
+_DEGREES = np.array([2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0])
+_PASSES = 3
+
+
+def limits(deviations_T: Array, series: int = 1) -> Array:
+    """Deviations that one, two, ... `LONGEST_RUN` rows in a row must all have, (LONGEST_RUN,).
+
+    Args:
+        deviations_T: deviations of all rows from their past, (T,), NaN where there is no past.
+        series: number of series that are looked at in one run.
+    """
+    deviations_T = deviations_T[np.isfinite(deviations_T)]
+    degrees = tail_degrees(deviations_T)
+    rows_in_a_row = np.arange(1, LONGEST_RUN + 1)
+    chance = (FALSE_ALARMS / (series * max(len(deviations_T), 1))) ** (1 / rows_in_a_row)
+    if np.isinf(degrees):
+        limit = -special.ndtri(chance)
+    else:
+        limit = special.stdtrit(degrees, 1 - chance) * _to_deviations(degrees)
+    return np.maximum(limit, DEVIATIONS)
+
+
+def tail_degrees(deviations_T: Array) -> float:
+    """Degrees of the Student's t with tails as heavy as these; infinite for Gaussian ones or light.
+
+    The upper tail is read less far out than the lower one, where no events are.
+    """
+    if len(deviations_T) < 20:
+        return float("inf")
+    middle = np.median(deviations_T)
+    high = np.asarray(deviations_T - middle)
+    low = -high
+    half = float(np.median(np.abs(high)))
+    if half == 0:
+        return float("inf")
+    degrees = []
+    for side, share in ((low, 0.98), (low, 0.95), (high, 0.95)):
+        ratio = float(np.quantile(side[side >= 0], share)) / half
+        ratios, gaussian = _ratios(share)
+        # noise of the quantile itself: a Gaussian sample shall count as one
+        slack = 1 + 2 * gaussian_error(share, len(side) / 2)
+        degrees.append(
+            np.inf if ratio <= gaussian * slack else np.interp(-ratio, -ratios, _DEGREES)
+        )
+    return float(min(degrees))
+
+
+def gaussian_error(share: float, count: float) -> float:
+    """Relative standard error of such a quantile of so many absolute Gaussian values."""
+    quantile = special.ndtri((1 + share) / 2)
+    density = 2 * np.exp(-(quantile**2) / 2) / np.sqrt(2 * np.pi)
+    return float(np.sqrt(share * (1 - share) / max(count, 1)) / density / quantile)
+
+
+@cache
+def _ratios(share: float) -> tuple[Array, float]:
+    """Such a quantile over the median, of absolute t values of each degree; of Gaussian ones."""
+    quantiles = special.stdtrit(_DEGREES, (1 + share) / 2)
+    return (
+        quantiles / special.stdtrit(_DEGREES, 0.75),
+        float(special.ndtri((1 + share) / 2) / special.ndtri(0.75)),
+    )
+
+
+def _to_deviations(degrees: float) -> float:
+    """Robust standard deviations in one unit of a Student's t."""
+    return float(special.ndtri(0.75) / special.stdtrit(degrees, 0.75))
+
+
+def in_a_row(above_T: Flags, length: int) -> Flags:
+    """Rows that belong to a stretch of at least so many true ones, (T,)."""
+    flags_T = np.zeros(len(above_T), bool)
+    if length <= len(above_T) and above_T.any():
+        whole = np.lib.stride_tricks.sliding_window_view(above_T, length).all(axis=1)
+        for shift in range(length):
+            flags_T[shift : shift + len(whole)] |= whole
+    return flags_T
+
+
+def stand_out(
+    values_T: Array,
+    *,
+    window: int,
+    spread_window: int,
+    at_least: int,
+    smallest_spread: float,
+    smallest: Array,
+    series: int = 1,
+) -> tuple[Flags, Array]:
+    """Rows that stand out above their past, (T,), and how far above its level each row is, (T,).
+
+    Rows that stand out do not count as the past of others, up to `LONGEST_BURST` of them in a row.
+
+    Args:
+        values_T: finite values, (T,).
+        window: values before a row whose median is its level.
+        spread_window: values before a row whose deviations from their levels tell the noise.
+        at_least: fewest values of the past.
+        smallest_spread: least standard deviation of the noise.
+        smallest: how far above the level one, two, ... rows in a row must be, (LONGEST_RUN,).
+        series: number of series that are looked at in one run.
+    """
+    usual_T = values_T
+    flags_T = np.zeros(len(values_T), bool)
+    for _ in range(_PASSES):
+        level_T = trailing_level(usual_T, window, at_least)
+        excess_T = values_T - level_T
+        known_T = np.where(np.isnan(level_T), 0.0, usual_T - level_T)
+        begin = min(at_least, len(known_T))
+        spread_T, offset_T = np.full((2, len(values_T)), np.nan)
+        spread_T[begin:] = trailing_spread(known_T[begin:], spread_window, at_least)
+        offset_T[begin:] = trailing_level(known_T[begin:], spread_window, at_least)
+        first = spread_T[np.isfinite(spread_T)][:1]
+        if len(first):  # the first levels have no spread of their own yet
+            spread_T[begin : begin + at_least] = first[0]
+        # a level lags behind a falling series, and no row stands out or in for that
+        lag_T = np.minimum(np.nan_to_num(offset_T), 0.0)
+        deviations_T = (excess_T - lag_T) / np.maximum(spread_T, smallest_spread)
+        limit = limits(deviations_T, series)
+        found_T = np.zeros(len(values_T), bool)
+        for length, (deviations, least) in enumerate(zip(limit, smallest, strict=True), 1):
+            with np.errstate(invalid="ignore"):
+                above_T = (deviations_T >= deviations) & (excess_T > least)
+            found_T |= in_a_row(above_T, length)
+        if np.array_equal(found_T, flags_T):
+            break
+        flags_T = found_T
+        usual_T = np.where(_at_most(flags_T, LONGEST_BURST), level_T, values_T)
+    return flags_T, excess_T
+
+
+def _at_most(flags_T: Flags, count: int) -> Flags:
+    """The first `count` rows of each stretch of flagged rows."""
+    if not flags_T.any():
+        return flags_T
+    row_T = np.arange(len(flags_T))
+    begins_T = np.maximum.accumulate(np.where(flags_T & ~np.r_[False, flags_T[:-1]], row_T, 0))
+    limited: Flags = flags_T & (row_T - begins_T < count)
+    return limited

@@ -1,0 +1,94 @@
+"""Is a run as good as it ought to be, whatever its shape? Step 0, chance, and other arms tell.
+
+A rate that is far too high leaves no dip behind, as there is nothing to fall from; and the paper's
+loss of accuracy shows beside a stabler twin alone.
+"""
+
+import math
+
+import numpy as np
+from scipy import special
+
+from mocov3_ds.stability.drops import FEWEST
+from mocov3_ds.stability.findings import Series
+from mocov3_ds.stability.knn_noise import Noise, binomial_error
+from mocov3_ds.stability.outliers import FALSE_ALARMS
+
+ERRORS = 2.0
+"""standard errors above the random network, or above chance, that count as learning"""
+LEAST_BEHIND = 1.0
+"""points that a run must be behind another arm, at least"""
+AS_UNTRAINED = 0.90
+"""share of its chance level above which a loss has hardly begun to fall"""
+ENDED = 0.9
+"""share of its planned length after which a run may be said to have learnt nothing"""
+_AVERAGED = 3  # evaluations that make the final accuracy
+
+
+def explain_no_learning(series: Series, noise: Noise, final: float, final_loss: float) -> str:
+    """Why the features count as no better than the random network's; empty if they do not.
+
+    Args:
+        series: the run.
+        noise: noise of its k-NN curve.
+        final: its final accuracy, percent; NaN without evaluations.
+        final_loss: median loss of its end.
+    """
+    if len(series.steps_T) == 0 or series.steps_T[-1] < ENDED * series.total_steps:
+        return ""
+    start, end = series.knn_at_start, series.knn_at_end
+    if start is not None and end is not None:
+        error = float(binomial_error(start, series.probes))
+        if end < start + ERRORS * error:
+            return (
+                f"the k-NN accuracy ends at {end:.1f} %, that of the random network was "
+                f"{start:.1f} % (standard error {error:.1f})"
+            )
+    error = _error_of_final(series, noise, final)
+    chance = series.knn_chance
+    if chance > 0 and final < chance + ERRORS * error:
+        return f"the k-NN accuracy ends at {final:.1f} %, guessing gives {chance:.1f} %"
+    if len(series.knn_K) >= FEWEST and final_loss > AS_UNTRAINED * series.chance_loss:
+        first = float(np.mean(series.knn_K[:_AVERAGED]))
+        if final < first + ERRORS * math.sqrt(2) * error:
+            return (
+                f"the k-NN accuracy ends at {final:.1f} % as it began ({first:.1f} %), and the "
+                f"loss at {100 * final_loss / series.chance_loss:.0f} % of its chance level"
+            )
+    return ""
+
+
+def explain_behind(series: Series, noise: Noise, final: float) -> str:
+    """Why the run counts as worse than a stabler one at the same seed; empty if it does not.
+
+    The bar is the error of a difference of two such runs that one quiet pair in a hundred exceeds,
+    of the best of several arms accordingly more.
+
+    Args:
+        series: the run, with its twin's or its best sibling's final accuracy.
+        noise: noise of its k-NN curve.
+        final: its final accuracy, percent.
+    """
+    error = math.sqrt(2) * _error_of_final(series, noise, final)
+    for name, other, arms in (
+        ("its twin with a frozen patch projection", series.twin_knn, 1),
+        (f"the arm {series.sibling}", series.sibling_knn, series.siblings),
+    ):
+        if other is None:
+            continue
+        bar = max(LEAST_BEHIND, -float(special.ndtri(FALSE_ALARMS / max(arms, 1))) * error)
+        if other - final > bar:
+            return (
+                f"the k-NN accuracy ends {other - final:.1f} points below that of {name} at the "
+                f"same seed ({final:.1f} against {other:.1f} %; chance makes {bar:.1f})"
+            )
+    return ""
+
+
+def _error_of_final(series: Series, noise: Noise, final: float) -> float:
+    """Standard error of the median of the last three evaluations, points."""
+    if math.isnan(final):
+        return math.nan
+    # a median of three Gaussian values has 1.16 times the error of their mean
+    curve = 1.16 * noise.of_mean(min(_AVERAGED, max(len(series.knn_K), 1)))
+    return max(curve, float(binomial_error(final, series.probes)) / math.sqrt(2))

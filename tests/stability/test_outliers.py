@@ -1,0 +1,70 @@
+"""What stands out of noise with light and heavy tails, and how often noise alone does."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mocov3_ds.stability.outliers import in_a_row, limits, stand_out, tail_degrees
+
+look = partial(
+    stand_out,
+    window=30,
+    spread_window=200,
+    at_least=16,
+    smallest_spread=0.001,
+    smallest=np.full(4, 0.01),
+)
+
+
+def test_limits_are_quantiles_of_the_noise() -> None:
+    random = np.random.default_rng(0)
+    heavy = random.standard_t(3, 200_000)
+    heavy /= 1.4826 * np.median(np.abs(heavy))
+    one, two, _, four = limits(heavy)
+    unit = stats.norm.ppf(0.75) / stats.t.ppf(0.75, 3)
+    assert one == pytest.approx(stats.t.isf(0.01 / 200_000, 3) * unit, rel=0.25)
+    assert two == pytest.approx(stats.t.isf((0.01 / 200_000) ** 0.5, 3) * unit, rel=0.15)
+    assert one > two > four >= 6
+    assert limits(random.standard_normal(200_000)).tolist() == [6.0] * 4
+
+
+def test_tails_are_read_off_the_noise() -> None:
+    random = np.random.default_rng(1)
+    assert np.mean([np.isinf(tail_degrees(random.standard_normal(2000))) for _ in range(50)]) > 0.6
+    heavy = [tail_degrees(random.standard_t(3, 5000)) for _ in range(20)]
+    assert 2.3 < np.median(heavy) < 4
+    with_events = random.standard_normal(5000)
+    with_events[::250] += 30
+    assert tail_degrees(with_events) > 8
+    assert np.isinf(tail_degrees(np.zeros(100)))
+
+
+def test_rows_in_a_row() -> None:
+    flags = np.array([1, 1, 0, 1, 0, 1, 1, 1], bool)
+    assert np.flatnonzero(in_a_row(flags, 2)).tolist() == [0, 1, 5, 6, 7]
+    assert np.flatnonzero(in_a_row(flags, 3)).tolist() == [5, 6, 7]
+    assert not in_a_row(flags, 9).any()
+
+
+@pytest.mark.parametrize("degrees", [3, 6, 1000])
+def test_noise_alone_seldom_stands_out(degrees: int) -> None:
+    random = np.random.default_rng(degrees)
+    found = 0
+    for rows in (400, 3000):
+        for _ in range(10):
+            noise = 0.006 * random.standard_t(degrees, rows)
+            found += look(np.cumsum(np.full(rows, -1e-4)) + noise)[0].any()
+    assert found <= 2  # 0.2 are expected at one in a hundred
+
+
+def test_what_stands_out_is_found_and_a_new_level_is_soon_usual() -> None:
+    values = 0.003 * np.random.default_rng(0).standard_normal(2000)
+    values[500], values[900:905] = 0.1, 0.05
+    flags, excess = look(values)
+    assert np.flatnonzero(flags).tolist() == [500, *range(900, 905)]
+    assert excess[500] == pytest.approx(0.1, abs=0.01)
+    values[1200:] += 1
+    flagged = np.flatnonzero(look(values)[0])
+    assert 1200 in flagged and flagged[-1] < 1400
