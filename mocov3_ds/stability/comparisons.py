@@ -100,7 +100,7 @@ def compare_values(values: Values, pairs: Sequence[tuple[str, str]]) -> list[Com
     """Every metric of every pair of arms, corrected by Holm over all of them.
 
     Args:
-        values: what was measured.
+        values: what was measured, of each metric, arm and seed.
         pairs: arm and reference; a pair without a seed in common is left out.
     """
     tests: list[tuple[str, str, str, tuple[int, ...], paired.PairedTest, float]] = []
@@ -147,12 +147,8 @@ def list_pairs(arms: Arms) -> list[tuple[str, str]]:
         if run.cell.twin in label_of
     ]
     pairs = [(label, labels[0]) for label in labels[1:]] + twins
-    known: set[frozenset[str]] = set()
-    return [
-        pair
-        for pair in pairs
-        if len({*pair}) == 2 and frozenset(pair) not in known and not known.add(frozenset(pair))
-    ]
+    different = {frozenset(pair): pair for pair in reversed(pairs) if len({*pair}) == 2}
+    return [pair for pair in pairs if different.pop(frozenset(pair), None)]
 
 
 def measure_arms(arms: Arms) -> Values:

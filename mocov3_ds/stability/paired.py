@@ -134,7 +134,7 @@ def smallest_difference(sd: float, seeds: int, comparisons: int = 1, power: floa
 
     Args:
         sd: standard deviation of the paired differences.
-        seeds: pairs.
+        seeds: number of pairs of runs.
         comparisons: comparisons of the page.
         power: share of the studies that are to show it.
     """

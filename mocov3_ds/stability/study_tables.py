@@ -101,7 +101,7 @@ def tabulate_arms(arms: Arms, compared: Arms | None = None) -> list[dict[str, An
     seeds with 95 % interval (`paired.spread_over_seeds`).
 
     Args:
-        arms: all runs.
+        arms: all runs, ended or not.
         compared: runs that got equally far (`comparable_runs.line_up`); None = all.
     """
     rows = []

@@ -2,12 +2,8 @@
 
 from dataclasses import replace
 
-import numpy as np
-import pytest
-
 from mocov3_ds.stability.comparable_runs import LinedUp, line_up
 from mocov3_ds.stability.comparisons import compare_arms
-from mocov3_ds.stability.same_step import cut_series, has_ended, share_done
 from mocov3_ds.stability.study import Arms
 from mocov3_ds.stability.study_tables import tabulate_arms
 from tests.stability.judged_runs import STEPS, judged_run
@@ -30,18 +26,6 @@ def seeds(found: LinedUp) -> dict[str, list[int]]:
 
 def last_steps(found: LinedUp) -> set[int]:
     return {int(run.series.steps_T[-1]) for runs in found.arms.values() for run in runs}
-
-
-def test_a_series_as_it_was() -> None:
-    series = judged_run("a", 0, 40.0).series
-    cut = cut_series(replace(series, twin_knn=3.0, stopped_non_finite=True), 55)
-    assert cut.steps_T.tolist() == list(range(1, 56)) and cut.knn_steps_K.tolist()[-1] == 50
-    assert cut.grad_linf_GT.shape == (len(cut.groups), 55) == cut.rms_GT.shape
-    assert (cut.twin_knn, cut.stopped_non_finite, cut.total_steps) == (None, False, STEPS)
-    assert share_done(cut) == pytest.approx(55 / STEPS) and not has_ended(cut)
-    assert cut_series(series, STEPS) is series and has_ended(series)
-    assert has_ended(replace(cut, stopped_non_finite=True))
-    assert share_done(replace(cut, steps_T=np.empty(0, np.int64))) == 0
 
 
 def test_ended_runs_are_compared_as_they_are() -> None:
