@@ -24,7 +24,7 @@ from mocov3_ds.model.cpu_ops import linear
 _FIRST_ITERATIONS = 30
 """power iterations before the first step, after which sigma is right to a percent or better"""
 _LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-_OWN = ("gain", "u", "v")
+_LEAVES = ("gain", "u", "v")
 
 
 class SigmaLinear(nn.Linear):
@@ -56,7 +56,7 @@ class SigmaLinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> "SigmaLinear":
         """Go where the module goes, but never into low precision: u and v are no weights."""
         u_O, v_I = self.u, self.v
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.u, self.v = u_O.to(self.u.device), v_I.to(self.v.device)
         return self
 
@@ -125,7 +125,7 @@ def move_all_vectors(module: nn.Module) -> None:
             continue
         from mocov3_ds.distributed.engine import gather_parameters
 
-        with gather_parameters([layer.weight]):
+        with gather_parameters([layer.get_parameter("weight")]):
             move_vectors(layer)
 
 
@@ -138,9 +138,9 @@ def bake_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     baked = dict(tensors)
     for name in tensors:
         layer = name.removesuffix(".weight")
-        own = [f"{layer}.{part}" for part in _OWN]
-        if layer != name and {*own} <= {*tensors}:
-            gain, u_O, v_I = (baked.pop(part) for part in own)
+        leaves = [f"{layer}.{leaf}" for leaf in _LEAVES]
+        if layer != name and {*leaves} <= {*tensors}:
+            gain, u_O, v_I = (baked.pop(leaf) for leaf in leaves)
             weight_OI = tensors[name].float()
             baked[name] = weight_OI * (gain.float() / spectral_norm(weight_OI, u_O, v_I))
     return baked

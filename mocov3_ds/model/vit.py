@@ -57,8 +57,7 @@ def build_vit(
         drop_path: stochastic depth rate of the last block (0 in the paper's pretraining).
         qk_norm: LayerNorm on the queries and keys of each attention head (arXiv 2302.05442), which
             bounds the attention logits; another architecture than the paper's.
-        layer_scale: first value of a learned factor on each feature of both branches of a block
-            (LayerScale, arXiv 2103.17239); 0 = there is none, as in the paper.
+        layer_scale: first value of LayerScale's factors (arXiv 2103.17239); 0 = none, as there.
         sigma_reparam: the linear layers of the blocks are those of `sigma_reparam`.
         norm_eps: epsilon of all norms (1e-6 in the paper's code, 1e-12 in transformers).
         class_token_only: the last block computes the class token alone, which is all that MoCo v3

@@ -226,15 +226,15 @@ class Clipper:
         ]
         norm_S = _sum_squares(tables, pieces, exchange_device).sqrt()
         if engine is None:
-            whole = norm_S.norm()
+            whole_norm = norm_S.norm()
         else:
             from mocov3_ds.distributed import zero
 
-            known = zero.whole_gradient_norm(engine)
-            whole = torch.as_tensor(known, dtype=torch.float64, device=tables.device)
-        own = [self._state(share.flat, states[share.flat.tensor]) for share in tables.shares]
-        factor_S, state_KS = self.clip.clip(norm_S, whole, torch.cat(own, dim=1).double())
-        for share, own_KS in zip(tables.shares, own, strict=True):
+            told_norm = zero.whole_gradient_norm(engine)
+            whole_norm = torch.as_tensor(told_norm, dtype=torch.float64, device=tables.device)
+        before = [self._state(share.flat, states[share.flat.tensor]) for share in tables.shares]
+        factor_S, state_KS = self.clip.clip(norm_S, whole_norm, torch.cat(before, dim=1).double())
+        for share, own_KS in zip(tables.shares, before, strict=True):
             own_KS.copy_(state_KS[:, share.rows])
         self._factors[tables.names] = factor_S = factor_S.float()
         factors = factor_S.tolist() if factor_S.device.type == "cpu" else None  # no wait on a GPU
@@ -266,9 +266,9 @@ class Clipper:
         state.pop(CLIP_KEY, None)
         own_KS = self._state(flat, state)
         for index, name in enumerate(flat.names):
-            known = saved.get(name)
-            if known is not None and len(known) == len(own_KS):
-                own_KS[:, index] = known.to(own_KS.device)
+            saved_K = saved.get(name)
+            if saved_K is not None and len(saved_K) == len(own_KS):
+                own_KS[:, index] = saved_K.to(own_KS.device)
         if flat.sharded:  # a rank knows the tensors of which it has a part; no number is below 0
             there_KS = own_KS.to(ranks.this_device(), copy=True)
             own_KS.copy_(ranks.all_reduce_max(there_KS, flat.group))

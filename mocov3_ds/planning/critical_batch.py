@@ -32,7 +32,7 @@ def relative_steps(batch: float, noise: float) -> float:
 
     Args:
         batch: images of a step.
-        noise: noise scale, images.
+        noise: noise scale in images, of the same run.
     """
     return 1 + noise / batch
 
@@ -42,7 +42,7 @@ def relative_images(batch: float, noise: float) -> float:
 
     Args:
         batch: images of a step.
-        noise: noise scale, images.
+        noise: noise scale in images, of the same run.
     """
     return 1 + batch / noise
 
@@ -106,7 +106,7 @@ def describe_critical_batch(noise: NoiseScale, batch: int) -> str:
     """Table of steps and images to a target by batch, against one batch.
 
     Args:
-        noise: the noise scale.
+        noise: the noise scale that the law is given.
         batch: images of a step of the run that the others are compared with.
     """
     steps, images = relative_steps(batch, noise.images), relative_images(batch, noise.images)
@@ -117,11 +117,11 @@ def describe_critical_batch(noise: NoiseScale, batch: int) -> str:
         f"{'batch':>9}  {'steps':>7}  {'images':>7}   to the same target, batch {batch} = 1",
     ]
     for factor in _AROUND:
-        other = round(batch * factor)
-        if other >= 2:
-            steps_here = relative_steps(other, noise.images) / steps
-            images_here = relative_images(other, noise.images) / images
-            lines.append(f"{other:>9}  {steps_here:>7.2f}  {images_here:>7.2f}")
+        another_batch = round(batch * factor)
+        if another_batch >= 2:
+            steps_here = relative_steps(another_batch, noise.images) / steps
+            images_here = relative_images(another_batch, noise.images) / images
+            lines.append(f"{another_batch:>9}  {steps_here:>7.2f}  {images_here:>7.2f}")
     saved = 1 - relative_steps(2 * batch, noise.images) / steps
     dearer = relative_images(2 * batch, noise.images) / images - 1
     lines += [
