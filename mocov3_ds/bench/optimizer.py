@@ -3,13 +3,15 @@
     python -m mocov3_ds.bench optimizer                                  ViT-B, one CPU thread
     python -m mocov3_ds.bench optimizer --shapes vit_b16 vit_l16 vit_h14 the sizes of the paper
     python -m mocov3_ds.bench optimizer --device cuda                    a GPU, with its bandwidth
+    python -m mocov3_ds.bench optimizer --kind muon --shapes vit_s16     Muon alone
 
 Each optimizer updates all trained tensors of the ViT's backbone, unsharded, from the same weights
 and gradients. They take turns for several rounds. Each turn builds the state from scratch, so that
 only one optimizer's memory is in use, takes one step to warm up, and then the timed steps; the
 median counts. Time is CPU seconds on the CPU and seconds between synchronisations on a GPU. GB/s
 are the bytes that the algorithm must move (see `optim/kernels.py`) over the time, and "of
-copy" compares them with those of a plain copy in the same run.
+copy" compares them with those of a plain copy in the same run. Of Muon the operations of its
+products are told beside those that a product of a square matrix reaches.
 """
 
 import gc
@@ -17,7 +19,7 @@ import importlib
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,10 +33,11 @@ from mocov3_ds.bench.resource_use import time_call
 from mocov3_ds.distributed import host_memory
 from mocov3_ds.distributed.segments import Flat, cut_segments, packed_offsets
 from mocov3_ds.model.vit import PAPER_SHAPES, build_vit
-from mocov3_ds.optim import AdamW, Lamb, Lars
+from mocov3_ds.optim import AdamW, Lamb, Lars, Muon
 from mocov3_ds.optim.kernel_types import NORMS, FlatStep
 from mocov3_ds.optim.kernels import choose_kernels
 from mocov3_ds.optim.lamb import trust_ratio
+from mocov3_ds.optim.orthogonal import count_operations
 from mocov3_ds.optim.rules import vit_rule
 from mocov3_ds.optim.step_tables import build_tables
 from mocov3_ds.settings.wording import count_noun
@@ -50,6 +53,8 @@ class OptimizerOptions:
 
     shapes: tuple[Literal["vit_s16", "vit_b16", "vit_l16", "vit_h14"], ...] = ("vit_b16",)
     """backbones of the paper whose tensors are updated"""
+    kind: Literal["elementwise", "muon"] = "elementwise"
+    """optimizers that are bound by bytes, or Muon, whose step takes minutes for ViT-B on a CPU"""
     device: Literal["cpu", "cuda"] = "cpu"
     """device that holds the weights"""
     threads: int = 1
@@ -73,6 +78,8 @@ class Contender:
     """makes a function that takes one step, from the tensors by name; each has its gradient"""
     bytes_each: int
     """bytes that its algorithm must move for each parameter"""
+    products: torch.dtype | None = None
+    """precision of its matrix products; None = it has none"""
 
 
 def run_bench(options: OptimizerOptions) -> None:
@@ -109,25 +116,50 @@ def compare_optimizers(
     if needed > free:
         print(f"left out: needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free\n")
         return
-    contenders, absent = try_contenders(device)
+    contenders, absent = try_contenders(device, CONTENDERS[options.kind])
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(options.rounds):
         for contender in contenders:
             times[contender.name] += time_turn(contender, shapes, options.steps, device)
     unit = "CPU ms" if device.type == "cpu" else "ms"
-    print(f"| optimizer | {unit} a step | speed against {YARDSTICK} | GB/s | of copy |")
+    yardstick = YARDSTICKS[options.kind]
+    print(f"| optimizer | {unit} a step | speed against {yardstick} | GB/s | of copy |")
     print("|---|---|---|---|---|")
-    yardstick = statistics.median(times[YARDSTICK])
+    yardstick_s = statistics.median(times[yardstick])
     for contender in contenders:
         seconds = statistics.median(times[contender.name])
         speed = count * contender.bytes_each / seconds / 1e9
         print(
-            f"| {contender.name} | {1e3 * seconds:.1f} | {yardstick / seconds:.2f} | {speed:.1f} "
+            f"| {contender.name} | {1e3 * seconds:.1f} | {yardstick_s / seconds:.2f} | {speed:.1f} "
             f"| {speed / copy:.2f} |"
         )
     for name, reason in absent.items():
         print(f"| {name} | {reason} | | | |")
+    print()
+    for contender in contenders:
+        if contender.products is not None:
+            seconds = statistics.median(times[contender.name])
+            print_operations(contender, muon_operations(shapes) / seconds, device)
     print(flush=True)
+
+
+def muon_operations(shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Operations of Muon's products in a step: the floor, as no way to fewer is taken here."""
+    return sum(count_operations(*s, steps=5) for s in shapes.values() if len(s) == 2)
+
+
+def print_operations(contender: Contender, reached: float, device: torch.device) -> None:
+    """Print the operations a second of a contender beside those of one product."""
+    assert contender.products is not None
+    side = 512 if device.type == "cpu" else 4096
+    x = torch.randn(side, side, device=device, dtype=contender.products)
+    time_call(lambda: x @ x, device)
+    seconds = statistics.median(time_call(lambda: x @ x, device) for _ in range(5))
+    product = 2 * side**3 / seconds
+    print(
+        f"{contender.name}: {reached / 1e9:.1f} Gop/s, {reached / product:.2f} of a product of "
+        f"{side} x {side} in {str(contender.products).removeprefix('torch.')}"
+    )
 
 
 def print_heading(title: str, options: OptimizerOptions, copy: float) -> None:
@@ -248,6 +280,20 @@ def build_theirs(kind: Any, **options: Any) -> Callable[[dict[str, nn.Parameter]
     return build
 
 
+def build_torch_muon(tensors: dict[str, nn.Parameter]) -> Step:
+    """Torch's Muon for the matrices (its products are bf16 always), its AdamW for the rest."""
+    matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
+    others = {name: tensor for name, tensor in tensors.items() if tensor.ndim != 2}
+    muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(decay_groups(others), lr=RATE, foreach=True)
+
+    def step() -> None:
+        muon.step()
+        adamw.step()
+
+    return step
+
+
 def import_class(module: str, name: str) -> Any:
     """Class of an optimizer whose package may be missing."""
     return getattr(importlib.import_module(module), name)
@@ -263,7 +309,7 @@ def build_apex_lamb(tensors: dict[str, nn.Parameter]) -> Step:
     return build_theirs(import_class("apex.optimizers", "FusedLAMB"), max_grad_norm=0.0)(tensors)
 
 
-CONTENDERS = (
+_ELEMENTWISE = (
     Contender("our Lamb", build_ours(Lamb), Lamb.bytes_moved()),
     Contender("our Lamb, one flat as under ZeRO", build_flat_lamb, Lamb.bytes_moved()),
     Contender("our Lamb, plain path", build_ours(Lamb, backend="plain"), Lamb.bytes_moved()),
@@ -279,12 +325,26 @@ CONTENDERS = (
     Contender("torch AdamW, foreach", build_theirs(torch.optim.AdamW, foreach=True), 28),
     Contender("torch AdamW, fused", build_theirs(torch.optim.AdamW, fused=True), 28),
 )
+_MUON = (
+    Contender("our Muon", build_ours(Muon, last_layer="muon"), Muon.bytes_moved(), torch.float32),
+    Contender(
+        "our Muon, bf16 products",
+        build_ours(Muon, last_layer="muon", ns_dtype="bf16"),
+        Muon.bytes_moved(),
+        torch.bfloat16,
+    ),
+    Contender("torch Muon", build_torch_muon, Muon.bytes_moved(), torch.bfloat16),
+)
+CONTENDERS = {"elementwise": _ELEMENTWISE, "muon": _MUON}
+YARDSTICKS = {"elementwise": YARDSTICK, "muon": "torch Muon"}
 
 
-def try_contenders(device: torch.device) -> tuple[list[Contender], dict[str, str]]:
+def try_contenders(
+    device: torch.device, contenders: Sequence[Contender]
+) -> tuple[list[Contender], dict[str, str]]:
     """The optimizers that can take a step on this machine, and why each of the others cannot."""
     able, absent = [], {}
-    for contender in CONTENDERS:
+    for contender in contenders:
         try:
             time_turn(contender, {"w.weight": (4, 8), "w.bias": (4,)}, 1, device)
             able.append(contender)

@@ -16,7 +16,16 @@ def test_each_contender_that_runs_here_has_a_time(capsys: pytest.CaptureFixture[
     assert "| timm Lamb | " in out and "1.00" in out
     if not torch.cuda.is_available():
         assert "| DeepSpeed FusedLamb | does not run here: " in out
-    assert out.count("\n| ") == len(optimizer.CONTENDERS) + 1
+    assert out.count("\n| ") == len(optimizer.CONTENDERS["elementwise"]) + 1
+
+
+def test_muon_tells_its_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    options = optimizer.OptimizerOptions(rounds=1, steps=1, kind="muon")
+    optimizer.compare_optimizers("small", SMALL, options)
+    out = capsys.readouterr().out
+    assert "| torch Muon | " in out and "| our Muon, bf16 products | " in out
+    assert out.count(" of a product of 512 x 512 in bfloat16") == 2
+    assert optimizer.muon_operations(SMALL) == 5 * (4 * 33**2 * 40 + 2 * 33**3)
 
 
 def test_what_does_not_fit_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:

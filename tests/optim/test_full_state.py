@@ -16,6 +16,7 @@ BEFORE, AFTER = 5, 4
 FULL = dict[str, dict[str, Tensor]]
 
 SAVED = [Case(1), Case(3), Case(2, "fp16"), Case(1, "fp32", "lars"), Case(2, "fp32", "adamw")]
+SAVED += [Case(2, "fp32", "muon")]
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -96,6 +97,7 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     saved = save(SAVED)
     same = resume(list(zip(SAVED, saved, strict=True)))
     cases = [Case(2), Case(3, "bf16"), Case(1, "bf16", config=FP32_GRADIENTS)]
+    cases += [Case(1, "bf16", "muon")]
     return {"saved": saved, "same": same, "deepspeed": deepspeed_checkpoints(folder, cases)}
 
 
@@ -129,15 +131,19 @@ def check_elsewhere(world_size: int, jobs: list[tuple[Case, dict[str, Any]]]) ->
         want = {n: s["weight"] for n, s in saved["end"].items()}
         got = {n: s["weight"] for n, s in resumed["end"].items()}
         # own gradients, summed in another order
-        assert movement_error(got, want, saved["first"]) < 2e-5, case
+        # (which Muon raises where a matrix hardly has a direction, see test_muon.py)
+        tolerance = 1e-3 if case.optimizer == "muon" else 2e-5
+        assert movement_error(got, want, saved["first"]) < tolerance, case
         moment = next(key for key in saved["end"]["wide.weight"] if key != "weight")
         want = {n: s[moment] for n, s in saved["end"].items()}
-        assert largest_error({n: s[moment] for n, s in resumed["end"].items()}, want, want) < 2e-5
+        moments = {n: s[moment] for n, s in resumed["end"].items()}
+        assert largest_error(moments, want, want) < tolerance
 
 
 def test_another_world_size_and_stage_go_on(two_ranks: dict[str, Any]) -> None:
     saved = two_ranks["saved"]
     to_others = [(Case(3), saved[0]), (Case(1), saved[1]), (Case(3, "fp32", "lars"), saved[3])]
+    to_others += [(Case(3, "fp32", "muon"), saved[5])]
     check_elsewhere(3, to_others)
 
 
@@ -148,8 +154,9 @@ def test_each_world_size_and_stage_goes_on(two_ranks: dict[str, Any], world_size
     jobs = [(Case(stage), state) for stage in range(4) for state in saved[:2]]
     jobs += [(Case(stage, "fp32", "lars"), saved[3]) for stage in range(4)]
     jobs += [(Case(stage, "fp32", "adamw"), saved[4]) for stage in range(4)]
+    jobs += [(Case(stage, "fp32", "muon"), saved[5]) for stage in range(4)]
     check_elsewhere(world_size, jobs)
 
 
 def test_checkpoints_of_deepspeed_go_on_bit_for_bit(two_ranks: dict[str, Any]) -> None:
-    assert two_ranks["deepspeed"] == [True] * 3
+    assert two_ranks["deepspeed"] == [True] * 4

@@ -166,7 +166,7 @@ def measure_optimizers(device: torch.device, recipe: str) -> list[Finding]:
     copy = optimizer.copy_bandwidth(device)
     chosen = ("our Lamb, one flat as under ZeRO", "our AdamW", "torch AdamW, fused")
     numbers, text = {"copy, GB/s": copy}, []
-    for contender in optimizer.CONTENDERS:
+    for contender in optimizer.CONTENDERS["elementwise"]:
         if contender.name in chosen:
             times = optimizer.time_turn(contender, shapes, 5, device)
             speed = count * contender.bytes_each / statistics.median(times) / 1e9
