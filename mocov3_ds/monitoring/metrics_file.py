@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from mocov3_ds.data.storage.atomic import write_text
 
 Row = Mapping[str, Any]
@@ -24,9 +26,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_bytes().splitlines():
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            try:
+                row = json.loads(line)  # NaN and Infinity
+            except (ValueError, RecursionError):
+                continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows

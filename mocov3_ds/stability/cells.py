@@ -73,7 +73,9 @@ def read_outcome(folder: Path, name: str) -> Outcome | None:
     return Outcome(message=tree.pop("words"), **tree)
 
 
-def prepare_folder(folder: Path, grid: Grid, *, launcher: str, extra: Sequence[str]) -> None:
+def prepare_folder(
+    folder: Path, grid: Grid, *, launcher: str, extra: Sequence[str], command: str = ""
+) -> None:
     """Write down what is to run, or check that the folder belongs to this grid.
 
     Cells may be added to a folder (more seeds); none may change.
@@ -83,6 +85,7 @@ def prepare_folder(folder: Path, grid: Grid, *, launcher: str, extra: Sequence[s
         grid: the grid with its cells.
         launcher: command line before train.py; `{port}` becomes a free port.
         extra: flags of train.py for every cell.
+        command: command that asked for the cells, for the page about them.
 
     Raises:
         ValueError: the folder holds another grid.
@@ -107,6 +110,7 @@ def prepare_folder(folder: Path, grid: Grid, *, launcher: str, extra: Sequence[s
         "title": grid.title,
         "about": grid.about,
         "launcher": launcher,
+        "command": command,
         "cells": cells,
     }
     _write_json(path, tree)

@@ -3,7 +3,7 @@
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from mocov3_ds.stability.grid import Grid, Scale, load_grid
 
 Name = Annotated[str, tyro.conf.Positional]
 Folder = Annotated[Path, tyro.conf.Positional]
+Sources = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,11 @@ def run(
             print(launcher.replace("{port}", "29500"), command)
         return
     cells.prepare_folder(
-        folder, study, launcher=options.launcher or cells.default_launcher(), extra=extra
+        folder,
+        study,
+        launcher=options.launcher or cells.default_launcher(),
+        extra=extra,
+        command=_run_command(grid, options),
     )
     names = []
     for cell in study.cells:
@@ -111,6 +116,33 @@ def _train_cells(folder: Path, names: list[str], total: int, options: GridOption
     table = write_cell_table(folder)
     print(format_cells(tabulate_cells(folder)))
     print(f"{table}\nreport:   {_report_command(folder)}")
+
+
+def _run_command(grid: str, options: GridOptions) -> str:
+    """Command that trains the same cells, wherever and however many at a time."""
+    line = ["mocov3", "stability", "run", grid]
+    for name in ("scale", "seeds", "runs", "shards", "probes", "launcher", "flags"):
+        field = {"runs": "runs_folder"}.get(name, name)
+        value = getattr(options, field)
+        if value != getattr(GridOptions(), field):
+            line += [f"--{name}", str(value)]
+    return storage.hide_secrets(shlex.join(line))
+
+
+def _page_command(
+    sources: Sequence[Path],
+    out: Path | None,
+    command: str,
+    columns: Sequence[str],
+    probes: int,
+) -> str:
+    """Command that makes the same page."""
+    line = ["mocov3", "stability", "report", *map(str, sources)]
+    line += ["--out", str(out)] if out else []
+    line += ["--command", command] if command else []
+    line += ["--columns", *columns] if columns else []
+    line += ["--probes", str(probes)] if probes else []
+    return shlex.join(line)
 
 
 def _report_command(folder: Path) -> str:
@@ -155,17 +187,47 @@ def cell(folder: Folder, name: Name, /) -> None:
     print(f"{outcome.status}: {name}{': ' * bool(outcome.message)}{outcome.message}")
 
 
-def report(source: Folder, /, *, out: Path | None = None, command: str = "") -> None:
-    """Draw a page about a grid, or about one run: curves, layers, alarms, verdicts, what to try.
+def report(
+    sources: Sources,
+    /,
+    *,
+    out: Path | None = None,
+    command: str = "",
+    columns: tuple[str, ...] = (),
+    probes: int = 0,
+) -> None:
+    """Draw a page about a grid, or about runs of any program: curves, layers, verdicts, advice.
+
+    Runs that no grid made become arms by the settings in which they differ; equal but for the seed,
+    they are one arm, and runs of one seed are pairs. Logs of other programs are read as CSV, JSON
+    lines, W&B's exports and TensorBoard's event files; the page says how each was understood.
 
     Args:
-        source: folder of a grid, or a run folder; runs may still be going on.
-        out: folder of the page, the pictures and the tables; empty = SOURCE/report.
+        sources: a grid's folder; or run folders, logs of other programs, and folders of these.
+            Runs may still be going on.
+        out: folder of the page, the pictures and the tables; empty = SOURCE/report of one folder,
+            else stability-report.
         command: command that made the runs, to be printed on the page.
+        columns: which column of a log means what where its name does not tell, e.g.
+            `knn=val/acc loss=train/loss`; `lr=` leaves one out, `grad.patch_embed=g/conv1` names a
+            layer's gradient.
+        probes: images that each evaluation of a log classifies, for its error; 0 = unknown.
     """
     from mocov3_ds.stability.study_page import write_study  # matplotlib takes a while
 
-    page = write_study(source, out or source / "report", command=command)
+    if not sources:
+        raise ValueError("stability report needs a grid's folder, runs or logs.")
+    if probes < 0:
+        raise ValueError(f"--probes {probes} must be 0 (unknown) or the number of images.")
+    alone = sources[0] / "report" if len(sources) == 1 and sources[0].is_dir() else None
+    page = write_study(
+        sources,
+        out or alone or Path("stability-report"),
+        command=command,
+        columns=columns,
+        probes=probes,
+        page_command=_page_command(sources, out, command, columns, probes),
+    )
     print(f"{page}: open it in a browser; runs.csv, arms.csv, events.csv and PNGs lie beside it")
 
 

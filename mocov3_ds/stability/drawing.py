@@ -17,6 +17,7 @@ WIDTH = 4.7  # inches: text of 9 points stays readable on a phone
 COLOURS = ("#2a6fb0", "#c8553d", "#3a8f5c", "#8a5fb5", "#b07d12", "#4f6475", "#c2528b", "#0f8b8d")
 FAINT, SHADE, INK = "#9aa3ad", "#c8553d", "#1b1f24"
 _DOTS_PER_INCH = 140
+_SHORT_LABEL = 26  # letters, of which two columns fit side by side
 _LONGEST_TEXT = 110  # letters of a title
 
 STYLE: dict[Any, Any] = {
@@ -79,6 +80,14 @@ def set_title(axes: Axes, text: str) -> None:
     """Give a panel its title, smaller where it is long."""
     text = plain_text(text)
     axes.set_title(text, loc="left", fontweight="bold", fontsize=8.5 if len(text) < 60 else 7.2)
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Explain the curves of a panel below all panels, where nothing is covered."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        columns = 1 if max(map(len, labels)) > _SHORT_LABEL else 2
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def as_png(figure: Figure) -> bytes:

@@ -20,6 +20,7 @@ from mocov3_ds.stability.events import LOSS_WINDOW, loss_excess, plain_jumps
 from mocov3_ds.stability.findings import Array, Series, Steps
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.layer_order import describe_lead, pool_leads
+from mocov3_ds.stability.run_curves import heat_of_gradients, shorten_curve
 from mocov3_ds.stability.study import Arms, JudgedRun
 from mocov3_ds.stability.trailing import is_measured, trailing_ratio, window_length
 
@@ -29,6 +30,7 @@ ALARM = "rms_rise"
 """the rule whose alarms are drawn: the one that predicted every event it was tried on"""
 _BEFORE, _AFTER = 40, 20  # steps around an event
 _HEAT_COLUMNS = 620
+_LONG = 5000  # steps from which on curves and heat maps are reduced before they are drawn
 
 
 def draw_knn(arms: Arms) -> Figure | None:
@@ -62,10 +64,11 @@ def draw_losses(arms: Arms) -> Figure | None:
     for axes, (label, runs) in zip(panels, curves.items(), strict=True):
         jumps = [plain_jumps(run.series) for run in runs]
         for index, run in enumerate(runs):
-            steps_T, excess_T = run.series.steps_T, loss_excess(run.series)
-            alpha = _opacity(index)
-            axes.plot(steps_T, excess_T, color=colours[label], alpha=alpha, lw=0.9)
-            top = max(top, float(np.nanmax(excess_T, initial=1.0)))
+            excess_T = loss_excess(run.series)
+            rows = np.isfinite(excess_T)
+            steps_C, _, _, high_C = shorten_curve(run.series.steps_T[rows], excess_T[rows])
+            axes.plot(steps_C, high_C, color=colours[label], alpha=_opacity(index), lw=0.9)
+            top = max(top, float(np.max(high_C, initial=1.0)))
             for jump in jumps[index]:
                 axes.plot(jump.peak, 100 * jump.excess, ".", color=drawing.SHADE, ms=5, zorder=3)
         drawing.set_title(
@@ -93,7 +96,7 @@ def draw_heat_map(arms: Arms) -> Figure | None:
     figure, panels = drawing.stack_panels(len(runs), "", height=0.5 + 0.13 * groups, grid=False)
     for axes, (label, run) in zip(panels, runs.items(), strict=True):
         series = run.series
-        heat_GT = _gradient_heat(series)
+        groups, heat_GT = _gradient_heat(series)
         image = axes.imshow(
             _reduce_columns(heat_GT),
             aspect="auto",
@@ -103,7 +106,7 @@ def draw_heat_map(arms: Arms) -> Figure | None:
             extent=(int(series.steps_T[0]), int(series.steps_T[-1]), len(heat_GT) - 0.5, -0.5),
             interpolation="nearest",
         )
-        axes.set_yticks(*group_ticks(series.groups), fontsize=7)
+        axes.set_yticks(*group_ticks(groups), fontsize=7)
         drawing.set_title(axes, f"{label} (seed {run.cell.seed})")
     panels[-1].set_xlim(0, max(int(run.series.steps_T[-1]) for run in runs.values()))
     bar = figure.colorbar(image, ax=panels, orientation="horizontal", aspect=40, pad=0.01)
@@ -112,12 +115,15 @@ def draw_heat_map(arms: Arms) -> Figure | None:
     return figure
 
 
-def _gradient_heat(series: Series) -> Array:
+def _gradient_heat(series: Series) -> tuple[Sequence[str], Array]:
+    """Groups, and log10 of each one's gradient over its usual one; of a long run in columns."""
+    if len(series.steps_T) > _LONG:
+        return heat_of_gradients(series.groups, series.grad_linf_GT, _HEAT_COLUMNS)
     window = window_length(len(series.steps_T), LOSS_WINDOW)
     ratio_GT = np.stack([trailing_ratio(row_T, window) for row_T in series.grad_linf_GT])
     with np.errstate(divide="ignore"):
         heat_GT: Array = np.log10(ratio_GT)
-    return heat_GT
+    return series.groups, heat_GT
 
 
 def draw_events(arms: Arms) -> Figure | None:
@@ -165,17 +171,20 @@ def _traces_of_events(run: JudgedRun) -> list[tuple[Array, Array]]:
     lead, series = run.judgement.lead, run.series
     if lead is None:
         return []
-    window = window_length(len(series.steps_T), LOSS_WINDOW)
-    ratios = [
-        trailing_ratio(series.gradient_of(group), window)
-        for group in (lead.first_group, lead.last_group)
-    ]
+    gradients = [series.gradient_of(group) for group in (lead.first_group, lead.last_group)]
     onsets = [e.first for e in run.judgement.gradient_events if e.group == lead.first_group]
     traces = []
     for onset in onsets:
         row = int(np.searchsorted(series.steps_T, onset))
-        traces.append((_cut_around(ratios[0], row), _cut_around(ratios[1], row)))
+        traces.append((_ratio_around(gradients[0], row), _ratio_around(gradients[1], row)))
     return traces
+
+
+def _ratio_around(grad_T: Array, row: int) -> Array:
+    """Gradient over its trailing median around a row, (W,), of the rows that this takes alone."""
+    window = window_length(len(grad_T), LOSS_WINDOW)
+    first = max(row - _BEFORE - window, 0)
+    return _cut_around(trailing_ratio(grad_T[first : row + _AFTER + 1], window), row - first)
 
 
 def _cut_around(values_T: Array, row: int) -> Array:
@@ -199,7 +208,8 @@ def draw_rms(arms: Arms) -> Figure | None:
         group = series.first_trained_layer() or series.groups[0]
         rms_T = series.rms_of(group)
         rows = is_measured(rms_T)
-        axes.plot(series.steps_T[rows], rms_T[rows], color=colours[label], lw=0.9)
+        steps_C, _, _, high_C = shorten_curve(series.steps_T[rows], rms_T[rows])
+        axes.plot(steps_C, high_C, color=colours[label], lw=0.9)
         axes.axhline(RMS_HIGH, color=drawing.FAINT, lw=0.8, ls="--")
         axes.set_yscale("log")
         for jump in plain_jumps(series):
@@ -268,6 +278,13 @@ def draw_trust_ratios(arms: Arms) -> Figure | None:
         rows = np.isfinite(trust_GT).any(0)
         steps_T, colour = table.steps[rows], colours[label]
         bands = np.nanpercentile(trust_GT[:, rows], [0, 25, 50, 75, 100], axis=0)
+        if len(steps_T) > _LONG:
+            shortened = [shorten_curve(steps_T, band_T) for band_T in bands]
+            steps_T = shortened[0][0].astype(np.int64)
+            # the least of the lowest band, the largest of the highest, the medians between
+            bands = np.stack(
+                [short[which] for short, which in zip(shortened, (1, 2, 2, 2, 3), strict=True)]
+            )
         axes.fill_between(steps_T, bands[0], bands[4], color=colour, alpha=0.15, lw=0)
         axes.fill_between(steps_T, bands[1], bands[3], color=colour, alpha=0.3, lw=0)
         axes.plot(steps_T, bands[2], color=colour)

@@ -2,7 +2,8 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -20,6 +21,8 @@ _LEGEND = {
     "worst excess": "the largest such excess, %",
 }
 _COLUMNS = {
+    "knn_final": ("k-NN final", "{:.1f}"),
+    "loss_final": ("final loss", "{:.3f}"),
     "I": ("I", "{:.2f}"),
     "E": ("E", "{:.1f}"),
     "R": ("R", "{:.3f}"),
@@ -28,8 +31,6 @@ _COLUMNS = {
     "steps_above": ("steps above", "{:.1f}"),
     "worst_excess": ("worst excess", "{:.1f}"),
     "knn_best": ("k-NN best", "{:.1f}"),
-    "knn_final": ("k-NN final", "{:.1f}"),
-    "loss_final": ("final loss", "{:.3f}"),
 }
 
 _STYLE = """
@@ -47,10 +48,9 @@ h1 { font-size:1.5rem; line-height:1.25; margin:.2em 0; }
 h2 { font-size:1.1rem; margin:1.8em 0 .5em; }
 p, li { max-width:70ch; } p { margin:.4em 0; } .soft { color:var(--soft); font-size:.9rem; }
 code { font:.85em ui-monospace, Menlo, Consolas, monospace; overflow-wrap:anywhere; }
-.pictures { display:grid; gap:14px; align-items:start;
-  grid-template-columns:repeat(auto-fit, minmax(min(100%,440px),1fr)); }
+.pictures { columns:2 440px; column-gap:14px; }
 .picture { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:12px;
-  margin:0; min-width:0; }
+  margin:0 0 14px; break-inside:avoid; }
 .picture h3 { font-size:1rem; margin:0; } .picture img { width:100%; height:auto; display:block; }
 .scroll { overflow-x:auto; background:var(--card); border:1px solid var(--line);
   border-radius:8px; }
@@ -75,6 +75,8 @@ td.value { text-align:left; white-space:pre-wrap; overflow-wrap:anywhere; min-wi
 details summary { cursor:pointer; margin:1em 0 .4em; } dl { margin:.4em 0; }
 dt { font-weight:600; margin-top:.6em; } dd { margin:0; max-width:70ch; }
 """
+MARK = '<meta name="generator" content="mocov3">'
+"""what stands in the head of each page"""
 _TONE = {
     "DIVERGED": "bad",
     "NOT LEARNING": "bad",
@@ -86,6 +88,7 @@ _TONE = {
     "NOT LOOKED": "warn",
     "STABLE": "good",
 }
+_VERDICTS = re.compile("|".join(rf"\b{verdict}\b" for verdict in _TONE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,18 +115,21 @@ class PageContent:
     """which arms, and what to try next"""
     notes: Sequence[str]
     """what tables and pictures do not show, sentences"""
+    page_command: str = ""
+    """command that made the page; empty = not known"""
+    run_commands: Sequence[tuple[str, str]] = ()
+    """name of a run, and the command that trains it again"""
 
 
 def build_page(content: PageContent) -> str:
     """The whole page as HTML."""
     missing = ", ".join(picture.title for picture in content.pictures if picture.data is None)
-    command, about = escape(content.command), escape(content.about)
+    about = escape(content.about)
     facts, title = _describe_runs(content.scale, content.runs), escape(content.title)
     sections = [
         f"<h1>Stability: {title}</h1>",
         f"<p>{about}</p>" * bool(about),
         f'<p class="soft">{facts}</p>',
-        f'<p class="soft">Made by <code>{command}</code></p>' * bool(command),
         "<h2>Verdicts</h2>",
         _build_arm_table(content.arms),
         f'<p class="soft">Means over seeds; below them least to largest. {_format_legend()}</p>',
@@ -134,8 +140,27 @@ def build_page(content: PageContent) -> str:
         f"<h2>What to try next</h2>{_definition_list(content.advice)}",
         f"<details><summary>Every run</summary>{_build_run_table(content.runs)}</details>",
         f"<h2>To keep in mind</h2>{bullet_list(content.notes)}" * bool(content.notes),
+        *_build_commands(content),
     ]
     return build_document(f"Stability: {title}", sections)
+
+
+def _build_commands(content: PageContent) -> Iterator[str]:
+    """The commands that made the runs and the page, as HTML."""
+    made = [("The runs", content.command), ("This page", content.page_command)]
+    known = [(title, line) for title, line in made if line]
+    if not known and not content.run_commands:
+        return
+    yield "<h2>Commands</h2>"
+    for title, line in known:
+        yield f'<p class="soft">{title} were made by</p>'.replace("page were", "page was")
+        yield f"<pre>{escape(line)}</pre>"
+    if content.run_commands:
+        lines = (
+            f'<p class="soft">{escape(name)}</p><pre>{escape(line)}</pre>'
+            for name, line in content.run_commands
+        )
+        yield f"<details><summary>Each run again</summary>{''.join(lines)}</details>"
 
 
 def build_document(title: str, sections: Sequence[str]) -> str:
@@ -145,12 +170,13 @@ def build_document(title: str, sections: Sequence[str]) -> str:
         title: title of the window, as HTML.
         sections: what stands on the page, as HTML.
     """
-    return (
+    page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>"
+        f"{MARK}<title>{title}</title><style>{_STYLE}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # a name may hold half a letter
 
 
 def bullet_list(sentences: Sequence[str]) -> str:
@@ -228,10 +254,9 @@ def _format_number(value: float | None, form: str) -> str:
 
 def _colour_verdicts(text: str) -> str:
     """Text with its verdicts coloured."""
-    html = escape(text)
-    for verdict, tone in _TONE.items():
-        html = html.replace(verdict, f'<span class="v {tone}">{verdict}</span>')
-    return html
+    return _VERDICTS.sub(
+        lambda match: f'<span class="v {_TONE[match[0]]}">{match[0]}</span>', escape(text)
+    )
 
 
 def embed_picture(picture: Picture) -> str:

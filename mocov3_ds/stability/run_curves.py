@@ -123,16 +123,22 @@ def shorten_curve(
 
 
 def gradient_heat(table: SignalTable, columns: int = COLUMNS) -> tuple[Sequence[str], Array]:
+    """The heat map of a run's signals, as `heat_of_gradients` gives it."""
+    return heat_of_gradients(table.groups, table.grid("grad_linf").astype(float), columns)
+
+
+def heat_of_gradients(
+    names: Sequence[str], grad_GT: Array, columns: int = COLUMNS
+) -> tuple[Sequence[str], Array]:
     """Groups that are trained, and log10 of each one's largest gradient over its usual one, (G, C).
 
     A column holds the largest gradient of its steps; the usual one is the median of the steps of
     the six columns before it. NaN where nothing was measured, or nothing before.
     """
-    grad_GT = table.grid("grad_linf").astype(float)
     is_measured_T = np.isfinite(grad_GT).any(0)
     is_trained_G = np.isfinite(grad_GT).any(1)
     grad_GM = grad_GT[is_trained_G][:, is_measured_T]
-    groups = [group for group, trained in zip(table.groups, is_trained_G, strict=True) if trained]
+    groups = [group for group, trained in zip(names, is_trained_G, strict=True) if trained]
     steps = grad_GM.shape[1]
     edges = np.linspace(0, steps, min(columns, steps) + 1).astype(int)
     pieces = [grad_GM[:, a:b] for a, b in itertools.pairwise(edges)]

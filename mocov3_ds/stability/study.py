@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +53,8 @@ class Study:
         command: command that made the runs.
         arms: label of an arm -> the runs of all seeds.
         unseen: cells without a logged step, with what is known of them.
+        understood: how the logs of other programs were read, a sentence each.
+        run_commands: name of a run, and the command that trains it again.
     """
 
     title: str
@@ -62,6 +63,18 @@ class Study:
     command: str
     arms: Arms
     unseen: tuple[str, ...]
+    understood: tuple[str, ...] = ()
+    run_commands: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class LoggedRun:
+    """A run as it was logged, before it is judged."""
+
+    series: Series
+    signals: SignalTable | None = None
+    optimizer: str = ""
+    """type of the optimizer in the run's DeepSpeed config"""
 
 
 def read_study(source: Path) -> Study:
@@ -78,52 +91,77 @@ def read_study(source: Path) -> Study:
     if not (source / "config.json").exists():
         raise ValueError(f"{source} holds neither a grid (grid.json) nor a run (config.json).")
     cell = Cell(source.resolve().name, source.resolve().name, {"seed": 0}, {})
-    run = _judge_run(source, cell, None)
-    if run is None:
+    logged = read_logged(source)
+    if logged is None:
         raise ValueError(f"run {source} has not logged a step yet.")
-    return Study(cell.name, "", "", "", {cell.label: [run]}, ())
+    runs = judge_cells([cell], {cell.name: logged})
+    return Study(cell.name, "", "", "", gather_arms([cell], runs), ())
 
 
 def _read_grid(folder: Path) -> Study:
     tree = read_grid_json(folder)
-    runs: dict[str, JudgedRun] = {}
+    cells = list_cells(tree)
+    logged = {cell.name: read_logged(folder / "cells" / cell.name) for cell in cells}
+    runs = judge_cells(cells, {name: run for name, run in logged.items() if run is not None})
     unseen = []
-    # the twins first: what a run lost is measured against its own
-    for cell in sorted(list_cells(tree), key=lambda cell: bool(cell.twin)):
-        run = _judge_run(folder / "cells" / cell.name, cell, runs.get(cell.twin))
+    for cell in cells:
         outcome = read_outcome(folder, cell.name)
-        if run is not None:
-            runs[cell.name] = run
-        if run is None or outcome is None or outcome.status in ("failed", "stopped"):
+        if cell.name not in runs or outcome is None or outcome.status in ("failed", "stopped"):
             status = outcome.status if outcome else "not ended"
             reason = f": {outcome.message}" if outcome and outcome.message else ""
             unseen.append(f"{cell.name}: {status}{reason}")
     if not runs:
         raise ValueError(f"no cell of {folder} has logged a step yet.")
-    arms: dict[str, list[JudgedRun]] = {}
-    for cell in list_cells(tree):
-        if cell.name in runs:
-            arms.setdefault(cell.label, []).append(runs[cell.name])
-    command = shlex.join(
-        ["mocov3", "stability", "run", str(tree["name"]), "--scale", str(tree["scale"])]
-    )
+    arms = gather_arms(cells, runs)
+    command = str(tree.get("command") or "")  # folders had none at first
     return Study(tree["title"], tree["about"], tree["scale"], command, arms, tuple(unseen))
 
 
-def _judge_run(folder: Path, cell: Cell, twin: JudgedRun | None) -> JudgedRun | None:
-    """Judge a run; None where it has not logged a step."""
+def judge_cells(cells: Sequence[Cell], logged: Mapping[str, LoggedRun]) -> dict[str, JudgedRun]:
+    """Judge runs; what one lost is measured against its twin.
+
+    Args:
+        cells: what is known of each run.
+        logged: name of a cell -> its run; cells without one are left out.
+    """
+    runs: dict[str, JudgedRun] = {}
+    for cell in sorted(cells, key=lambda cell: bool(cell.twin)):  # the twins first
+        if cell.name not in logged:
+            continue
+        run, twin = logged[cell.name], runs.get(cell.twin)
+        series = run.series
+        if twin is not None:
+            series = dataclasses.replace(series, twin_knn=_twin_accuracy(twin.series, series))
+        runs[cell.name] = JudgedRun(cell, series, judge(series), run.signals, run.optimizer)
+    return runs
+
+
+def gather_arms(cells: Sequence[Cell], runs: Mapping[str, JudgedRun]) -> Arms:
+    """The runs of each arm, in the order of the cells."""
+    arms: dict[str, list[JudgedRun]] = {}
+    for cell in cells:
+        if cell.name in runs:
+            arms.setdefault(cell.label, []).append(runs[cell.name])
+    return arms
+
+
+def read_logged(folder: Path) -> LoggedRun | None:
+    """Read a run folder; None where it has not logged a step."""
     metrics = folder / "metrics.jsonl"
-    if not (folder / "config.json").exists() or '"loss"' not in (
-        metrics.read_text() if metrics.exists() else ""
-    ):
+    if not (folder / "config.json").exists() or not has_loss(metrics):
         return None
-    series = read_series(folder)
-    if twin is not None:
-        series = dataclasses.replace(series, twin_knn=_twin_accuracy(twin.series, series))
     signals = None
     if (folder / "signals.json").exists():
         signals = signal_file.read_signals(folder)
-    return JudgedRun(cell, series, judge(series), signals, _read_optimizer(folder))
+    return LoggedRun(read_series(folder), signals, _read_optimizer(folder))
+
+
+def has_loss(metrics: Path) -> bool:
+    """Whether a `metrics.jsonl` has a row of a step."""
+    if not metrics.exists():
+        return False
+    with metrics.open("rb") as file:
+        return any(b'"loss"' in line for line in file)
 
 
 def _twin_accuracy(twin: Series, series: Series) -> float | None:

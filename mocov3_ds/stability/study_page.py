@@ -13,85 +13,53 @@ from pathlib import Path
 from typing import Any
 
 from mocov3_ds.data.storage import atomic
-from mocov3_ds.monitoring.alarms import RMS_HIGH
 from mocov3_ds.stability import advice, comparisons, figures, study_tables
 from mocov3_ds.stability.arm_questions import answer_questions
 from mocov3_ds.stability.comparable_runs import LinedUp, line_up
 from mocov3_ds.stability.csv_file import write_csv
-from mocov3_ds.stability.drawing import write_png
-from mocov3_ds.stability.page import PageContent, build_page
-from mocov3_ds.stability.pictures import Picture, PictureKind
+from mocov3_ds.stability.ordinary_runs import read_ordinary_runs
+from mocov3_ds.stability.page import MARK, PageContent, build_page
 from mocov3_ds.stability.study import Arms, Study, read_study
+from mocov3_ds.stability.study_pictures import PICTURES, write_pictures
 
-_PICTURES: tuple[PictureKind[Arms], ...] = (
-    PictureKind(
-        "knn",
-        "k-NN accuracy",
-        "Lines are seeds; dips beyond the probes' error are shaded.",
-        figures.draw_knn,
-    ),
-    PictureKind(
-        "loss",
-        "Loss spikes",
-        "Loss above the median of the 30 steps before; dots are jumps of more than 1 %.",
-        figures.draw_losses,
-    ),
-    PictureKind(
-        "layers",
-        "Which layer, when",
-        "Rows run from the input (top) to the output. Of each arm the seed with most events.",
-        figures.draw_heat_map,
-    ),
-    PictureKind(
-        "order",
-        "First against last layer",
-        "Median and quartiles over the gradient events of all seeds, aligned where each begins. "
-        "The lead is the median over the events that both layers show.",
-        figures.draw_events,
-    ),
-    PictureKind(
-        "rms",
-        "RMS of the first trained layer",
-        f"Ticks are alarms (rule {figures.ALARM}), shades loss jumps, the dashed line is "
-        f"{RMS_HIGH}.",
-        figures.draw_rms,
-    ),
-    PictureKind(
-        "rate",
-        "Learning rate against accuracy",
-        "Solid: patch projection trained; dashed: frozen.",
-        figures.draw_rates,
-    ),
-    PictureKind(
-        "trust",
-        "Trust ratios",
-        "LAMB fails smoothly: look for a ratio that drifts, not for a spike.",
-        figures.draw_trust_ratios,
-    ),
-)
+_TABLES = ("runs", "arms", "events", "comparisons")
+_HEAD = 400  # letters in which a page says what made it
 
 
-def write_study(source: Path, out: Path, *, command: str = "") -> Path:
+def write_study(
+    sources: Path | Sequence[Path],
+    out: Path,
+    *,
+    command: str = "",
+    columns: Sequence[str] = (),
+    probes: int = 0,
+    page_command: str = "",
+) -> Path:
     """Write the page, its pictures and its tables.
 
     Args:
-        source: folder of a grid, or a run folder.
+        sources: folder of one grid; or run folders, logs, and folders of these.
         out: folder of the page; it is made if it does not exist.
-        command: command that made the runs, printed on the page; empty = as the grid's folder
-            tells.
+        command: command that made the runs; empty = as the grid's folder tells.
+        columns: MEANING=COLUMN each, for logs of other programs.
+        probes: images that an evaluation classifies, for logs of other programs; 0 = unknown.
+        page_command: command that makes this page.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: `source` is neither a grid nor a run, or nothing is logged yet.
+        ValueError: there is no run in a source, nothing is logged yet, a log cannot be understood,
+            or `out` holds files of somebody else.
     """
-    study = read_study(source)
+    sources = [sources] if isinstance(sources, Path) else list(sources)
+    study = read_any_study(sources, columns, probes)
     if command:
         study = dataclasses.replace(study, command=command)
     drawn_arms = advice.choose_worst_arms(study.arms, figures.PANELS)
+    _check_place(out)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = [_write_picture(kind, drawn_arms, out) for kind in _PICTURES]
+    pictures = write_pictures(drawn_arms, out)
     lined_up = line_up(study.arms)
     compared = comparisons.compare_arms(lined_up.arms)
     runs, arms = _write_tables(study, lined_up, compared, out)
@@ -100,6 +68,8 @@ def write_study(source: Path, out: Path, *, command: str = "") -> Path:
         about=study.about,
         scale=study.scale,
         command=study.command,
+        page_command=page_command,
+        run_commands=study.run_commands,
         arms=arms,
         runs=runs,
         pictures=pictures,
@@ -126,29 +96,56 @@ def _write_tables(
     runs = study_tables.tabulate_runs(study.arms)
     arms = study_tables.tabulate_arms(study.arms, lined_up.arms)
     events = study_tables.tabulate_events(study.arms)
-    tables = {
-        "runs": runs,
-        "arms": arms,
-        "events": events or [dict.fromkeys(study_tables.EVENT_COLUMNS)],
-        "comparisons": comparisons.tabulate_comparisons(compared),
-    }
-    for name, rows in tables.items():
-        write_csv(out / f"{name}.csv", rows)
+    rows = (
+        runs,
+        arms,
+        events or [dict.fromkeys(study_tables.EVENT_COLUMNS)],
+        comparisons.tabulate_comparisons(compared),
+    )
+    for name, table in zip(_TABLES, rows, strict=True):
+        write_csv(out / f"{name}.csv", table)
     return runs, arms
 
 
-def _write_picture(kind: PictureKind[Arms], arms: Arms, out: Path) -> Picture:
-    """Draw a picture and write its file; an earlier file goes where there is nothing to draw."""
-    path, picture = out / f"{kind.name}.png", kind.make(arms)
-    if picture.data is None:
-        path.unlink(missing_ok=True)
-    else:
-        write_png(path, picture.data)
-    return picture
+def read_any_study(sources: Sequence[Path], columns: Sequence[str], probes: int) -> Study:
+    """Read and judge a grid, or runs of any program.
+
+    Args:
+        sources: folder of one grid; or run folders, logs, and folders of these.
+        columns: MEANING=COLUMN each, for logs of other programs.
+        probes: images that an evaluation classifies, for logs of other programs; 0 = unknown.
+
+    Raises:
+        ValueError: as `write_study`.
+    """
+    is_grid = len(sources) == 1 and (sources[0] / "grid.json").exists()
+    if is_grid and not columns and not probes:
+        return read_study(sources[0])
+    return read_ordinary_runs(sources, columns, probes)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a folder in which a file of somebody else would be overwritten.
+
+    Raises:
+        ValueError: it is one.
+    """
+    page = out / "index.html"
+    head = page.read_text(errors="replace")[:_HEAD] if page.exists() else MARK
+    if MARK not in head and "<title>Stability: " not in head:  # pages had no mark at first
+        raise ValueError(f"{page} is no page of this command; give --out another folder.")
+    names = [f"{name}.csv" for name in _TABLES] + [f"{kind.name}.png" for kind in PICTURES]
+    strangers = [name for name in names if (out / name).exists()]
+    if strangers and not page.exists():
+        raise ValueError(
+            f"{out} holds {', '.join(strangers)} without a page beside it, which would be "
+            "overwritten; give --out another folder."
+        )
 
 
 def _list_notes(study: Study, drawn_arms: Arms) -> Iterator[str]:
     """What tables and pictures do not show, and what could not be judged, each once."""
+    yield from study.understood
     yield from study.unseen
     if len(drawn_arms) < len(study.arms):
         yield (

@@ -1,6 +1,7 @@
 """`mocov3 stability`: what it prints, what it refuses, and a grid that is killed and goes on."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from mocov3_ds.stability import commands
 from mocov3_ds.stability.cell_table import tabulate_cells
-from mocov3_ds.stability.cells import read_outcome
+from mocov3_ds.stability.cells import read_grid_json, read_outcome
 from mocov3_ds.stability.executors import run_here
 from tests.data.sets import make_set
 from tests.stability.small_grid import FAKE, RATES, prepare
@@ -30,6 +31,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert commands.main(command) == 0
     printed = capsys.readouterr().out
     assert "Three rates (tiny): 3 of 3 cells to run" in printed
+    made_by = shlex.split(read_grid_json(tmp_path / "out/mine-tiny")["command"])
+    assert made_by == ["mocov3", "stability", *command]
     assert "lr-0.25_seed-0  done" in printed
     assert commands.main(command) == 0
     assert "1 of 3 cells to run" in capsys.readouterr().out
@@ -37,7 +40,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["run", "paper-lr", "--scale", "cifar"], "needs images: --shards FOLDER"),
         (["run", "paper-rl"], "did you mean paper-lr"),
         (["cell", str(tmp_path / "out/mine-tiny"), "other"], "has no cell 'other'"),
-        (["report", str(tmp_path)], "holds neither a grid"),
+        (["report", str(tmp_path / "none")], "neither a grid"),
+        (["report"], "needs a grid's folder, runs or logs"),
+        (["report", str(path), "--probes", "-1"], "--probes -1 must be 0"),
     ):
         assert commands.main(words) == 2
         assert sentence in capsys.readouterr().err

@@ -37,6 +37,8 @@ def test_texts_are_escaped_and_verdicts_coloured() -> None:
     assert '<span class="v good">STABLE</span> x1' in html
     assert '<span class="v bad">DIVERGED</span> x1' in html
     assert "<dd>raise the rate.</dd>" in html
+    unstable = build_page(replace(CONTENT, advice=[("UNSTABLE: a", "clip")]))
+    assert '<dt><span class="v bad">UNSTABLE</span>: a</dt>' in unstable
     assert "scale tiny, 1 run, up to 480 steps each." in html
 
 
@@ -56,10 +58,26 @@ def test_a_picture_without_data_is_named() -> None:
 
 def test_sections_that_would_be_empty_are_left_out() -> None:
     html = build_page(CONTENT)
-    assert "To keep in mind" not in html and "Made by" not in html
-    more = build_page(replace(CONTENT, notes=["one < two"], command="mocov3 & co"))
+    assert "To keep in mind" not in html and "Commands" not in html
+    more = build_page(
+        replace(
+            CONTENT,
+            notes=["one < two"],
+            command="mocov3 & co",
+            page_command="mocov3 'a b'",
+            run_commands=[("<one>", "deepspeed --seed 0")],
+        )
+    )
     assert "<h2>To keep in mind</h2><ul><li>one &lt; two</li></ul>" in more
-    assert "Made by <code>mocov3 &amp; co</code>" in more
+    assert "The runs were made by</p><pre>mocov3 &amp; co</pre>" in more
+    assert "This page was made by</p><pre>mocov3 &#x27;a b&#x27;</pre>" in more
+    assert "&lt;one&gt;</p><pre>deepspeed --seed 0</pre>" in more
+
+
+def test_half_a_letter_does_no_harm() -> None:
+    html = build_page(replace(CONTENT, title="a\ud800b"))
+    assert r"a\ud800b" in html
+    html.encode()
 
 
 def test_the_papers_column_stands_where_it_has_a_value() -> None:

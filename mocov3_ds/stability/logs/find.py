@@ -26,6 +26,8 @@ _NAMES = re.compile(r"log\.txt|trainer_state\.json|.*history.*\.json", re.DOTALL
 _GENERIC = re.compile(r"(metrics|log|logs|history|progress|trainer_state|wandb-history)\Z")
 """stems that say nothing of the run: it is called after its folder"""
 _SETTINGS = ("config.json", "args.json", "hparams.json", "params.json")
+_PAGE = ("index.html", "runs.csv", "arms.csv", "events.csv")
+"""files of a page that `mocov3 stability report` wrote: tables of runs, no logs"""
 _DEEPEST = 4
 _MOST_RUNS = 1000
 
@@ -46,12 +48,13 @@ def find_runs(source: Path) -> list[RunPlace]:
         ValueError: there is none, or a folder has logs of several kinds.
     """
     if not source.exists():
-        raise ValueError(f"{source} does not exist.")
+        raise ValueError(f"{source} does not exist, so it is neither a grid, nor a run, nor a log.")
     places = list(_search(source, _DEEPEST))
     if not places:
         raise ValueError(
-            f"{source} holds no run: neither config.json with metrics.jsonl, nor a log as CSV, "
-            "JSON lines (.jsonl, log.txt), W&B's or Trainer's JSON, or TensorBoard event files."
+            f"{source} holds neither a grid (grid.json) nor a run (config.json with metrics.jsonl) "
+            "nor a log as CSV, JSON lines (.jsonl, log.txt), W&B's or Trainer's JSON, or "
+            "TensorBoard event files."
         )
     if len(places) > _MOST_RUNS:
         raise ValueError(f"{source} holds {len(places)} runs; {_MOST_RUNS} are compared at most.")
@@ -68,6 +71,8 @@ def _search(path: Path, depth: int) -> Iterator[RunPlace]:
         return
     if (path / "grid.json").exists():
         yield from (place for cell in _folders(path / "cells") for place in _search(cell, 1))
+        return
+    if all((path / name).exists() for name in _PAGE):
         return
     logs = _list_logs(path)
     if logs:

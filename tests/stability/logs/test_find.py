@@ -33,6 +33,8 @@ def test_folders_of_many_programs(tmp_path: Path) -> None:
     put(tmp_path / "many/a.csv")
     put(tmp_path / "many/b.csv")
     put(tmp_path / "notes/readme.txt")
+    for name in ("index.html", "runs.csv", "arms.csv", "events.csv"):
+        put(tmp_path / "report" / name)  # a page of this program
     put(tmp_path / "grid/grid.json", "{}")
     put(tmp_path / "grid/cells/x/config.json", json.dumps({"config": {"recipe": "tiny"}}))
     put(tmp_path / "grid/cells/x/metrics.jsonl")
@@ -57,7 +59,7 @@ def test_logs_of_several_kinds_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_to_find(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no run: neither config"):
+    with pytest.raises(ValueError, match="holds neither a grid"):
         find_runs(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         find_runs(tmp_path / "none")

@@ -1,0 +1,217 @@
+"""Which arms do runs make that no grid made? Those with equal settings, or names, but for the seed.
+
+Runs of this program are told apart by what differs in their `config.json`; runs of other programs
+by the settings beside their logs, or by their names.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mocov3_ds.monitoring.run_facts import flatten_facts
+from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.logs.find import find_runs, read_logs, read_settings, unique_name
+from mocov3_ds.stability.logs.foreign import read_foreign_run
+from mocov3_ds.stability.run_commands import repeat_line
+from mocov3_ds.stability.study import LoggedRun, Study, gather_arms, judge_cells, read_logged
+
+Facts = Mapping[str, Any]
+"""settings of a run by name"""
+
+_NO_SETTING = re.compile(
+    r"(name|runs|log|log\..*|save\..*|knn\..*|signals\..*|profile.*|device|version|chunk|hang_.*"
+    r"|stop_after.*|data\.(threads|cache.*|shards|probe_shards|images)|evaluate.*|trouble\..*"
+    r"|ds\.(train_.*|steps_per_print|wall_clock.*|zero_.*|bf16\..*|fp16\..*|communication.*))",
+    re.DOTALL,
+)
+"""settings of this program's runs that set no arm apart: names, places, speed, what is looked at"""
+_NO_FOREIGN_SETTING = re.compile(
+    r"(.*[._])?(name|dir|path|folder|file|host\w*|port|rank|gpus?|device|date|time|uuid|id|url"
+    r"|resume\w*|workers|output|log\w*)(_.*)?|.*_(name|dir|path|folder|file)",
+    re.IGNORECASE | re.DOTALL,
+)
+_WORDS = {
+    "ds.optimizer.params.lr": "lr",
+    "ds.optimizer.type": "optimizer",
+    "model.patch_lr": "patch",
+    "batch": "batch",
+}
+"""settings of this program -> words of a grid that figures and twins know"""
+_SEED = re.compile(r"[-_. ]*seed[-_=. ]*(\d{1,9})(?!\d)|[-_]s(\d{1,9})\Z", re.IGNORECASE)
+_MOST_IN_LABEL = 4
+
+
+@dataclass(frozen=True, eq=False)
+class FoundRun:
+    """A run with what sets it apart."""
+
+    name: str
+    logged: LoggedRun
+    facts: Facts
+    understood: str = ""
+    """how another program's log was read"""
+    command: str = ""
+    """what trains it again, where that is known"""
+
+
+def read_ordinary_runs(
+    sources: Sequence[Path], columns: Sequence[str] = (), probes: int = 0
+) -> Study:
+    """Read and judge runs of any program, and group them into arms.
+
+    Args:
+        sources: run folders, logs, or folders of these.
+        columns: MEANING=COLUMN each, for the logs of other programs.
+        probes: images that an evaluation classifies, for the logs of other programs.
+
+    Raises:
+        ValueError: there is no run, a log cannot be understood, or a flag has no effect.
+    """
+    places = {place.path.resolve(): place for source in sources for place in find_runs(source)}
+    foreign = [place for place in places.values() if not place.is_own]
+    if not foreign and (columns or probes):
+        raise ValueError(
+            "--columns and --probes are for logs of other programs; these runs are mocov3's own."
+        )
+    runs, unseen = _read_own([place.path for place in places.values() if place.is_own])
+    for table in read_logs(foreign):
+        read = read_foreign_run(table, columns, probes)
+        name = unique_name(table.name, table.source, [run.name for run in runs])
+        runs.append(FoundRun(name, LoggedRun(read.series), _flatten(table.facts), read.understood))
+    if not runs:
+        raise ValueError(f"no run of {', '.join(map(str, sources))} has logged a step yet.")
+    cells, notes = group_runs({run.name: run.facts for run in runs})
+    judged = judge_cells(cells, {run.name: run.logged for run in runs})
+    title = ", ".join(source.resolve().name for source in sources[:3])
+    return Study(
+        title=title + f" and {len(sources) - 3} more" * (len(sources) > 3),
+        about="",
+        scale="",
+        command="",
+        arms=gather_arms(cells, judged),
+        unseen=(*unseen, *notes),
+        understood=tuple(run.understood for run in runs if run.understood),
+        run_commands=[(run.name, run.command) for run in runs if run.command],
+    )
+
+
+def _read_own(folders: Sequence[Path]) -> tuple[list[FoundRun], list[str]]:
+    """This program's runs, and those without a logged step."""
+    runs: list[FoundRun] = []
+    unseen = []
+    for folder in folders:
+        name = unique_name(folder.resolve().name, folder, [run.name for run in runs])
+        logged = read_logged(folder)
+        if logged is None:
+            unseen.append(f"{name}: has not logged a step yet")
+            continue
+        tree = read_settings(folder / "config.json")
+        facts = flatten_facts(tree)
+        kept = {key: value for key, value in facts.items() if not _NO_SETTING.fullmatch(key)}
+        runs.append(FoundRun(name, logged, kept, command=repeat_line(tree)))
+    return runs, unseen
+
+
+def _flatten(tree: Facts) -> dict[str, Any]:
+    """Settings beside another program's log that may set arms apart."""
+    facts = {key: value for key, value in flatten_facts({"config": tree}).items() if value != ""}
+    return {key: value for key, value in facts.items() if not _NO_FOREIGN_SETTING.fullmatch(key)}
+
+
+def group_runs(facts: Mapping[str, Facts]) -> tuple[list[Cell], list[str]]:
+    """Cells of runs: label of the arm, seed, and twin.
+
+    Args:
+        facts: name of a run -> its settings, `seed` among them where it is known.
+
+    Returns:
+        A cell for each run, and sentences about what is not known.
+    """
+    seeds = {name: _find_seed(name, run) for name, run in facts.items()}
+    settings = {name: {k: v for k, v in run.items() if k != "seed"} for name, run in facts.items()}
+    varied = _list_varied(list(settings.values()))
+    labels = {
+        name: _label_settings({key: run.get(key) for key in varied}) or "all runs"
+        for name, run in settings.items()
+    }
+    notes = []
+    is_known = varied or (any(settings.values()) and None not in seeds.values())
+    if not is_known or len(varied) > _MOST_IN_LABEL or _have_doubles(labels, seeds):
+        labels = {name: _SEED.sub("", name) or name for name in facts}
+    if _have_doubles(labels, seeds):
+        labels = {name: name for name in facts}
+    unknown = [name for name, seed in seeds.items() if seed is None]
+    if unknown and len({*labels.values()}) < len(labels):
+        notes.append(
+            f"{len(unknown)} runs name no seed, so nothing is paired by them: "
+            f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
+        )
+    first_free = 1 + max((seed for seed in seeds.values() if seed is not None), default=-1)
+    numbers = {name: first_free + index for index, name in enumerate(unknown)}
+    cells = [
+        Cell(
+            name=name,
+            label=labels[name],
+            settings={**_grid_words(settings[name]), "seed": numbers.get(name, seeds[name])},
+            varied={key: settings[name].get(key) for key in varied},
+        )
+        for name in facts
+    ]
+    return [_link_twin(cell, cells, settings) for cell in cells], notes
+
+
+def _find_seed(name: str, facts: Facts) -> int | None:
+    """The seed that the settings tell, else the name; None where neither does."""
+    seed = facts.get("seed")
+    if isinstance(seed, int | float) and not isinstance(seed, bool) and seed == seed // 1:
+        return int(seed)
+    match = _SEED.search(name)
+    return int(match[1] or match[2]) if match else None
+
+
+def _list_varied(settings: Sequence[Facts]) -> list[str]:
+    """Settings that are not the same in all runs."""
+    keys = dict.fromkeys(key for run in settings for key in run)
+    return [key for key in keys if len({json.dumps(run.get(key)) for run in settings}) > 1]
+
+
+def _have_doubles(labels: Mapping[str, str], seeds: Mapping[str, int | None]) -> bool:
+    """Whether an arm would have two runs of one seed."""
+    pairs = Counter((labels[name], seed) for name, seed in seeds.items() if seed is not None)
+    return any(count > 1 for count in pairs.values())
+
+
+def _label_settings(varied: Facts) -> str:
+    """E.g. `lr 0.001, patch 0`; a setting has its last word, if that is its own."""
+    shorts = {key: _WORDS.get(key) or key.rpartition(".")[2] for key in varied}
+    counts = Counter(shorts.values())
+    return ", ".join(
+        f"{shorts[key] if counts[shorts[key]] == 1 else key} {'-' if value is None else value}"
+        for key, value in varied.items()
+    )
+
+
+def _grid_words(settings: Facts) -> dict[str, Any]:
+    """Settings in the words of a grid, as far as figures and twins ask for them."""
+    words = {word: settings[key] for key, word in _WORDS.items() if key in settings}
+    if "lr" not in words and isinstance(settings.get("lr"), int | float):
+        words["lr"] = settings["lr"]
+    return words
+
+
+def _link_twin(cell: Cell, cells: Sequence[Cell], settings: Mapping[str, Facts]) -> Cell:
+    """The cell, with the name of the one that differs by the frozen patch projection alone."""
+    twin = {**settings[cell.name], "model.patch_lr": 0.0}
+    names = [
+        other.name
+        for other in cells
+        if "model.patch_lr" in settings[other.name]
+        and other is not cell
+        and other.seed == cell.seed
+        and settings[other.name] == twin
+    ]
+    return replace(cell, twin=names[0]) if names else cell
