@@ -66,7 +66,7 @@ def _draw_overlay(
             for run in arm:
                 steps_K, values_K = curve(run.series)
                 scale = run.series.epochs_per_step if in_epochs else 1.0
-                curves.append((steps_K * scale, values_K))
+                curves.append((steps_K.astype(np.float64) * scale, values_K))
             _draw_band(axes, curves, colours[label], drawing.plain_text(label, 48))
         axes.set_xlabel("epochs" if in_epochs else "step")
         axes.set_ylabel(y)

@@ -96,7 +96,7 @@ def draw_heat_map(arms: Arms) -> Figure | None:
     figure, panels = drawing.stack_panels(len(runs), "", height=0.5 + 0.13 * groups, grid=False)
     for axes, (label, run) in zip(panels, runs.items(), strict=True):
         series = run.series
-        groups, heat_GT = _gradient_heat(series)
+        names, heat_GT = _gradient_heat(series)
         image = axes.imshow(
             _reduce_columns(heat_GT),
             aspect="auto",
@@ -106,7 +106,7 @@ def draw_heat_map(arms: Arms) -> Figure | None:
             extent=(int(series.steps_T[0]), int(series.steps_T[-1]), len(heat_GT) - 0.5, -0.5),
             interpolation="nearest",
         )
-        axes.set_yticks(*group_ticks(groups), fontsize=7)
+        axes.set_yticks(*group_ticks(names), fontsize=7)
         drawing.set_title(axes, f"{label} (seed {run.cell.seed})")
     panels[-1].set_xlim(0, max(int(run.series.steps_T[-1]) for run in runs.values()))
     bar = figure.colorbar(image, ax=panels, orientation="horizontal", aspect=40, pad=0.01)

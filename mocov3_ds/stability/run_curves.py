@@ -15,7 +15,7 @@ import numpy as np
 
 from mocov3_ds.monitoring.metrics_file import Row, read_rows
 from mocov3_ds.monitoring.signal_file import SignalTable, read_signals
-from mocov3_ds.stability.findings import Array, Steps
+from mocov3_ds.stability.findings import Array, Flags, Steps
 
 COLUMNS = 600
 """most points of a drawn curve, and most columns of a heat map"""
@@ -136,7 +136,7 @@ def heat_of_gradients(
     the six columns before it. NaN where nothing was measured, or nothing before.
     """
     is_measured_T = np.isfinite(grad_GT).any(0)
-    is_trained_G = np.isfinite(grad_GT).any(1)
+    is_trained_G: Flags = np.any(np.isfinite(grad_GT), axis=1)
     grad_GM = grad_GT[is_trained_G][:, is_measured_T]
     groups = [group for group, trained in zip(names, is_trained_G, strict=True) if trained]
     steps = grad_GM.shape[1]
