@@ -18,7 +18,7 @@ def attention_of_heads(q_BHMd: Tensor, k_BHNd: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         q_BHMd: Queries as the attention takes them, after the query-key norm if there is one.
-        k_BHNd: Keys, likewise.
+        k_BHNd: Keys, after that norm as well.
 
     Returns:
         The largest |logit| of each head (H,), and its mean entropy over images and tokens that

@@ -51,11 +51,11 @@ def inverse_preconditioner(optimizer: ShardedOptimizer) -> Iterator[tuple[str, T
     for name, state in optimizer.full_state("exp_avg_sq"):
         square += float(state["exp_avg_sq"].sum()) / biases[name]
         numbers += state["exp_avg_sq"].numel()
-    least = max(group["eps"], _ROUNDING * math.sqrt(square / numbers))
+    smallest_root = max(group["eps"], _ROUNDING * math.sqrt(square / numbers))
     for name, state in optimizer.full_state("exp_avg_sq"):
         root = (state["exp_avg_sq"] / biases[name]).sqrt_()
         scale = optimizer.rules[name].lr_multiplier / (root + group["eps"])
-        yield name, torch.where(root > least, scale, 0.0)
+        yield name, torch.where(root > smallest_root, scale, 0.0)
 
 
 def sharpness_limit(optimizer: ShardedOptimizer, lr: float) -> float:

@@ -135,8 +135,9 @@ def measure_instruments(
     with random_numbers_kept(run.device), buffers_kept(encoder):
         seed_drawing(run)
         keys = make_both_keys(encoder, *views, run.model.chunks.size, draws)
-    whole = replace(draws, chunks=None)
-    fixed = FixedBatch((views[0].float(), views[1].float()), keys, whole, step_seed(run))
+    draws_unchunked = replace(draws, chunks=None)
+    views_fp32 = (views[0].float(), views[1].float())
+    fixed = FixedBatch(views_fp32, keys, draws_unchunked, step_seed(run))
     run.instruments.prepare(run.model, _chunk_of_copy(run))
     values = run.instruments.measure(run.step + 1, lr, run.optimizer, fixed, batch.sample_ids_B)
     heartbeat.enter_stage(run.step + 1, "step")

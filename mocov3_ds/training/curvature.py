@@ -26,7 +26,7 @@ def directional_curvature(product: Product, gradient_W: Tensor, scale_W: Tensor)
 
     Args:
         product: times the Hessian H.
-        gradient_W: the gradient g.
+        gradient_W: the gradient g of the loss.
         scale_W: the diagonal of P^-1.
 
     Returns:
@@ -54,7 +54,7 @@ def largest_eigenvalue(
     that errors of earlier ones cannot raise it.
 
     Args:
-        product: times the matrix.
+        product: gives the matrix times a direction.
         start_W: direction to start from, not zero: the last one found, or random numbers.
         iterations: products at most beside the last, 1 or more.
         tolerance: it ends when an iteration adds less than this share to the value.
@@ -99,14 +99,14 @@ def _add_direction(
     basis: list[Pair], vector_W: Tensor, image_W: Tensor | None, least: float = 1e-5
 ) -> list[Pair]:
     """An orthonormal basis with one more direction, unless no more of it than `least` is new."""
-    before = float(vector_W.norm())
+    full_length = float(vector_W.norm())
     for _ in range(2):  # once more against rounding
         for unit_W, unit_image_W in basis:
             share = float(unit_W @ vector_W)
             vector_W = vector_W - share * unit_W
             image_W = None if image_W is None else image_W - share * unit_image_W
     length = float(vector_W.norm())
-    if not length > least * before:  # also where it is NaN
+    if not length > least * full_length:  # also where it is NaN
         return basis
     image_W = torch.zeros_like(vector_W) if image_W is None else image_W / length
     return [*basis, (vector_W / length, image_W)]

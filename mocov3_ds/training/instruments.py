@@ -58,8 +58,8 @@ class Instruments:
 
     def __init__(self, signals: SignalConfig, model: QueriesToLoss, device: torch.device) -> None:
         self._signals = signals
-        wanted = signals.sharpness_every or signals.noise_every
-        self._copy = MeasuredCopy(model, device) if wanted else None
+        needs_copy = signals.sharpness_every or signals.noise_every
+        self._copy = MeasuredCopy(model, device) if needs_copy else None
         self._direction_W: Tensor | None = None  # of the last measurement
 
     def prepare(self, model: QueriesToLoss, chunk: int) -> None:
@@ -85,9 +85,9 @@ class Instruments:
 
         Args:
             step: number of the step, from 1.
-            lr: its learning rate.
+            lr: learning rate of that step.
             optimizer: the run's optimizer, for weights and second moments.
-            batch: the step's batch.
+            batch: this rank's part of the step's batch.
             sample_ids_B: numbers of this rank's samples in the manifest.
 
         Returns:
@@ -168,8 +168,8 @@ def measure_noise(
     """Noise scale of the backbone's gradient on one global batch; all ranks must call.
 
     Args:
-        network: the copy.
-        batch: the global batch.
+        network: the copy of the trained module.
+        batch: this rank's part of it.
         weights_W: weights at which its gradient is taken.
         sample_ids_B: numbers of this rank's samples in the manifest.
     """
@@ -195,12 +195,12 @@ def measure_noise(
 @contextmanager
 def buffers_kept(network: nn.Module) -> Iterator[None]:
     """Within, running statistics may move; behind it they are what they were."""
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    values_before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
         yield
     finally:
         for name, buffer in network.named_buffers():
-            buffer.copy_(before[name])
+            buffer.copy_(values_before[name])
 
 
 @contextmanager

@@ -73,10 +73,10 @@ class MeasuredCopy:
         differentiate_twice(nn.ModuleList([base.projector, base.predictor]), loss)
         trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         self.names, self._trained = tuple(trained), tuple(trained.values())
-        inside = {id(parameter) for parameter in base.backbone.parameters()}
-        self._backbone = tuple(p for p in self._trained if id(p) in inside)
+        backbone_ids = {id(parameter) for parameter in base.backbone.parameters()}
+        self._backbone = tuple(p for p in self._trained if id(p) in backbone_ids)
         self._heads = self._trained[len(self._backbone) :]
-        assert not any(id(p) in inside for p in self._heads), "the backbone comes first"
+        assert not any(id(p) in backbone_ids for p in self._heads), "the backbone comes first"
         self.backbone_numbers = sum(parameter.numel() for parameter in self._backbone)
         """weights of the backbone, which are the first of a row"""
 
@@ -87,10 +87,10 @@ class MeasuredCopy:
     @torch.no_grad()
     def take_buffers(self, model: nn.Module) -> None:
         """Take over what the trained module keeps beside its weights, such as spectral vectors."""
-        for (_, mine), (_, its) in zip(
+        for (_, buffer), (_, given) in zip(
             self._model.named_buffers(), model.named_buffers(), strict=True
         ):
-            mine.copy_(its)
+            buffer.copy_(given)
 
     def join(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensor:
         """Named tensors of all trained weights in one row (W,)."""
@@ -128,7 +128,7 @@ class MeasuredCopy:
         """The backbone's derivative, transposed, times numbers beside its features; this rank's.
 
         Args:
-            batch: the batch.
+            batch: this rank's part of the batch.
             shares: numbers (B, D) beside the features of both views.
             rows_R: the rows that are looked at; None = all.
 
@@ -158,7 +158,7 @@ class MeasuredCopy:
         """The loss's Hessian times a direction, (W,); see the module's text.
 
         Args:
-            batch: the global batch.
+            batch: this rank's part of the batch.
             heads: their derivatives at these weights.
             weights_W: weights at which the Hessian is taken, and which are set afterwards.
             u_W: direction of any length.
