@@ -16,7 +16,7 @@ PREFIX = "pipe:"
 
 def names_command(text: str) -> bool:
     """Whether a source, or a part of one that is joined by `::`, is a command."""
-    return any(part.startswith(PREFIX) for part in text.split("::"))
+    return any(source_part.startswith(PREFIX) for source_part in text.split("::"))
 
 
 def shorten_commands(source: str) -> str:
@@ -25,13 +25,20 @@ def shorten_commands(source: str) -> str:
     `pipe:curl -H "Authorization: ..." URL` gives `pipe:curl ...`.
     """
     parts = source.split("::")
-    return "::".join(_shorten(part) if part.startswith(PREFIX) else part for part in parts)
+    return "::".join(
+        _shorten(source_part) if source_part.startswith(PREFIX) else source_part
+        for source_part in parts
+    )
 
 
 def _shorten(text: str) -> str:
     program, _, arguments = text.removeprefix(PREFIX).strip().partition(" ")
-    shown = "..." if "=" in program else program
-    return f"{PREFIX}{shown} ..." if arguments and shown != "..." else PREFIX + shown
+    shown_program = "..." if "=" in program else program
+    return (
+        f"{PREFIX}{shown_program} ..."
+        if arguments and shown_program != "..."
+        else PREFIX + shown_program
+    )
 
 
 def run_command(text: str, number: int, folder: Path) -> Path:
@@ -47,8 +54,8 @@ def run_command(text: str, number: int, folder: Path) -> Path:
         OSError: The file cannot be written.
     """
     command, file = text.removeprefix(PREFIX), folder / f"pipe-{number:06d}.tar"
-    shown = quote_name(_shorten(text))
-    print(f"running {shown} into {quote_name(str(file))}", file=sys.stderr)
+    shown_command = quote_name(_shorten(text))
+    print(f"running {shown_command} into {quote_name(str(file))}", file=sys.stderr)
     with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:
@@ -59,9 +66,11 @@ def run_command(text: str, number: int, folder: Path) -> Path:
             raise
     if process.returncode:
         raise ValueError(
-            f"{shown}, command {number + 1} of the source, ended with status "
+            f"{shown_command}, command {number + 1} of the source, ended with status "
             f"{process.returncode} after {file.stat().st_size} bytes."
         )
     if not file.stat().st_size:
-        raise ValueError(f"{shown}, command {number + 1} of the source, printed nothing: no tar.")
+        raise ValueError(
+            f"{shown_command}, command {number + 1} of the source, printed nothing: no tar."
+        )
     return file

@@ -89,8 +89,8 @@ def claim_folder(url: str, plan: Mapping[str, Any]) -> None:
         )
     names = [entry.name for entry in storage.list_files(url)]
     names += [entry.name for entry in storage.list_files(storage.join_url(url, RECEIPTS))]
-    ours = (".tar", ".json", manifest.INDEX_NAME, REJECTS)  # what would be overwritten
-    foreign = [name for name in names if name.endswith(ours)]
+    own_endings = (".tar", ".json", manifest.INDEX_NAME, REJECTS)  # what would be overwritten
+    foreign = [name for name in names if name.endswith(own_endings)]
     if foreign:
         raise ValueError(
             f"{url} holds {foreign[0]!r}, which is not of this command (there is no {PLAN}); use "

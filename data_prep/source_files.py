@@ -85,10 +85,10 @@ def expand_names(text: str) -> list[str]:
         ValueError: It is a `pipe:`, or the braces name too many files or are not closed.
     """
     if command_sources.names_command(text):
-        shown = quote_name(command_sources.shorten_commands(text))
+        shown_command = quote_name(command_sources.shorten_commands(text))
         raise ValueError(
-            f"{shown} is a command (pipe:), whose output cannot be read in any order; name the "
-            "files themselves, or let python -m data_prep shard run it: --run-pipes."
+            f"{shown_command} is a command (pipe:), whose output cannot be read in any order; name "
+            "the files themselves, or let python -m data_prep shard run it: --run-pipes."
         )
     return _expand(text)
 
@@ -106,8 +106,10 @@ def run_commands(source: str, folder: Path | None) -> str:
     if not command_sources.names_command(source):
         return source
     if folder is None:
-        shown = quote_name(command_sources.shorten_commands(source))
-        raise ValueError(f"{shown} is a command, which only python -m data_prep shard runs.")
+        shown_command = quote_name(command_sources.shorten_commands(source))
+        raise ValueError(
+            f"{shown_command} is a command, which only python -m data_prep shard runs."
+        )
     names = _expand(source)
     for number, name in enumerate(names):
         if name.startswith(command_sources.PREFIX):

@@ -25,6 +25,6 @@ def __getattr__(name: str) -> Any:
     """Import a name of the package, and with it torch and timm, when it is first used."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(_PLACES[name]), name)
-    globals()[name] = found
-    return found
+    public_object = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = public_object
+    return public_object

@@ -89,16 +89,18 @@ def run_bench(options: CompressionOptions) -> None:
     print("|---|---|---|---|---|")
     for scale in options.scales:
         for share in (*((1.0,) if scale != 1 else ()), *options.shares):
-            asked = SequenceLength(query_share=share, key_share=share, patch_scale=scale)
-            length = count_length(asked, patches.count_at(scale))
+            sequence = SequenceLength(query_share=share, key_share=share, patch_scale=scale)
+            length = count_length(sequence, patches.count_at(scale))
             drawn_DW = torch.stack(
                 [gradient(networks, draw(length, networks, seed)) for seed in range(options.draws)]
             )
             error = measure_error(drawn_DW, whole_W)
             operations = model_operations(shape, length) / model_operations(shape)
-            percent = (f"{100 * part:.0f}" for part in (operations, error.bias, error.noise))
-            kept = f"{length.query_patches} of {length.patches}"
-            print(f"| {kept} | {scale:g} | {' | '.join(percent)} |", flush=True)
+            percent = (
+                f"{100 * fraction:.0f}" for fraction in (operations, error.bias, error.noise)
+            )
+            kept_patches = f"{length.query_patches} of {length.patches}"
+            print(f"| {kept_patches} | {scale:g} | {' | '.join(percent)} |", flush=True)
 
 
 def load_networks(config: Config, saved: Checkpoint, batch: int) -> Networks:

@@ -283,9 +283,9 @@ def build_theirs(kind: Any, **options: Any) -> Callable[[dict[str, nn.Parameter]
 def build_torch_muon(tensors: dict[str, nn.Parameter]) -> Step:
     """Torch's Muon for the matrices (its products are bf16 always), its AdamW for the rest."""
     matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
-    others = {name: tensor for name, tensor in tensors.items() if tensor.ndim != 2}
+    other_tensors = {name: tensor for name, tensor in tensors.items() if tensor.ndim != 2}
     muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(decay_groups(others), lr=RATE, foreach=True)
+    adamw = torch.optim.AdamW(decay_groups(other_tensors), lr=RATE, foreach=True)
 
     def step() -> None:
         muon.step()

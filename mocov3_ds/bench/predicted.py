@@ -147,8 +147,8 @@ def step_seconds(
         around: What else the step does.
         bandwidth: Bytes a second of the card's memory.
     """
-    more = around.momentum_bytes - TIMES["after"].momentum_bytes
-    update_s = pace.update_s + more * count_momentum_weights(setup.shape) / bandwidth
+    added_bytes = around.momentum_bytes - TIMES["after"].momentum_bytes
+    update_s = pace.update_s + added_bytes * count_momentum_weights(setup.shape) / bandwidth
     network_s = max(pace.compute_s + pace.elementwise_s, launches * _LAUNCH_S)
     update_s = max(update_s, (around.optimizer + around.momentum) * _LAUNCH_S)
     copy_s = around.copy_bytes * setup.images / _COPY_BANDWIDTH

@@ -125,9 +125,9 @@ def study_null(count: int, probes: int, runs: int) -> tuple[dict[str, int], floa
     alarms, scores = {}, []
     for noise in NOISES:
         random = np.random.default_rng([count, probes, NOISES.index(noise)])
-        found = [examine_curve(quiet_run(count, probes, noise, random)) for _ in range(runs)]
-        alarms[noise] = sum(bool(curve.dips or curve.declines) for curve in found)
-        scores += [curve.lost for curve in found]
+        curves = [examine_curve(quiet_run(count, probes, noise, random)) for _ in range(runs)]
+        alarms[noise] = sum(bool(curve.dips or curve.declines) for curve in curves)
+        scores += [curve.lost for curve in curves]
     return alarms, float(np.mean(scores))
 
 
@@ -136,11 +136,11 @@ def study_power(count: int, probes: int, runs: int) -> dict[str, float]:
     random = np.random.default_rng([count, probes, 99])
     shares = {}
     for name, fall, is_found in PLANTED:
-        found = 0
+        hits = 0
         for run in range(runs):
             noise = NOISES[run % len(NOISES)]
-            found += is_found(examine_curve(planted_run(count, probes, fall, noise, random)))
-        shares[name] = found / runs
+            hits += is_found(examine_curve(planted_run(count, probes, fall, noise, random)))
+        shares[name] = hits / runs
     return shares
 
 

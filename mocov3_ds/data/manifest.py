@@ -281,11 +281,11 @@ def load(
         else:
             path = checked.manifest_path
     except FileNotFoundError:
-        shown = storage.hide_secrets(url)
+        shown_url = storage.hide_secrets(url)
         raise ValueError(
             storage.explain_pattern(url)
-            or f"{shown} holds no {NAME}; make shards with python -m data_prep shard SOURCE {shown}"
-            f", or describe tars that are there with python -m data_prep index {shown}."
+            or f"{shown_url} holds no {NAME}; make shards with python -m data_prep shard "
+            f"SOURCE {shown_url}, or describe tars that are there with python -m data_prep index {shown_url}."
         ) from None
     try:
         described = _parse_manifest(storage.read_blocks(str(path)))

@@ -267,8 +267,8 @@ def bytes_of_others() -> int:
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return 0
     free, total = torch.cuda.mem_get_info()
-    others = total - free - torch.cuda.memory_reserved()
-    return others if others > _OWN_CONTEXT_BYTES else 0
+    foreign_bytes = total - free - torch.cuda.memory_reserved()
+    return foreign_bytes if foreign_bytes > _OWN_CONTEXT_BYTES else 0
 
 
 def _spell(capability: tuple[int, int]) -> str:

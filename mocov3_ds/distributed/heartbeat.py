@@ -283,8 +283,8 @@ class Heart:
 
     def newest_saved(self) -> str | None:
         """Return the name of the newest checkpoint that any rank knows of, as `saved` does."""
-        known = [m.beat.saved for m in (*self._members.values(),)] + [self.saved]
-        return max((name for name in known if name is not None), default=None)
+        saved_names = [m.beat.saved for m in (*self._members.values(),)] + [self.saved]
+        return max((name for name in saved_names if name is not None), default=None)
 
     def _condemn(self, status: int, sentence: str, stopped: list[Member] | None = None) -> None:
         """End this process, and where it is rank 0 the run; kill stopped ranks of this machine."""

@@ -265,8 +265,8 @@ def describe_way_on(saved: str | None, steps_done: int) -> str:
             "same command starts from the beginning: there is no checkpoint yet"
             f"{_describe_loss(steps_done)}."
         )
-    lost = steps_done - step_in_name(saved)
-    return f"same command continues from the newest checkpoint, {saved}{_describe_loss(lost)}."
+    loss = _describe_loss(steps_done - step_in_name(saved))
+    return f"same command continues from the newest checkpoint, {saved}{loss}."
 
 
 def step_in_name(saved: str) -> int:

@@ -75,8 +75,8 @@ def count_step_tasks() -> int:
     """
     if not os.environ.get("SLURM_PROCID") or os.environ.get("SLURM_STEP_ID") in _SHELL_STEPS:
         return 1
-    known = os.environ.get("SLURM_STEP_NUM_TASKS") or not read_number("SLURM_PROCID")
-    return int(read_number("SLURM_STEP_NUM_TASKS" if known else "SLURM_NTASKS"))
+    has_step_tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or not read_number("SLURM_PROCID")
+    return int(read_number("SLURM_STEP_NUM_TASKS" if has_step_tasks else "SLURM_NTASKS"))
 
 
 def _fill_from_slurm(tasks: int) -> None:

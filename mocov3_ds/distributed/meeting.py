@@ -247,12 +247,12 @@ def describe_connection_error(error: Exception) -> str:
 def _announce(store: Store, me: Newcomer) -> None:
     """Tell the store that this rank has come."""
     text = me.encode()
-    known = store.compare_set(f"rank-{me.rank}", "", text)
-    if known != text.encode():
+    newcomer = store.compare_set(f"rank-{me.rank}", "", text)
+    if newcomer != text.encode():
         raise ValueError(
-            f"{decode_newcomer(known)} has come already, so process {me.pid} on {me.host} cannot "
-            f"be rank {me.rank}, too: each process needs a RANK of its own, and each run a port of "
-            "its own (deepspeed --master_port)."
+            f"{decode_newcomer(newcomer)} has come already, so process {me.pid} on {me.host} "
+            f"cannot be rank {me.rank}, too: each process needs a RANK of its own, and each run a "
+            "port of its own (deepspeed --master_port)."
         )
 
 
@@ -300,11 +300,11 @@ def describe_missing(missing: Sequence[int], world_size: int, address: str) -> s
         address: What tells a rank where to come to.
     """
     named = ", ".join(map(str, missing[:_NAMED]))
-    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    unnamed = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
     noun = "rank" if len(missing) == 1 else "ranks"
     return (
-        f"{noun} {named}{more} of {world_size} (missing: {len(missing)}) did not come; each is a "
-        f"process that its launcher starts with its RANK, WORLD_SIZE={world_size}, {address}, "
+        f"{noun} {named}{unnamed} of {world_size} (missing: {len(missing)}) did not come; each is "
+        f"a process that its launcher starts with its RANK, WORLD_SIZE={world_size}, {address}, "
         "which it must reach over TCP"
     )
 

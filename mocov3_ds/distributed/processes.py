@@ -118,7 +118,7 @@ def locate_thread(identifier: int | None) -> tuple[str, bool]:
     while frame is not None:
         path = frame.f_code.co_filename
         waits |= path.endswith(("distributed/ranks.py", "distributed_c10d.py"))
-        is_own = not any(part in path for part in ("site-packages", "<frozen", _LIBRARY))
+        is_own = not any(folder in path for folder in ("site-packages", "<frozen", _LIBRARY))
         if not location and is_own:
             location = f"{frame.f_code.co_name} ({Path(path).name}:{frame.f_lineno})"
         frame = frame.f_back

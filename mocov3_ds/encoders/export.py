@@ -331,8 +331,8 @@ def _read_other_modules(weights: Weights, saved: Checkpoint) -> dict[str, Tensor
     head = head_name(weights.backbone)
     if weights.role == "momentum":
         return replace_prefix(momentum, "projector.", f"module.base_encoder.{head}.")
-    other = read_saved_encoder(weights, saved, "momentum")
-    backbone = build_encoder(other, image_size=weights.image_size).state_dict()
+    momentum_weights = read_saved_encoder(weights, saved, "momentum")
+    backbone = build_encoder(momentum_weights, image_size=weights.image_size).state_dict()
     return {
         **replace_prefix(base, "projector.", f"module.base_encoder.{head}."),
         **replace_prefix(base, "predictor.", "module.predictor."),

@@ -62,7 +62,7 @@ def any_timm_config(
         arguments: keywords that `timm.create_model` needs for it.
     """
     height, width_of_image = shape.size
-    kept = {key: own.get(key) for key in ("first_conv", "classifier", "pool_size")}
+    copied_settings = {key: own.get(key) for key in ("first_conv", "classifier", "pool_size")}
     return {
         "architecture": shape.name,
         "num_classes": 0,
@@ -76,7 +76,7 @@ def any_timm_config(
             "mean": list(settings.mean),
             "std": list(settings.std),
             "num_classes": 0,
-            **kept,
+            **copied_settings,
         },
     }
 

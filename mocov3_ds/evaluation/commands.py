@@ -42,13 +42,13 @@ def evaluate_knn(options: Annotated[KnnOptions, tyro.conf.arg(name="")]) -> None
     Raises:
         ValueError: anything a user can have wrong.
     """
-    which, k, temperature = options.which, options.k, options.temperature
+    role, k, temperature = options.which, options.k, options.temperature
     device = ranks.start()
     if min(k, options.batch) < 1 or temperature <= 0:
         raise ValueError(
             f"k {k}, batch {options.batch}, temperature {temperature} must be positive."
         )
-    weights = read_weights(options.run, which, heads=options.heads)
+    weights = read_weights(options.run, role, heads=options.heads)
     urls = choose_split_urls(weights, options.train, options.val)
     splits = open_listed_splits(*urls, options.labels) if options.labels else open_splits(*urls)
     size = weights.size_for(options.image_size)
@@ -73,7 +73,7 @@ def evaluate_knn(options: Annotated[KnnOptions, tyro.conf.arg(name="")]) -> None
     entry |= {"bank_images": len(labels_N), "val_images": len(targets_P)}
     if ranks.is_first():
         folder = options.out or results.results_folder(weights.path)
-        _report_knn(folder, which, entry | _describe_sources(weights, splits))
+        _report_knn(folder, role, entry | _describe_sources(weights, splits))
 
 
 def _judge_classes(
@@ -124,14 +124,14 @@ def _report_knn(folder: Path, which: EncoderRole, entry: dict[str, Any]) -> None
     """Write the entry to results.json and print it."""
     is_multilabel = "mean_ap" in entry
     results.record_result(folder, "multilabel" if is_multilabel else "knn", which, entry)
-    found = (
+    score = (
         f"mean average precision {entry['mean_ap']:.2f} % on"
         if is_multilabel
         else f"{entry['top1']:.2f} % of"
     )
     print(
         f"k-NN (k = {entry['k']}, T = {entry['temperature']}) of {entry['encoder']}: "
-        f"{found} {entry['val_images']} held-out images, bank of {entry['bank_images']}"
+        f"{score} {entry['val_images']} held-out images, bank of {entry['bank_images']}"
     )
     print(results.format_table(folder, which))
 
@@ -145,18 +145,18 @@ def export_weights(options: Annotated[ExportOptions, tyro.conf.arg(name="")]) ->
     Raises:
         ValueError: anything a user can have wrong.
     """
-    run, which, push = options.run, options.which, options.push
+    run, role, push = options.run, options.which, options.push
     if push:
         check_repository(push)
-    folder = options.out or run.parent / f"{run.resolve().name}-{options.to}-{which}"
+    folder = options.out or run.parent / f"{run.resolve().name}-{options.to}-{role}"
     difference = export_encoder(
         run,
         folder,
         to=options.to,
-        role=which,
+        role=role,
         image_size=options.image_size,
         heads=options.heads,
-        describe_results=lambda w: results.format_table(results.results_folder(w.path), which),
+        describe_results=lambda w: results.format_table(results.results_folder(w.path), role),
     )
     print(
         f"{folder}: same features within {difference:.1e}; {folder / 'README.md'} says how to load"

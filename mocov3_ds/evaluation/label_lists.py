@@ -64,7 +64,7 @@ def open_listed_splits(train: str, val: str, entry: str) -> ListedSplits:
     """
     sets = manifests.load(train), manifests.load(val)
     lists = [read_label_lists(manifest, entry) for manifest in sets]
-    class_names = [{name for names in part for name in names} for part in lists]
+    class_names = [{name for names in split_lists for name in names} for split_lists in lists]
     classes = tuple(sorted(class_names[0]))
     if not classes or not class_names[1]:
         empty = sets[0 if not classes else 1]
@@ -76,9 +76,9 @@ def open_listed_splits(train: str, val: str, entry: str) -> ListedSplits:
         )
     number_of = {name: number for number, name in enumerate(classes)}
     tables = []
-    for part in lists:
-        has_NC = torch.zeros(len(part), len(classes), dtype=torch.bool)
-        for row, names in enumerate(part):
+    for split_lists in lists:
+        has_NC = torch.zeros(len(split_lists), len(classes), dtype=torch.bool)
+        for row, names in enumerate(split_lists):
             has_NC[row, [number_of[name] for name in names]] = True
         tables.append(has_NC)
     return ListedSplits(*sets, classes, *tables)
@@ -105,7 +105,7 @@ def read_label_lists(manifest: Manifest, entry: str) -> list[list[str]]:
     for _, text in parts:
         if text:
             raise ValueError(text)
-    lists = {number: names for part, _ in parts for number, names in part.items()}
+    lists = {number: names for rank_names, _ in parts for number, names in rank_names.items()}
     if absent := [number for number in range(manifest.samples) if number not in lists]:
         raise ValueError(
             f"{len(absent)} of {manifest.samples} samples in {manifest.url} have no KEY.json with "

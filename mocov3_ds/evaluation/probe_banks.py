@@ -25,6 +25,25 @@ BankT = TypeVar("BankT", bound="ProbeBank")
 class ProbeBank(ABC):
     """Classifiers and their SGD; a subclass is a dataclass of weights, then as many velocities."""
 
+    @classmethod
+    def start(cls: type[BankT], rates: int, classes: int, dim: int, seed: int) -> BankT:
+        """Classifiers at rest that all begin with the same weights.
+
+        Args:
+            rates: number of learning rates, and so of classifiers.
+            classes: number of classes that one tells apart.
+            dim: width of a feature, or of a token.
+            seed: seed of the weights.
+        """
+        first_weights = cls.draw_weights(classes, dim, seed)
+        weights = [weight.repeat(rates, *[1] * weight.dim()) for weight in first_weights]
+        return cls(*weights, *map(torch.zeros_like, weights))
+
+    @staticmethod
+    @abstractmethod
+    def draw_weights(classes: int, dim: int, seed: int) -> list[Tensor]:
+        """First weights of one classifier, without the axis of the rates; see `start`."""
+
     @property
     def weights(self) -> list[Tensor]:
         """Trained tensors, (L, ...) each."""
@@ -74,11 +93,10 @@ class ProbeBank(ABC):
             w.sub_(rate_L.view(-1, *[1] * (w.dim() - 1)) * v)
 
 
-def _start_classifier(rates: int, classes: int, dim: int, seed: int) -> list[Tensor]:
-    """N(0, 0.01) weights (L, C, D), the same for each rate, and zero biases (L, C)."""
+def _draw_classifier(classes: int, dim: int, seed: int) -> list[Tensor]:
+    """N(0, 0.01) weights (C, D) and zero biases (C,)."""
     generator = torch.Generator().manual_seed(seed)
-    weight_CD = 0.01 * torch.randn(classes, dim, generator=generator)
-    return [weight_CD.repeat(rates, 1, 1), torch.zeros(rates, classes)]
+    return [0.01 * torch.randn(classes, dim, generator=generator), torch.zeros(classes)]
 
 
 def _score(weight_LCD: Tensor, bias_LC: Tensor, x_LBD: Tensor) -> Tensor:
@@ -94,18 +112,10 @@ class HeadBank(ProbeBank):
     weight_velocity_LCD: Tensor
     bias_velocity_LC: Tensor
 
-    @classmethod
-    def start(cls, rates: int, classes: int, dim: int, seed: int) -> "HeadBank":
-        """Heads that all have the same N(0, 0.01) weights and zero biases.
-
-        Args:
-            rates: number of learning rates, and so of heads.
-            classes: number of classes that a head tells apart.
-            dim: width of a feature.
-            seed: seed of the weights.
-        """
-        weights = _start_classifier(rates, classes, dim, seed)
-        return cls(*weights, *map(torch.zeros_like, weights))
+    @staticmethod
+    def draw_weights(classes: int, dim: int, seed: int) -> list[Tensor]:
+        """N(0, 0.01) weights and zero biases."""
+        return _draw_classifier(classes, dim, seed)
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores (L, B, C) of all heads for features (B, D)."""
@@ -145,21 +155,12 @@ class AttentiveBank(ProbeBank):
     weight_velocity_LCD: Tensor
     bias_velocity_LC: Tensor
 
-    @classmethod
-    def start(cls, rates: int, classes: int, dim: int, seed: int) -> "AttentiveBank":
-        """Classifiers with queries of zero, values that are the tokens, and N(0, 0.01) heads.
-
-        Args:
-            rates: number of learning rates, and so of classifiers.
-            classes: number of classes that one tells apart.
-            dim: width of a token.
-            seed: seed of the weights.
-        """
+    @staticmethod
+    def draw_weights(classes: int, dim: int, seed: int) -> list[Tensor]:
+        """Queries of zero, values that are the tokens, and an N(0, 0.01) head."""
         heads = count_attention_heads(dim)
         value_HED = torch.eye(dim).view(heads, dim // heads, dim)
-        weights = [torch.zeros(rates, heads, dim), value_HED.repeat(rates, 1, 1, 1)]
-        weights += _start_classifier(rates, classes, dim, seed)
-        return cls(*weights, *map(torch.zeros_like, weights))
+        return [torch.zeros(heads, dim), value_HED, *_draw_classifier(classes, dim, seed)]
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores (L, B, C) of all classifiers for tokens (B, N, D)."""
@@ -174,8 +175,8 @@ class AttentiveBank(ProbeBank):
             loss_LB = F.cross_entropy(
                 logits_LBC.flatten(0, 1), labels_LB.flatten(), reduction="none"
             ).view_as(labels_LB)
-            found = torch.autograd.grad(loss_LB.sum(), weights)
-        for weight, gradient, addend in zip(weights, gradients, found, strict=True):
+            addends = torch.autograd.grad(loss_LB.sum(), weights)
+        for weight, gradient, addend in zip(weights, gradients, addends, strict=True):
             weight.requires_grad_(False)
             gradient += addend
         return loss_LB.detach().sum(1)

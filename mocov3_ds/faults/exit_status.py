@@ -91,8 +91,8 @@ def describe_ending(error: BaseException) -> Ending:
     Args:
         error: What ended the run on this rank.
     """
-    words = hide_secrets(str(error))
-    first_line = words.strip().partition("\n")[0]
+    message = hide_secrets(str(error))
+    first_line = message.strip().partition("\n")[0]
     if collective_errors.is_nccl_error(error):
         complaint, remedy = collective_errors.read_complaint(error)
         first_line = f"NCCL: {complaint}"
@@ -100,9 +100,9 @@ def describe_ending(error: BaseException) -> Ending:
             return Ending(1, f"{first_line}{'; ' * bool(remedy)}{remedy}.", True)
     if collective_errors.is_memory_fault(error):
         memory = first_line or "of the host"
-        others = devices.bytes_of_others()
-        held = f"other programs hold {others / 2**30:.1f} GiB of the card: end them, or "
-        remedy = f"{held * bool(others)}a smaller --chunk helps"
+        foreign_bytes = devices.bytes_of_others()
+        hint = f"other programs hold {foreign_bytes / 2**30:.1f} GiB of the card: end them, or "
+        remedy = f"{hint * bool(foreign_bytes)}a smaller --chunk helps"
         return Ending(1, f"out of memory ({memory}); {remedy}.", True)
     match error:
         case SystemExit():
@@ -112,7 +112,7 @@ def describe_ending(error: BaseException) -> Ending:
         case AskedToStopError():
             return Ending(error.status, f"{error}; nothing is lost", True)
         case FloatingPointError():
-            return Ending(3, words, True)
+            return Ending(3, message, True)
         case ValueError() | OSError():
-            return Ending(2, words, True)
+            return Ending(2, message, True)
     return Ending(1, f"{type(error).__name__}: {first_line}", False)

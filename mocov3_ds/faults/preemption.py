@@ -79,14 +79,14 @@ class Preemption:
 
         All ranks must call together. Sends one number, and at the end a sentence.
         """
-        lost = heartbeat.lost_launcher()
-        is_asked = bool(lost or self._asked_by)
+        sentence_of_loss = heartbeat.lost_launcher()
+        is_asked = bool(sentence_of_loss or self._asked_by)
         if ranks.world_size() > 1:
             flag = torch.full((), int(is_asked), device=ranks.this_device())
             is_asked = bool(ranks.all_reduce_max(flag))
         if not is_asked:
             return None
-        answers = ranks.gather_objects((lost, self._asked_by))
+        answers = ranks.gather_objects((sentence_of_loss, self._asked_by))
         for sentence, _ in answers:
             if sentence:
                 return Stop(sentence, launcher_is_lost=True)

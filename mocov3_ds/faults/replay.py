@@ -94,14 +94,14 @@ def _config_of_copy(config: Config, copy: Path) -> Config:
 
 def _engine_of_copy(engine: Mapping[str, Any], copy: Path) -> dict[str, Any]:
     """Return DeepSpeed's settings in which each place that is written to lies in the copy."""
-    own: dict[str, Any] = deepcopy(dict(engine))
+    copied_engine: dict[str, Any] = deepcopy(dict(engine))
     for kind in ("offload_optimizer", "offload_param"):
-        block = own.get("zero_optimization", {}).get(kind)
+        block = copied_engine.get("zero_optimization", {}).get(kind)
         if isinstance(block, dict) and "nvme_path" in block:
             block["nvme_path"] = str(copy / "swap")
-    if isinstance(own.get("flops_profiler"), dict):
-        own["flops_profiler"].pop("output_file", None)
-    return own
+    if isinstance(copied_engine.get("flops_profiler"), dict):
+        copied_engine["flops_profiler"].pop("output_file", None)
+    return copied_engine
 
 
 class _Start(NamedTuple):
@@ -136,9 +136,9 @@ def nearest_checkpoint(folder: Path, step: int) -> Path | None:
 
 def _copy_run(folder: Path, step: int, start: Path | None) -> Path:
     copy = folder / RECORDS / f"replay-{step}"
-    for place in (folder / RECORDS, copy):
-        if place.is_symlink():  # what lies behind it is not this run's
-            raise ValueError(f"{place} is a link; remove it, or put a folder in its place.")
+    for path in (folder / RECORDS, copy):
+        if path.is_symlink():  # what lies behind it is not this run's
+            raise ValueError(f"{path} is a link; remove it, or put a folder in its place.")
     shutil.rmtree(copy, ignore_errors=True)
     (copy / "checkpoints").mkdir(parents=True)
     shutil.copy(folder / "config.json", copy)

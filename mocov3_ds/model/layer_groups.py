@@ -46,7 +46,7 @@ def layer_group(name: str) -> str:
 def _backbone_group(parts: list[str]) -> str:
     if parts == ["cls_token"]:
         return "cls"
-    numbers = [part.isdigit() for part in parts] + [False] * 3
+    numbers = [name_part.isdigit() for name_part in parts] + [False] * 3
     if not numbers[1]:
         return parts[0]
     if numbers[2]:
@@ -66,5 +66,5 @@ def order_groups(names: Iterable[str]) -> tuple[str, ...]:
     tokens: dict[str, None] = {}
     for name in names:
         (layers if "." in name else tokens).setdefault(layer_group(f"backbone.{name}"))
-    first, *later = layers or tokens
-    return tuple(dict.fromkeys((first, *tokens, *later)))
+    first, *later_layers = layers or tokens
+    return tuple(dict.fromkeys((first, *tokens, *later_layers)))

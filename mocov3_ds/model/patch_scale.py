@@ -50,15 +50,15 @@ class ScalableVit(VisionTransformer):
         embed: PatchEmbed = self.patch_embed
         size, side = embed.img_size, embed.patch_size[0]
         grid, smaller = scaled_grid(size, side), scaled_grid(size, side, scale)
-        others = [
+        prefix_tokens = [
             t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None
         ]
         count = self.pos_embed.shape[1] - prod(grid)
         positions = resize_positions(self.pos_embed[:, count:], grid, smaller)
         if self.no_embed_class:
-            return torch.cat([*others, x + positions], dim=1)
+            return torch.cat([*prefix_tokens, x + positions], dim=1)
         positions = torch.cat([self.pos_embed[:, :count], positions], dim=1)
-        return torch.cat([*others, x], dim=1) + positions
+        return torch.cat([*prefix_tokens, x], dim=1) + positions
 
 
 def _projection(network: VisionTransformer) -> PatchProjection:
@@ -126,8 +126,8 @@ def resize_positions(
     """
     exact = torch.promote_types(positions_1ND.dtype, torch.float32)
     rows_rR, columns_rR = (
-        _mean_matrix(many, few).to(positions_1ND.device, exact)
-        for many, few in zip(grid, smaller, strict=True)
+        _mean_matrix(side, smaller_side).to(positions_1ND.device, exact)
+        for side, smaller_side in zip(grid, smaller, strict=True)
     )
     with torch.autocast(positions_1ND.device.type, enabled=False):
         table_DRR = positions_1ND[0].to(exact).T.reshape(-1, *grid)
@@ -148,6 +148,6 @@ def _mean_matrix(many: int, few: int) -> Tensor:
     """Shares (few, many) of many equal intervals in each of few, which cover the same length."""
     width = many / few
     start = torch.arange(few, dtype=torch.float64)[:, None] * width
-    left = torch.arange(many, dtype=torch.float64)[None]
-    overlap = torch.minimum(start + width, left + 1) - torch.maximum(start, left)
+    cell_start = torch.arange(many, dtype=torch.float64)[None]
+    overlap = torch.minimum(start + width, cell_start + 1) - torch.maximum(start, cell_start)
     return overlap.clamp(min=0) / width

@@ -145,10 +145,10 @@ class SignalRecorder:
             return {}
         values = {name: float(row[name]) for name in SCALARS if name in row}
         is_due = _is_due(step, signals.every) or any(name in row for name in _RARE_VALUES)
-        said: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         if _is_due(step, signals.features_every):
             values |= feature_signals(*pair)
-            said["spread"] = values["features_std"] * math.sqrt(pair[0].shape[1])
+            entries["spread"] = values["features_std"] * math.sqrt(pair[0].shape[1])
             is_due = True
         if self._has_blocks and _is_due(step, signals.attention_every):
             values |= _measure_blocks(backbone, x1_BCHW)
@@ -165,8 +165,8 @@ class SignalRecorder:
                 if "/" in name and not math.isnan(value)
             }
         if not _is_due(step, signals.every):
-            return said
-        return said | self._raise_alarms(step, sample_ids_B, values)
+            return entries
+        return entries | self._raise_alarms(step, sample_ids_B, values)
 
     def _raise_alarms(
         self, step: int, sample_ids_B: Tensor, values: Mapping[str, float]

@@ -86,10 +86,10 @@ def refuse_keywords(optimizer_class: type, unknown: Iterable[str]) -> None:
 def explain_keyword(optimizer_class: type, keyword: str) -> str:
     """What is to be said of a keyword that an optimizer has not."""
     hint = getattr(optimizer_class, "hints", {}).get(keyword) or INSTEAD.get(keyword)
-    known = list_keywords(optimizer_class)
+    keywords = list_keywords(optimizer_class)
     if hint:
         return f"has no {keyword!r}; {hint}."
-    return f"has no {keyword!r}{did_you_mean(keyword, known)}; known: {', '.join(known)}."
+    return f"has no {keyword!r}{did_you_mean(keyword, keywords)}; known: {', '.join(keywords)}."
 
 
 def list_keywords(optimizer_class: type) -> tuple[str, ...]:

@@ -134,8 +134,8 @@ def sum_over_ranks(
 def _check_agreement(tables: StepTables, here_S: Tensor, everywhere_S: Tensor) -> None:
     """Make sure that each tensor has a gradient on all ranks or on none, in equal micro-batches."""
     marks = zip(tables.names, here_S.tolist(), everywhere_S.tolist(), strict=True)
-    for name, here, everywhere in marks:
-        if everywhere != here * ranks.world_size():
+    for name, own_marks, everywhere in marks:
+        if everywhere != own_marks * ranks.world_size():
             raise ValueError(
                 f"{name!r} has a gradient on some of the {ranks.world_size()} ranks alone, or in "
                 "other micro-batches than elsewhere. From ZeRO stage 1 on DeepSpeed adds up "

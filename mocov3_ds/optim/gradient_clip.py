@@ -232,9 +232,11 @@ class Clipper:
 
             told_norm = zero.whole_gradient_norm(engine)
             whole_norm = torch.as_tensor(told_norm, dtype=torch.float64, device=tables.device)
-        before = [self._state(share.flat, states[share.flat.tensor]) for share in tables.shares]
-        factor_S, state_KS = self.clip.clip(norm_S, whole_norm, torch.cat(before, dim=1).double())
-        for share, own_KS in zip(tables.shares, before, strict=True):
+        old_states = [self._state(share.flat, states[share.flat.tensor]) for share in tables.shares]
+        factor_S, state_KS = self.clip.clip(
+            norm_S, whole_norm, torch.cat(old_states, dim=1).double()
+        )
+        for share, own_KS in zip(tables.shares, old_states, strict=True):
             own_KS.copy_(state_KS[:, share.rows])
         self._factors[tables.names] = factor_S = factor_S.float()
         factors = factor_S.tolist() if factor_S.device.type == "cpu" else None  # no wait on a GPU

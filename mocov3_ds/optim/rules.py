@@ -44,8 +44,8 @@ def by_dimensions(rule: RuleFor) -> RuleFor:
     """The same as `rule`, but exactly the tensors of two dimensions or more adapt; they decay."""
 
     def rule_by_dimensions(name: str, shape: tuple[int, ...]) -> Rule:
-        given, matrix = rule(name, shape), len(shape) > 1
-        return replace(given, decay=given.decay or float(matrix), adapt=matrix)
+        base_rule, matrix = rule(name, shape), len(shape) > 1
+        return replace(base_rule, decay=base_rule.decay or float(matrix), adapt=matrix)
 
     return rule_by_dimensions
 

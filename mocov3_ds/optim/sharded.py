@@ -182,8 +182,8 @@ class ShardedOptimizer(OptimizerContract):
                 "or pickled, as its tensors are the engine's; keep dict(optimizer.full_state()), "
                 "or use engine.save_checkpoint."
             )
-        own = {key: self.__dict__[key] for key in _COPIED}
-        return super().__getstate__() | own | {"attached": bool(self._flats)}
+        copied_attributes = {key: self.__dict__[key] for key in _COPIED}
+        return super().__getstate__() | copied_attributes | {"attached": bool(self._flats)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Be a copy, or what a pickle holds; attached again if that was."""
@@ -260,9 +260,9 @@ class ShardedOptimizer(OptimizerContract):
 
     def update_counts(self) -> dict[str, int]:
         """Updates that each tensor has had, as its moments are corrected for them."""
-        own = self.counts_own_updates
+        counts_own = self.counts_own_updates
         return {
-            name: updates_of(name, self.state[tensor]) if own else self.state[tensor]["step"]
+            name: updates_of(name, self.state[tensor]) if counts_own else self.state[tensor]["step"]
             for tensor, flat in self._flats.items()
             for name in flat.names
         }
@@ -349,7 +349,7 @@ class ShardedOptimizer(OptimizerContract):
             parts = [(share, state["step"])]
             if self.counts_own_updates:
                 parts = split_by_updates(share, state, self._parts)
-            flat_steps += [FlatStep(part, kernels, *tensors, group, n) for part, n in parts]
+            flat_steps += [FlatStep(cut, kernels, *tensors, group, n) for cut, n in parts]
         return flat_steps
 
     def _require_attached(self) -> None:

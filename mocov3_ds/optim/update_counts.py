@@ -90,6 +90,6 @@ def restore_counts(flat: Flat, state: State, step: int, skipped: Mapping[str, in
     counts_S = torch.tensor([skipped.get(name, 0) for name in flat.names], dtype=torch.int64)
     if flat.sharded:
         counts_S = ranks.all_reduce_max(counts_S.to(ranks.this_device()), flat.group)
-    known = {n: c for n, c in zip(flat.names, counts_S.tolist(), strict=True) if c}
-    if known:
-        state["skipped"] = known
+    skipped_counts = {n: c for n, c in zip(flat.names, counts_S.tolist(), strict=True) if c}
+    if skipped_counts:
+        state["skipped"] = skipped_counts

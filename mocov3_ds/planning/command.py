@@ -59,8 +59,14 @@ def run_plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> None:
             )
         )
     elif options.critical_batch:
-        batch = options.batch or find_recipe(options.recipe).config.batch
         noise = find_noise_scale(options.critical_batch)
+        if noise.batch and options.recipe != PlanOptions.recipe:
+            raise ValueError(
+                f"--recipe {options.recipe} would have no effect beside --critical_batch "
+                f"{options.critical_batch}: the run tells its own batch, {noise.batch}."
+            )
+        recipe_batch = find_recipe(options.recipe).config.batch
+        batch = options.batch or noise.batch or recipe_batch
         print(describe_critical_batch(noise, batch))
     elif options.recipes:
         print(tables.tabulate_recipes(plan_run))
@@ -81,8 +87,8 @@ def _check_alone(options: PlanOptions) -> None:
         if getattr(options, entry.name) != entry.default
     }
     for name in ("calibrate", "presets", "what_fits", "recipes", "critical_batch"):
-        beside = {name, *(("recipe", "batch") if name == "critical_batch" else ())}
-        useless = [flag for field, flag in flags.items() if field not in beside]
+        companions = {name, *(("recipe", "batch") if name == "critical_batch" else ())}
+        useless = [flag for field, flag in flags.items() if field not in companions]
         if name in flags and useless:
             raise ValueError(f"{', '.join(useless)} would have no effect beside {flags[name]}.")
 

@@ -19,8 +19,9 @@ def answer_questions(arms: Arms) -> list[str]:
         arms: runs that got equally far (`comparable_runs.line_up`).
     """
     sentences = [
-        f"{name[0].upper()}{name[1:]} {found.describe()} ({count_noun(found.lost.seeds, 'seed')})."
-        for name, found in measure_rates(arms).items()
+        f"{name[0].upper()}{name[1:]} {sensitivity.describe()} "
+        f"({count_noun(sensitivity.lost.seeds, 'seed')})."
+        for name, sensitivity in measure_rates(arms).items()
     ]
     spikes = look_for_dips(arms)
     return [*sentences, spikes.describe()] if spikes.spikes else sentences
@@ -47,7 +48,7 @@ def measure_rates(arms: Arms) -> Mapping[str, RateSensitivity]:
             if run.cell.settings.get("lr") is not None and len(run.series.knn_K):
                 by_rate = sets.setdefault(_settings_beside_rate(run.cell), {})
                 by_rate.setdefault(float(run.cell.settings["lr"]), {})[run.cell.seed] = run
-    found = {}
+    sensitivities = {}
     for by_rate in sets.values():
         rates = sorted(by_rate)
         seeds = sorted(set.intersection(*({*runs} for runs in by_rate.values())))
@@ -57,15 +58,17 @@ def measure_rates(arms: Arms) -> Mapping[str, RateSensitivity]:
         values_RS = np.array(
             [[by_rate[rate][seed].judgement.final_knn for seed in seeds] for rate in rates]
         )
-        found[_name_set(first.cell)] = measure_sensitivity(
+        sensitivities[_name_set(first.cell)] = measure_sensitivity(
             rates, values_RS, nothing_learned=first.series.knn_chance, higher_is_better=True
         )
-    return found
+    return sensitivities
 
 
 def _settings_beside_rate(cell: Cell) -> str:
-    rest = {key: value for key, value in cell.settings.items() if key not in ("lr", "seed")}
-    return json.dumps(rest, sort_keys=True, default=str)
+    other_settings = {
+        key: value for key, value in cell.settings.items() if key not in ("lr", "seed")
+    }
+    return json.dumps(other_settings, sort_keys=True, default=str)
 
 
 def _name_set(cell: Cell) -> str:

@@ -59,25 +59,25 @@ def line_up(arms: Arms) -> LinedUp:
         notes.append(f"Unfinished, so left out of the arms' numbers and of comparisons: {names}.")
         return LinedUp(ended, tuple(notes))
     middle = median(share_done(run.series) for run in runs)
-    behind = [run for run in unfinished if share_done(run.series) < STRAGGLER * middle]
-    kept = [run for run in runs if run not in behind]
-    share = min((share_done(run.series) for run in kept if run in unfinished), default=1.0)
-    if behind:
-        far = ", ".join(map(_name_with_step, behind))
+    stragglers = [run for run in unfinished if share_done(run.series) < STRAGGLER * middle]
+    compared_runs = [run for run in runs if run not in stragglers]
+    share = min((share_done(run.series) for run in compared_runs if run in unfinished), default=1.0)
+    if stragglers:
+        far = ", ".join(map(_name_with_step, stragglers))
         notes.append(f"Far behind, so left out of the arms' numbers and of comparisons: {far}.")
-    going = ", ".join(_name_with_step(run) for run in unfinished if run not in behind)
+    going = ", ".join(_name_with_step(run) for run in unfinished if run not in stragglers)
     if going:
         notes.append(
             f"Unfinished: {going}. So the arms' numbers and the comparisons are those "
-            f"{_where(kept, share)}, the last that all of them have reached."
+            f"{_where(compared_runs, share)}, the last that all of them have reached."
         )
-    return LinedUp(_cut_arms(_keep(arms, kept), share), tuple(notes))
+    return LinedUp(_cut_arms(_keep(arms, compared_runs), share), tuple(notes))
 
 
 def _keep(arms: Arms, runs: Sequence[JudgedRun]) -> Arms:
     """Some runs of the arms, those without any left out."""
-    kept = {label: [run for run in of_arm if run in runs] for label, of_arm in arms.items()}
-    return {label: of_arm for label, of_arm in kept.items() if of_arm}
+    kept_runs = {label: [run for run in of_arm if run in runs] for label, of_arm in arms.items()}
+    return {label: of_arm for label, of_arm in kept_runs.items() if of_arm}
 
 
 def _shared_seeds(arms: Arms, pair: tuple[str, str]) -> set[int]:
@@ -112,6 +112,6 @@ def _cut_arms(arms: Arms, share: float) -> Arms:
             series = dataclasses.replace(
                 cut[run.cell.name], twin_knn=twin_knn if math.isfinite(twin_knn) else None
             )
-            again = dataclasses.replace(run, series=series, judgement=judge(series))
-            judged.setdefault(label, []).append(again)
+            cut_run = dataclasses.replace(run, series=series, judgement=judge(series))
+            judged.setdefault(label, []).append(cut_run)
     return judged

@@ -79,16 +79,16 @@ class Comparison:
     def describe(self) -> str:
         """A clause: `is 2.7 points below frozen (95 % interval 0.2 to 5.1, 4 seeds, ...)`."""
         sign = -1 if self.difference < 0 else 1
-        words = METRICS[self.metric][sign < 0]
-        text = words.format(size=f"{abs(self.difference):.1f}", reference=self.reference)
+        clause = METRICS[self.metric][sign < 0]
+        text = clause.format(size=f"{abs(self.difference):.1f}", reference=self.reference)
         if len(self.seeds) < 2:
             return f"{text} (one seed: cannot be told)"
         low, high = sorted(sign * end for end in self.interval)
         count = count_noun(len(self.seeds), "seed")
-        told = "" if self.is_told else f": cannot be told at {count}"
+        doubt = "" if self.is_told else f": cannot be told at {count}"
         return (
             f"{text} (95 % interval {low:.1f} to {high:.1f}, {count}, "
-            f"Holm p {_format_p(self.holm_p)}{told})"
+            f"Holm p {_format_p(self.holm_p)}{doubt})"
         )
 
 
@@ -201,7 +201,7 @@ def describe_correction(comparisons: Sequence[Comparison]) -> list[str]:
     ]
     knn = [one.sd for one in tested if one.metric == "knn_final"]
     if knn and median(knn) > 0:
-        shown, alone = (
+        smallest, alone = (
             ", ".join(
                 f"{paired.smallest_difference(median(knn), seeds, of):.1f}"
                 for seeds in PLANNED_SEEDS
@@ -212,8 +212,8 @@ def describe_correction(comparisons: Sequence[Comparison]) -> list[str]:
             f"A paired difference of final k-NN accuracies varies by {median(knn):.1f} points from "
             f"seed to seed (standard deviation, median of {count_noun(len(knn), 'comparison')}). "
             f"With {', '.join(map(str, PLANNED_SEEDS))} seeds a page like this tells differences "
-            f"of {shown} points in four of five studies; a study that plans one comparison alone, "
-            f"of {alone} points."
+            f"of {smallest} points in four of five studies; a study that plans one comparison "
+            f"alone, of {alone} points."
         )
     return sentences
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from mocov3_ds.monitoring.alarms import RMS_HIGH
 from mocov3_ds.stability import drawing
 from mocov3_ds.stability.alarm_quality import alarm_flags
-from mocov3_ds.stability.events import LOSS_WINDOW, loss_excess, plain_jumps
+from mocov3_ds.stability.events import LOSS_WINDOW
 from mocov3_ds.stability.findings import Array, Series, Steps
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.layer_order import describe_lead, pool_leads
@@ -62,9 +62,9 @@ def draw_losses(arms: Arms) -> Figure | None:
     figure, panels = drawing.stack_panels(len(curves), "loss above its median, %", share_y=True)
     top = 1.0
     for axes, (label, runs) in zip(panels, curves.items(), strict=True):
-        jumps = [plain_jumps(run.series) for run in runs]
+        jumps = [run.jumps for run in runs]
         for index, run in enumerate(runs):
-            excess_T = loss_excess(run.series)
+            excess_T = run.excess_T
             rows = np.isfinite(excess_T)
             steps_C, _, _, high_C = shorten_curve(run.series.steps_T[rows], excess_T[rows])
             axes.plot(steps_C, high_C, color=colours[label], alpha=_opacity(index), lw=0.9)
@@ -212,7 +212,7 @@ def draw_rms(arms: Arms) -> Figure | None:
         axes.plot(steps_C, high_C, color=colours[label], lw=0.9)
         axes.axhline(RMS_HIGH, color=drawing.FAINT, lw=0.8, ls="--")
         axes.set_yscale("log")
-        for jump in plain_jumps(series):
+        for jump in run.jumps:
             axes.axvspan(jump.first, jump.last, color=drawing.SHADE, alpha=0.2, lw=0)
         alarms = _alarm_starts(series, group)
         bottom = axes.get_ylim()[0]
@@ -283,7 +283,7 @@ def draw_trust_ratios(arms: Arms) -> Figure | None:
             steps_T = shortened[0][0].astype(np.int64)
             # the least of the lowest band, the largest of the highest, the medians between
             bands = np.stack(
-                [short[which] for short, which in zip(shortened, (1, 2, 2, 2, 3), strict=True)]
+                [short[row] for short, row in zip(shortened, (1, 2, 2, 2, 3), strict=True)]
             )
         axes.fill_between(steps_T, bands[0], bands[4], color=colour, alpha=0.15, lw=0)
         axes.fill_between(steps_T, bands[1], bands[3], color=colour, alpha=0.3, lw=0)

@@ -90,13 +90,13 @@ class SpikeDipTest:
         if not self.spikes:
             return "No gradient spike between two k-NN evaluations, so nothing follows about dips."
         low, high = (100 * end for end in self.share_interval)
-        told = "" if self.p < ALPHA else ", so that spikes make dips cannot be told"
+        doubt = "" if self.p < ALPHA else ", so that spikes make dips cannot be told"
         return (
             f"{self.followed} of {count_noun(self.spikes, 'gradient spike')} "
             f"({100 * self.share:.0f} %, 95 % interval {low:.0f} to {high:.0f}) in "
             f"{count_noun(self.runs, 'run')} are followed by a dip within {self.window} steps, "
             f"{100 * self.control:.0f} % of the same spikes at shifted places (p {self.p:.2g}"
-            f"{told})."
+            f"{doubt})."
         )
 
 

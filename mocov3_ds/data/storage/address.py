@@ -110,10 +110,10 @@ def split_url(url: str) -> Address:
     Raises:
         ValueError: The URL names no store, or holds what is no part of an address.
     """
-    scheme, _, rest = url.partition("://")
+    scheme, _, location = url.partition("://")
     if is_web(url):
         return _split_web_url(url)
-    bucket, _, key = rest.partition("/")
+    bucket, _, key = location.partition("/")
     if not bucket:
         raise ValueError(f"{url} names no bucket; write {scheme}://BUCKET/FOLDER.")
     if "@" in bucket:
@@ -198,12 +198,12 @@ def find_login(bucket_url: str) -> tuple[str, str] | None:
         return unquote(user), unquote(password)
     path = expand_user(os.environ.get("NETRC") or "~/.netrc")
     try:
-        found = netrc.netrc(path).authenticators(urlsplit(bucket_url).hostname or "")
+        credentials = netrc.netrc(path).authenticators(urlsplit(bucket_url).hostname or "")
     except OSError:
         return None
     except (netrc.NetrcParseError, UnicodeDecodeError):
         raise ValueError(f"{path} cannot be read as a netrc file; correct it.") from None
-    return None if found is None else (found[0], found[2] or "")
+    return None if credentials is None else (credentials[0], credentials[2] or "")
 
 
 # ------------------------------------------------------------------------- lists of several files

@@ -149,9 +149,9 @@ class HttpStore:
             raise (error.reason or error) from None
         if 200 <= answer.status < 300:
             return answer
-        words = _refusal_words(answer, method)
+        complaint = _refusal_words(answer, method)
         answer.close()
-        raise HttpRefusal(answer.status, words)
+        raise HttpRefusal(answer.status, complaint)
 
 
 class HttpBody:

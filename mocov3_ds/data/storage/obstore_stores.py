@@ -122,22 +122,24 @@ class ObstoreStore:
         if isinstance(error, StorageError):
             return StorageError(f"{url}: {error}")
         lines = str(error).splitlines() or [type(error).__name__]
-        found = _STATUS.search(str(error))
-        words = store_words(str(error)) or (found and found[2].strip()) or lines[0]
-        status = int(found[1]) if found else 0
+        status_match = _STATUS.search(str(error))
+        complaint = (
+            store_words(str(error)) or (status_match and status_match[2].strip()) or lines[0]
+        )
+        status = int(status_match[1]) if status_match else 0
         self.has_answered = self.has_answered or 0 < status < 500
         if isinstance(error, FileNotFoundError):
             self.has_answered = True
-            if "bucket" in words.lower() or "container" in words.lower():
-                return StorageError(f"{url}: the store refuses ({words}).")
+            if "bucket" in complaint.lower() or "container" in complaint.lower():
+                return StorageError(f"{url}: the store refuses ({complaint}).")
             return FileNotFoundError(f"{url} does not exist")
         if isinstance(error, exceptions.PreconditionError):
             return Changed(f"{url} changed while it was read")
         if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-            return explain_status(url, status or 403, words, _CHECK_RIGHTS)
+            return explain_status(url, status or 403, complaint, _CHECK_RIGHTS)
         if isinstance(error, exceptions.NotSupportedError | exceptions.InvalidPathError):
             return StorageError(f"{url}: {lines[0]}.")
-        return explain_status(url, status, words)
+        return explain_status(url, status, complaint)
 
 
 _CHECK_RIGHTS = (

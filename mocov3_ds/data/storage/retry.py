@@ -226,5 +226,5 @@ def store_words(text: str) -> str:
     Args:
         text: Body of the answer: XML with a code and a message, or anything else.
     """
-    words = dict(_XML_WORD.findall(text))
-    return ": ".join(words[name].strip() for name in ("Code", "Message") if name in words)
+    fields = dict(_XML_WORD.findall(text))
+    return ": ".join(fields[name].strip() for name in ("Code", "Message") if name in fields)

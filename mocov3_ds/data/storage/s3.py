@@ -57,8 +57,8 @@ class S3Store:
             self._connect()
         except (BotoCoreError, ValueError) as error:
             explained = self.explain_error(bucket_url, error)
-            words = f"{bucket_url}: the AWS settings do not work: {error}."
-            raise explained or StorageError(words) from None
+            complaint = f"{bucket_url}: the AWS settings do not work: {error}."
+            raise explained or StorageError(complaint) from None
 
     def _connect(self) -> None:
         """Make the client, by what the endpoint is and not by where it was named."""

@@ -56,12 +56,12 @@ def read_span(length: str | int | None, content_range: str | None) -> Span:
         if not text:
             raise OddAnswer("the store sends no Content-Length, so a cut answer could not be told")
         return Span(0, int(text), int(text))
-    found = _RANGE.fullmatch(content_range.strip())
-    if found is None or int(found[2]) < int(found[1]):
+    range_match = _RANGE.fullmatch(content_range.strip())
+    if range_match is None or int(range_match[2]) < int(range_match[1]):
         raise OddAnswer(f"the store says Content-Range: {content_range[:80]!r}")
-    start, end = int(found[1]), int(found[2]) + 1
+    start, end = int(range_match[1]), int(range_match[2]) + 1
     if text and int(text) != end - start:
         raise OddAnswer(
             f"the store says Content-Range: {content_range[:80]!r} and Content-Length: {text}"
         )
-    return Span(start, end, end if found[3] == "*" else int(found[3]))
+    return Span(start, end, end if range_match[3] == "*" else int(range_match[3]))
