@@ -25,6 +25,8 @@ class NoiseScale:
 
     images: float
     source: str
+    batch: int = 0
+    """global batch of the run that it was measured in; 0 = not of a run"""
 
 
 def relative_steps(batch: float, noise: float) -> float:
@@ -90,7 +92,11 @@ def _read_noise_scale(run: Path) -> NoiseScale:
             f"{file} give no noise scale: too few steps were measured for a gradient so weak."
         )
     source = f"of {run}, {len(late)} measurements from step {late[0]['step']} on"
-    return NoiseScale(trace / square, source)
+    try:
+        batch = int(json.loads((run / "config.json").read_text())["config"]["batch"])
+    except (OSError, ValueError, KeyError, TypeError):  # a log without its run
+        batch = 0
+    return NoiseScale(trace / square, source, batch)
 
 
 def _measured_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -76,7 +76,7 @@ class PlanOptions:
     """table of the recipes with command, hours and the paper's accuracy"""
     critical_batch: str = ""
     """how large a batch still pays: a run folder whose log has the gradient noise scale, or that
-    scale in images; steps and images to a target against --batch (beside --recipe and --batch)"""
+    scale in images; steps and images to a target against --batch, the run's or the recipe's"""
 
 
 def read_flags(arguments: Sequence[str]) -> PlanOptions:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mocov3_ds.planning.command import run_plan
 from mocov3_ds.planning.critical_batch import (
     NoiseScale,
     describe_critical_batch,
@@ -12,6 +13,7 @@ from mocov3_ds.planning.critical_batch import (
     relative_images,
     relative_steps,
 )
+from mocov3_ds.planning.flags import PlanOptions
 
 
 def test_the_law_is_that_of_the_best_step_on_a_noisy_quadratic() -> None:
@@ -47,7 +49,9 @@ def test_a_runs_noise_scale_is_a_ratio_of_means(tmp_path: Path) -> None:
     write_log(tmp_path / "run", rows)
     noise = find_noise_scale(str(tmp_path / "run"))
     assert noise.images == pytest.approx(4000 / 2)
-    assert "2 measurements from step 30 on" in noise.source
+    assert "2 measurements from step 30 on" in noise.source and noise.batch == 0
+    (tmp_path / "run/config.json").write_text('{"config": {"batch": 96}}')
+    assert find_noise_scale(str(tmp_path / "run")).batch == 96
     assert find_noise_scale("512").images == 512
 
 
@@ -70,6 +74,22 @@ def test_logs_without_a_noise_scale(
 def test_what_is_no_noise_scale(given: str) -> None:
     with pytest.raises(ValueError, match=f"--critical_batch {given}"):
         find_noise_scale(given)
+
+
+def test_a_run_is_compared_with_its_own_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    write_log(run, [{"step": 1, "noise_trace": 96.0, "gradient_square": 1.0}])
+    (run / "config.json").write_text('{"config": {"batch": 96}}')
+    run_plan(PlanOptions(critical_batch=str(run)))
+    assert "batch 96 = 1" in capsys.readouterr().out
+    run_plan(PlanOptions(critical_batch=str(run), batch=32))
+    assert "batch 32 = 1" in capsys.readouterr().out
+    run_plan(PlanOptions(critical_batch="96", recipe="tiny", batch=8))
+    assert "batch 8 = 1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--recipe tiny would have no effect beside"):
+        run_plan(PlanOptions(critical_batch=str(run), recipe="tiny"))
 
 
 def test_the_table() -> None:
