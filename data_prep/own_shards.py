@@ -39,7 +39,7 @@ def ensure_shards(source: str, runs: Path) -> str:
     folder = str(folder_of_images(source, runs))
     if storage.exists(storage.join_url(folder, manifest.NAME)):
         print(
-            f"--data.images {source!r}: sharded before, to {folder!r}; what has changed in the "
+            f"{source!r}: sharded before, to {folder!r}; what has changed in the "
             "images since is not in it (remove it to shard them anew)",
             flush=True,
         )

@@ -45,7 +45,8 @@ class DataConfig:
     """folder of training images, labelled or not, instead of shards: it is sharded on first use, to
     RUNS/sharded-images"""
     probe_shards: str = ""
-    """labelled held-out shards for the k-NN monitor; empty = none (drawn ones without `shards`)"""
+    """labelled held-out shards for the k-NN monitor, or a folder of images, which is sharded on
+    first use; empty = none (drawn ones without `shards`)"""
     limit: Count = 0
     """train on this many samples, the first of the set; 0 = all"""
     threads: Annotated[int, Bounds(0, 1024)] = 4

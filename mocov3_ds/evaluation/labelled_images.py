@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mocov3_ds.config.run_config import Config
 from mocov3_ds.data import manifest as manifests
 from mocov3_ds.data import storage
 from mocov3_ds.data.class_names import labels_in_use, pair_classes, renumber_labels
 from mocov3_ds.data.fetch import Unreadable, locate_sample, read_sample
 from mocov3_ds.data.manifest import Manifest
-from mocov3_ds.data.own_space import folder_of_images
+from mocov3_ds.data.own_space import folder_of_images, shards_of
 from mocov3_ds.data.views import decode
 from mocov3_ds.data.views.decode import Sides, UnreadableImage
 from mocov3_ds.data.views.draw import draw_views
@@ -60,6 +62,22 @@ class Splits:
         return len(self.train.classes) or 1 + self.train.top_label
 
 
+def shards_of_run(config: Config, runs: Path, *, with_probes: bool = True) -> tuple[str, str]:
+    """Training shards and probe shards of a run, also those that it made; empty = none.
+
+    Args:
+        config: settings of the run.
+        runs: folder in which the run's own lies.
+        with_probes: whether the drawn sample images count, which are training and probes together.
+    """
+    probes = shards_of(config.data.probe_shards, runs)
+    if config.data.images:
+        return str(folder_of_images(config.data.images, runs)), probes
+    if not config.data.shards and with_probes:
+        return str(runs / "sample-images" / "train"), str(runs / "sample-images" / "test")
+    return config.data.shards, probes
+
+
 def choose_split_urls(weights: Weights, train: str, val: str) -> tuple[str, str]:
     """The shards that the user named, or else those of the run.
 
@@ -71,14 +89,11 @@ def choose_split_urls(weights: Weights, train: str, val: str) -> tuple[str, str]
     Raises:
         ValueError: neither the user nor the run names them.
     """
-    config = weights.config
-    if config is not None and config.data.images:
-        train = train or str(folder_of_images(config.data.images, weights.path.parent))
-    elif config is not None and not config.data.shards and not train and not val:
-        folder = weights.path.parent / "sample-images"
-        return str(folder / "train"), str(folder / "test")
-    if config is not None:
-        train, val = train or config.data.shards, val or config.data.probe_shards
+    if weights.config is not None:
+        own_train, own_val = shards_of_run(
+            weights.config, weights.path.parent, with_probes=not train and not val
+        )
+        train, val = train or own_train, val or own_val
     for url, name in ((train, "training"), (val, "held-out")):
         if not url:
             raise ValueError(

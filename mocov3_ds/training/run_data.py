@@ -16,6 +16,7 @@ from mocov3_ds.data.class_names import pair_classes
 from mocov3_ds.data.evaluation_batches import evaluation_batches
 from mocov3_ds.data.loader import Batch, Loader, LoaderSettings
 from mocov3_ds.data.manifest import Manifest
+from mocov3_ds.data.own_space import holds_images
 from mocov3_ds.data.shared_set import load_on_ranks
 from mocov3_ds.data.storage.cache import Cache
 from mocov3_ds.data.views.own_views import load_functions
@@ -59,19 +60,18 @@ def open_shards(config: Config) -> tuple[Manifest, Manifest | None]:
 
 def _find_shards(config: Config) -> tuple[str, str]:
     """Folders of the training shards and of the probe shards, made where the run makes them."""
-    given = config.data
-    if given.shards and given.images:
+    data = config.data
+    if data.shards and data.images:
         raise ValueError(
-            f"--data.shards {given.shards} and --data.images {given.images} are two training sets; "
+            f"--data.shards {data.shards} and --data.images {data.images} are two training sets; "
             "give one of them."
         )
-    if given.shards:
-        return given.shards, given.probe_shards
-    if given.images:
-        from data_prep.own_shards import ensure_shards
-
-        train_url: str = ranks.run_on_first(partial(ensure_shards, given.images, config.runs))
-        return train_url, given.probe_shards
+    if data.shards or data.images:
+        train_url = data.shards or _shard_images(data.images, config)
+        with_images = ranks.run_on_first(partial(holds_images, data.probe_shards))
+        return train_url, (
+            _shard_images(data.probe_shards, config) if with_images else data.probe_shards
+        )
     if config.recipe != "tiny":
         raise ValueError(
             f"recipe {config.recipe} needs images: --data.images FOLDER, or --data.shards FOLDER "
@@ -83,6 +83,14 @@ def _find_shards(config: Config) -> tuple[str, str]:
         partial(ensure_samples, config.runs / "sample-images")
     )
     return folders
+
+
+def _shard_images(images: str, config: Config) -> str:
+    """Shards of a folder of images, made on first use; all ranks must call."""
+    from data_prep.own_shards import ensure_shards
+
+    url: str = ranks.run_on_first(partial(ensure_shards, images, config.runs))
+    return url
 
 
 def _pair_probes(train: Manifest, probes: Manifest) -> Manifest:

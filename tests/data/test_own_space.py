@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mocov3_ds.data.own_space import folder_of_images
+from mocov3_ds.data.own_space import folder_of_images, holds_images, shards_of
 
 
 def test_one_place_for_each_path(tmp_path, monkeypatch):
@@ -13,3 +13,15 @@ def test_one_place_for_each_path(tmp_path, monkeypatch):
     (place,) = places
     assert place.parent == Path("runs/sharded-images") and place.name.startswith("b-")
     assert folder_of_images("c/b", Path("runs")) != place
+
+
+def test_which_sets_are_folders_of_images(tmp_path):
+    for name, file in (("images", "a.jpg"), ("shards", "manifest.json"), ("tars", "a.tar")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    names = ("images", "shards", "tars", "absent")
+    assert [holds_images(str(tmp_path / name)) for name in names] == [True, False, False, False]
+    assert not holds_images("") and not holds_images("s3://bucket/images")
+    images, shards = (str(tmp_path / name) for name in names[:2])
+    assert shards_of(images, Path("runs")) == str(folder_of_images(images, Path("runs")))
+    assert shards_of(shards, Path("runs")) == shards

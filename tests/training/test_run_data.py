@@ -16,6 +16,7 @@ from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.photometric import make_views, normalise_crops
 from mocov3_ds.data.views.spec import PARAMETERS, ViewSpec
+from mocov3_ds.evaluation.labelled_images import shards_of_run
 from mocov3_ds.recipes import parse
 from mocov3_ds.training import run_data
 from mocov3_ds.training.run_data import network_views, open_shards, view_spec
@@ -59,6 +60,14 @@ def test_images_are_sharded_on_first_use(
     assert Path(train.url).parent == tmp_path / "runs" / "sharded-images"
     assert "sharding these images once" in capsys.readouterr().out
     assert open_shards(config)[0].digest == train.digest
+    probes_of = config_of(
+        tmp_path,
+        data=DataConfig(images=str(images), probe_shards=str(images)),
+        runs=tmp_path / "runs",
+    )
+    _, probes = open_shards(probes_of)
+    assert probes is not None and probes.digest == train.digest
+    assert shards_of_run(probes_of, tmp_path / "runs") == (train.url, train.url)
     with pytest.raises(ValueError, match="are two training sets; give one of them"):
         open_shards(config_of(tmp_path, data=DataConfig(images=str(images), shards="x")))
 
