@@ -183,12 +183,13 @@ def train_until(
 
 def train_one_step(last: int, run: Run, log: RunLog) -> dict[str, Any] | None:
     """The exact step, what is measured of it, and its line in the log; None where it is undone."""
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     step = advance_run(run)
     bad = bool(step.result.bad_reason)
     if bad and not bad_step_policy.handle_bad_step(run, log, step):
         return None  # rewound: the steps since the checkpoint come again, with other batches
     seconds = time.perf_counter() - started - step.look_s
+    cpu_seconds = time.process_time() - cpu_started - step.look_cpu_s
     heartbeat.enter_stage(run.step, "look")
     row: dict[str, Any] = {
         "step": run.step,
@@ -197,6 +198,7 @@ def train_one_step(last: int, run: Run, log: RunLog) -> dict[str, Any] | None:
         **step.measured_values(),
         "chance_loss": run.chance_loss,
         "images_per_s": run.config.batch / seconds,
+        "cpu_s": cpu_seconds,
         "save_s": run.take_save_seconds(),
         **peak_memory(run.device),
         "stand_ins": step.batch.stand_ins,

@@ -50,6 +50,8 @@ class AdvancedStep:
     """what the instruments say of the loss before the step, see `instruments`; empty in most"""
     look_s: float = 0.0
     """seconds that they took"""
+    look_cpu_s: float = 0.0
+    """CPU seconds that they took on this rank"""
 
     def measured_values(self) -> dict[str, Any]:
         """What the log says of the step; numbers that are not finite are left out."""
@@ -92,7 +94,9 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
     lr, momentum = scheduled_rates(run)
     run.optimizer.set_lr(lr)
     draws = draw_step(run, batch.sample_ids_B)
-    measured, look_s = measure_instruments(run, batch, (x1_BCHW, x2_BCHW), draws, lr)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    measured = measure_instruments(run, batch, (x1_BCHW, x2_BCHW), draws, lr)
+    look_s, look_cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
     seed_drawing(run)
     result = train_step(
         run.engine,
@@ -112,14 +116,14 @@ def advance_run(run: Run, *, dropped: bool = False) -> AdvancedStep:
         run.count_step()
         if result.applied:
             run.limits.note_applied_step(result.loss, result.gradient_norm)
-    values = (result, draws.length, operations, measured, look_s)
+    values = (result, draws.length, operations, measured, look_s, look_cpu_s)
     return AdvancedStep(batch, x1_BCHW, x2_BCHW, lr, momentum, *values)
 
 
 def measure_instruments(
     run: Run, batch: Batch, views: tuple[Tensor, Tensor], draws: Draws, lr: float
-) -> tuple[dict[str, float], float]:
-    """What is due of curvature and noise before the coming step, and the seconds it took.
+) -> dict[str, float]:
+    """What is due of curvature and noise before the coming step.
 
     Args:
         run: the run before that step, which stays as it is; all ranks must call.
@@ -129,9 +133,9 @@ def measure_instruments(
         lr: learning rate of the step.
     """
     if not run.instruments.are_due(run.step + 1):
-        return {}, 0.0
+        return {}
     heartbeat.enter_stage(run.step + 1, "look")  # it has no limit
-    started, encoder = time.perf_counter(), run.momentum_encoder
+    encoder = run.momentum_encoder
     with random_numbers_kept(run.device), buffers_kept(encoder):
         seed_drawing(run)
         keys = make_both_keys(encoder, *views, run.model.chunks.size, draws)
@@ -141,7 +145,7 @@ def measure_instruments(
     run.instruments.prepare(run.model, _chunk_of_copy(run))
     values = run.instruments.measure(run.step + 1, lr, run.optimizer, fixed, batch.sample_ids_B)
     heartbeat.enter_stage(run.step + 1, "step")
-    return values, time.perf_counter() - started
+    return values
 
 
 def _chunk_of_copy(run: Run) -> int:
