@@ -45,6 +45,31 @@ def test_a_knob_that_an_older_version_did_not_have_stands_at_its_default(tmp_pat
         run_folder.claim_folder(tmp_path, resolved(lr_schedule="constant"), "data")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"compress": "4x"}, "compress is off there, 4x here"),
+        ({"rate_rule": "sqrt"}, "rate_rule is linear there, sqrt here"),
+        ({"moco": {"momentum_batch": 256}}, "moco.momentum_batch is 0 there, 256 here"),
+        ({"model": {"dim": 16, "layer_scale": 0.1}}, "model.layer_scale is 0.0 there, 0.1 here"),
+        ({"model": {"dim": 16, "sigma_reparam": True}}, "model.sigma_reparam is False there, True"),
+    ],
+)
+def test_what_moves_the_numbers_of_a_run_stays(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    run_folder.claim_folder(tmp_path, resolved(), "data")
+    with pytest.raises(ValueError, match=words):
+        run_folder.claim_folder(tmp_path, resolved(**changes), "data")
+
+
+def test_the_clip_of_a_run_stays(tmp_path: Path) -> None:
+    run_folder.claim_folder(tmp_path, resolved(), "data")
+    clipped = resolved() | {"deepspeed": {"optimizer": {"type": "AdamW", "clip": "adagc"}}}
+    with pytest.raises(ValueError, match=r"optimizer\.clip is None there, adagc here"):
+        run_folder.claim_folder(tmp_path, clipped, "data")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": 3}', "\xff"])
 def test_a_damaged_config_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
