@@ -12,11 +12,12 @@ Shape suffixes: T = steps logged, G = layer groups.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from mocov3_ds.stability.findings import Array, Flags, LossEvent, Series, Steps
-from mocov3_ds.stability.outliers import LONGEST_RUN, stand_out
+from mocov3_ds.stability.outliers import LONGEST_RUN, Past, common_tails, stand_out
 from mocov3_ds.stability.trailing import (
     is_measured,
     log_of,
@@ -34,6 +35,8 @@ BURST_RATIO = 3.0
 """a gradient burst of several rows is this many times the median"""
 SINGLE_RATIO = 4.0
 """a burst of one row is this many times the median"""
+SHORT = 3000
+"""measured values below which a group's tails are no lighter than those of all groups together"""
 MERGE = 20
 """bursts no more than this many steps (or two measured ones) apart are one event"""
 LOSS_EXCESS = 0.01
@@ -82,16 +85,18 @@ def gradient_bursts(steps_T: Steps, grad_GT: Array, window: int = WINDOW) -> lis
         window: values of the past.
     """
     trained = [row for row, grad_T in enumerate(grad_GT) if np.isfinite(grad_T).any()]
+    past = Past(window, window, HISTORY, SMALLEST_SPREAD)
+    log_GT = log_of(grad_GT)
+    finite = [log_GT[row, np.isfinite(log_GT[row])] for row in trained]
+    tails = common_tails(finite, past) if max(map(len, finite), default=0) < SHORT else math.inf
+    look = partial(_flag_gradient, past=past, series=len(trained) + 1, degrees=tails)
     flags_GT, excess_GT = np.zeros(grad_GT.shape, bool), np.full(grad_GT.shape, np.nan)
     for row in trained:
         rows = np.flatnonzero(is_measured(grad_GT[row]))  # rows in a row are measured ones
-        flags_GT[row, rows], excess_GT[row, rows] = _flag_gradient(
-            log_of(grad_GT[row, rows]), window, len(trained) + 1
-        )
+        flags_GT[row, rows], excess_GT[row, rows] = look(log_GT[row, rows])
     if len(trained) > 2:
         rows = np.flatnonzero(np.isfinite(excess_GT[trained]).all(axis=0))
-        middle_T = np.median(excess_GT[trained][:, rows], axis=0)
-        together_T, _ = _flag_gradient(middle_T, window, len(trained) + 1)
+        together_T, _ = look(np.median(excess_GT[trained][:, rows], axis=0), degrees=math.inf)
         with np.errstate(invalid="ignore"):
             flags_GT[:, rows] |= together_T & (excess_GT[:, rows] > math.log(BURST_RATIO))
     sizes_GT = np.exp(np.minimum(np.nan_to_num(excess_GT, nan=0.0, posinf=700.0), 700.0))
@@ -99,19 +104,13 @@ def gradient_bursts(steps_T: Steps, grad_GT: Array, window: int = WINDOW) -> lis
     return [_group_flags(steps_T, *pair, distance) for pair in zip(flags_GT, sizes_GT, strict=True)]
 
 
-def _flag_gradient(log_T: Array, window: int, series: int) -> tuple[Flags, Array]:
+def _flag_gradient(log_T: Array, *, past: Past, series: int, degrees: float) -> tuple[Flags, Array]:
     """Rows in which a log gradient stands out, (T,), and how far each is above its level, (T,)."""
     finite_T = np.isfinite(log_T)
     flags_T, excess_T = log_T == math.inf, np.full(len(log_T), np.nan)
     smallest = np.array([math.log(SINGLE_RATIO)] + [math.log(BURST_RATIO)] * (LONGEST_RUN - 1))
     flags_T[finite_T], excess_T[finite_T] = stand_out(
-        log_T[finite_T],
-        window=window,
-        spread_window=window,
-        at_least=HISTORY,
-        smallest_spread=SMALLEST_SPREAD,
-        smallest=smallest,
-        series=series,
+        log_T[finite_T], past, smallest, series=series, degrees=degrees
     )
     excess_T[log_T == math.inf] = math.inf
     return flags_T, excess_T
@@ -134,11 +133,8 @@ def flag_losses(loss_T: Array) -> tuple[Steps, Flags, Array]:
     rows = np.flatnonzero(np.isfinite(loss_T) & (loss_T > 0))
     flags_T, excess_T = stand_out(
         np.log(loss_T[rows]),
-        window=LOSS_WINDOW,
-        spread_window=WINDOW,
-        at_least=HISTORY,
-        smallest_spread=LOSS_EXCESS / 10,
-        smallest=np.full(LONGEST_RUN, math.log1p(LOSS_EXCESS)),
+        Past(LOSS_WINDOW, WINDOW, HISTORY, LOSS_EXCESS / 10),
+        np.full(LONGEST_RUN, math.log1p(LOSS_EXCESS)),
     )
     return rows, flags_T, excess_T
 

@@ -3,18 +3,23 @@
 A value counts by its deviations from the level of its past. How many it must have depends on how
 heavy the tails of the noise are: that is read off the noise itself, as the number of degrees of a
 Student's t whose quantiles lie as far apart, and extrapolated to one false alarm in a hundred runs.
-Several rows in a row need fewer deviations each, as independent noise seldom repeats itself.
+Several rows in a row need fewer deviations each, as independent noise seldom repeats itself. For
+the same reason rows far out in a row are no noise, and no part of its tails: six bursts in 400 rows
+would else pass for heavy tails and hide themselves.
 
 Shape suffix: T = rows.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from scipy import special
 
 from mocov3_ds.stability.findings import Array, Flags
-from mocov3_ds.stability.trailing import trailing_level, trailing_spread
+from mocov3_ds.stability.trailing import trailing_level, trailing_noise
 
 FALSE_ALARMS = 0.01
 """false alarms of a detector per quiet run"""
@@ -24,19 +29,22 @@ LONGEST_BURST = 100
 """rows in a row that stand out after which the new level counts as the usual one"""
 LONGEST_RUN = 4
 """rows in a row beyond which more of them prove no more"""
+CLUSTER = 3.0
+"""deviations beyond which rows in a row are a burst, and left out where the tails are read"""
 _DEGREES = np.array([2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0])
 _PASSES = 3
 
 
-def limits(deviations_T: Array, series: int = 1) -> Array:
+def limits(deviations_T: Array, series: int = 1, degrees: float = math.inf) -> Array:
     """Deviations that one, two, ... `LONGEST_RUN` rows in a row must all have, (LONGEST_RUN,).
 
     Args:
         deviations_T: deviations of all rows from their past, (T,), NaN where there is no past.
         series: number of series that are looked at in one run.
+        degrees: tails count as heavy as those of a Student's t of so many degrees, at least.
     """
     deviations_T = deviations_T[np.isfinite(deviations_T)]
-    degrees = tail_degrees(deviations_T)
+    degrees = min(degrees, tail_degrees(without_bursts(deviations_T)))
     rows_in_a_row = np.arange(1, LONGEST_RUN + 1)
     chance = (FALSE_ALARMS / (series * max(len(deviations_T), 1))) ** (1 / rows_in_a_row)
     if np.isinf(degrees):
@@ -44,6 +52,11 @@ def limits(deviations_T: Array, series: int = 1) -> Array:
     else:
         limit = special.stdtrit(degrees, 1 - chance) * _to_deviations(degrees)
     return np.maximum(limit, DEVIATIONS)
+
+
+def without_bursts(deviations_T: Array) -> Array:
+    """The values without those of several rows in a row beyond `CLUSTER`, (at most T,)."""
+    return deviations_T[~in_a_row(deviations_T > CLUSTER, 2)]
 
 
 def tail_degrees(deviations_T: Array) -> float:
@@ -59,16 +72,21 @@ def tail_degrees(deviations_T: Array) -> float:
     half = float(np.median(np.abs(high)))
     if half == 0:
         return float("inf")
-    degrees = []
-    for side, share in ((low, 0.98), (low, 0.95), (high, 0.95)):
-        ratio = float(np.quantile(side[side >= 0], share)) / half
-        ratios, gaussian = _ratios(share)
-        # noise of the quantile itself: a Gaussian sample shall count as one
-        slack = 1 + 2 * gaussian_error(share, len(side) / 2)
-        degrees.append(
-            np.inf if ratio <= gaussian * slack else np.interp(-ratio, -ratios, _DEGREES)
-        )
-    return float(min(degrees))
+    readings = [
+        _degrees_of_side(np.sort(side[side >= 0]) / half, share)
+        for side, share in ((low, 0.98), (low, 0.95), (high, 0.98), (high, 0.95))
+    ]
+    # skewed noise has few values far out above, which matter; bursts are no part of it
+    return min(*readings[:2], max(readings[2:]))
+
+
+def _degrees_of_side(sorted_values: Array, share: float) -> float:
+    """Degrees at which the absolute values of a t over their median have such a quantile."""
+    ratio = float(sorted_values[round(share * (len(sorted_values) - 1))])
+    ratios, gaussian = _ratios(share)
+    # noise of the quantile itself: a Gaussian sample shall count as one
+    slack = 1 + 2 * gaussian_error(share, len(sorted_values))
+    return math.inf if ratio <= gaussian * slack else float(np.interp(-ratio, -ratios, _DEGREES))
 
 
 def gaussian_error(share: float, count: float) -> float:
@@ -103,47 +121,74 @@ def in_a_row(above_T: Flags, length: int) -> Flags:
     return flags_T
 
 
+@dataclass(frozen=True)
+class Past:
+    """What a row is compared with.
+
+    Attributes:
+        window: values before a row whose median is its level.
+        spread_window: values before a row whose deviations from their levels tell the noise.
+        at_least: fewest values of the past.
+        smallest_spread: least standard deviation of the noise.
+    """
+
+    window: int
+    spread_window: int
+    at_least: int
+    smallest_spread: float
+
+
+def compare_with_past(values_T: Array, usual_T: Array, past: Past) -> tuple[Array, Array]:
+    """Level of the past of each row, (T,), and the row's deviations from it, (T,).
+
+    Args:
+        values_T: finite values of one series, (T,).
+        usual_T: the same where they are usual, their level elsewhere, (T,): what counts as past.
+        past: how much of it counts.
+    """
+    level_T = trailing_level(usual_T, past.window, past.at_least)
+    known_T = np.where(np.isnan(level_T), 0.0, usual_T - level_T)
+    begin = min(past.at_least, len(known_T))
+    spread_T, offset_T = np.full((2, len(values_T)), np.nan)
+    offset_T[begin:], spread_T[begin:] = trailing_noise(
+        known_T[begin:], past.spread_window, past.at_least
+    )
+    first = spread_T[np.isfinite(spread_T)][:1]
+    if len(first):  # the first levels have no spread of their own yet
+        spread_T[begin : begin + past.at_least] = first[0]
+    # a level lags behind a falling series, and no row stands out or in for that
+    lag_T = np.minimum(np.nan_to_num(offset_T), 0.0)
+    return level_T, (values_T - level_T - lag_T) / np.maximum(spread_T, past.smallest_spread)
+
+
+def common_tails(values: Sequence[Array], past: Past) -> float:
+    """Degrees of the tails of all series together, which say more than a short one of them."""
+    deviations = [compare_with_past(values_T, values_T, past)[1] for values_T in values]
+    pooled = [without_bursts(one[np.isfinite(one)]) for one in deviations]
+    return tail_degrees(np.concatenate(pooled)) if pooled else math.inf
+
+
 def stand_out(
-    values_T: Array,
-    *,
-    window: int,
-    spread_window: int,
-    at_least: int,
-    smallest_spread: float,
-    smallest: Array,
-    series: int = 1,
+    values_T: Array, past: Past, smallest: Array, *, series: int = 1, degrees: float = math.inf
 ) -> tuple[Flags, Array]:
     """Rows that stand out above their past, (T,), and how far above its level each row is, (T,).
 
     Rows that stand out do not count as the past of others, up to `LONGEST_BURST` of them in a row.
 
     Args:
-        values_T: finite values, (T,).
-        window: values before a row whose median is its level.
-        spread_window: values before a row whose deviations from their levels tell the noise.
-        at_least: fewest values of the past.
-        smallest_spread: least standard deviation of the noise.
+        values_T: finite values of one series, (T,).
+        past: what a row is compared with.
         smallest: how far above the level one, two, ... rows in a row must be, (LONGEST_RUN,).
         series: number of series that are looked at in one run.
+        degrees: the noise counts as having tails of so many degrees of a Student's t, at most.
     """
     usual_T = values_T
     flags_T = np.zeros(len(values_T), bool)
     for _ in range(_PASSES):
-        level_T = trailing_level(usual_T, window, at_least)
+        level_T, deviations_T = compare_with_past(values_T, usual_T, past)
         excess_T = values_T - level_T
-        known_T = np.where(np.isnan(level_T), 0.0, usual_T - level_T)
-        begin = min(at_least, len(known_T))
-        spread_T, offset_T = np.full((2, len(values_T)), np.nan)
-        spread_T[begin:] = trailing_spread(known_T[begin:], spread_window, at_least)
-        offset_T[begin:] = trailing_level(known_T[begin:], spread_window, at_least)
-        first = spread_T[np.isfinite(spread_T)][:1]
-        if len(first):  # the first levels have no spread of their own yet
-            spread_T[begin : begin + at_least] = first[0]
-        # a level lags behind a falling series, and no row stands out or in for that
-        lag_T = np.minimum(np.nan_to_num(offset_T), 0.0)
-        deviations_T = (excess_T - lag_T) / np.maximum(spread_T, smallest_spread)
-        limit = limits(deviations_T, series)
         found_T = np.zeros(len(values_T), bool)
+        limit = limits(deviations_T, series, degrees)
         for length, (deviations, least) in enumerate(zip(limit, smallest, strict=True), 1):
             with np.errstate(invalid="ignore"):
                 above_T = (deviations_T >= deviations) & (excess_T > least)

@@ -16,36 +16,47 @@ MAD_TO_DEVIATION = 1.4826
 _ROWS_AT_ONCE = 4096  # windows whose values are copied at a time
 HOPS = 8
 """a level is taken anew after such a part of its window, an eighth"""
+ENOUGH = 200
+"""values of a window that count, evenly spaced ones where it has more: their median is 0.09
+deviations uncertain"""
 
 
 def trailing_level(values_T: Array, window: int, at_least: int) -> Array:
     """Median of the `window` values before each one, (T,), taken anew every eighth of a window.
 
-    Early values have shorter pasts; NaN where there are fewer than `at_least` of them.
+    Early values have shorter pasts; NaN where there are fewer than `at_least` of them. Of windows
+    of 400 values or more, every second, third ... value counts, such that `ENOUGH` of them do.
 
     Args:
-        values_T: finite values, (T,).
+        values_T: finite values of one series, (T,).
         window: values of the past that count.
         at_least: fewest values that make a level.
     """
     level_T = np.full(len(values_T), np.nan)
     hop = max(1, window // HOPS)
-    for row in range(at_least, min(window, len(values_T)), min(hop, at_least)):
-        level_T[row : row + min(hop, at_least)] = np.median(values_T[:row])
+    row = at_least
+    while row < min(window, len(values_T)):
+        following = max(row // HOPS, min(hop, at_least))
+        level_T[row : row + following] = np.median(values_T[:row])
+        row += following
     if len(values_T) > window:
-        earlier = np.lib.stride_tricks.sliding_window_view(values_T[:-1], window)[::hop]
-        levels = np.repeat(np.median(earlier, axis=1), hop)
+        apart = max(window // ENOUGH, 1)
+        earlier = np.lib.stride_tricks.sliding_window_view(values_T[:-1], window)
+        levels = np.repeat(np.median(earlier[::hop, ::-apart], axis=1), hop)
         level_T[window:] = levels[: len(values_T) - window]
     return level_T
 
 
-def trailing_spread(values_T: Array, window: int, at_least: int) -> Array:
-    """Standard deviation of the values before each one by their median absolute deviation, (T,)."""
+def trailing_noise(values_T: Array, window: int, at_least: int) -> tuple[Array, Array]:
+    """Median of the values before each one, (T,), and their standard deviation about it, (T,).
+
+    The deviation is that of their median absolute deviation, as events make the others larger.
+    """
     if len(values_T) == 0:
-        return np.empty(0)
+        return np.empty(0), np.empty(0)
     level_T = trailing_level(values_T, window, at_least)
     apart_T = np.abs(values_T - np.where(np.isnan(level_T), np.median(values_T), level_T))
-    return MAD_TO_DEVIATION * trailing_level(apart_T, window, at_least)
+    return level_T, MAD_TO_DEVIATION * trailing_level(apart_T, window, at_least)
 
 
 def window_length(rows: int, at_least: int) -> int:

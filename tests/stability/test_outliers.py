@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mocov3_ds.stability.outliers import in_a_row, limits, stand_out, tail_degrees
+from mocov3_ds.stability.outliers import (
+    Past,
+    common_tails,
+    in_a_row,
+    limits,
+    stand_out,
+    tail_degrees,
+    without_bursts,
+)
 
 look = partial(
     stand_out,
-    window=30,
-    spread_window=200,
-    at_least=16,
-    smallest_spread=0.001,
+    past=Past(window=30, spread_window=200, at_least=16, smallest_spread=0.001),
     smallest=np.full(4, 0.01),
 )
 
@@ -68,3 +73,23 @@ def test_what_stands_out_is_found_and_a_new_level_is_soon_usual() -> None:
     values[1200:] += 1
     flagged = np.flatnonzero(look(values)[0])
     assert 1200 in flagged and flagged[-1] < 1400
+
+
+def test_bursts_are_no_part_of_the_tails() -> None:
+    values = np.random.default_rng(0).standard_normal(400)
+    quiet = limits(values)
+    for begin in range(30, 390, 60):
+        values[begin : begin + 4] = 8, 14, 12, 7
+    assert len(without_bursts(values)) == 400 - 6 * 4
+    assert np.array_equal(limits(values), quiet)
+    values[[50, 200]] = 20  # single rows are perhaps its tails
+    assert {20.0} < {*without_bursts(values)}
+
+
+def test_short_series_have_the_tails_of_all_together() -> None:
+    random, past = np.random.default_rng(0), Past(200, 200, 16, 0.01)
+    heavy = [random.standard_t(3, 300) for _ in range(8)]
+    assert 2.3 < common_tails(heavy, past) < 4.5
+    assert common_tails([random.standard_normal(300) for _ in range(8)], past) > 12
+    assert common_tails([], past) == np.inf
+    assert limits(random.standard_normal(300), degrees=3)[0] > 20

@@ -8,8 +8,8 @@ from mocov3_ds.stability.trailing import (
     longest_run,
     row_spacing,
     trailing_level,
+    trailing_noise,
     trailing_ratio,
-    trailing_spread,
     window_length,
 )
 
@@ -38,7 +38,7 @@ def test_a_level_is_a_median_of_the_past_that_is_at_most_an_eighth_of_it_old() -
 def test_a_spread_is_the_standard_deviation_of_noise() -> None:
     values_T = 3 + 2 * np.random.default_rng(0).standard_normal(4000)
     values_T[::50] += 100
-    assert abs(np.nanmean(trailing_spread(values_T, 200, 16)) - 2) < 0.2
+    assert abs(np.nanmean(trailing_noise(values_T, 200, 16)[1]) - 2) < 0.2
 
 
 def test_windows_grow_with_long_runs() -> None:

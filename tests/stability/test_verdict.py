@@ -93,7 +93,7 @@ def test_recall_and_precision_as_stated() -> None:
         print(f"{what}: recall {caught}/{planted}, precision {right}/{found}")
     for what, recall, precision in (
         ("gradient", 0.99, 0.99),
-        ("loss", 0.9, 0.97),
+        ("loss", 0.95, 0.97),
         ("dip", 0.95, 0.95),
     ):
         caught, planted, right, found = rows[what]
@@ -111,13 +111,12 @@ def test_gradients_measured_in_some_steps_tell_the_same_events(every: int) -> No
         assert right == len(peaks)
         missed += len(one.spikes) - caught
         assert j.lead is not None and all(lead % every == 0 for lead in j.lead.per_event)
-        assert not j.lead.per_event or abs(j.lead.median - one.lag) <= every
-        assert j.lead.per_event or every == 5
+        assert abs(j.lead.median - one.lag) <= every and len(j.lead.per_event) >= 3
         by_name = {quality.alarm: quality for quality in j.alarms}
         raised += by_name["gradient_jump"].caught
         assert any(f"measured every {every} steps: events shorter than" in n for n in j.notes)
-    # 400 measured rows tell little of their tails: most bursts of two or three of them are missed
-    assert missed <= {2: 1, 5: 19}[every] and raised >= 16
+    # 6 of 24 (13 of 72 in 12 series): of a burst of 20 steps one measured row alone may stand out
+    assert missed <= {2: 0, 5: 6}[every] and raised >= 16
     for one, j in judged("healthy")[:3]:
         assert not any("measured every" in note for note in j.notes)
         assert judge(synthetic.measured_every(one.series, every)).verdict == "STABLE"
