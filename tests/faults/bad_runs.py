@@ -23,6 +23,12 @@ from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL
 
 POISON = 40  # this sample's first view is not finite: steps 6, 8, 10
+# all that is drawn for a step or kept beside the weights; whole sequences from step 6 on
+DRAWS = [
+    *("--model.patch_size", "4", "--compress", "0:0.5 0.4:1", "--model.drop_path", "0.2"),
+    *("--model.sigma_reparam", "--model.layer_scale", "0.1"),
+    *("--ds", 'optimizer.clip={"type": "adagc", "warmup_steps": 3}'),
+]
 _batch_views = advance.batch_views
 
 
@@ -76,7 +82,7 @@ class BadRuns:
 def make_runs(folder: Path) -> BadRuns:
     """Do all runs, in two starts of two ranks."""
     make_set(str(folder / "train"), [20, 7, 23])
-    common = [*SMALL, "--data.shards", "train", "--knn.probes", "0", "--epochs", "4"]
+    common = [*SMALL, *DRAWS, "--data.shards", "train", "--knn.probes", "0", "--epochs", "4"]
 
     def line(name: str, *flags: str) -> list[str]:
         return [*common, "--name", name, *flags]

@@ -66,6 +66,7 @@ def test_rewind_leaves_out_the_range_and_resumes_bit_for_bit(bad_runs: BadRuns) 
     first, last = spans[0]
     assert last == bad_runs.step - 1
     assert first == (bad_runs.step - 1) // 2 * 2  # a checkpoint each second step
+    assert rows[first]["query_patches"] < 16  # other patches of other samples at this step
     assert newest.position == 12 + sum(last - first + 1 for first, last in spans)
     assert rows_of(runs / "again") == rows
     assert digests_of(runs / "again") == digests_of(runs / "rewound")
