@@ -9,6 +9,7 @@ progress are a jump.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -28,6 +29,8 @@ LEVELS = 16
 """shares are rounded to multiples of 1 / LEVELS, so that few lengths occur in a run"""
 _LATEST_FULL = 0.95
 """progress from which on the sequences are whole, at the latest"""
+_POINTS = 1000
+"""steps at which the length of a whole run is looked at"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +64,15 @@ def read_schedule(text: str) -> tuple[Point, ...]:
     """Points of a schedule that is named or written out.
 
     Args:
-        text: value of `--compress`.
+        text: value of `--compress`, a name in `READY` or points.
 
     Raises:
         ValueError: it is neither, its progress goes backwards, or it does not end at full length.
     """
     points: list[Point] = []
     for entry in READY.get(text, text).split():
-        before = points[-1] if points else Point(progress=-1.0)
-        points.append(_read_point(text, entry, before))
+        earlier_point = points[-1] if points else Point(progress=-1.0)
+        points.append(_read_point(text, entry, earlier_point))
     if not points or points[0].progress > 0:
         raise ValueError(
             f"--compress {text!r} says nothing of the run's start: begin with 0:SHARE."
@@ -133,17 +136,17 @@ def length_at(points: tuple[Point, ...], progress: float) -> SequenceLength:
         progress: share of the run that is done, from 0 to 1.
     """
     index = max(i for i, point in enumerate(points) if point.progress <= progress)
-    before, after = points[index], points[min(index + 1, len(points) - 1)]
-    way = after.progress - before.progress
-    done = (progress - before.progress) / way if way else 0.0
+    start_point, end_point = points[index], points[min(index + 1, len(points) - 1)]
+    way = end_point.progress - start_point.progress
+    fraction = (progress - start_point.progress) / way if way else 0.0
 
     def share(start: float, end: float) -> float:
-        return max(round((start + done * (end - start)) * LEVELS), 1) / LEVELS
+        return max(round((start + fraction * (end - start)) * LEVELS), 1) / LEVELS
 
     return SequenceLength(
-        query_share=share(before.length.query_share, after.length.query_share),
-        key_share=share(before.length.key_share, after.length.key_share),
-        patch_scale=before.length.patch_scale,
+        query_share=share(start_point.length.query_share, end_point.length.query_share),
+        key_share=share(start_point.length.key_share, end_point.length.key_share),
+        patch_scale=start_point.length.patch_scale,
     )
 
 
@@ -202,7 +205,7 @@ def check_patches(text: str, patches: Patches) -> None:
     """Refuse to compress the sequences of a network that cannot do it.
 
     Args:
-        text: value of `--compress`.
+        text: value of `--compress`, a name in `READY` or points.
         patches: what is known of the network.
 
     Raises:
@@ -229,7 +232,7 @@ def step_length(text: str, progress: float, patches: Patches) -> StepLength | No
     """Patches that take part in a step; None where the schedule leaves none out at any time.
 
     Args:
-        text: value of `--compress`.
+        text: value of `--compress`, a name in `READY` or points.
         progress: share of the schedule's steps that are done before it.
         patches: those of the network, see `check_patches`.
     """
@@ -237,6 +240,18 @@ def step_length(text: str, progress: float, patches: Patches) -> StepLength | No
         return None
     length = length_at(read_schedule(text), progress)
     return count_length(length, patches.count_at(length.patch_scale))
+
+
+def count_lengths(text: str, patches: Patches) -> dict[StepLength, float]:
+    """Lengths that occur in a run, in the order of the run, and the share of its steps with each.
+
+    Args:
+        text: value of `--compress`, not `off`.
+        patches: those of the network, see `check_patches`.
+    """
+    middles = ((index + 0.5) / _POINTS for index in range(_POINTS))
+    lengths = Counter(step_length(text, middle, patches) for middle in middles)
+    return {length: count / _POINTS for length, count in lengths.items() if length is not None}
 
 
 def count_length(length: SequenceLength, patches: int) -> StepLength:

@@ -4,10 +4,9 @@ Nothing is assumed to overlap: with chunks there is one reduction at the end of 
 the collectives of batch norm and loss are waited for. So it is an upper bound in that respect.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
 
-from mocov3_ds.config.compression import OFF, StepLength, check_patches, step_length
+from mocov3_ds.config.compression import OFF, StepLength, check_patches, count_lengths
 from mocov3_ds.model.chunking import shorter_chunks
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.hardware import Cluster
@@ -25,8 +24,6 @@ IMAGE_BYTES = 110_000
 DECODE_CPU_S = 0.86e-3
 STORAGE_CPU_S = 53e-6
 
-_POINTS = 1000
-"""steps at which the length of a compressed run is looked at"""
 _AROUND_BYTES = 42
 """bytes that DeepSpeed moves around the optimizer's step for each number of a rank's shard: norm,
 flatten, cast to fp32, copy back (bf16, read)"""
@@ -106,24 +103,21 @@ def plan_pace(setup: StepSetup, cluster: Cluster) -> Pace:
     """Time of a step of `setup` over whole sequences, and of each phase where they are compressed.
 
     Args:
-        setup: the step.
-        cluster: cards and network.
+        setup: what one rank does in a step.
+        cluster: cards and the network between them.
     """
     pace = _plan_step(setup, cluster)
     if setup.compress == OFF:
         return pace
     patches = architecture.patches_of(setup.shape)
     check_patches(setup.compress, patches)
-    middles = ((index + 0.5) / _POINTS for index in range(_POINTS))
-    lengths = Counter(step_length(setup.compress, middle, patches) for middle in middles)
     phases = []
-    for length, count in lengths.items():
-        assert length is not None
+    for length, share in count_lengths(setup.compress, patches).items():
         chunks = shorter_chunks(setup.chunks, setup.images, length.share_of(patches.count))
         step = _plan_step(replace(setup, chunks=chunks), cluster, length)
         phases.append(
             RunPhase(
-                share=count / _POINTS,
+                share=share,
                 length=length,
                 step_s=step.step_s,
                 operations=step.operations,

@@ -9,17 +9,19 @@ from typing import Literal
 
 import torch
 
-from mocov3_ds.config.compression import length_at, read_schedule
+from mocov3_ds.config.compression import OFF, count_lengths, length_at, read_schedule
 from mocov3_ds.config.run_config import Config, encoder_shape
 from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.monitoring.run_log import peak_memory
-from mocov3_ds.planning.architecture import model_operations
+from mocov3_ds.planning.architecture import model_operations, patches_of
 from mocov3_ds.planning.cards import PRESETS, find_card_of_device
 from mocov3_ds.planning.drift import SETTLED, Drift
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.memory import plan_memory
 from mocov3_ds.planning.pace import Pace, plan_pace
 from mocov3_ds.planning.step_setup import StepSetup
+from mocov3_ds.planning.whole_matrices import matrix_params
+from mocov3_ds.training.advance import schedule_position
 from mocov3_ds.training.run import Run
 
 _log = logging.getLogger("mocov3_ds")
@@ -71,7 +73,7 @@ def check_length(config: Config, device: torch.device, total_steps: int) -> None
     if device.type != "cpu" or not for_gpus or devices.is_cpu_meant():
         return
     steps = min(total_steps, config.stop_after_steps or total_steps)
-    operations = model_operations(encoder_shape(config)) * config.batch * steps
+    operations = _mean_operations(config) * config.batch * steps
     machines = max(1, ranks.world_size() // ranks.local_world_size())
     days = operations / machines / PRESETS["cpu"].fp32_rate / 86400
     if days > _LONGEST_ON_CPU:
@@ -80,6 +82,15 @@ def check_length(config: Config, device: torch.device, total_steps: int) -> None
             "on its CPU: look at nvidia-smi, and start a container with --gpus all; --device cpu "
             "trains on the CPU all the same."
         )
+
+
+def _mean_operations(config: Config) -> float:
+    """Operations of an image in a step, on average over the lengths of a whole run."""
+    shape = encoder_shape(config)
+    if config.compress == OFF:
+        return model_operations(shape)
+    lengths = count_lengths(config.compress, patches_of(shape))
+    return sum(share * model_operations(shape, length) for length, share in lengths.items())
 
 
 def run_setup(run: Run) -> StepSetup:
@@ -95,14 +106,15 @@ def run_setup(run: Run) -> StepSetup:
         recompute_blocks=run.config.recompute_blocks,
         key_block=run.model.loss.key_block,
         optimizer=type(run.optimizer),
+        optimizer_params=matrix_params(run.optimizer.param_groups[0]),
         bucket=run.engine.zero_reduce_bucket_size(),
     )
 
 
 def _last_steps_were_whole(run: Run) -> bool:
     """Whether the steps whose time `Drift` knows were over whole sequences."""
-    points, first = read_schedule(run.config.compress), max(run.step - SETTLED, 0)
-    return length_at(points, first / max(run.total_steps, 1)).is_whole
+    points, (done, total) = read_schedule(run.config.compress), schedule_position(run)
+    return length_at(points, max(done - SETTLED, 0) / max(total, 1)).is_whole
 
 
 def run_pace(run: Run, setup: StepSetup) -> Pace | None:

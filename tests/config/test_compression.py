@@ -25,6 +25,7 @@ def test_a_schedule_goes_in_straight_lines_and_holds_its_patch_scale() -> None:
     assert shares(text, 0.4) == (0.5, 0.5, 1)
     assert shares(text, 0.6) == (0.75, 0.75, 1)
     assert shares(text, 0.8) == shares(text, 1.0) == (1, 1, 1)
+    assert shares("0:0.5,p2 0.4:p1 0.8:1", 0.39) == (0.5, 0.5, 2)
 
 
 def test_few_lengths_occur() -> None:

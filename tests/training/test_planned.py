@@ -51,6 +51,9 @@ def test_days_on_the_cpu_are_refused_unless_they_are_meant(monkeypatch: pytest.M
     check_length(long, torch.device("cuda"), 1000)
     check_length(replace(long, stop_after_steps=10), cpu, 1000)
     check_length(RECIPES["tiny"].config, cpu, 100_000)
+    with pytest.raises(ValueError, match=r"400 steps would take 3 days"):
+        check_length(long, cpu, 400)
+    check_length(replace(long, compress="4x"), cpu, 400)
     monkeypatch.setattr(torch.version, "cuda", None)  # a torch for CPUs was chosen
     check_length(long, cpu, 1000)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
