@@ -107,14 +107,25 @@ def sigma_layers(module: nn.Module) -> Iterator[SigmaLinear]:
 @torch.no_grad()
 def move_vectors(layer: SigmaLinear, iterations: int = 1) -> None:
     """Power iterations with the layer's weight, which must be whole; u and v are changed."""
-    wide = torch.promote_types(layer.weight.dtype, torch.float32)
-    weight_OI = layer.weight.detach().to(wide)
-    u_O, v_I = layer.u.to(wide), layer.v
+    u_O, v_I = iterate_power(layer.weight.detach(), layer.u, iterations)
+    layer.u.copy_(u_O)
+    layer.v.copy_(v_I)
+
+
+def iterate_power(weight_OI: Tensor, u_O: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Left and right singular vectors after some power iterations, fp32 (fp64 of fp64).
+
+    Args:
+        weight_OI: matrix whose largest singular vectors are sought.
+        u_O: left vector to begin with, of length 1.
+        iterations: number of iterations, at least 1.
+    """
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    weight_OI, u_O = weight_OI.to(wide), u_O.to(wide)
     for _ in range(iterations):
         v_I = F.normalize(torch.mv(weight_OI.t(), u_O), dim=0)
         u_O = F.normalize(torch.mv(weight_OI, v_I), dim=0)
-    layer.u.copy_(u_O)
-    layer.v.copy_(v_I)
+    return u_O, v_I
 
 
 def move_all_vectors(module: nn.Module) -> None:
@@ -127,6 +138,26 @@ def move_all_vectors(module: nn.Module) -> None:
 
         with gather_parameters([layer.get_parameter("weight")]):
             move_vectors(layer)
+
+
+def with_gains(tensors: Mapping[str, Tensor], network: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An ordinary network's tensors as those of a reparametrised one that computes the same.
+
+    Each gain is sigma(W), with u and v from power iterations: the opposite of `bake_weights`.
+
+    Args:
+        tensors: tensors of an ordinary network by name.
+        network: tensors of a reparametrised network, whose u the iterations begin with.
+    """
+    added = dict(tensors)
+    for name, gain in network.items():
+        layer = name.removesuffix(".gain")
+        if layer != name and f"{layer}.weight" in tensors:
+            weight_OI = tensors[f"{layer}.weight"].float()
+            u_O, v_I = iterate_power(weight_OI, network[f"{layer}.u"], _FIRST_ITERATIONS)
+            sigma = spectral_norm(weight_OI, u_O, v_I).to(gain.dtype)
+            added |= {name: sigma.view(1), f"{layer}.u": u_O, f"{layer}.v": v_I}
+    return added
 
 
 def bake_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

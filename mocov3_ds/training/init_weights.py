@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mocov3_ds.config.run_config import Config
 from mocov3_ds.data.storage.atomic import digest_file
 from mocov3_ds.encoders.choices import EncoderRole
-from mocov3_ds.encoders.foreign_names import replace_prefix
+from mocov3_ds.encoders.foreign_names import has_layer_scale, replace_prefix
 from mocov3_ds.encoders.load import positions_for, read_weights
 from mocov3_ds.encoders.networks import choose_prefix, find_prefixes, is_head, summarise_names
 from mocov3_ds.encoders.owner_settings import OwnerSettings
@@ -26,6 +26,7 @@ from mocov3_ds.encoders.weight_files import find_weights
 from mocov3_ds.encoders.weights import Weights
 from mocov3_ds.model.backbones import shape_name
 from mocov3_ds.model.shapes import VitShape
+from mocov3_ds.model.sigma_reparam import with_gains
 from mocov3_ds.model.tensor_differences import differing_tensors
 from mocov3_ds.settings.wording import count_noun
 
@@ -187,7 +188,31 @@ def _fit_vit(
                 f"--init {weights.path} takes images of {weight_DCpp.shape[1]} channels, the run "
                 f"{channels}; weights of three colours can start a run of 1 or 3 channels alone."
             )
+    _fit_layer_scale(tensors, weights, config, expected)
+    if config.model.sigma_reparam:
+        tensors = with_gains(tensors, expected)
+        sentences.append("gains of sigma_reparam begin as the weights' largest singular values")
     return tensors, sentences
+
+
+def _fit_layer_scale(
+    tensors: dict[str, Tensor], weights: Weights, config: Config, expected: Mapping[str, Tensor]
+) -> None:
+    """Give a network without LayerScale factors of 1, with which it computes the same."""
+    in_file, in_run = has_layer_scale(tensors), bool(config.model.layer_scale)
+    if in_file and not in_run:
+        raise ValueError(
+            f"--init {weights.path} has LayerScale; give --model.layer_scale 1, whose place the "
+            "factors of the file take."
+        )
+    if in_run and not in_file:
+        if config.model.layer_scale != 1:
+            raise ValueError(
+                f"--init {weights.path} has no LayerScale, which is factors of 1, and "
+                f"--model.layer_scale {config.model.layer_scale:g} would make another network of "
+                "it; give --model.layer_scale 1, or 0 for none."
+            )
+        tensors |= {name: t for name, t in expected.items() if name.endswith(".gamma")}
 
 
 def _all_tensors(weights: Weights) -> tuple[dict[str, Tensor], str]:

@@ -176,11 +176,32 @@ def test_positions_are_resized_and_colours_summed(tmp_path: Path) -> None:
     assert "summed over the three colours" in read.line
 
 
+def test_ordinary_weights_begin_the_same_function_with_gains_and_factors(tmp_path: Path) -> None:
+    save_file(backbone(), tmp_path / "plain.safetensors")
+    plain = build_model(parse(SHAPE).config, 1).base.backbone
+    plain.load_state_dict(backbone())
+    x_BCHW = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for flags in (["--model.sigma_reparam"], ["--model.layer_scale", "1"]):
+        read = init(tmp_path / "plain.safetensors", "--seed", "5", *flags)
+        other = build_model(parse([*SHAPE, "--seed", "5", *flags]).config, 1).base
+        other.load_state_dict(dict(other.state_dict()) | dict(read.tensors))
+        # gain / sigma is 1 up to the last digit of fp32
+        torch.testing.assert_close(other.backbone(x_BCHW), plain(x_BCHW), rtol=1e-5, atol=1e-6)
+    line = init(tmp_path / "plain.safetensors", "--model.sigma_reparam").line
+    assert "gains of sigma_reparam begin as the weights' largest singular values" in line
+    gain = init(tmp_path / "plain.safetensors", "--model.sigma_reparam").tensors
+    weight = gain["backbone.blocks.1.mlp.fc1.weight"]
+    sigma = float(torch.linalg.matrix_norm(weight, 2))
+    assert float(gain["backbone.blocks.1.mlp.fc1.gain"]) == pytest.approx(sigma, rel=0.02)
+
+
 def test_what_cannot_be_a_start_is_one_sentence(tmp_path: Path) -> None:
     whole = backbone()
     save_file(whole, tmp_path / "good.safetensors")
     save_file({n: t for n, t in whole.items() if n != "norm.bias"}, tmp_path / "less.safetensors")
     save_file(whole | {"blocks.0.ls1.gamma": torch.ones(24)}, tmp_path / "more.safetensors")
+    scaled = below(base_tensors("--model.layer_scale", "0.1"), "backbone.", "")
+    save_file(scaled, tmp_path / "scaled.safetensors")
     torch.save({"model": whole, "num_heads": 6}, tmp_path / "heads.pth")
     (tmp_path / "folder").mkdir()
     cases = [
@@ -193,6 +214,8 @@ def test_what_cannot_be_a_start_is_one_sentence(tmp_path: Path) -> None:
         ("good.safetensors", ("--model.dim", "48"), "give --model.dim 24"),
         ("good.safetensors", ("--model.positions", "none"), "give --model.positions sincos"),
         ("good.safetensors", ("--init_which", "momentum"), "take it by --init_which base"),
+        ("good.safetensors", ("--model.layer_scale", "0.1"), "give --model.layer_scale 1, or 0"),
+        ("scaled.safetensors", (), "has LayerScale; give --model.layer_scale 1"),
     ]
     for name, flags, words in cases:
         with pytest.raises(ValueError) as refused:
