@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ from mocov3_ds.planning.drift import Drift
 from mocov3_ds.planning.pace import Pace
 from mocov3_ds.recipes import RECIPES, parse
 from mocov3_ds.training.build import build_run
-from mocov3_ds.training.planned import check_length, drift_line, run_pace, run_setup
+from mocov3_ds.training.planned import (
+    _last_steps_were_whole,
+    check_length,
+    drift_line,
+    run_pace,
+    run_setup,
+)
+from mocov3_ds.training.start import Start
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL
@@ -40,6 +49,19 @@ def test_a_run_beside_its_plan(tmp_path: Path) -> None:
     assert known is not None and known.batch == 16 and 0 < known.step_s < 1
     assert compared.startswith("plan: memory 0.00 GiB planned")
     assert unplanned == ("plan: this run cannot be compared with one (KeyError: torch.float64)")
+
+
+def test_the_lengths_of_an_extended_run_are_those_of_its_own_schedule() -> None:
+    new = replace(RECIPES["tiny"].config, extend_schedule="new", compress="4x")
+    for config, step, whole in (
+        (new, 9500, False),
+        (new, 9990, True),
+        (replace(new, extend_schedule="longer"), 9500, True),
+    ):
+        run: Any = SimpleNamespace(
+            config=config, step=step, total_steps=10_000, start=Start(step=9000)
+        )
+        assert _last_steps_were_whole(run) == whole
 
 
 def test_days_on_the_cpu_are_refused_unless_they_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
