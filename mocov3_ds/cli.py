@@ -92,8 +92,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "views": Command(
         "a sheet of views as training sees them",
-        "mocov3_ds.data.views.contact_sheet:show_views",
-        "options",
+        "mocov3_ds.training.view_sheet_command:main",
     ),
     "report": Command(
         "a page about one run: curves, layers, alarms, settings, the command that repeats it",

@@ -194,7 +194,7 @@ def parse(argv: Sequence[str] | None = None) -> Settings:
     """
     arguments = expand_home(without_launcher_flags(list(sys.argv[1:] if argv is None else argv)))
     check_text(arguments)
-    recipe = choose_defaults(_last_value(arguments, "recipe"), _last_value(arguments, "extend"))
+    recipe = choose_defaults(last_value(arguments, "recipe"), last_value(arguments, "extend"))
     config = tyro.cli(Config, default=recipe.config, args=arguments, prog="train.py")
     return resolve(config, recipe.engine)
 
@@ -290,7 +290,7 @@ def _anchor_paths(config: Config) -> Config:
     return dataclasses.replace(config, data=data, save=save, init=init, extend=extend)
 
 
-def _last_value(arguments: list[str], flag: str) -> str | None:
+def last_value(arguments: list[str], flag: str) -> str | None:
     """Value of a flag that decides the defaults of the others, so is needed before tyro reads."""
     value = None
     for position, argument in enumerate(arguments):

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from mocov3_ds.data.views import layers
 
 _IMAGES, _GAP = 8, 2  # images shown, pixels between them
 
@@ -15,7 +16,7 @@ def draw_view_sheet(
 ) -> Image.Image:
     """Draw the first images of a batch: view 1 above view 2.
 
-    Of images that are not RGB the first channel is shown, in grey.
+    The channels of images that are neither RGB nor grey stand beside one another, in grey.
 
     Args:
         x1_BCHW: First views of this rank, normalised.
@@ -24,14 +25,12 @@ def draw_view_sheet(
         std: Deviation of each channel that was divided by.
     """
     count, channels, height, width = min(len(x1_BCHW), _IMAGES), *x1_BCHW.shape[1:]
-    sheet_HWC = np.full((2 * (height + _GAP), count * (width + _GAP), 3), 255, np.uint8)
+    tile = layers.strip_width(channels, width) + _GAP
+    sheet = Image.new("RGB", (count * tile, 2 * (height + _GAP)), "white")
     shift_CHW, scale_CHW = (torch.tensor(values)[:, None, None] for values in (mean, std))
     for row, x_BCHW in enumerate((x1_BCHW, x2_BCHW)):
         pixels_BCHW = x_BCHW[:count].detach().float().cpu() * scale_CHW + shift_CHW
-        if channels != 3:
-            pixels_BCHW = pixels_BCHW[:, :1].expand(-1, 3, -1, -1)
-        bytes_BHWC = (pixels_BCHW.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        for column, image_HWC in enumerate(bytes_BHWC):
-            y, x = row * (height + _GAP), column * (width + _GAP)
-            sheet_HWC[y : y + height, x : x + width] = image_HWC
-    return Image.fromarray(sheet_HWC)
+        bytes_BCHW = (pixels_BCHW.clamp(0, 1) * 255).round().byte().numpy()
+        for column, bytes_CHW in enumerate(bytes_BCHW):
+            sheet.paste(layers.as_strip(bytes_CHW), (column * tile, row * (height + _GAP)))
+    return sheet

@@ -18,7 +18,13 @@ def test_pixels_are_those_of_the_views() -> None:
         assert np.array_equal(shown, bytes_VBCHW[view, 1].permute(1, 2, 0).numpy())
 
 
-def test_other_channels_are_shown_in_grey() -> None:
-    x_BCHW = torch.zeros(1, 5, 2, 2)
+def test_other_channels_stand_beside_one_another() -> None:
+    bytes_BCHW = torch.randint(0, 256, (2, 5, 4, 6), generator=torch.Generator().manual_seed(0))
+    x_BCHW = bytes_BCHW / 255 - 0.5
     sheet = np.asarray(draw_view_sheet(x_BCHW, x_BCHW, (0.5,) * 5, (1.0,) * 5))
-    assert (sheet[:2, :2] == 128).all()
+    assert sheet.shape == (2 * 6, 2 * (5 * 7 - 1 + 2), 3)
+    for image, channel in [(0, 0), (0, 4), (1, 2)]:
+        left = image * 36 + channel * 7
+        for top in (0, 6):
+            shown = sheet[top : top + 4, left : left + 6]
+            assert np.array_equal(shown[:, :, 1], bytes_BCHW[image, channel].numpy())

@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+STRIP = 8
+"""channels of an image that a picture for the eye shows beside one another"""
+
 
 class OtherChannels(ValueError):  # noqa: N818 - it says what the image has
     """An image has not the channels that are wanted."""
@@ -72,3 +75,28 @@ def as_picture(pixels_CHW: NDArray[np.uint8]) -> Image.Image:
     shown_CHW = pixels_CHW[: 3 if len(pixels_CHW) >= 3 else 1]
     shown_CHW = np.broadcast_to(shown_CHW, (3, *shown_CHW.shape[1:]))
     return Image.fromarray(np.ascontiguousarray(shown_CHW.transpose(1, 2, 0)))
+
+
+def as_strip(pixels_CHW: NDArray[np.uint8]) -> Image.Image:
+    """All pixels of an image for the eye: in colour or grey, else its channels beside one another.
+
+    Args:
+        pixels_CHW: uint8 pixels; of more than `STRIP` channels the first ones are shown.
+
+    Returns:
+        A picture in RGB, as wide as `strip_width` says.
+    """
+    if len(pixels_CHW) in (1, 3):
+        return as_picture(pixels_CHW)
+    shown_CHW = pixels_CHW[:STRIP]
+    count, height, width = shown_CHW.shape
+    strip = Image.new("RGB", (strip_width(count, width), height), "white")
+    for number, pixels_HW in enumerate(shown_CHW):
+        strip.paste(Image.fromarray(pixels_HW), (number * (width + 1), 0))
+    return strip
+
+
+def strip_width(channels: int, width: int) -> int:
+    """Width in pixels of what `as_strip` makes of an image of so many channels and pixels."""
+    count = 1 if channels in (1, 3) else min(channels, STRIP)
+    return count * (width + 1) - 1

@@ -42,14 +42,19 @@ class PillowBlur:
 
 
 def view_transform(
-    spec: ViewSpec, view: int, size: int, *, second_set: bool = False, normalised: bool = True
+    spec: ViewSpec,
+    view: int,
+    size: int | tuple[int, int],
+    *,
+    second_set: bool = False,
+    normalised: bool = True,
 ) -> tv.Compose | v2.Compose:
     """Stored image to the normalised tensor of a view.
 
     Args:
         spec: Distribution of the views.
         view: Index of the view, 0 or 1.
-        size: Side of the view in pixels.
+        size: Side of the view in pixels, or its height and width.
         second_set: Whether to use torchvision's second set of transforms on uint8 tensors, rather
             than the first set on Pillow images.
         normalised: Whether to end with the normalisation, rather than with the image before it.
