@@ -136,7 +136,8 @@ def pretrain(
             trained from its weights, or a function that makes one.
         data: training images: a folder or URL of shards, a folder of images, an `OwnImages`, or any
             map-style dataset of images (see `OwnImages`).
-        probes: labelled held-out images for the k-NN monitor: shards, or a dataset.
+        probes: labelled held-out images for the k-NN monitor: shards, a folder of class folders, or
+            a dataset.
         data_settings: the flags of the group `data`, such as `{"threads": 8}`.
         loss: loss to train with; None = the paper's.
         on_step: called after each step.
@@ -262,8 +263,9 @@ def _as_word(value: object) -> str:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings of a DeepSpeed JSON by their paths; a block that names its type is one of them."""
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and "type" not in value:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

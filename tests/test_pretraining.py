@@ -37,6 +37,8 @@ def test_keywords_are_flags() -> None:
     assert config.model.group_lr == ("block_0=0.5", "norm=0")
     assert parsed.engine["zero_optimization"]["stage"] == 2
     assert parsed.engine["optimizer"]["params"]["lr"] == 0.1
+    lars = {"type": "Lars", "params": {"lr": 0.5, "momentum": 0.9}}
+    assert parse(flags_of({"ds": {"optimizer": lars}})).engine["optimizer"] == lars
     for wrong, words in (
         ({"bacth": 8}, r"no setting bacth \(did you mean batch\?\)"),
         ({"model": {"deep": 8}}, r"no setting model\.deep \(did you mean depth\?\)"),

@@ -1,7 +1,7 @@
 """Which pictures lay a study's settings over one another, as the paper's figures do?
 
-One colour an arm: the mean over its seeds, in a band from the least to the largest where there are
-several. Shape suffixes as in `figures`; C = columns of a drawing.
+One colour an arm: the mean over its seeds, in its 95 % interval where there are several.
+Shape suffixes as in `figures`; C = columns of a drawing.
 """
 
 import itertools
@@ -12,8 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability import drawing
+from mocov3_ds.stability.arm_questions import look_for_dips
 from mocov3_ds.stability.findings import Array, Series, Steps
+from mocov3_ds.stability.layer_order import outer_layers
+from mocov3_ds.stability.paired import band_over_seeds
 from mocov3_ds.stability.run_curves import shorten_curve
 from mocov3_ds.stability.study import Arms, JudgedRun
 from mocov3_ds.stability.trailing import is_measured
@@ -23,6 +27,7 @@ _SMOOTHED = 50  # stretches of a loss curve, each its median
 _HEIGHT = 2.9  # inches
 _MOST_PAIRS = 4  # arms whose gradient and accuracy stand one below the other
 _HALF_DECADE = 10**0.5  # a gradient axis spans a decade at least
+_AROUND = 0.08  # of the curves' range, above and below them
 _LEAST_SPAN = 1.0  # points of an accuracy axis
 _TALL, _PANEL = 1.5, 0.9  # inches of a panel with gradients, and of one with accuracy
 
@@ -61,13 +66,15 @@ def _draw_overlay(
     with matplotlib.rc_context(drawing.STYLE):
         figure = Figure((drawing.WIDTH, _HEIGHT), layout="constrained")
         axes = figure.subplots()
+        drawn: list[Array] = []
         for label, arm in runs.items():
             curves = []
             for run in arm:
                 steps_K, values_K = curve(run.series)
                 scale = run.series.epochs_per_step if in_epochs else 1.0
                 curves.append((steps_K.astype(np.float64) * scale, values_K))
-            _draw_band(axes, curves, colours[label], drawing.plain_text(label, 48))
+            drawn += _draw_band(axes, curves, colours[label], drawing.plain_text(label, 48))
+        _frame_curves(axes, np.concatenate(drawn))
         axes.set_xlabel("epochs" if in_epochs else "step")
         axes.set_ylabel(y)
         axes.margins(x=0.01)
@@ -75,14 +82,27 @@ def _draw_overlay(
     return figure
 
 
-def _draw_band(axes: Axes, curves: Sequence[tuple[Array, Array]], colour: str, label: str) -> None:
-    """Mean over the curves in a band from the least to the largest, over the x that all reach."""
+def _draw_band(
+    axes: Axes, curves: Sequence[tuple[Array, Array]], colour: str, label: str
+) -> tuple[Array, ...]:
+    """Mean over the curves in its 95 % interval over seeds, over the x that all reach."""
     x_C, values_SC = _on_one_axis(curves)
-    low_C, high_C = values_SC.min(0), values_SC.max(0)
-    if len(curves) > 1:
-        axes.fill_between(x_C, low_C, high_C, color=colour, alpha=0.18, lw=0)
-    mark = "o" if len(x_C) == 1 else None
-    axes.plot(x_C, values_SC.mean(0), color=colour, label=label, lw=1.4, marker=mark, ms=3)
+    places_C = np.arange(len(x_C))
+    band = band_over_seeds([(places_C, values_C) for values_C in values_SC])
+    x_K = x_C[band.steps_K]
+    if len(values_SC) > 1:
+        axes.fill_between(x_K, band.low_K, band.high_K, color=colour, alpha=0.13, lw=0)
+        axes.plot(x_K, values_SC[:, band.steps_K].T, color=colour, lw=0.5, alpha=0.45)
+    mark = "o" if len(x_K) == 1 else None
+    axes.plot(x_K, band.mean_K, color=colour, label=label, lw=1.5, marker=mark, ms=3)
+    return (band.mean_K, *values_SC)
+
+
+def _frame_curves(axes: Axes, values: Array) -> None:
+    """Fit the axis to curves; of bands, which two seeds make very wide, what lies near them."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    reach = _AROUND * (high - low) or _LEAST_SPAN / 2
+    axes.set_ylim(low - reach, high + reach)
 
 
 def _on_one_axis(curves: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -129,10 +149,9 @@ def draw_spikes_and_dips(arms: Arms) -> Figure | None:
 
 def _draw_gradients(axes: Axes, series: Series) -> None:
     """Largest gradient of the first and the last trained layer; spikes of long curves stay."""
-    layers = [group for group in series.trained_groups() if group != "cls"] or list(series.groups)
-    blocks = [group for group in layers if group.startswith("block_")]
-    last = (blocks or layers)[-1]
-    names = dict.fromkeys((layers[0], last))
+    trained = [group for group in series.trained_groups() if group != "cls"] or list(series.groups)
+    layers = outer_layers(series) or (trained[0], trained[-1])
+    names = dict.fromkeys(layers)
     for name, colour in zip(names, (drawing.COLOURS[1], drawing.COLOURS[0]), strict=False):
         grad_T = series.gradient_of(name)
         rows = is_measured(grad_T)
@@ -163,6 +182,36 @@ def _draw_accuracy(axes: Axes, run: JudgedRun) -> None:
 def _most_eventful(runs: Sequence[JudgedRun]) -> JudgedRun:
     """The run with the most gradient events."""
     return max(runs, key=lambda run: len(run.judgement.gradient_events))
+
+
+def draw_average_after_spikes(arms: Arms) -> Figure | None:
+    """Mean k-NN accuracy around all gradient spikes, in the band of the same spikes shifted."""
+    found = look_for_dips(arms)
+    if not found.spikes:
+        return None
+    with matplotlib.rc_context(drawing.STYLE):
+        figure = Figure((drawing.WIDTH, _HEIGHT), layout="constrained")
+        axes = figure.subplots()
+        offsets_W, colour = found.offsets_W, drawing.COLOURS[1]
+        axes.fill_between(
+            offsets_W,
+            found.low_W,
+            found.high_W,
+            color=drawing.FAINT,
+            alpha=0.35,
+            lw=0,
+            label="95 % of shifted spikes",
+        )
+        axes.plot(offsets_W, found.average_W, "o-", color=colour, ms=3, label="mean around spikes")
+        axes.axhline(0, color=drawing.FAINT, lw=0.8)
+        axes.axvline(0, color=drawing.SHADE, lw=0.8, ls=":")
+        axes.set_xlabel("k-NN evaluations after a gradient spike")
+        axes.set_ylabel("k-NN from its trend, points")
+        spikes, runs = count_noun(found.spikes, "spike"), count_noun(found.runs, "run")
+        share = f"{100 * found.share:.0f} % with a dip, shifted {100 * found.control:.0f} %"
+        drawing.set_title(axes, f"{spikes} in {runs}: {share} (p {found.p:.2g})")
+        drawing.legend_below(figure, axes)
+    return figure
 
 
 def draw_paired_arms(arms: Arms) -> Figure | None:

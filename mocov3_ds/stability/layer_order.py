@@ -7,6 +7,7 @@ Shape suffix: T = steps logged.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 
@@ -31,20 +32,35 @@ _FEWEST = 6
 def measure_lead(
     series: Series, bursts: Mapping[str, Sequence[Excursion]], window: int
 ) -> Lead | None:
-    """Lead of the first trained layer (the class token is none) over the last block.
+    """Lead of the first trained layer over the last block, of any backbone (`outer_layers`).
 
     None where fewer than two such groups are trained. `bursts` are the gradient events of each
     group, `window` is the number of values of the past that a move is compared with.
     """
-    layers = [g for g in series.trained_groups() if g == "patch_embed" or g.startswith("block_")]
-    if len(layers) < 2:
+    layers = outer_layers(series)
+    if layers is None:
         return None
-    shallow, deep = layers[0], layers[-1]
+    shallow, deep = layers
     shallow_T, deep_T = series.gradient_of(shallow), series.gradient_of(deep)
     rows = is_measured(shallow_T, deep_T)
     steps_T, shallow_T, deep_T = series.steps_T[rows], shallow_T[rows], deep_T[rows]
     per_event = event_leads(steps_T, shallow_T, deep_T, bursts[shallow], window)
     return summarise_leads(shallow, deep, per_event)
+
+
+def outer_layers(series: Series) -> tuple[str, str] | None:
+    """The trained layer nearest to the input and the last trained block; None without two of them.
+
+    Blocks are the groups that are numbered: `block_3`, `layer4.1`, `stages.3.blocks.0`. What stands
+    between (tokens, tables of positions) and behind them (a norm, the heads) is no such layer.
+    """
+    trained = series.trained_groups()
+    layers = [
+        group
+        for group in trained
+        if group == series.groups[0] or any(part.isdigit() for part in re.split("[._]", group))
+    ]
+    return (layers[0], layers[-1]) if len(layers) >= 2 else None
 
 
 def event_leads(
@@ -128,12 +144,14 @@ def summarise_leads(first_group: str, last_group: str, per_event: Sequence[int])
 
 def pool_leads(leads: Sequence[Lead | None]) -> Lead | None:
     """The events of all runs as one lead; None where no run compares the layers of the first."""
-    known = [lead for lead in leads if lead is not None]
-    if not known:
+    known_leads = [lead for lead in leads if lead is not None]
+    if not known_leads:
         return None
-    first, last = known[0].first_group, known[0].last_group
-    same = [lead for lead in known if (lead.first_group, lead.last_group) == (first, last)]
-    return summarise_leads(first, last, [lag for lead in same for lag in lead.per_event])
+    first, last = known_leads[0].first_group, known_leads[0].last_group
+    same_pair = [
+        lead for lead in known_leads if (lead.first_group, lead.last_group) == (first, last)
+    ]
+    return summarise_leads(first, last, [lag for lead in same_pair for lag in lead.per_event])
 
 
 def describe_lead(lead: Lead | None) -> str:
@@ -144,11 +162,11 @@ def describe_lead(lead: Lead | None) -> str:
     if not count:
         return f"no gradient event that {lead.first_group} and {lead.last_group} both show"
     ahead = lead.first_group if lead.median > 0 else lead.last_group
-    who = f"{ahead} leads by {abs(lead.median):g} steps"
+    clause = f"{ahead} leads by {abs(lead.median):g} steps"
     if lead.median == 0:
-        who = f"{lead.first_group} and {lead.last_group} move in the same step"
+        clause = f"{lead.first_group} and {lead.last_group} move in the same step"
     low, high = lead.interval
     if math.isnan(low):
-        return f"{who} (median of {count_noun(count, 'event')}; an interval needs {_FEWEST})"
+        return f"{clause} (median of {count_noun(count, 'event')}; an interval needs {_FEWEST})"
     order = "" if low > 0 or high < 0 else ": the order cannot be told"
-    return f"{who} (95 % interval {low:g} to {high:g}, {count_noun(count, 'event')}{order})"
+    return f"{clause} (95 % interval {low:g} to {high:g}, {count_noun(count, 'event')}{order})"

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from mocov3_ds.stability.events import Excursion
 from mocov3_ds.stability.layer_order import (
@@ -11,6 +12,7 @@ from mocov3_ds.stability.layer_order import (
     event_leads,
     measure_lead,
     median_interval,
+    outer_layers,
     pool_leads,
     summarise_leads,
 )
@@ -76,3 +78,23 @@ def test_a_lead_needs_two_trained_layers() -> None:
     lead = measure_lead(series, bursts, 200)
     assert lead is not None and (lead.first_group, lead.last_group) == ("patch_embed", "block_2")
     assert measure_lead(replace(series, grad_linf_GT=grad_GT), bursts, 200) is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "frozen", "layers"),
+    [
+        (("patch_embed", "cls", "block_0", "block_1", "norm", "projector"), (), (0, 3)),
+        (("patch_embed", "cls", "pos_embed", "block_0", "block_1", "norm"), (0,), (3, 4)),
+        (("conv1", "bn1", "layer1.0", "layer4.1", "projector", "predictor"), (), (0, 3)),
+        (("stem", "stages.0.blocks.0", "stages.3.blocks.1", "norm_pre", "projector"), (), (0, 2)),
+        (("conv1", "layer1.0", "layer1.1", "projector"), (0, 1), None),
+        (("0", "2", "projector"), (), (0, 1)),
+    ],
+)
+def test_the_outer_layers_of_any_backbone(
+    groups: tuple[str, ...], frozen: tuple[int, ...], layers: tuple[int, int] | None
+) -> None:
+    grad_GT = np.ones((len(groups), 3))
+    grad_GT[[*frozen]] = np.nan
+    series = replace(synthetic.healthy(0).series, groups=groups, grad_linf_GT=grad_GT)
+    assert outer_layers(series) == (layers and tuple(groups[index] for index in layers))
