@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from data_prep import tar
+from data_prep import list_column, tar
 from data_prep.class_numbers import ClassNames
 from data_prep.images import SUFFIXES
 from data_prep.label_files import LABEL_COLUMNS, OTHER_LABEL_COLUMNS
@@ -41,6 +41,8 @@ class Row(NamedTuple):
     size: int
     """bytes"""
     label: Label
+    json: tuple[int, int] = (0, 0)
+    """offset and size in the scratch file of the KEY.json that lists its classes; 0 bytes = none"""
 
 
 class Columns(NamedTuple):
@@ -53,6 +55,13 @@ class Columns(NamedTuple):
     """names of labels that are numbers, where the files state them"""
     notes: tuple[str, ...]
     """how the columns were chosen"""
+    has_lists: bool = False
+    """whether the labels are lists, which become the KEY.json of each image"""
+
+    @property
+    def list_names(self) -> tuple[str, ...]:
+        """Class names that the numbers in the lists are positions in; () = none are stated."""
+        return self.classes.readings[0] if self.has_lists and self.classes.readings else ()
 
 
 def choose_columns(paths: Sequence[Path], image: str = "", label: str = "") -> Columns:
@@ -72,19 +81,25 @@ def choose_columns(paths: Sequence[Path], image: str = "", label: str = "") -> C
     with _named_damage(first):
         image, image_note = _choose_image(first, file, image)
     label, label_note = _choose_label(first, file, label, image)
-    names = _class_names(file, label)
+    names, has_lists = _class_names(file, label), _has_lists(file, label)
     for path in more_paths:
         next_file = _open_parquet(path)
         lacking = {image, label} - {"", *next_file.schema_arrow.names}
         if lacking:
             raise ValueError(f"{path} has no column {min(lacking)!r}, {first} has one.")
+        if _has_lists(next_file, label) != has_lists:
+            kinds = [f.schema_arrow.field(label).type for f in (next_file, file)]
+            raise ValueError(
+                f"{path} holds {kinds[0]} in {label!r}, {first} {kinds[1]}; shard each by itself."
+            )
         if _class_names(next_file, label) != names:
             raise ValueError(
                 f"{path} and {first} name the classes of {label!r} differently; shard each by "
                 "itself."
             )
     classes = ClassNames((names,) if names else (), str(first))
-    return Columns(image, label, classes, (f"{first.name}: {image_note}; {label_note}",))
+    note = f"{first.name}: {image_note}; {label_note}"
+    return Columns(image, label, classes, (note,), has_lists)
 
 
 def _choose_image(path: Path, file: Any, wanted: str) -> tuple[str, str]:
@@ -146,12 +161,21 @@ def _choose_label(path: Path, file: Any, wanted: str, image: str) -> tuple[str, 
         also = f" ({', '.join(map(repr, columns))}: --label NAME takes one)" if columns else ""
         return "", f"no column is the label{also}"
     kind = schema.field(fitting[0]).type
+    if list_column.holds_lists(kind):
+        return fitting[0], (
+            f"column {fitting[0]!r} lists the classes of each image, which has no single one then "
+            f"(mocov3 knn --labels {fitting[0]})"
+        )
     if not _can_be_label(kind):
         raise ValueError(
             f"column {fitting[0]!r} of {path} holds {kind}; a label is one name or one whole "
-            "number an image. --label NAME takes another column, --label - none."
+            "number an image, or a list of them. --label NAME takes another column, --label - none."
         )
     return fitting[0], f"labels are column {fitting[0]!r}"
+
+
+def _has_lists(file: Any, label: str) -> bool:
+    return bool(label) and list_column.holds_lists(file.schema_arrow.field(label).type)
 
 
 def _class_names(file: Any, label: str) -> tuple[str, ...]:
@@ -159,7 +183,9 @@ def _class_names(file: Any, label: str) -> tuple[str, ...]:
     metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
     try:
         feature = json.loads(metadata)["info"]["features"][label]
-        return tuple(str(name) for name in feature["names"])
+        if isinstance(feature, dict) and "names" in feature:
+            return tuple(str(name) for name in feature["names"])
+        return list_column.stated_names(feature)
     except (KeyError, TypeError, ValueError, RecursionError):
         return ()
 
@@ -187,15 +213,25 @@ def copy_images(path: Path, folder: Path, columns: Columns) -> tuple[Path, list[
             image_bytes, name = _split_value(value)
             name = _choose_name(name, image_bytes, f"{path.stem}-{len(rows):07d}")
             cell = f"{columns.label!r} in row {len(rows)} of {path}"
-            header = tar.make_header(f"{len(rows)}", len(image_bytes))
-            block = header + image_bytes + tar.padding_after(len(image_bytes))
-            out.write(block)
-            label = convert_label(label, cell)
-            label = STATED_NONE if label is None and columns.label else label
-            rows.append(Row(name, position + tar.BLOCK, len(image_bytes), label))
-            position += len(block)
+            image_place, json_place = position + tar.BLOCK, (0, 0)
+            position += _write_member(out, f"{len(rows)}", image_bytes)
+            if columns.has_lists:
+                names = columns.list_names
+                json_bytes = list_column.write_list(label, columns.label, cell, names)
+                json_place, label = (position + tar.BLOCK, len(json_bytes)), None
+                position += _write_member(out, f"{len(rows)}.json", json_bytes)
+            else:
+                label = convert_label(label, cell)
+                label = STATED_NONE if label is None and columns.label else label
+            rows.append(Row(name, image_place, len(image_bytes), label, json_place))
         out.write(tar.END)
     return plain, rows
+
+
+def _write_member(out: BinaryIO, name: str, data: bytes) -> int:
+    """Write a member of a tar; returns the bytes that it takes there."""
+    block = tar.make_header(name, len(data)) + data + tar.padding_after(len(data))
+    return out.write(block)
 
 
 @contextlib.contextmanager
@@ -310,15 +346,15 @@ def list_rows(path: Path, columns: Columns) -> list[Row]:
     if columns.label:
         with _named_damage(path):
             values = file.read(columns=[columns.label]).column(columns.label).to_pylist()
-    return [
-        Row(
-            f"{path.stem}-{number:07d}.jpg",
-            0,
-            0,
-            convert_label(value, f"{columns.label!r} in row {number} of {path}"),
-        )
-        for number, value in enumerate(values)
-    ]
+    rows = []
+    for number, value in enumerate(values):
+        cell, json_place = f"{columns.label!r} in row {number} of {path}", (0, 0)
+        if columns.has_lists:
+            json_bytes = list_column.write_list(value, columns.label, cell, columns.list_names)
+            json_place, value = (0, len(json_bytes)), None
+        label = convert_label(value, cell)
+        rows.append(Row(f"{path.stem}-{number:07d}.jpg", 0, 0, label, json_place))
+    return rows
 
 
 def has_images(path: Path) -> bool:

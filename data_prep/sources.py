@@ -37,7 +37,7 @@ from data_prep.source_labels import label_images, path_facts
 from data_prep.source_options import SourceOptions
 from data_prep.tar_listing import list_tar
 from data_prep.tree_listing import list_tree
-from data_prep.wds_samples import NO_LABEL, MemberPick
+from data_prep.wds_samples import NO_LABEL, NO_PICK, MemberPick
 from mocov3_ds.data import manifest
 
 PLAIN = SourceOptions()
@@ -99,7 +99,7 @@ def list_images(
             labels, images.names, names, label=label, unlabelled=unlabelled
         )
         origin, notes = f"the file {quote_name(str(labels))}", notes + label_notes
-    elif label != NO_LABEL or options.class_level:
+    elif (label != NO_LABEL and not listed.has_lists) or options.class_level:
         origin, empty = label_images(images, facts, names, source, options)
     listing = images.to_listing(
         [str(file) for file in listed.files], listed.root, names, source, unlabelled, empty
@@ -121,6 +121,8 @@ class _Listed(NamedTuple):
     classes: ClassNames
     """class names that the source states itself"""
     notes: tuple[str, ...]
+    has_lists: bool
+    """whether a table lists the classes of each image, which has no single one then"""
 
     def facts(self) -> class_levels.PathFacts:
         """Folders of the images, each with its archive."""
@@ -137,11 +139,14 @@ def _list_files(
 ) -> _Listed:
     """List the images of archives or of a folder, those below `under` alone."""
     images, root, files = UnsortedImages(), "", list(source_files.archives)
+    has_lists = False
     images.balance.add(source_files.balance)
     classes, notes = ClassNames(), _NO_NOTES
     if files and is_table(files[0]):
         columns = parquet.choose_columns(files, pick.image, pick.label)
-        classes, notes = columns.classes, columns.notes + (_LOOKED_AT if is_look else ())
+        has_lists = columns.has_lists
+        classes = ClassNames() if has_lists else columns.classes
+        notes = columns.notes + (_LOOKED_AT if is_look else ())
         files = _list_tables(images, files, scratch_folder, columns, is_look)
     elif files:
         classes = _find_class_names(source_files.folder)
@@ -158,11 +163,11 @@ def _list_files(
         images = _select_files(images, source_files)
     if files and under:
         images = images.select_folder(under)
-    _check_images(images, source, under, pick)
+    _check_images(images, source, under, NO_PICK if has_lists else pick)
     if pick.label == NO_LABEL:
         images.label = [None] * len(images.names)
     stems = [scratch.archive_stem(file) for file in source_files.archives]
-    return _Listed(images, files, root, stems, classes, notes)
+    return _Listed(images, files, root, stems, classes, notes, has_lists)
 
 
 def _find_folder(root: Path, under: str, source: str) -> Path:
@@ -244,7 +249,7 @@ def _list_tables(
         plain.append(path)
         for row in rows:
             images.balance.see()
-            images.add_image(row.name, number, row.offset, row.size, row.label)
+            images.add_image(row.name, number, row.offset, row.size, row.label, row.json)
     return plain
 
 

@@ -156,7 +156,7 @@ def test_the_label_is_one_column_of_names_or_whole_numbers(tmp_path, columns, op
     [
         ({"label": [0.4, 1.0]}, {}, "'label' in row 0 of .*p.parquet is 0.4; a label is one name"),
         ({"label": [0.0, float("nan")]}, {}, "1 of 2 images .* have no class.*--unlabelled keep"),
-        ({"labels": [[0], [1, 2]]}, {}, "'labels' of .* holds list<.*; .*--label - none"),
+        ({"labels": [[[0]], [[1, 2]]]}, {}, "'labels' of .* holds list<.*; .*--label - none"),
         ({"label": [True, False]}, {}, "'label' of .* holds bool"),
         (
             {"fine_label": [1, 0], "coarse_label": [3, 3]},
