@@ -118,7 +118,7 @@ def _read_grid(folder: Path) -> Study:
 
 
 def judge_cells(cells: Sequence[Cell], logged: Mapping[str, LoggedRun]) -> dict[str, JudgedRun]:
-    """Judge runs; what one lost is measured against its twin.
+    """Judge runs, each beside its twin and the best other arm at its seed.
 
     Args:
         cells: what is known of each run.
@@ -132,8 +132,34 @@ def judge_cells(cells: Sequence[Cell], logged: Mapping[str, LoggedRun]) -> dict[
         series = run.series
         if twin is not None:
             series = dataclasses.replace(series, twin_knn=_twin_accuracy(twin.series, series))
+        series = _beside_siblings(series, cell, cells, logged)
         runs[cell.name] = JudgedRun(cell, series, judge(series), run.signals, run.optimizer)
     return runs
+
+
+def _beside_siblings(
+    series: Series, cell: Cell, cells: Sequence[Cell], logged: Mapping[str, LoggedRun]
+) -> Series:
+    """The series with the best of all other arms at its seed that got as far, its twin apart.
+
+    Arms that were measured on other probes, or on other classes, do not compare.
+    """
+    accuracies = {}
+    for other in cells:
+        if other.seed != cell.seed or other.label == cell.label or other.name == cell.twin:
+            continue
+        if other.name in logged:
+            measured = logged[other.name].series
+            alike = (measured.probes, measured.knn_chance) == (series.probes, series.knn_chance)
+            accuracy = _twin_accuracy(measured, series) if alike else None
+            if accuracy is not None:
+                accuracies[other.label] = accuracy
+    if not accuracies:
+        return series
+    best = max(accuracies, key=lambda label: accuracies[label])
+    return dataclasses.replace(
+        series, sibling=best, sibling_knn=accuracies[best], siblings=len(accuracies)
+    )
 
 
 def gather_arms(cells: Sequence[Cell], runs: Mapping[str, JudgedRun]) -> Arms:
@@ -165,9 +191,9 @@ def has_loss(metrics: Path) -> bool:
 
 
 def _twin_accuracy(twin: Series, series: Series) -> float | None:
-    """Final accuracy of a twin, that at the same step where the run is unfinished.
+    """Final accuracy of a twin or sibling, that at the same step where the run is unfinished.
 
-    None where the twin is not there yet, or was not evaluated.
+    None where the other one is not there yet, or was not evaluated.
     """
     if not has_ended(series):
         if not has_ended(twin) and share_done(twin) < share_done(series):

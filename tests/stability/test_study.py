@@ -1,12 +1,13 @@
 """A study is read from a grid's folder or from one run's, with twins and what is missing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mocov3_ds.stability.same_step import cut_series
-from mocov3_ds.stability.study import _twin_accuracy, read_study
+from mocov3_ds.stability.study import LoggedRun, _twin_accuracy, judge_cells, read_study
 from tests.stability.judged_runs import judged_run
 from tests.stability.written_study import write_run
 
@@ -38,6 +39,33 @@ def test_an_unfinished_run_is_measured_against_its_twin_at_the_same_step() -> No
     assert _twin_accuracy(cut_series(frozen, 80), half) is None
     assert _twin_accuracy(cut_series(frozen, 80), judged_run("trained", 0, 30.0).series) is None
     assert _twin_accuracy(cut_series(frozen, 120), half) == 20.0
+
+
+def test_a_run_is_measured_against_the_best_other_arm_at_its_seed() -> None:
+    values = {("a", 0): 40.0, ("b", 0): 33.0, ("c", 0): 39.5, ("a", 1): 30.0, ("b", 1): 36.0}
+    made = [judged_run(arm, seed, knn) for (arm, seed), knn in values.items()]
+    half = judged_run("d", 0, 39.0, upto=90)  # half of each accuracy is reached by then
+    cells = [run.cell for run in [*made, half]]
+    logged = {run.cell.name: LoggedRun(run.series) for run in [*made, half]}
+    runs = judge_cells(cells, logged)
+
+    def sibling(name: str) -> tuple[str, float | None, int]:
+        series = runs[name].series
+        return series.sibling, series.sibling_knn, series.siblings
+
+    assert sibling("b_seed-0") == sibling("c_seed-0") == ("a", 40.0, 2)
+    assert sibling("a_seed-0") == ("c", 39.5, 2)
+    assert sibling("a_seed-1") == ("b", 36.0, 1)
+    assert sibling("d_seed-0") == ("a", 20.0, 3)
+    assert "below that of the arm a" in runs["b_seed-0"].judgement.why
+    assert runs["b_seed-0"].judgement.verdict == "BELOW ITS TWIN"
+    assert runs["c_seed-0"].judgement.verdict != "BELOW ITS TWIN"
+    # the same arms on other probes do not compare
+    probed = {
+        name: replace(run, series=replace(run.series, probes=1000 + number))
+        for number, (name, run) in enumerate(logged.items())
+    }
+    assert not any(run.series.siblings for run in judge_cells(cells, probed).values())
 
 
 def test_one_run(study_folder: Path) -> None:
