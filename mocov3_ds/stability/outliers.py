@@ -115,7 +115,7 @@ def in_a_row(above_T: Flags, length: int) -> Flags:
     """Rows that belong to a stretch of at least so many true ones, (T,)."""
     flags_T = np.zeros(len(above_T), bool)
     if length <= len(above_T) and above_T.any():
-        whole = np.lib.stride_tricks.sliding_window_view(above_T, length).all(axis=1)
+        whole: Flags = np.all(np.lib.stride_tricks.sliding_window_view(above_T, length), axis=1)
         for shift in range(length):
             flags_T[shift : shift + len(whole)] |= whole
     return flags_T
