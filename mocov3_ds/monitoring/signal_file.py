@@ -177,7 +177,8 @@ class SignalTable:
         Args:
             signal: One of the keys of `SIGNALS`.
         """
-        return np.stack([self.column(group, signal) for group in self.groups])
+        columns = [self.columns.index(f"{group}/{signal}") for group in self.groups]
+        return np.ascontiguousarray(self.values_TC[:, columns].T)
 
 
 def read_signals(run: Path) -> SignalTable:
@@ -219,11 +220,14 @@ def _read_header(run: Path) -> dict[str, Any]:
 
 
 def _read_rows(path: Path, columns: int) -> Floats:
-    """Read the complete rows (T, C) of a file; T = 0 where the file does not exist."""
-    if not path.exists():
+    """Map the complete rows (T, C) of a file; T = 0 where the file does not exist.
+
+    Rows that are appended later are not seen; the file is only ever replaced, not cut.
+    """
+    rows = path.stat().st_size // (4 * columns) if path.exists() else 0
+    if rows == 0:
         return np.empty((0, columns), np.float32)
-    values = np.fromfile(path, "<f4")
-    return values[: len(values) // columns * columns].reshape(-1, columns)
+    return np.asarray(np.memmap(path, "<f4", "r", shape=(rows, columns)))
 
 
 class SignalFile:

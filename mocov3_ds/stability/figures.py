@@ -64,7 +64,7 @@ def draw_losses(arms: Arms) -> Figure | None:
     for axes, (label, runs) in zip(panels, curves.items(), strict=True):
         jumps = [run.jumps for run in runs]
         for index, run in enumerate(runs):
-            excess_T = run.excess_T
+            excess_T = run.loss_excess
             rows = np.isfinite(excess_T)
             steps_C, _, _, high_C = shorten_curve(run.series.steps_T[rows], excess_T[rows])
             axes.plot(steps_C, high_C, color=colours[label], alpha=_opacity(index), lw=0.9)
@@ -146,6 +146,8 @@ def draw_events(arms: Arms) -> Figure | None:
             _draw_quartiles(axes, trace_EW, name, colour)
         axes.axvline(0, color=drawing.FAINT, lw=0.8)
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend above the curves
         axes.legend(loc="upper left", ncols=2)
         drawing.set_title(axes, f"{label}: {_describe_order(arms[label])}")
     return figure
@@ -255,7 +257,7 @@ def draw_rates(arms: Arms) -> Figure | None:
         axes.set_xlabel("base learning rate")
         axes.set_ylabel("final k-NN accuracy, %")
         drawing.set_title(axes, "Rate against accuracy; points are seeds")
-        axes.legend()
+        drawing.legend_below(figure, axes)
     return figure
 
 

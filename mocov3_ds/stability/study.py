@@ -5,13 +5,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from mocov3_ds.monitoring import signal_file
 from mocov3_ds.monitoring.signal_file import SignalTable
 from mocov3_ds.optim.build import find_optimizer
 from mocov3_ds.stability.cells import list_cells, read_grid_json, read_outcome
-from mocov3_ds.stability.findings import Judgement, Series
+from mocov3_ds.stability.events import loss_excess, plain_jumps
+from mocov3_ds.stability.findings import Array, Judgement, LossEvent, Series
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.knn_curve import best_and_final_accuracy
 from mocov3_ds.stability.same_step import cut_series, has_ended, share_done
@@ -36,6 +38,16 @@ class JudgedRun:
         """Whether the run's optimizer scales each tensor's step by a trust ratio."""
         optimizer = find_optimizer(self.optimizer)
         return optimizer is not None and optimizer.has_trust_ratio
+
+    @cached_property
+    def loss_excess(self) -> Array:
+        """How far the loss is above its trailing median in percent, (T,)."""
+        return loss_excess(self.series)
+
+    @cached_property
+    def jumps(self) -> Sequence[LossEvent]:
+        """Plain jumps of the loss (`events.plain_jumps`)."""
+        return plain_jumps(self.series)
 
 
 Arms = Mapping[str, Sequence[JudgedRun]]

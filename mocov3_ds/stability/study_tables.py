@@ -11,7 +11,6 @@ import numpy as np
 
 from mocov3_ds.stability import paired
 from mocov3_ds.stability.cell_flags import patch_rate
-from mocov3_ds.stability.events import loss_excess, plain_jumps
 from mocov3_ds.stability.findings import WORST_FIRST, Lead
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.layer_order import pool_leads
@@ -55,7 +54,6 @@ def tabulate_runs(arms: Arms) -> list[dict[str, Any]]:
 
 def _run_row(label: str, run: JudgedRun) -> dict[str, Any]:
     judgement = run.judgement
-    excess_T = loss_excess(run.series)
     return {
         "arm": label,
         "seed": run.cell.seed,
@@ -66,9 +64,9 @@ def _run_row(label: str, run: JudgedRun) -> dict[str, Any]:
         "E": judgement.events_per_1000,
         "R": judgement.rms_share,
         "T": judgement.lost_to_twin,
-        "jumps": len(plain_jumps(run.series)),
-        "steps_above": int(np.sum(excess_T > 1)),
-        "worst_excess": float(np.nanmax(excess_T, initial=0.0)),
+        "jumps": len(run.jumps),
+        "steps_above": int(np.sum(run.loss_excess > 1)),
+        "worst_excess": float(np.nanmax(run.loss_excess, initial=0.0)),
         "loss_events": len(judgement.loss_events),
         "largest_burst": max((event.ratio for event in judgement.gradient_events), default=0.0),
         "dips": len(judgement.dips),
@@ -125,8 +123,8 @@ def tabulate_arms(arms: Arms, compared: Arms | None = None) -> list[dict[str, An
 
 def _summarise_column(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
     """Mean, range and spread of a column over seeds; None where too few seeds have a value."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    spread = paired.spread_over_seeds(known)
+    finite_values = [value for value in values if value is not None and math.isfinite(value)]
+    spread = paired.spread_over_seeds(finite_values)
     low, high = spread.mean_interval
     sd_low, sd_high = spread.sd_interval
     columns = {
@@ -139,8 +137,8 @@ def _summarise_column(name: str, values: Sequence[float | None]) -> dict[str, fl
     }
     return {
         **{key: value if math.isfinite(value) else None for key, value in columns.items()},
-        f"{name}_min": min(known, default=None),
-        f"{name}_max": max(known, default=None),
+        f"{name}_min": min(finite_values, default=None),
+        f"{name}_max": max(finite_values, default=None),
     }
 
 

@@ -54,3 +54,18 @@ def test_a_run_without_a_step(run: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 0, "knn_full": 12.0}\n')
     with pytest.raises(ValueError, match="has not logged a step yet"):
         read_series(run)
+
+
+def test_the_signal_file_stands_in_for_the_log_only_where_it_has_the_same_rows(run: Path) -> None:
+    quick = read_series(run)
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    np.testing.assert_array_equal(quick.loss_T, np.float32([row["loss"] for row in rows]))
+    log.write_text("\n".join([*lines, '{"step": 9']) + "\n")  # one line more: the log is read
+    np.testing.assert_array_equal(read_series(run).loss_T, [row["loss"] for row in rows])
+    np.testing.assert_array_equal(read_series(run).grad_linf_GT, quick.grad_linf_GT)
+    for row in rows:
+        row["loss"] += 1.0
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))  # other values
+    np.testing.assert_array_equal(read_series(run).loss_T, [row["loss"] for row in rows])
