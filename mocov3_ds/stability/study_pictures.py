@@ -12,7 +12,8 @@ PICTURES: tuple[PictureKind[Arms], ...] = (
     PictureKind(
         "accuracy",
         "Accuracy of all settings",
-        "One colour an arm: the mean of its seeds, in the band from the least to the largest.",
+        "One colour an arm. Bold: the mean of its seeds, thin: each seed, shaded: 95 % interval of "
+        "the mean (cut at the frame: two or three seeds leave it wide).",
         curve_figures.draw_knn_over_epochs,
     ),
     PictureKind(
@@ -34,6 +35,13 @@ PICTURES: tuple[PictureKind[Arms], ...] = (
         "Largest gradient of the first and the last layer, below it k-NN with its dips shaded; "
         "thin lines are gradient events. The arms with most events, of each the seed with most.",
         curve_figures.draw_spikes_and_dips,
+    ),
+    PictureKind(
+        "after_spikes",
+        "What follows a spike",
+        "Accuracy around all gradient spikes, as points from its running median. Grey: where the "
+        "same spikes would lie if moved along the run; a dip that spikes make leaves it downwards.",
+        curve_figures.draw_average_after_spikes,
     ),
     PictureKind(
         "knn",

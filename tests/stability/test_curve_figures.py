@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mocov3_ds.stability import curve_figures, drawing
+from mocov3_ds.stability.arm_questions import look_for_dips
 from mocov3_ds.stability.findings import Series
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.study import Arms, LoggedRun, judge_cells
@@ -34,13 +35,21 @@ def test_the_mean_lies_in_the_band_of_the_seeds_over_epochs(arms: Arms) -> None:
     assert figure is not None
     [axes] = figure.axes
     assert axes.get_xlabel() == "epochs"
-    mean, _ = axes.lines
+    first_seed, second_seed, mean, alone = axes.lines
     first, second = (run.series for run in arms["cool $5$"])
     x, y = np.asarray(mean.get_xdata()), np.asarray(mean.get_ydata())
     curves = [np.interp(x, s.knn_steps_K * 0.01, s.knn_K) for s in (first, second)]
     np.testing.assert_allclose(y, np.mean(curves, axis=0))
-    assert len({line.get_color() for line in axes.lines}) == 2
-    assert len(axes.collections) == 1  # a band where there are two seeds
+    for line, curve in zip((first_seed, second_seed), curves, strict=True):
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), curve)
+    assert mean.get_color() == first_seed.get_color() != alone.get_color()
+    [band] = axes.collections  # where there are two seeds
+    corners = band.get_paths()[0].vertices
+    place = len(x) // 2
+    ends = sorted({corner[1] for corner in corners if np.isclose(corner[0], x[place])})
+    reach = 12.7062 * abs(curves[0][place] - curves[1][place]) / 2  # Student's t, 1 degree, n = 2
+    np.testing.assert_allclose(ends, [y[place] - reach, y[place] + reach], rtol=1e-4)
+    assert axes.get_ylim()[1] < 60  # the interval of two seeds does not squeeze the curves
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [r"cool \$5\$", "hot"]
     drawing.as_png(figure)
@@ -99,3 +108,26 @@ def test_nothing_to_draw(arms: Arms) -> None:
     assert curve_figures.draw_knn_over_epochs(without) is None
     assert curve_figures.draw_spikes_and_dips(without) is None
     assert curve_figures.draw_paired_arms(without) is None
+
+
+def test_the_mean_after_spikes_stands_in_the_band_of_shifted_ones() -> None:
+    dipping = arms_of(
+        *(("hot", seed, synthetic.with_dips(seed, count=3).series) for seed in (0, 1))
+    )
+    figure = curve_figures.draw_average_after_spikes(dipping)
+    assert figure is not None
+    [axes] = figure.axes
+    mean, [band] = axes.lines[0], axes.collections
+    found = look_for_dips(dipping)
+    np.testing.assert_array_equal(np.asarray(mean.get_ydata()), found.average_W)
+    lowest = np.asarray(band.get_paths()[0].vertices)[:, 1].min()
+    assert lowest == found.low_W.min()
+    assert found.average_W.min() < lowest  # the planted dips follow their spikes
+    drawing.as_png(figure)
+    assert curve_figures.draw_average_after_spikes(arms_of(("cool", 0, calm()))) is None
+
+
+def calm() -> Series:
+    """A run without gradients."""
+    series = synthetic.healthy(0).series
+    return replace(series, groups=(), grad_linf_GT=np.empty((0, 2000)), rms_GT=np.empty((0, 2000)))
