@@ -16,6 +16,7 @@ from mocov3_ds.config.run_config import Config, Settings
 from mocov3_ds.config.stored import from_json
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.optim.build import base_rate
+from mocov3_ds.optim.gradient_clip import read_clip
 from mocov3_ds.recipes import read_json
 from mocov3_ds.settings.comparison import differences
 from mocov3_ds.training.schedule import scaled_rate
@@ -119,6 +120,18 @@ def _describe_changes(
             f"batch {parent.batch} -> {config.batch}, peak rate {peak_then:.4g} -> {peak_now:.4g} "
             f"(base rate {base_then:.4g} -> {base_now:.4g} per 256 images, {rules} rule)"
         )
+    for flag, then, now in (
+        ("--compress", parent.compress, config.compress),
+        ("--moco.momentum_batch", parent.moco.momentum_batch, config.moco.momentum_batch),
+    ):
+        if then != now:
+            changes.append(f"{flag} {then} -> {now}")
+    blocks = [tree.get("optimizer") or {} for tree in (engine, settings.engine)]
+    clips = [read_clip(block.get("clip")) for block in blocks]
+    if clips[0] != clips[1]:
+        then, now = (f"{clip or 'none'}" for clip in clips)
+        is_new = clips[1] is not None and type(clips[0]) is not type(clips[1])
+        changes.append(f"optimizer.clip {then} -> {now}{', which begins anew' * is_new}")
     return changes
 
 

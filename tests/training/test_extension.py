@@ -139,6 +139,22 @@ def test_what_cannot_be_extended_is_one_sentence(tmp_path: Path, flags: list[str
             "(3 steps of 16 images); counted as 6 steps of 8; batch 16 -> 8, peak rate 9.375e-05 "
             "-> 4.688e-05 (base rate 0.0015 -> 0.0015 per 256 images, linear rule)",
         ),
+        (
+            [
+                *(*from_done, "--rate_rule", "sqrt", "--moco.momentum_batch", "256"),
+                *("--compress", "4x", "--ds", "optimizer.clip=zclip"),
+                *("--epochs", "5", "--name", "cured"),
+            ],
+            0,
+            "peak rate 9.375e-05 -> 0.000375 (base rate 0.0015 -> 0.0015 per 256 images, linear -> "
+            "sqrt rule); --compress off -> 4x; --moco.momentum_batch 0 -> 256; optimizer.clip none "
+            "-> ZClip(z=2.5, alpha=0.97, warmup_steps=25), which begins anew",
+        ),
+        (
+            ["--extend", "runs/done", "--epochs", "2", "--model.sigma_reparam"],
+            2,
+            "another network: sigma_reparam is False there, True here",
+        ),
         ([*from_done, "--recipe", "vit_b16"], 2, "--recipe vit_b16 does not go with --extend"),
         ([*from_done, "--name", "done"], 2, "is the run's own folder; give another --name"),
         (
@@ -154,4 +170,6 @@ def test_what_cannot_be_extended_is_one_sentence(tmp_path: Path, flags: list[str
         assert status == wanted, (command_line, said)
         assert words in " ".join(said.split()), (command_line, said)
         assert "Traceback" not in said, said
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["done", "half", "part"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        *("cured", "done", "half", "part")
+    ]
