@@ -108,7 +108,7 @@ def load_networks(config: Config, saved: Checkpoint, batch: int) -> Networks:
 
     Args:
         config: settings of the run.
-        saved: the checkpoint.
+        saved: checkpoint that holds the weights and the position.
         batch: images of the batch.
     """
     device = torch.device("cpu")
@@ -131,8 +131,8 @@ def draw(length: StepLength, networks: Networks, seed: int) -> Draws:
     """Patches of a length for each image of the batch.
 
     Args:
-        length: patches to keep.
-        networks: tells the images.
+        length: how many patches each network keeps, of how large ones.
+        networks: those whose batch names the images.
         seed: seed of the draw.
     """
     ids_B = networks.sample_ids_B.numpy().astype(np.int64)
@@ -148,7 +148,7 @@ def gradient(networks: Networks, draws: Draws) -> Tensor:
     """The gradient (W,) of the loss of the batch.
 
     Args:
-        networks: networks and views.
+        networks: networks and the views that they see.
         draws: what takes part in the step.
     """
     model, views = networks.model, networks.views

@@ -111,7 +111,7 @@ def predict_row(shape: str, cards: str, batch: int) -> list[str]:
 
     Args:
         shape: Recipe, one of `NETWORKS`.
-        cards: Cluster, e.g. 8xH200.
+        cards: Cluster as the planner reads it, e.g. 8xH200.
         batch: Images of all ranks together.
     """
     cluster = read_cluster(cards)

@@ -44,7 +44,7 @@ def quiet_run(count: int, probes: int, noise: str, random: np.random.Generator) 
     """A run whose accuracy rises from 20 to 66 %, and nothing else.
 
     Args:
-        count: k-NN evaluations.
+        count: k-NN evaluations, evenly spread over the run.
         probes: images that each one classifies.
         noise: name of the noise beside the binomial one.
         random: source of the noise.
@@ -108,7 +108,7 @@ def planted_run(
     """A saturated run with a fall.
 
     Args:
-        count: k-NN evaluations.
+        count: k-NN evaluations, evenly spread over the run.
         probes: images that each one classifies.
         fall: points lost at each share of the run.
         noise: name of the noise beside the binomial one.

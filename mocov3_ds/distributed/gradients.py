@@ -37,7 +37,7 @@ class GradientWatch:
     """Notes which tensors of an engine's model have a gradient, from its making on.
 
     Args:
-        engine: What `deepspeed.initialize` returned.
+        engine: Engine that `deepspeed.initialize` has returned.
         names: Name of each trained model parameter.
         flats: The flat tensors of this rank, in which the gradients are handed over.
 
@@ -173,7 +173,7 @@ def watch_gradients(
     """Watch an engine from now on; an older watch over the same module ends.
 
     Args:
-        engine: What `deepspeed.initialize` returned.
+        engine: Engine that `deepspeed.initialize` has returned.
         names: Name of each trained model parameter.
         flats: The flat tensors of this rank.
     """

@@ -85,7 +85,7 @@ def has_class_attention(network: nn.Module) -> bool:
     """Whether `class_attention` can draw it: a ViT of timm with class token and plain attention.
 
     Args:
-        network: any encoder.
+        network: backbone of any encoder, timm's or another.
     """
     return (
         isinstance(network, VisionTransformer)

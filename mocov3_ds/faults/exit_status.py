@@ -67,7 +67,7 @@ def report_stop(stop: Stop, stopped_status: int, saved: str) -> int:
     """Say why a run that has saved leaves before its end, and return the exit status.
 
     Args:
-        stop: Why it leaves.
+        stop: Why the run leaves before its end.
         stopped_status: Exit status of a run that a signal has asked to stop.
         saved: Name of the checkpoint that it has written last.
     """

@@ -104,7 +104,7 @@ def resize_filters(weight_DCpp: Tensor, side: int) -> Tensor:
     """Filters (D, C, s, s) for larger patches, in the dtype of the stored ones.
 
     Args:
-        weight_DCpp: stored filters.
+        weight_DCpp: filters for patches of the stored side p.
         side: side s of the larger patches, pixels.
     """
     exact = torch.promote_types(weight_DCpp.dtype, torch.float32)

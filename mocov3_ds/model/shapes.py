@@ -71,7 +71,7 @@ def scaled_grid(size: tuple[int, int], patch_size: int, scale: float = 1.0) -> t
     Args:
         size: height and width of an image, pixels.
         patch_size: side of a stored patch, pixels.
-        scale: 1 or more.
+        scale: side of a patch over that of a stored one, 1 or more.
 
     Raises:
         ValueError: such patches have no whole pixels, or do not fill the image.

@@ -4,6 +4,7 @@ The network runs forward and backward on torch's meta device, where tensors have
 is computed: what the forward keeps for the backward and the operations of both are counted there.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -94,14 +95,7 @@ def measure_backbone(
             f"the backbone {shape_name(shape.backbone)} cannot be planned: it does not run without "
             f"numbers ({(str(error).strip().splitlines() or [''])[0][:120]})."
         ) from None
-    storages = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
-    storages |= {tensor.untyped_storage()._cdata for tensor in network.buffers()}
-    storages.add(images_BCHW.untyped_storage()._cdata)  # the views, which are counted by themselves
-    sizes = [
-        tensor.untyped_storage().nbytes() / tensor.element_size()
-        for storage, tensor in tensors_by_storage.items()
-        if storage not in storages
-    ]
+    sizes = _list_sizes(network, images_BCHW, tensors_by_storage)
     return MeasuredBackbone(
         tensors=tuple(
             TensorSize(f"backbone.{name}", prod(parameter.shape), parameter.requires_grad)
@@ -122,6 +116,19 @@ def measure_backbone(
         patches=count_patches(network),
         patch_size=scalable_patch_size(network),
     )
+
+
+def _list_sizes(
+    network: nn.Module, images_BCHW: Tensor, tensors_by_storage: Mapping[int, Tensor]
+) -> list[float]:
+    """Numbers in each storage that is kept for the backward; not those of weights and views."""
+    by_themselves = (*network.parameters(), *network.buffers(), images_BCHW)  # counted elsewhere
+    counted = {tensor.untyped_storage()._cdata for tensor in by_themselves}
+    return [
+        tensor.untyped_storage().nbytes() / tensor.element_size()
+        for storage, tensor in tensors_by_storage.items()
+        if storage not in counted
+    ]
 
 
 def _note(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:

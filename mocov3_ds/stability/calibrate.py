@@ -69,19 +69,22 @@ def kinds_for(count: int) -> list[str]:
 def simulate(count: int, kind: str, curves: int, seed: int = 0) -> Array:
     """Largest excess of each of some flat curves, (curves,)."""
     random = np.random.default_rng([seed, count, [*KINDS].index(kind)])
-    found = []
+    excesses = []
     for _ in range(curves):
         knn_K = 50 + KINDS[kind][1](count, random)
-        found.append(largest_excess(knn_K, estimate_noise(knn_K)))
-    return np.array(found)
+        excesses.append(largest_excess(knn_K, estimate_noise(knn_K)))
+    return np.array(excesses)
 
 
 def calibrate_length(count: int, curves: int = CURVES) -> dict[str, float]:
     """The threshold of one length, and beside it the false alarms of each kind, percent."""
     number = curves if count < 3000 else curves // 5
-    found = {kind: simulate(count, kind, number) for kind in kinds_for(count)}
-    limit = round(float(np.quantile(np.concatenate([*found.values()]), 1 - FALSE_ALARMS)), 2)
+    excess_by_kind = {kind: simulate(count, kind, number) for kind in kinds_for(count)}
+    limit = round(
+        float(np.quantile(np.concatenate([*excess_by_kind.values()]), 1 - FALSE_ALARMS)), 2
+    )
     shares = {
-        kind: round(100 * float(np.mean(excess > limit)), 2) for kind, excess in found.items()
+        kind: round(100 * float(np.mean(excess > limit)), 2)
+        for kind, excess in excess_by_kind.items()
     }
     return {"threshold": limit, **shares}

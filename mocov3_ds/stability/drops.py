@@ -58,11 +58,11 @@ class Drop:
 
 def widths(count: int) -> list[int]:
     """Widths that are scanned in a curve of so many evaluations, ascending."""
-    found, width = [], 2.0
+    ascending, width = [], 2.0
     while width <= count / 3:
-        found.append(round(width))
+        ascending.append(round(width))
         width *= _WIDER
-    return sorted({*found})
+    return sorted({*ascending})
 
 
 def evaluations_before(width: int, count: int) -> int:
@@ -87,7 +87,7 @@ def scan(knn_K: Array, noise: Noise) -> list[tuple[int, int, Array, Array]]:
     """
     count = len(knn_K)
     sums = np.concatenate([[0.0], np.cumsum(clip_singles(knn_K, noise.deviation))])
-    found = []
+    scanned = []
     for width in widths(count):
         before = evaluations_before(width, count)
         at = np.arange(before, count - width + 1)
@@ -95,8 +95,10 @@ def scan(knn_K: Array, noise: Noise) -> list[tuple[int, int, Array, Array]]:
             level = (sums[at] - sums[at - before]) / before
             depths = level - (sums[at + width] - sums[at]) / width
             allowance = math.sqrt(2 * math.log(count / width))
-            found.append((width, before, depths, depths / noise.of_step(before, width) - allowance))
-    return found
+            scanned.append(
+                (width, before, depths, depths / noise.of_step(before, width) - allowance)
+            )
+    return scanned
 
 
 def largest_excess(knn_K: Array, noise: Noise) -> float:
@@ -139,9 +141,9 @@ def find_drops(knn_K: Array, noise: Noise, widest: int | None = None) -> list[Dr
     for width, before, depths, errors in scan(knn_K, noise):
         if widest is not None and width > widest:
             continue
-        for place in np.flatnonzero(errors > limit):
-            above = float(errors[place]) - limit
-            drops.append(Drop(before + int(place), before, width, float(depths[place]), above))
+        for index in np.flatnonzero(errors > limit):
+            excess = float(errors[index]) - limit
+            drops.append(Drop(before + int(index), before, width, float(depths[index]), excess))
     return sorted(drops, key=lambda drop: -drop.above)
 
 
@@ -164,6 +166,6 @@ def find_single_drops(knn_K: Array, noise: Noise) -> list[Drop]:
         SINGLE_SHARE * level_K,
     )
     return [
-        Drop(int(place), SIDE, 1, float(depth_K[place]), 0.0)
-        for place in np.flatnonzero(depth_K > limit_K)
+        Drop(int(index), SIDE, 1, float(depth_K[index]), 0.0)
+        for index in np.flatnonzero(depth_K > limit_K)
     ]

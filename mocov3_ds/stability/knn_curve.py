@@ -134,11 +134,11 @@ def find_falls(series: Series, noise: Noise) -> list[Fall]:
             if not _is_from_random(series, noise, fall):
                 falls.append(fall)
             resume = fall.last if fall.closed else fall.fallen + 1
-            taken = (left >= fall.first) & (left < resume)
-            after = knn_K[left[left >= resume][:MOST_BEFORE]]
-            if len(after):
-                knn_K[resume:] += max(fall.level - float(np.mean(after)), 0.0)
-            left = left[~taken]
+            claimed = (left >= fall.first) & (left < resume)
+            later_K = knn_K[left[left >= resume][:MOST_BEFORE]]
+            if len(later_K):
+                knn_K[resume:] += max(fall.level - float(np.mean(later_K)), 0.0)
+            left = left[~claimed]
     return sorted(falls, key=lambda fall: fall.first)
 
 
@@ -174,8 +174,8 @@ def _follow(drop: Drop, left: Steps, knn_K: Array, series: Series, noise: Noise)
     back = _first_true(smooth_K[drop.at + 1 :] >= level - HEALED * drop.depth, drop.at + 1)
     lowest = drop.at + int(np.argmin(smooth_K[drop.at : back]))
     depth = level - float(smooth_K[lowest])
-    above = np.flatnonzero(smooth_K[: lowest + 1] > level - BEGUN * depth)
-    first = int(above[-1]) + 1 if len(above) else 0
+    high_K = np.flatnonzero(smooth_K[: lowest + 1] > level - BEGUN * depth)
+    first = int(high_K[-1]) + 1 if len(high_K) else 0
     first = min(first, lowest)
     fallen = _first_true(smooth_K[first:] <= level - FALLEN * depth, first)
     last = _first_true(smooth_K[lowest + 1 :] >= level - HEALED * depth, lowest + 1)
@@ -268,11 +268,12 @@ def _lost_share(series: Series, falls: Sequence[Fall]) -> float:
     steps_K, knn_K = series.knn_steps_K, series.knn_K
     if len(knn_K) == 0:
         return math.nan
-    kept = float(np.sum(knn_K * np.diff(steps_K, prepend=0)))
-    lost = sum(_lost_area(series, fall) for fall in falls)
+    kept_area = float(np.sum(knn_K * np.diff(steps_K, prepend=0)))
+    lost_area = sum(_lost_area(series, fall) for fall in falls)
     if series.stopped_non_finite and series.total_steps > steps_K[-1]:
-        rest = float(series.total_steps - steps_K[-1])
+        steps_left = float(series.total_steps - steps_K[-1])
         best = float(np.max(smooth_curve(knn_K)))
         chance = min(series.knn_chance, float(knn_K[-1]))
-        kept, lost = kept + chance * rest, lost + (best - chance) * rest
-    return 100 * lost / (kept + lost) if kept + lost > 0 else math.nan
+        kept_area += chance * steps_left
+        lost_area += (best - chance) * steps_left
+    return 100 * lost_area / (kept_area + lost_area) if kept_area + lost_area > 0 else math.nan

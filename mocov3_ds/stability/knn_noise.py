@@ -127,13 +127,13 @@ def _slow_variance(length: int, phi: float) -> float:
 def _fit(lengths_L: Sequence[int], variance_L: Array) -> Noise:
     """White and slow part that explain the variances best, by relative least squares."""
     white_L = 6 / np.array(lengths_L) / variance_L
-    best, least = Noise(0.0), math.inf
+    best, smallest_miss = Noise(0.0), math.inf
     for phi in MEMORIES:
         slow_L = np.array([_slow_variance(n, phi) for n in lengths_L]) / variance_L
         for white, slow in _split(white_L, slow_L):
             miss = float(np.sum((white * white_L + slow * slow_L - 1) ** 2))
-            if miss < least - 1e-12:
-                least = miss
+            if miss < smallest_miss - 1e-12:
+                smallest_miss = miss
                 best = Noise(math.sqrt(white), math.sqrt(slow), phi if slow else 0.0)
     return best
 

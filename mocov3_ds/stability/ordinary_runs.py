@@ -71,13 +71,15 @@ def read_ordinary_runs(
     Raises:
         ValueError: there is no run, a log cannot be understood, or a flag has no effect.
     """
-    places = {place.path.resolve(): place for source in sources for place in find_runs(source)}
-    foreign = [place for place in places.values() if not place.is_own]
+    places = {
+        run_place.path.resolve(): run_place for source in sources for run_place in find_runs(source)
+    }
+    foreign = [run_place for run_place in places.values() if not run_place.is_own]
     if not foreign and (columns or probes):
         raise ValueError(
             "--columns and --probes are for logs of other programs; these runs are mocov3's own."
         )
-    runs, unseen = _read_own([place.path for place in places.values() if place.is_own])
+    runs, unseen = _read_own([run_place.path for run_place in places.values() if run_place.is_own])
     for table in read_logs(foreign):
         read = read_foreign_run(table, columns, probes)
         name = unique_name(table.name, table.source, [run.name for run in runs])
@@ -111,8 +113,8 @@ def _read_own(folders: Sequence[Path]) -> tuple[list[FoundRun], list[str]]:
             continue
         tree = read_settings(folder / "config.json")
         facts = flatten_facts(tree)
-        kept = {key: value for key, value in facts.items() if not _NO_SETTING.fullmatch(key)}
-        runs.append(FoundRun(name, logged, kept, command=repeat_line(tree)))
+        settings = {key: value for key, value in facts.items() if not _NO_SETTING.fullmatch(key)}
+        runs.append(FoundRun(name, logged, settings, command=repeat_line(tree)))
     return runs, unseen
 
 
@@ -197,21 +199,21 @@ def _label_settings(varied: Facts) -> str:
 
 def _grid_words(settings: Facts) -> dict[str, Any]:
     """Settings in the words of a grid, as far as figures and twins ask for them."""
-    words = {word: settings[key] for key, word in _WORDS.items() if key in settings}
-    if "lr" not in words and isinstance(settings.get("lr"), int | float):
-        words["lr"] = settings["lr"]
-    return words
+    grid_settings = {word: settings[key] for key, word in _WORDS.items() if key in settings}
+    if "lr" not in grid_settings and isinstance(settings.get("lr"), int | float):
+        grid_settings["lr"] = settings["lr"]
+    return grid_settings
 
 
 def _link_twin(cell: Cell, cells: Sequence[Cell], settings: Mapping[str, Facts]) -> Cell:
     """The cell, with the name of the one that differs by the frozen patch projection alone."""
     twin = {**settings[cell.name], "model.patch_lr": 0.0}
     names = [
-        other.name
-        for other in cells
-        if "model.patch_lr" in settings[other.name]
-        and other is not cell
-        and other.seed == cell.seed
-        and settings[other.name] == twin
+        candidate.name
+        for candidate in cells
+        if "model.patch_lr" in settings[candidate.name]
+        and candidate is not cell
+        and candidate.seed == cell.seed
+        and settings[candidate.name] == twin
     ]
     return replace(cell, twin=names[0]) if names else cell

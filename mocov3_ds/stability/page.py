@@ -147,12 +147,12 @@ def build_page(content: PageContent) -> str:
 
 def _build_commands(content: PageContent) -> Iterator[str]:
     """The commands that made the runs and the page, as HTML."""
-    made = [("The runs", content.command), ("This page", content.page_command)]
-    known = [(title, line) for title, line in made if line]
-    if not known and not content.run_commands:
+    commands = [("The runs", content.command), ("This page", content.page_command)]
+    given_commands = [(title, line) for title, line in commands if line]
+    if not given_commands and not content.run_commands:
         return
     yield "<h2>Commands</h2>"
-    for title, line in known:
+    for title, line in given_commands:
         yield f'<p class="soft">{title} were made by</p>'.replace("page were", "page was")
         yield f"<pre>{escape(line)}</pre>"
     if content.run_commands:

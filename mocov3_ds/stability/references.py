@@ -29,7 +29,7 @@ def explain_no_learning(series: Series, noise: Noise, final: float, final_loss: 
     """Why the features count as no better than the random network's; empty if they do not.
 
     Args:
-        series: the run.
+        series: what the run has logged.
         noise: noise of its k-NN curve.
         final: its final accuracy, percent; NaN without evaluations.
         final_loss: median loss of its end.
@@ -70,17 +70,17 @@ def explain_behind(series: Series, noise: Noise, final: float) -> str:
         final: its final accuracy, percent.
     """
     error = math.sqrt(2) * _error_of_final(series, noise, final)
-    for name, other, arms in (
+    for name, reference, arms in (
         ("its twin with a frozen patch projection", series.twin_knn, 1),
         (f"the arm {series.sibling}", series.sibling_knn, series.siblings),
     ):
-        if other is None:
+        if reference is None:
             continue
         bar = max(LEAST_BEHIND, -float(special.ndtri(FALSE_ALARMS / max(arms, 1))) * error)
-        if other - final > bar:
+        if reference - final > bar:
             return (
-                f"the k-NN accuracy ends {other - final:.1f} points below that of {name} at the "
-                f"same seed ({final:.1f} against {other:.1f} %; chance makes {bar:.1f})"
+                f"the k-NN accuracy ends {reference - final:.1f} points below that of {name} at "
+                f"the same seed ({final:.1f} against {reference:.1f} %; chance makes {bar:.1f})"
             )
     return ""
 

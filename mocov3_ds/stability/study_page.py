@@ -54,8 +54,7 @@ def write_study(
     """
     sources = [sources] if isinstance(sources, Path) else list(sources)
     study = read_any_study(sources, columns, probes)
-    if command:
-        study = dataclasses.replace(study, command=command)
+    study = dataclasses.replace(study, command=command or study.command)
     drawn_arms = advice.choose_worst_arms(study.arms, figures.PANELS)
     _check_place(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -83,10 +83,10 @@ def judge(series: Series) -> Judgement:
     _check_arrays(series)
     series, repeated = keep_last_rows(series)
     window = window_length(series.total_steps, events.WINDOW)
-    found = events.gradient_bursts(series.steps_T, series.grad_linf_GT, window)
-    bursts = dict(zip(series.groups, found, strict=True))
+    bursts_of_groups = events.gradient_bursts(series.steps_T, series.grad_linf_GT, window)
+    bursts = dict(zip(series.groups, bursts_of_groups, strict=True))
     run_bursts = events.merge_excursions(
-        [burst for group in found for burst in group],
+        [burst for group in bursts_of_groups for burst in group],
         events.merge_distance(_gradient_steps(series)),
     )
     jumps = events.loss_jumps(series.steps_T, series.loss_T)

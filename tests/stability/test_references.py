@@ -1,4 +1,4 @@
-"""A run against the random network, guessing, its twin and the other arms; rows logged twice."""
+"""A run against the random network, guessing, its twin and the other arms."""
 
 from dataclasses import replace
 
@@ -6,7 +6,6 @@ import numpy as np
 
 from mocov3_ds.stability.knn_noise import Noise
 from mocov3_ds.stability.references import explain_behind
-from mocov3_ds.stability.repeated_rows import keep_last_rows
 from mocov3_ds.stability.verdict import judge
 from tests.stability.synthetic import healthy
 
@@ -40,23 +39,3 @@ def test_behind_is_more_than_the_noise_of_a_pair() -> None:
     many = replace(one, siblings=100)  # the best of a hundred is that much better by chance
     assert "below that of the arm b" in explain_behind(one, noise, 44.0)
     assert explain_behind(many, noise, 44.0) == ""
-
-
-def test_of_repeated_steps_the_last_row_counts() -> None:
-    rows = np.r_[0:1200, 1000:2000]
-    loss = RUN.loss_T[rows].copy()
-    loss[1000:1200] = 99.0  # what was lost with the killed attempt
-    twice = replace(
-        RUN,
-        steps_T=RUN.steps_T[rows],
-        loss_T=loss,
-        lr_T=RUN.lr_T[rows],
-        grad_linf_GT=RUN.grad_linf_GT[:, rows],
-        rms_GT=RUN.rms_GT[:, rows],
-    )
-    once, left_out = keep_last_rows(twice)
-    assert left_out == 200 and np.array_equal(once.loss_T, RUN.loss_T)
-    assert keep_last_rows(RUN) == (RUN, 0)
-    judgement = judge(twice)
-    assert judgement.verdict == "STABLE"
-    assert "200 rows of steps logged again later did not count" in judgement.notes

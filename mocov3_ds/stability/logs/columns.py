@@ -67,17 +67,17 @@ def find_columns(names: Iterable[str], given: Sequence[str] = ()) -> dict[str, s
     Raises:
         ValueError: a word is wrong, or several columns may mean the same.
     """
-    known = list(names)
-    found = _read_given(known, given)
+    column_names = list(names)
+    columns = _read_given(column_names, given)
     for role, forms in _FORMS.items():
-        if role not in found:
-            found[role] = _find_role(role, forms, known)
-    return {role: name for role, name in found.items() if name}
+        if role not in columns:
+            columns[role] = _find_role(role, forms, column_names)
+    return {role: name for role, name in columns.items() if name}
 
 
 def _read_given(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
     """The user's words; an empty name where a meaning is to be left out."""
-    found: dict[str, str] = {}
+    columns: dict[str, str] = {}
     for word in given:
         role, equals, name = word.partition("=")
         if not equals or not (role in ROLES or (role.startswith(GRADIENT) and role != GRADIENT)):
@@ -90,8 +90,8 @@ def _read_given(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:
                 f"--columns {word}: there is no column {name!r}{did_you_mean(name, names)}; there "
                 f"are {list_names(names)}."
             )
-        found[role] = name
-    return found
+        columns[role] = name
+    return columns
 
 
 def _find_role(role: str, forms: Sequence[str], names: Sequence[str]) -> str:

@@ -26,8 +26,8 @@ def read_events(folder: Path, files: Sequence[Path]) -> LoggedTable:
     scalars: list[tuple[int, str, float]] = []
     damaged = 0
     for path in sorted(files, key=lambda file: file.name):
-        found, is_whole = _read_file(path)
-        scalars += found
+        file_scalars, is_whole = _read_file(path)
+        scalars += file_scalars
         damaged += not is_whole
     if not scalars:
         raise ValueError(f"{folder} has event files without a scalar.")

@@ -70,7 +70,9 @@ def _search(path: Path, depth: int) -> Iterator[RunPlace]:
         yield RunPlace(path if is_own else path / "metrics.jsonl", is_own)
         return
     if (path / "grid.json").exists():
-        yield from (place for cell in _folders(path / "cells") for place in _search(cell, 1))
+        yield from (
+            run_place for cell in _folders(path / "cells") for run_place in _search(cell, 1)
+        )
         return
     if all((path / name).exists() for name in _PAGE):
         return
@@ -126,8 +128,8 @@ def read_logs(places: Sequence[RunPlace]) -> list[LoggedTable]:
         ValueError: a log cannot be read.
     """
     tables: dict[str, LoggedTable] = {}
-    for place in places:
-        for table in _read_log(place.path):
+    for log_place in places:
+        for table in _read_log(log_place.path):
             earlier = tables.get(table.name)
             if earlier is not None and earlier.is_chart and table.is_chart:
                 tables[table.name] = _join_charts(earlier, table)
@@ -150,7 +152,7 @@ def unique_name(name: str, path: Path, taken: Collection[str]) -> str:
             return name
         name = f"{parent.name}/{name}"
     numbered = (f"{name} ({number})" for number in itertools.count(2))
-    return next(other for other in numbered if other not in taken)
+    return next(candidate for candidate in numbered if candidate not in taken)
 
 
 def _read_log(path: Path) -> list[LoggedTable]:

@@ -45,7 +45,7 @@ def read_foreign_run(table: LoggedTable, given: Sequence[str] = (), probes: int 
     step that a resumed run went back to is dropped.
 
     Args:
-        table: the log.
+        table: columns of the log, as they were read.
         given: MEANING=COLUMN each, as `columns.find_columns` takes them.
         probes: images that each evaluation classifies; 0 = as the log says, or unknown.
 
@@ -78,8 +78,10 @@ def _find_clock(table: LoggedTable, roles: dict[str, str]) -> tuple[Array, list[
     rows = table.rows
     if "step" in roles:
         clock = _spread(table.columns[roles["step"]], rows)
-        known = clock[np.isfinite(clock)]
-        if np.any(known != np.round(known)) or np.any(np.abs(known) >= _LARGEST_STEP):
+        finite_clock = clock[np.isfinite(clock)]
+        if np.any(finite_clock != np.round(finite_clock)) or np.any(
+            np.abs(finite_clock) >= _LARGEST_STEP
+        ):
             raise ValueError(f"column {roles['step']} holds steps that are no whole numbers.")
         clock[clock < 0] = np.nan
         missing = int(np.sum(np.isnan(clock)))
@@ -88,8 +90,8 @@ def _find_clock(table: LoggedTable, roles: dict[str, str]) -> tuple[Array, list[
         )
     if "epoch" in roles:
         clock = _spread(table.columns[roles["epoch"]], rows)
-        known = clock[np.isfinite(clock)]
-        if np.all(known == np.round(known)) and np.all(known >= 0):
+        finite_clock = clock[np.isfinite(clock)]
+        if np.all(finite_clock == np.round(finite_clock)) and np.all(finite_clock >= 0):
             return clock, [f"no step, so steps are those of {roles['epoch']}"]
     return np.arange(1.0, rows + 1), ["no step, so rows are numbered"]
 
@@ -109,8 +111,8 @@ def _align(column: Column, clock: Array) -> _Curve:
     if len(steps_M) > 1 and np.mean(np.diff(steps_M) < 0) > _UNORDERED:
         order = np.argsort(steps_M, kind="stable")
         steps_M, values_M = steps_M[order], values_M[order]
-    kept = last_of_each_step(steps_M)
-    return _Curve(steps_M[kept], values_M[kept], len(steps_M) - len(kept))
+    last_rows = last_of_each_step(steps_M)
+    return _Curve(steps_M[last_rows], values_M[last_rows], len(steps_M) - len(last_rows))
 
 
 def last_of_each_step(steps_M: Steps) -> Steps:
@@ -164,10 +166,10 @@ def _build_series(
 
 def _at_steps(curve: _Curve, steps_T: Steps) -> Array:
     values_T = np.full(len(steps_T), np.nan)
-    _, ours, theirs = np.intersect1d(
+    _, rows, curve_rows = np.intersect1d(
         steps_T, curve.steps_M, assume_unique=True, return_indices=True
     )
-    values_T[ours] = curve.values_M[theirs]
+    values_T[rows] = curve.values_M[curve_rows]
     return values_T
 
 
@@ -188,10 +190,13 @@ def _epochs_per_step(table: LoggedTable, roles: dict[str, str], clock: Array) ->
     if "epoch" not in roles:
         return math.nan
     epochs = _spread(table.columns[roles["epoch"]], table.rows)
-    known = np.isfinite(epochs) & np.isfinite(clock)
-    if not known.any():
+    is_known = np.isfinite(epochs) & np.isfinite(clock)
+    if not is_known.any():
         return math.nan
-    first, last = np.argmin(np.where(known, clock, np.inf)), np.argmax(np.where(known, clock, -1.0))
+    first, last = (
+        np.argmin(np.where(is_known, clock, np.inf)),
+        np.argmax(np.where(is_known, clock, -1.0)),
+    )
     steps = clock[last] - clock[first]
     return float((epochs[last] - epochs[first]) / steps) if steps > 0 else math.nan
 

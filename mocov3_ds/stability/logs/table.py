@@ -76,10 +76,10 @@ def as_column(rows_M: Steps, cells: Sequence[Any]) -> Column:
     except OverflowError:  # an integer of hundreds of digits
         pass
     numbers = [(row, _as_number(cell)) for row, cell in zip(rows_M.tolist(), cells, strict=True)]
-    known = [(row, value) for row, value in numbers if value is not None]
+    numbered = [(row, value) for row, value in numbers if value is not None]
     return Column(
-        np.array([row for row, _ in known], np.int64),
-        np.array([value for _, value in known], np.float64),
+        np.array([row for row, _ in numbered], np.int64),
+        np.array([value for _, value in numbered], np.float64),
     )
 
 

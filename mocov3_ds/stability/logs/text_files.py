@@ -181,16 +181,16 @@ def _parse_whole(path: Path, data: bytes) -> list[dict[str, Any]]:
 def _salvage(text: str) -> Iterator[dict[str, Any]]:
     """Objects of a list that is cut short."""
     decoder = json.JSONDecoder()
-    place = text.find("{")
+    brace = text.find("{")
     if not text.lstrip().startswith("["):
         return
-    while place >= 0:
+    while brace >= 0:
         try:
-            row, end = decoder.raw_decode(text, place)
+            row, end = decoder.raw_decode(text, brace)
         except (ValueError, RecursionError):
             return
         yield row
-        place = text.find("{", end)
+        brace = text.find("{", end)
 
 
 def _find_rows(tree: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,41 @@
+"""Noise of a k-NN curve, read off the curve."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mocov3_ds.stability.calibrate import autoregressive
+from mocov3_ds.stability.knn_noise import Noise, binomial_error, estimate_noise
+
+
+def test_errors_of_means_and_steps_are_those_of_such_noise() -> None:
+    """Against the covariance matrix, written out."""
+    noise = Noise(0.6, 0.8, 0.9)
+    apart = np.abs(np.subtract.outer(np.arange(20), np.arange(20)))
+    covariance = 0.6**2 * np.eye(20) + 0.8**2 * 0.9**apart
+    mean = np.r_[np.full(5, 1 / 5), np.zeros(15)]
+    step = np.r_[np.full(8, 1 / 8), np.full(12, -1 / 12)]
+    assert noise.of_mean(5) == pytest.approx(math.sqrt(mean @ covariance @ mean))
+    assert noise.of_step(8, 12) == pytest.approx(math.sqrt(step @ covariance @ step))
+    assert noise.deviation == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("white", "slow", "phi"), [(0.8, 0.0, 0.0), (0.5, 0.8, 0.9)])
+def test_noise_is_read_off_a_rising_curve_with_dips(white: float, slow: float, phi: float) -> None:
+    random = np.random.default_rng(0)
+    u = np.linspace(0, 1, 2000)
+    true = 20 + 40 * (1 - np.exp(-u / 0.25))
+    true[700:760] -= 6
+    knn = true + white * random.standard_normal(2000) + slow * autoregressive(phi)(2000, random)
+    noise = estimate_noise(knn)
+    assert noise.of_mean(1) == pytest.approx(math.hypot(white, slow), rel=0.15)
+    assert noise.of_mean(30) == pytest.approx(Noise(white, slow, phi).of_mean(30), rel=0.4)
+
+
+def test_short_and_noiseless_curves() -> None:
+    assert estimate_noise(np.full(10, 40.0), probes=1000).white == pytest.approx(
+        float(binomial_error(40.0, 1000))
+    )
+    assert 0 < estimate_noise(np.full(300, 40.0)).deviation < 0.1
+    assert estimate_noise(np.array([])).deviation > 0
