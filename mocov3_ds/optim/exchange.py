@@ -78,7 +78,7 @@ def _send(
         write: Is given them, in `dtype`, on its target.
         group: Process group of the ranks.
         device: Device on which the ranks exchange tensors.
-        dtype: What travels.
+        dtype: Precision of what travels.
     """
     me, world_size = ranks.rank(group), ranks.world_size(group)
     outgoing: list[list[Tensor]] = [[] for _ in range(world_size)]

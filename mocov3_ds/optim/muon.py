@@ -281,7 +281,7 @@ def count_blocks(name: str, rule: Rule, qkv: str) -> int:
 
     Args:
         name: Name of the tensor.
-        rule: Its rule.
+        rule: Rule of the tensor, which knows its heads.
         qkv: The optimizer's choice for matrices of queries, keys and values.
     """
     if qkv == "whole" or not name.endswith(_QKV):

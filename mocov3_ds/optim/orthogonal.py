@@ -55,7 +55,7 @@ def count_operations(rows: int, columns: int, steps: int, blocks: int = 1) -> fl
 
     Args:
         rows: Rows of the matrix.
-        columns: Its columns.
+        columns: Columns of the matrix.
         steps: Rounds of the iteration.
         blocks: Number of equal blocks of rows.
     """
@@ -68,7 +68,7 @@ def direction_scale(rows: int, columns: int, adjust: Adjust) -> float:
 
     Args:
         rows: Rows of the matrix, or of one block of it.
-        columns: Its columns.
+        columns: Columns of the matrix.
         adjust: "match_rms_adamw" gives the direction the RMS that AdamW's usually has, 0.2 (arXiv
             2502.16982), so that AdamW's rate and decay fit; "original" is Jordan's
             sqrt(max(1, rows / columns)).

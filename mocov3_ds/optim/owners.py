@@ -84,8 +84,8 @@ def assign_owners(matrices: Sequence[Matrix], world_size: int) -> list[Matrix]:
     matrix; where nobody who holds a part stays below that, the rank with the least work gets it.
 
     Args:
-        matrices: Matrices without owners.
-        world_size: Number of ranks.
+        matrices: Matrices whose owners are not chosen yet.
+        world_size: Number of ranks that may own some.
     """
     share = sum(matrix.work for matrix in matrices) / world_size
     largest = max((matrix.work for matrix in matrices), default=0.0)
@@ -143,7 +143,7 @@ def count_travel(rounds: Sequence[Round], world_size: int) -> tuple[int, list[in
 
     Args:
         rounds: Matrices with their owners.
-        world_size: Number of ranks.
+        world_size: Number of ranks that take part.
 
     Returns:
         Exchanges, and of each rank the numbers on the larger side of all of them.
@@ -151,10 +151,11 @@ def count_travel(rounds: Sequence[Round], world_size: int) -> tuple[int, list[in
     exchanges, numbers = 0, [0] * world_size
     for matrices in rounds:
         sent, received = [0] * world_size, [0] * world_size
-        for transfer in list_transfers(matrices, to_owners=True):
-            if transfer.source != transfer.target:
-                sent[transfer.source] += transfer.segment.length
-                received[transfer.target] += transfer.segment.length
+        for matrix in matrices:
+            for rank, elements in matrix.held().items():
+                if rank != matrix.owner:
+                    sent[rank] += elements
+                    received[matrix.owner] += elements
         exchanges += 2 * any(sent)
         for rank, sides in enumerate(zip(sent, received, strict=True)):
             numbers[rank] += 2 * max(sides)

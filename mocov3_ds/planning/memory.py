@@ -19,6 +19,7 @@ from mocov3_ds.model.chunking import LOGITS_ALIVE, count_kept_chunks
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.architecture import TensorSize
 from mocov3_ds.planning.step_setup import StepSetup
+from mocov3_ds.planning.whole_matrices import plan_matrices
 
 Phase = Literal["keys", "loss", "heads", "turn", "middle", "reduce", "update"]
 PHASES: tuple[Phase, ...] = ("keys", "loss", "heads", "turn", "middle", "reduce", "update")
@@ -89,6 +90,7 @@ def _resident_items(setup: StepSetup) -> Iterable[MemoryItem]:
     has_masters = setup.stage or number_bytes < 4
     yield MemoryItem("fp32 master weights", 4 * trained / shards if has_masters else 0)
     yield MemoryItem("optimizer's moments", len(setup.optimizer.moments) * 4 * trained / shards)
+    yield MemoryItem("whole matrices at work", plan_matrices(setup).memory_bytes, ("update",))
     yield MemoryItem("momentum encoder, fp32", 4 * momentum)
     yield MemoryItem("momentum encoder, copy", momentum * number_bytes if number_bytes < 4 else 0)
 

@@ -21,6 +21,7 @@ from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.memory import Memory, plan_memory
 from mocov3_ds.planning.pace import Pace, plan_pace
 from mocov3_ds.planning.step_setup import PERSISTENCE, Precision, StepSetup
+from mocov3_ds.planning.whole_matrices import matrix_params
 
 STAGES = (0, 1, 2, 3)
 _STAGE_ORDER = {1: 0, 2: 1, 0: 2, 3: 3}
@@ -76,6 +77,7 @@ class PlannedRun:
             recompute_blocks=recompute_blocks,
             key_block=choose_key_block(self.batch // cards, self.batch),
             optimizer=self.optimizer,
+            optimizer_params=matrix_params(read_block(self.engine["optimizer"])[1]),
             compress=self.compress,
             persistence=self._zero_number("stage3_param_persistence_threshold", PERSISTENCE),
             bucket=self._zero_number("reduce_bucket_size", REDUCE_BUCKET),

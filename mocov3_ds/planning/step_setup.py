@@ -4,7 +4,7 @@ Memory, traffic and time of a step are all computed from this one description.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mocov3_ds.config.compression import OFF
 from mocov3_ds.distributed.engine_config import REDUCE_BUCKET
@@ -16,6 +16,8 @@ from mocov3_ds.optim.sharded import ShardedOptimizer
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 """of weights and activations; tf32 is fp32 whose matrix products round their inputs (`--tf32`)"""
 _DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+OptimizerParams = tuple[tuple[str, Any], ...]
+"""some params of an optimizer block: key and value, which can be hashed"""
 PERSISTENCE = 100_000
 """DeepSpeed's default of `stage3_param_persistence_threshold`"""
 
@@ -52,6 +54,8 @@ class StepSetup:
     """keys for which logits exist at once; 0 = all"""
     optimizer: type[ShardedOptimizer] = AdamW
     """tells how many state tensors stand beside each weight, and what an update moves"""
+    optimizer_params: OptimizerParams = ()
+    """those of its params on which the work of a step depends, see `whole_matrices`"""
     persistence: int = PERSISTENCE
     """`stage3_param_persistence_threshold`: numbers of the largest tensor that stays whole"""
     compress: str = OFF

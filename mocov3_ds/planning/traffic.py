@@ -95,10 +95,10 @@ def plan_collectives(setup: StepSetup, *, signals: bool = False) -> list[Collect
         trained = sum(tensor.trained for tensor in tensors)
         collectives.append(Collective("gradients there?", "all_reduce", "int32", 1, trained))
     if stage and distributed:
-        matrices = plan_matrices(setup)  # which travel as bf16, from and to cards
+        matrices = plan_matrices(setup)
         collectives.append(
             Collective(
-                *("whole matrices", "all_to_all_single", "bfloat16"),
+                *("whole matrices", "all_to_all_single", matrices.dtype),
                 *(matrices.exchanges, matrices.numbers),
             )
         )

@@ -1,16 +1,21 @@
 """Muon's exchange in real runs beside what is planned: calls and numbers of the busiest rank."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
+import torch
 
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.shapes import PAPER_SHAPES, EncoderShape
 from mocov3_ds.optim import AdamW, Muon
 from mocov3_ds.optim.orthogonal import count_operations
+from mocov3_ds.planning.memory import plan_memory
 from mocov3_ds.planning.step_setup import StepSetup
 from mocov3_ds.planning.traffic import plan_collectives
-from mocov3_ds.planning.whole_matrices import MatrixWork, plan_matrices
+from mocov3_ds.planning.whole_matrices import MatrixWork, matrix_params, plan_matrices
+from tests.engines import start_encoders
 from tests.planning.test_traffic import BATCH, SHAPE, Case, counted
 from tests.ranks_pool import run_ranks
 
@@ -45,6 +50,71 @@ def test_planned_numbers_equal_counted_ones() -> None:
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_planned_numbers_equal_counted_ones_on_more_ranks(world_size: int) -> None:
     check_counted(world_size, (1, 2, 3))
+
+
+def held(stages: tuple[int, ...]) -> list[float]:
+    """Most bytes that the work on whole matrices holds at once on this rank, at each stage."""
+    from mocov3_ds.bench.planned import peak_tensor_bytes
+    from mocov3_ds.distributed import ranks
+    from mocov3_ds.training.step import train_step
+
+    peaks: list[float] = []
+    for stage in stages:
+        engine, encoder, _ = start_encoders(
+            *(SHAPE, {"stage": stage}),
+            precision="fp32",
+            batch=BATCH,
+            chunks=Chunks(),
+            optimizer="Muon",
+        )
+        optimizer = engine.optimizer.optimizer
+
+        def measure(finish: Any, *args: Any) -> None:
+            peaks.append(peak_tensor_bytes(partial(finish, *args)))
+
+        optimizer.finish_directions = partial(measure, optimizer.finish_directions)
+        x = torch.randn(BATCH // ranks.world_size(), 3, 16, 16)
+        train_step(engine, encoder, x, x.flip(3), momentum=0.9)
+        engine.destroy()
+    return peaks
+
+
+@pytest.mark.slow
+def test_planned_memory_of_the_work_is_what_it_holds() -> None:
+    stages = (1, 3)
+    for stage, *of_ranks in zip(stages, *run_ranks(2, held, stages), strict=True):
+        planned = plan_matrices(replace(SETUP, stage=stage))
+        assert max(of_ranks) == pytest.approx(4 * planned.memory, rel=0.1), stage
+
+
+def test_options_count() -> None:
+    large = replace(SETUP, shape=EncoderShape(backbone=PAPER_SHAPES["vit_s16"]), stage=0)
+
+    def plan(**params: Any) -> MatrixWork:
+        return plan_matrices(replace(large, optimizer_params=matrix_params({"lr": 1.0, **params})))
+
+    usual = plan()
+    assert plan(ns_steps=10).operations == 2 * usual.operations
+    last = count_operations(256, 4096, steps=5)
+    assert plan(last_layer="muon").operations == usual.operations + last
+    for qkv, blocks in (("thirds", 3), ("heads", 36)):
+        whole = count_operations(3 * 384, 384, steps=5)
+        cut = count_operations(3 * 384, 384, steps=5, blocks=blocks)
+        assert plan(qkv=qkv).operations == usual.operations + 12 * (cut - whole), qkv
+    single = replace(large, stage=1, optimizer_params=matrix_params({"ns_dtype": "fp32"}))
+    exact = {c.purpose: c for c in plan_collectives(single)}["whole matrices"]
+    rounded = {c.purpose: c for c in plan_collectives(replace(single, optimizer_params=()))}
+    assert exact.payload == 2 * rounded["whole matrices"].payload
+    with pytest.raises(ValueError, match="convolutions 'muon' has no effect"):
+        plan(convolutions="muon")  # the patch projection is frozen
+
+
+def test_memory_of_the_work_is_an_item() -> None:
+    items = {item.name: item for item in plan_memory(SETUP).items}
+    assert items["whole matrices at work"].bytes == plan_matrices(SETUP).memory_bytes > 0
+    assert items["whole matrices at work"].alive == ("update",)
+    others = {item.name: item for item in plan_memory(replace(SETUP, optimizer=AdamW)).items}
+    assert others["whole matrices at work"].bytes == 0
 
 
 def test_on_paper() -> None:
