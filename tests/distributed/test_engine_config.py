@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mocov3_ds.distributed.engine_config import compute_dtype, engine_config
+from mocov3_ds.optim.build import check_block
 from mocov3_ds.recipes import RECIPES
 from tests.ds_configs import CONFIGS, FOLDER, SHIPPED
 
@@ -92,7 +93,10 @@ def test_each_config_is_what_its_name_says(name: str) -> None:
     engine_config(config, global_batch=8, world_size=2)
 
 
-@pytest.mark.parametrize("path", [p for p in SHIPPED if "lars" not in p.stem], ids=lambda p: p.stem)
+OF_TWO = [path for path in SHIPPED if not {"lars", "muon"} & {*path.stem.split("_")}]
+
+
+@pytest.mark.parametrize("path", OF_TWO, ids=lambda p: p.stem)
 def test_each_shipped_file_is_one_of_them(path: Path) -> None:
     assert json.loads(path.read_text()) == CONFIGS[path.stem]
 
@@ -102,6 +106,14 @@ def test_files_and_recipes_agree(recipe: str) -> None:
     file, own = deepcopy(CONFIGS["zero1_adamw_bf16"]), dict(RECIPES[recipe].engine)
     assert file["optimizer"]["params"].pop("eps") == 1e-8  # AdamW's own default
     assert file == own
+
+
+def test_the_file_for_muon_is_that_of_adamw_with_a_momentum() -> None:
+    file = json.loads((FOLDER / "zero1_muon_bf16.json").read_text())
+    check_block(file["optimizer"])
+    assert file["optimizer"]["params"].pop("momentum") == 0.95
+    file["optimizer"]["type"] = "AdamW"
+    assert file == CONFIGS["zero1_adamw_bf16"]
 
 
 def test_the_file_for_lars_is_that_of_the_resnet() -> None:
