@@ -3,7 +3,7 @@
     python -m mocov3_ds.bench optimizer                                  ViT-B, one CPU thread
     python -m mocov3_ds.bench optimizer --shapes vit_b16 vit_l16 vit_h14 the sizes of the paper
     python -m mocov3_ds.bench optimizer --device cuda                    a GPU, with its bandwidth
-    python -m mocov3_ds.bench optimizer --kind muon --shapes vit_s16     Muon alone
+    python -m mocov3_ds.bench optimizer --kind muon --shapes vit_s16 --blocks 1   Muon alone
 
 Each optimizer updates all trained tensors of the ViT's backbone, unsharded, from the same weights
 and gradients. They take turns for several rounds. Each turn builds the state from scratch, so that
@@ -20,7 +20,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import timm
@@ -55,6 +55,8 @@ class OptimizerOptions:
     """backbones of the paper whose tensors are updated"""
     kind: Literal["elementwise", "muon"] = "elementwise"
     """optimizers that are bound by bytes, or Muon, whose step takes minutes for ViT-B on a CPU"""
+    blocks: int = 0
+    """blocks of the backbone; 0 = as many as the paper's has"""
     device: Literal["cpu", "cuda"] = "cpu"
     """device that holds the weights"""
     threads: int = 1
@@ -84,9 +86,12 @@ class Contender:
 
 def run_bench(options: OptimizerOptions) -> None:
     """Print the tables."""
+    if options.blocks < 0:
+        raise ValueError(f"--blocks is {options.blocks}; it must be 0 (all of them) or more.")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     for name in options.shapes:
-        compare_optimizers(name, backbone_shapes(name), options)
+        title = f"{name}, {count_noun(options.blocks, 'block')}" if options.blocks else name
+        compare_optimizers(title, backbone_shapes(name, options.blocks), options)
 
 
 def compare_optimizers(
@@ -171,10 +176,16 @@ def print_heading(title: str, options: OptimizerOptions, copy: float) -> None:
     print(f"median of {options.rounds} rounds of {options.steps} steps\n\n{title}\n")
 
 
-def backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each trained tensor of one of the paper's backbones."""
+def backbone_shapes(name: str, blocks: int = 0) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each trained tensor of one of the paper's backbones.
+
+    Args:
+        name: Name of the backbone.
+        blocks: Number of its blocks; 0 = all of them.
+    """
+    shape = PAPER_SHAPES[name]
     with torch.device("meta"):
-        backbone = build_vit(PAPER_SHAPES[name])
+        backbone = build_vit(replace(shape, depth=blocks or shape.depth))
     return {n: tuple(p.shape) for n, p in backbone.named_parameters() if p.requires_grad}
 
 
@@ -288,7 +299,7 @@ def build_torch_muon(tensors: dict[str, nn.Parameter]) -> Step:
     adamw = torch.optim.AdamW(decay_groups(other_tensors), lr=RATE, foreach=True)
 
     def step() -> None:
-        muon.step()
+        muon.step()  # type: ignore[no-untyped-call]
         adamw.step()
 
     return step

@@ -38,12 +38,15 @@ def test_shapes_are_those_of_the_backbone() -> None:
     shapes = optimizer.backbone_shapes("vit_b16")
     assert shapes["blocks.0.attn.qkv.weight"] == (2304, 768)
     assert not any("patch_embed" in name for name in shapes)  # frozen
+    first = {n: s for n, s in shapes.items() if not n.startswith("blocks.") or ".0." in n}
+    assert optimizer.backbone_shapes("vit_b16", blocks=1) == first
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"rounds": 0}, "--rounds, --steps and --threads must be at least 1"),
+        ({"blocks": -1}, "--blocks is -1; it must be 0"),
         ({"device": "cuda"}, "no CUDA device"),
     ],
 )
