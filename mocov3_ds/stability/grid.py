@@ -18,6 +18,7 @@
     [scale.tiny]                    # what differs at a scale: base is merged, an axis of the same
     base = { recipe = "tiny" }      # name and the arms are replaced
     axes = { batch = [64, 128] }
+    change = { "short memory" = { beta2 = 0.9 } }   # settings of an arm of the file
 
 A setting is a flag of train.py (`epochs`, `model.dim`, `views.fixed`) or one of the words of
 `cell_flags`, which spare the optimizer block of the DeepSpeed JSON.
@@ -52,7 +53,7 @@ SCALES: tuple[str, ...] = get_args(Scale)
 GRIDS = Path(__file__).parent / "grids"
 
 _FILE_KEYS = ("title", "about", "seeds", "twins", "base", "axes", "arms", "scale")
-_SCALE_KEYS = ("base", "axes", "arms", "seeds", "twins")
+_SCALE_KEYS = ("base", "axes", "arms", "change", "seeds", "twins")
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,11 @@ def _lay_out_cells(tree: Mapping[str, Any], scale: str, seeds: int | None) -> tu
     )
     grid_file.check_settings(base, "[base]")
     grid_file.check_axes(axes, "[axes]")
-    arms = grid_file.read_arms(merged.get("arms"))
+    arms = grid_file.change_arms(
+        grid_file.read_arms(merged.get("arms")),
+        grid_file.read_table(changes, "change"),
+        f"[scale.{scale}.change]",
+    )
     count = grid_file.read_seeds(merged, seeds)
     with_twin = grid_file.read_twins(merged, arms)
     cells: dict[str, Cell] = {}

@@ -3,6 +3,7 @@
 Every error is one sentence that names the place and the key, without the name of the file.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,26 @@ def read_arms(trees: Any) -> list[Arm]:
     if len({arm.name for arm in arms}) != len(arms):
         raise ValueError("two arms have one name.")
     return arms
+
+
+def change_arms(arms: Sequence[Arm], changes: Mapping[str, Any], place: str) -> list[Arm]:
+    """The arms with other settings at a scale.
+
+    Args:
+        arms: those of the file.
+        changes: name of an arm -> its settings that differ.
+        place: where the changes stand.
+
+    Raises:
+        ValueError: there is no such arm, or a setting is wrong.
+    """
+    check_keys(changes, [arm.name for arm in arms], place)
+    for name in changes:
+        check_settings(read_table(changes, name), f"{place}, arm {name!r},")
+    return [
+        dataclasses.replace(arm, settings={**arm.settings, **changes.get(arm.name, {})})
+        for arm in arms
+    ]
 
 
 def read_table(tree: Mapping[str, Any], key: str) -> dict[str, Any]:

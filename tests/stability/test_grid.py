@@ -145,6 +145,12 @@ WRONG = [
     ('[[arms]]\nname = "a"\nbtch = 3', "arm 'a' has an unknown setting 'btch' (did you mean batch"),
     ('[[arms]]\nname = "a"\n[[arms]]\nname = "a"', "two arms have one name"),
     ('twins = ["b"]\n[[arms]]\nname = "a"', "twins has an unknown key 'b'"),
+    ("[scale.tiny.change.a]\nlr = 1", "[scale.tiny.change] has an unknown key 'a'"),
+    (
+        '[[arms]]\nname = "a"\n[scale.tiny.change.a]\nbtch = 3',
+        "[scale.tiny.change], arm 'a', has an unknown setting 'btch'",
+    ),
+    ('[[arms]]\nname = "a"\n[scale.tiny.change]\na = 3', "a is 3, not a table"),
     ("seeds = 0", "seeds is 0; it must be a number of 1 or more"),
     ("seeds = true", "seeds is True; it must be a number of 1 or more"),
     ("twins = 3", "twins is 3; it is true, false or names of arms"),
@@ -180,6 +186,16 @@ def test_one_sentence_names_the_key(tmp_path: Path, text: str, words: str) -> No
         load_grid(str(path), "tiny")
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_an_arm_of_the_file_has_other_settings_at_a_scale() -> None:
+    rates: dict[str, set[float]] = {}
+    for scale in ("tiny", "cifar"):
+        for cell in laid_out((grids.GRIDS / "cures.toml").read_text(), scale, 1).cells:
+            if cell.settings.get("optimizer") == "Lamb":
+                rates.setdefault(scale, set()).add(cell.settings["lr"])
+                assert cell.settings["weight_decay"] == 1e-3
+    assert rates == {"tiny": {1e-2}, "cifar": {6e-4}}
 
 
 def test_no_such_grid(tmp_path: Path) -> None:
