@@ -75,9 +75,9 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     if saved is not None:
         start = start_of(saved)
         _load_weights(model, saved)
-    instruments = Instruments(config.signals, model, device)
-    engine = start_engine(model.to(device), optimizer, engine_json)
     dtype = compute_dtype(engine_json)
+    instruments = Instruments(config.signals, model, device, dtype)
+    engine = start_engine(model.to(device), optimizer, engine_json)
     momentum_encoder = start_momentum_encoder(config, engine, device, dtype)
     conditions = _set_chunks(config, engine, momentum_encoder, saved)
     _compile_networks(config, model, momentum_encoder)

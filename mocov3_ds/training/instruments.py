@@ -1,6 +1,6 @@
 """What is measured of a run's loss every so many steps, before the step: curvature, noise scale.
 
-    instruments = Instruments(config.signals, model, device)   before the engine takes the model
+    instruments = Instruments(signals, model, device, dtype)   before the engine takes the model
     values = instruments.measure(step, lr, optimizer, batch, sample_ids_B)
 
     sharpness          largest eigenvalue of P^-1 H, see `curvature` and `optim.preconditioner`
@@ -54,12 +54,15 @@ class Instruments:
         signals: how often what is measured.
         model: the trained module before an engine takes it over.
         device: where to compute.
+        dtype: dtype that the engine casts weights to.
     """
 
-    def __init__(self, signals: SignalConfig, model: QueriesToLoss, device: torch.device) -> None:
+    def __init__(
+        self, signals: SignalConfig, model: QueriesToLoss, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._signals = signals
         needs_copy = signals.sharpness_every or signals.noise_every
-        self._copy = MeasuredCopy(model, device) if needs_copy else None
+        self._copy = MeasuredCopy(model, device, dtype) if needs_copy else None
         self._direction_W: Tensor | None = None  # of the last measurement
 
     def prepare(self, model: QueriesToLoss, chunk: int) -> None:

@@ -65,10 +65,17 @@ class MeasuredCopy:
     Args:
         model: the trained module before an engine takes it over; it is copied.
         device: where to compute.
+        dtype: dtype that the engine casts weights to; frozen ones have no fp32 masters, and are
+            measured as they are trained with.
     """
 
-    def __init__(self, model: QueriesToLoss, device: torch.device) -> None:
+    def __init__(
+        self, model: QueriesToLoss, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._model = copy.deepcopy(model).to(device).float().train()
+        for parameter in self._model.parameters():
+            if not parameter.requires_grad:
+                parameter.copy_(parameter.to(dtype))
         base, loss = self._model.base, self._model.loss
         differentiate_twice(nn.ModuleList([base.projector, base.predictor]), loss)
         trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
