@@ -241,7 +241,8 @@ def resume_on_another_stage(case: Case, kind: str, saved: Any) -> dict[str, Any]
     return train_clipped(case, kind, saved, first=6)
 
 
-@pytest.mark.parametrize("kind", ["adagc", pytest.param("zclip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adagc", "zclip"])
 def test_clips_alike_on_any_sharding(kind: str) -> None:
     """fp32 runs on 1 and 2 ranks and each stage are one run; sums are taken in another order."""
     fp32 = [case for case in CASES if case.precision == "fp32"]
