@@ -176,7 +176,8 @@ class Witness:
         self.library = {n: torch.nn.Parameter(w.clone()) for n, w in self.first.items()}
         hidden = [n for n in self.rules if case.optimizer == "muon" and n in HIDDEN]
         self.library_optimizers = [self._library_optimizer({*self.rules} - {*hidden})]
-        self.library_optimizers += [self._library_optimizer(hidden)] * bool(hidden)
+        if hidden:
+            self.library_optimizers.append(self._library_optimizer(hidden))
 
     def _library_optimizer(self, names: Collection[str]) -> torch.optim.Optimizer:
         """Options that timm spells as ours; differences are spelled out in test_lamb.py."""

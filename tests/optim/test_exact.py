@@ -60,10 +60,11 @@ LAID_OUT = [
     *[Case(stage, config=AUTOCAST) for stage in range(4)],  # last: DeepSpeed keeps its settings
 ]
 BF16_PRODUCTS = {"ns_dtype": "bf16"}
-MUON = [Case(stage, p, "muon") for stage in range(4) for p in ("fp32", "bf16")]
-MUON += [Case(stage, "fp16", "muon", clip=0.05) for stage in (1, 2, 3)]
+MUON = [Case(stage, "bf16", "muon") for stage in range(4)]
+MUON += [Case(stage, "fp32", "muon") for stage in (0, 3)]
+MUON += [Case(stage, "fp16", "muon", clip=0.05) for stage in (1, 3)]
 MUON += [Case(stage, p, "muon", BF16_PRODUCTS, OFFLOAD) for stage, p in ((1, "bf16"), (3, "fp32"))]
-MUON += [Case(stage, "bf16", "muon", BF16_PRODUCTS, accumulate=2) for stage in range(4)]
+MUON += [Case(stage, "bf16", "muon", BF16_PRODUCTS, accumulate=2) for stage in (0, 2)]
 MUON += [Case(1, "bf16", "muon", config=FP32_GRADIENTS), Case(2, "fp16", "muon", config=TINY_SCALE)]
 MUON += [
     Case(3, "fp32", "muon", zero={"sub_group_size": 500}),
@@ -94,8 +95,8 @@ FEW: dict[int, list[Case]] = {
 def check(result: dict[str, Any], case: Case) -> None:
     loose = case.clip or case.options or case.config == AUTOCAST
     tolerance = library = 5e-6 if loose else 2e-6
-    if case.optimizer == "muon":  # see test_muon.py; torch's products are bf16 always
-        tolerance, library = (0.03, 2e-3) if case.options == BF16_PRODUCTS else (1e-4, 0.03)
+    if case.optimizer == "muon":  # one of the two witnesses has other products, see test_muon.py
+        tolerance, library = (0.03, 2e-3) if case.options == BF16_PRODUCTS else (5e-5, 0.05)
     assert result["plain"] < tolerance, result
     assert result["library"] < library, result
     assert result["moment"] < (3e-6 if case.optimizer == "muon" else 1e-6), result
