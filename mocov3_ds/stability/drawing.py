@@ -1,6 +1,7 @@
 """How are a study's pictures drawn and saved? Panels with one style, narrow enough for a phone."""
 
 import io
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ COLOURS = ("#2a6fb0", "#c8553d", "#3a8f5c", "#8a5fb5", "#b07d12", "#4f6475", "#c
 FAINT, SHADE, INK = "#9aa3ad", "#c8553d", "#1b1f24"
 _DOTS_PER_INCH = 140
 _SHORT_LABEL = 26  # letters, of which two columns fit side by side
+_LINE = 60  # letters of a line of a title
 _LONGEST_TEXT = 110  # letters of a title
 
 STYLE: dict[Any, Any] = {
@@ -77,9 +79,11 @@ def plain_text(text: str, longest: int = _LONGEST_TEXT) -> str:
 
 
 def set_title(axes: Axes, text: str) -> None:
-    """Give a panel its title, smaller where it is long."""
+    """Give a panel its title, smaller and in lines where it is long."""
     text = plain_text(text)
-    axes.set_title(text, loc="left", fontweight="bold", fontsize=8.5 if len(text) < 60 else 7.2)
+    lines = textwrap.wrap(text, _LINE) if len(text) > _LINE else [text]
+    size = 8.5 if len(text) < _LINE else 7.2
+    axes.set_title("\n".join(lines), loc="left", fontweight="bold", fontsize=size)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:

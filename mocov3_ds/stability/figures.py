@@ -29,6 +29,7 @@ PANELS = 8
 ALARM = "rms_rise"
 """the rule whose alarms are drawn: the one that predicted every event it was tried on"""
 _BEFORE, _AFTER = 40, 20  # steps around an event
+_LEAST_SPAN = 1.0  # points of an accuracy axis
 _HEAT_COLUMNS = 620
 _LONG = 5000  # steps from which on curves and heat maps are reduced before they are drawn
 
@@ -254,6 +255,11 @@ def draw_rates(arms: Arms) -> Figure | None:
             fill = "none" if frozen else None
             axes.plot(*zip(*pairs, strict=True), "o", color=colour, ms=3, mfc=fill)
         axes.set_xscale("log")
+        axes.ticklabel_format(axis="y", useOffset=False)
+        low, high = axes.get_ylim()
+        if high - low < _LEAST_SPAN:
+            middle = (low + high) / 2
+            axes.set_ylim(middle - _LEAST_SPAN / 2, middle + _LEAST_SPAN / 2)
         axes.set_xlabel("base learning rate")
         axes.set_ylabel("final k-NN accuracy, %")
         drawing.set_title(axes, "Rate against accuracy; points are seeds")

@@ -55,12 +55,15 @@ code { font:.85em ui-monospace, Menlo, Consolas, monospace; overflow-wrap:anywhe
 .scroll { overflow-x:auto; background:var(--card); border:1px solid var(--line);
   border-radius:8px; }
 table { border-collapse:collapse; width:100%; font-size:.86rem; font-variant-numeric:tabular-nums; }
-th, td { padding:6px 10px; text-align:right; vertical-align:top; white-space:nowrap;
+th, td { padding:6px 8px; text-align:right; vertical-align:top; white-space:nowrap;
   border-bottom:1px solid var(--line); }
 th:first-child, td:first-child { text-align:left; white-space:normal; min-width:9em;
   position:sticky; left:0; background:var(--card); }
 td.words, th.words { text-align:left; white-space:normal; min-width:11em; }
 tr:last-child td { border-bottom:0; }
+@media (max-width: 600px) { th, td { padding:5px 6px; } td.words, th.words { min-width:7em; }
+  th:first-child, td:first-child { min-width:6em; max-width:8.5em; overflow-wrap:anywhere; }
+  ul { padding-left:1.2em; } }
 td small { display:block; color:var(--soft); font-size:.92em; }
 .v { font-weight:600; } .bad { color:var(--bad); } .warn { color:var(--warn); }
 .good { color:var(--good); }

@@ -65,6 +65,7 @@ def draw_speed(curves: RunCurves) -> Figure | None:
             "images_per_s": "images/s",
             "data_wait_s": "waiting for data, s a step",
             "save_s": "waiting for checkpoints, s a step",
+            "cpu_s": "CPU time of the first rank, s a step",
         },
     )
 
@@ -78,9 +79,43 @@ def draw_memory(curves: RunCurves) -> Figure | None:
 
 
 def draw_gradients(curves: RunCurves) -> Figure | None:
-    """Norm of the whole gradient, and the spread of the queries on the sphere."""
-    names = {"grad_norm": "gradient norm", "spread": "spread of the queries (1 = even)"}
+    """Norm of the whole gradient, what clipped it, and the spread of the queries on the sphere."""
+    names = {
+        "grad_norm": "gradient norm",
+        "clip_factor": "smallest factor of the gradient clip (1 = unclipped)",
+        "clipped_share": "share of the tensors that were clipped",
+        "spread": "spread of the queries (1 = even)",
+    }
     return _draw_stack(curves, names, log=("grad_norm",))
+
+
+def draw_curvature(curves: RunCurves) -> Figure | None:
+    """Curvature of the loss beside the limits above which steps are unstable, and its noise."""
+    names = {
+        "sharpness": "preconditioned sharpness; dashed: limit of Adam",
+        "curvature": "curvature along the gradient's step; dashed: limit",
+        "noise_scale": "gradient noise scale, images",
+    }
+    figure = _draw_stack(curves, names)
+    if figure is None:
+        return None
+    drawn = [name for name in names if curves.curve(name)[1].any()]
+    for axes, name in zip(figure.axes, drawn, strict=True):
+        steps_M, limit_M = curves.curve(f"{name}_limit")
+        if len(steps_M):
+            axes.plot(steps_M, limit_M, "--", color=drawing.FAINT, lw=0.9)
+            axes.set_yscale("log")
+    return figure
+
+
+def draw_sequence(curves: RunCurves) -> Figure | None:
+    """Patches that a step's queries and keys were made of, and its operations."""
+    names = {
+        "query_patches": "patches of a query",
+        "key_patches": "patches of a key",
+        "operations": "floating-point operations a step",
+    }
+    return _draw_stack(curves, names)
 
 
 def draw_layers(curves: RunCurves) -> Figure | None:

@@ -58,6 +58,16 @@ _PICTURES: tuple[PictureKind[RunCurves], ...] = (
         run_figures.draw_gradients,
     ),
     PictureKind(
+        "train/curvature", "Curvature and noise",
+        "Of the loss, measured on a copy every so many steps; above a dashed limit steps are "
+        "unstable or make the loss rise.",
+        run_figures.draw_curvature,
+    ),
+    PictureKind(
+        "train/sequence", "Sequence length", "What compression left of each image.",
+        run_figures.draw_sequence,
+    ),
+    PictureKind(
         "system/speed", "Speed", "Images a second, and what the step loop waited for.",
         run_figures.draw_speed,
     ),

@@ -21,6 +21,8 @@ NOTHING = RunCurves(steps_T=np.arange(3), values={}, alarms={}, signals=None)
         run_figures.draw_speed,
         run_figures.draw_memory,
         run_figures.draw_gradients,
+        run_figures.draw_curvature,
+        run_figures.draw_sequence,
         run_figures.draw_layers,
     ],
 )
@@ -50,3 +52,30 @@ def test_curves_are_those_of_the_log(study_folder: Path) -> None:
     )
     speed = run_figures.draw_speed(waiting)
     assert speed is not None and len(speed.axes) == 1  # what was zero throughout has no panel
+
+
+def test_instruments_clips_and_lengths_are_drawn_where_they_are_there() -> None:
+    ones = np.ones(3)
+    values = {
+        "sharpness": np.array([np.nan, 5.0, 7.0]),
+        "sharpness_limit": np.array([np.nan, 38e3, 19e3]),
+        "noise_scale": 300 * ones,
+        "clip_factor": 0.5 * ones,
+        "query_patches": 32 * ones,
+        "cpu_s": 2 * ones,
+    }
+    curves = RunCurves(steps_T=np.arange(3), values=values, alarms={}, signals=None)
+    curvature = run_figures.draw_curvature(curves)
+    assert curvature is not None
+    sharpness, noise = curvature.axes
+    value, limit = sharpness.lines
+    assert list(np.asarray(value.get_ydata())) == [5.0, 7.0]
+    assert list(np.asarray(limit.get_ydata())) == [38e3, 19e3]
+    assert len(noise.lines) == 1
+    for draw, word in (
+        (run_figures.draw_gradients, "clip"),
+        (run_figures.draw_sequence, "patches"),
+        (run_figures.draw_speed, "CPU"),
+    ):
+        figure = draw(curves)
+        assert figure is not None and word in figure.axes[0].get_title(loc="left")
