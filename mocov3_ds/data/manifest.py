@@ -285,7 +285,8 @@ def load(
         raise ValueError(
             storage.explain_pattern(url)
             or f"{shown_url} holds no {NAME}; make shards with python -m data_prep shard "
-            f"SOURCE {shown_url}, or describe tars that are there with python -m data_prep index {shown_url}."
+            f"SOURCE {shown_url}, or describe tars that are there with python -m data_prep index "
+            f"{shown_url}."
         ) from None
     try:
         described = _parse_manifest(storage.read_blocks(str(path)))
