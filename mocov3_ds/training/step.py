@@ -28,8 +28,8 @@ from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import Chunks, chunked_features, count_kept_chunks
 from mocov3_ds.model.loss import PairLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder, ViewKeys
-from mocov3_ds.model.sigma_reparam import move_all_vectors
 from mocov3_ds.model.sequence_length import shortened
+from mocov3_ds.model.sigma_reparam import move_all_vectors
 from mocov3_ds.model.stochastic_depth import find_branches, set_factors
 from mocov3_ds.monitoring.profiler import StepPhase, phase, replace_phase_in_backward
 from mocov3_ds.training.key_stream import KeyMaker, begin_keys
