@@ -24,8 +24,7 @@ _NEXT: Mapping[Verdict, str] = {
     "update_clip along",
     "NOT LOOKED": "too little is logged to see a dip, a decline or a burst: evaluate more often "
     "(--knn.every_steps), or train longer",
-    "STABLE": "nothing was found: see how wide the range of good rates is (grid lr-sensitivity); a "
-    "higher rate is better only where it was tried and was",
+    "STABLE": "nothing was found: see how wide the range of good rates is (grid lr-sensitivity)",
 }
 
 
