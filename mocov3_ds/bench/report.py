@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,8 @@ def write_log(run: Path, steps: int, seed: int) -> None:
     loss_T *= 1 + 0.02 * (size_T - 1)
     knn_T = 60 - 40 * np.exp(-8 * t_T / steps) + 0.3 * random.standard_normal(steps)
     knn_T[steps // 2 : steps // 2 + steps // 20] -= 8
-    _write_signals(run, t_T, size_T, random)
+    lr_T = 1e-4 * (1 - t_T / (2 * steps))
+    _write_signals(run, {"step": t_T, "loss": loss_T, "lr": lr_T}, size_T, random)
     with (run / "metrics.jsonl").open("w") as file:
         beginning = {"step": 0, "knn_full": 12.0, "knn_chance": 10.0, "knn_probes": 5000}
         file.write(json.dumps(beginning) + "\n")
@@ -101,7 +102,7 @@ def write_log(run: Path, steps: int, seed: int) -> None:
                 "epoch": step / _STEPS_PER_EPOCH,
                 "samples": step * 4096,
                 "loss": loss,
-                "lr": 1e-4 * (1 - step / (2 * steps)),
+                "lr": float(lr_T[step - 1]),
                 "momentum": 0.99 + 0.01 * step / steps,
                 "applied": True,
                 "data_wait_s": 1.5e-4 + 1e-7 * knn,
@@ -119,17 +120,20 @@ def write_log(run: Path, steps: int, seed: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def _write_signals(run: Path, t_T: Steps, size_T: Array, random: np.random.Generator) -> None:
+def _write_signals(
+    run: Path, scalars: Mapping[str, Array | Steps], size_T: Array, random: np.random.Generator
+) -> None:
     """All signals of each layer group: noise around a level, the gradients and RMS with bursts."""
     groups = group_names(_DEPTH)
     file = SignalFile(run, groups, steps_done=0)
     columns = file.columns
     file.close()
-    values_TC = np.exp(0.1 * random.standard_normal((len(t_T), len(columns)), np.float32))
+    values_TC = np.exp(0.1 * random.standard_normal((len(size_T), len(columns)), np.float32))
     for index, name in enumerate(columns):
         if name.endswith(("/grad_linf", "/grad_l2", "/rms", "/rms_before")):
             values_TC[:, index] *= 0.1 * size_T
-    values_TC[:, columns.index("step")] = t_T
+    for name, values_T in scalars.items():
+        values_TC[:, columns.index(name)] = values_T
     values_TC.astype("<f4").tofile(run / "signals.f32")
 
 
