@@ -27,8 +27,8 @@ from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.chunking import chunked_features
 from mocov3_ds.model.cpu_ops import suit_cpu
 from mocov3_ds.model.heads import build_projector
-from mocov3_ds.model.sigma_reparam import move_all_vectors
 from mocov3_ds.model.sequence_length import shortened
+from mocov3_ds.model.sigma_reparam import move_all_vectors
 
 if TYPE_CHECKING:
     from mocov3_ds.model.momentum_triton import MoveTable

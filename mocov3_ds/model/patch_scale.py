@@ -46,7 +46,7 @@ class ScalableVit(VisionTransformer):
         """Tokens (b, T, D) of projected patches (b, n, D): first the others, then the patches."""
         scale = _projection(self).scale
         if scale == 1 or self.pos_embed is None:
-            return super()._pos_embed(x)  # type: ignore[no-any-return]
+            return super()._pos_embed(x)
         embed: PatchEmbed = self.patch_embed
         size, side = embed.img_size, embed.patch_size[0]
         grid, smaller = scaled_grid(size, side), scaled_grid(size, side, scale)

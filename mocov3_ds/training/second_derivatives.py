@@ -26,7 +26,7 @@ class SumOverRanks(torch.autograd.Function):
         return ranks.all_reduce_sum(x.clone())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """The sum of all ranks' gradients, which can be differentiated again."""
         summed: Tensor = SumOverRanks.apply(gradient)
         return summed

@@ -194,7 +194,6 @@ def load_optimizer(optimizer: ShardedOptimizer, saved: Checkpoint) -> None:
     Raises:
         ValueError: the checkpoint is of another model or another optimizer.
     """
-
     names = saved.tensor_names("optimizer") if optimizer.clipper is not None else ()
     clips = {name for name in names if name.startswith(f"{CLIP_KEY}/")}
 
