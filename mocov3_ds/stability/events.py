@@ -29,6 +29,9 @@ WINDOW = 200
 """values of the past that a gradient is compared with (1 % of the run where that is more)"""
 LOSS_WINDOW = 30
 """values of the past that a loss is compared with: it falls, so its past must be near"""
+LOSS_SPREAD_WINDOW = 100
+"""values of the past that tell the noise of a loss: further back it fell faster, and its lag behind
+its median would pass for noise"""
 HISTORY = 16
 """measured values of the past below which nothing fires"""
 BURST_RATIO = 3.0
@@ -133,7 +136,7 @@ def flag_losses(loss_T: Array) -> tuple[Steps, Flags, Array]:
     rows = np.flatnonzero(np.isfinite(loss_T) & (loss_T > 0))
     flags_T, excess_T = stand_out(
         np.log(loss_T[rows]),
-        Past(LOSS_WINDOW, WINDOW, HISTORY, LOSS_EXCESS / 10),
+        Past(LOSS_WINDOW, LOSS_SPREAD_WINDOW, HISTORY, LOSS_EXCESS / 10),
         np.full(LONGEST_RUN, math.log1p(LOSS_EXCESS)),
     )
     return rows, flags_T, excess_T

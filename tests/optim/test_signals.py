@@ -103,9 +103,8 @@ class StableWitness(Witness):
     """StableAdamW on whole tensors; the library's AdamW gets each tensor's clipped rate."""
 
     def step(self, gradients: dict[str, Tensor]) -> None:
-        for group, (n, g) in zip(
-            self.library_optimizer.param_groups, self._in_order(gradients), strict=True
-        ):
+        [library] = self.library_optimizers
+        for group, (n, g) in zip(library.param_groups, self._in_order(gradients), strict=True):
             lr = self.options["lr"] * self.rules[n].lr_multiplier
             self.ratio[n] = plain.update_clip(g, self.v[n], self.t + 1, b2=0.95)
             group["lr"], group["betas"] = lr * self.ratio[n], self.options["betas"]

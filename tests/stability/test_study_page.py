@@ -41,6 +41,7 @@ def test_every_section_of_a_grid(study_folder: Path, tmp_path: Path) -> None:
         "Seed by seed",
         "Loss of all settings",
         "Spikes and dips on one time axis",
+        "What follows a spike",
         "k-NN accuracy, arm by arm",
         "Loss spikes",
         "Which layer, when",
@@ -58,7 +59,7 @@ def test_every_section_of_a_grid(study_folder: Path, tmp_path: Path) -> None:
     assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object", "source"}
     assert not re.search(r"https?:|url\(|@import", html)
     pictures = [values["src"] or "" for tag, values in reader.tags if tag == "img"]
-    assert len(pictures) == 11
+    assert len(pictures) == 12
     assert all(picture.startswith("data:image/png;base64,") for picture in pictures)
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
@@ -73,7 +74,7 @@ def test_one_run_alone(study_folder: Path, tmp_path: Path) -> None:
     reader = Reader()
     reader.feed(text)
     assert "Stability: lamb_seed-0" in reader.text
-    assert "Nothing to draw for: Seed by seed, First against last layer" in reader.text
+    assert "Nothing to draw for: Seed by seed, What follows a spike, First against last layer" in reader.text
     assert "Trust ratios" in reader.text
     # by the run's own optimizer, which no grid names here
     assert (tmp_path / "trust.png").exists()

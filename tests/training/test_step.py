@@ -22,7 +22,7 @@ from mocov3_ds.model.loss import ContrastiveLoss
 from mocov3_ds.model.momentum_encoder import MomentumEncoder
 from mocov3_ds.model.stochastic_depth import draw_factors, find_branches
 from mocov3_ds.model.vit import VitShape
-from mocov3_ds.training.step import QueriesToLoss, train_step
+from mocov3_ds.training.step import Draws, QueriesToLoss, train_step
 from tests import reference
 from tests.ranks_pool import run_ranks
 from tests.traffic import Traffic, count_collectives
@@ -230,7 +230,8 @@ def deep_losses(cases: list[tuple[int, Chunks, bool]]) -> list[list[float]]:
         for step in range(3):
             factors = draw_factors(rates, sample_ids, seed=0, step=step)
             x1, x2 = rank_views(step, torch.float32)
-            result = train_step(engine, momentum, x1, x2, momentum=MOMENTUM, factors_VBM=factors)
+            draws = Draws(factors_VBM=factors)
+            result = train_step(engine, momentum, x1, x2, momentum=MOMENTUM, draws=draws)
             losses.append(result.loss)
         runs.append(losses)
         engine.destroy()
