@@ -74,7 +74,10 @@ def test_one_run_alone(study_folder: Path, tmp_path: Path) -> None:
     reader = Reader()
     reader.feed(text)
     assert "Stability: lamb_seed-0" in reader.text
-    assert "Nothing to draw for: Seed by seed, What follows a spike, First against last layer" in reader.text
+    assert (
+        "Nothing to draw for: Seed by seed, What follows a spike, First against last layer"
+        in reader.text
+    )
     assert "Trust ratios" in reader.text
     # by the run's own optimizer, which no grid names here
     assert (tmp_path / "trust.png").exists()
