@@ -41,12 +41,14 @@ def run_ranks(
     """
     context: Any = multiprocessing.get_context("spawn") if import_again else forks()
     port = free_port()
+    # pickled here: multiprocessing would hand over a descriptor for each tensor, and only a few fit
+    work = pickle.dumps((fn, args))
     processes, pipes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
             target=_run_rank,
-            args=(sender, rank, world_size, port, dict(os.environ), fn, args),
+            args=(sender, rank, world_size, port, dict(os.environ), work),
             daemon=True,
         )
         process.start()
@@ -99,8 +101,7 @@ def _run_rank(
     world_size: int,
     port: int,
     environment: dict[str, str],
-    fn: Callable[..., Any],
-    args: Any,
+    work: bytes,
 ) -> None:
     os.environ.clear()  # the server's is that of the first call
     os.environ.update(
@@ -120,6 +121,7 @@ def _run_rank(
 
         torch.set_num_threads(1)
         ranks.start(timeout_s=120)
+        fn, args = pickle.loads(work)
         # pickled here: multiprocessing would share the memory of a process that is about to end
         pipe.send_bytes(pickle.dumps(("result", fn(*args))))
         ranks.barrier()

@@ -19,9 +19,6 @@ SAVED = [Case(1), Case(3), Case(2, "fp16"), Case(1, "fp32", "lars"), Case(2, "fp
 SAVED += [Case(2, "fp32", "muon")]
 FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
 
-# whole states of all optimizers are more tensors than a process can be handed descriptors
-torch.multiprocessing.set_sharing_strategy("file_system")
-
 
 def batches(case: Case) -> list[Any]:
     return list(engines.batches(case, BEFORE + AFTER))
