@@ -19,6 +19,7 @@ from mocov3_ds.checks.equivalence import (
     start_network,
 )
 from mocov3_ds.checks.finding import Finding, judge_errors
+from mocov3_ds.distributed.engine import release_engine
 from mocov3_ds.model.backbones import compile_blocks
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.training.step import QueriesToLoss, train_step
@@ -92,5 +93,5 @@ def _run_step(device: torch.device, prepare: Prepare) -> tuple[float, dict[str, 
         prepare(engine.module)
         result = train_step(witness, momentum, *rank_views(0, device), momentum=MOMENTUM)
     finally:
-        engine.destroy()
+        release_engine(engine)
     return result.loss, witness.gradients

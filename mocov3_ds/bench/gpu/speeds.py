@@ -37,6 +37,7 @@ from mocov3_ds.data.views import photometric
 from mocov3_ds.data.views.draw import draw_views
 from mocov3_ds.data.views.spec import ViewSpec
 from mocov3_ds.distributed import devices, ranks
+from mocov3_ds.distributed.engine import release_engine
 from mocov3_ds.model.base_encoder import EncoderShape
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.shapes import PAPER_SHAPES
@@ -277,7 +278,7 @@ def measure_checkpoint(device: torch.device, folder: Path, recipe: str) -> list[
         saver = Saver(Path(ranks.broadcast_object(run)), keep=1)
         groups = checkpoint.saved_groups(network)
         cost = checkpoint.measure_save(saver, 1, groups, run_step, step_s, True)
-    network.engine.destroy()
+    release_engine(network.engine)
     del network, groups
     free_memory()
     text = f"loop stands still {cost.stall:.2f} s, on disk after {cost.on_disk:.1f} s"
