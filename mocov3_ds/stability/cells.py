@@ -31,6 +31,7 @@ from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.monitoring.metrics_file import read_rows
 from mocov3_ds.settings.comparison import differences
 from mocov3_ds.stability.grid import Cell, Grid
+from mocov3_ds.stability.planned import as_trees
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 Status = Literal["done", "diverged", "failed", "stopped", "waiting"]
@@ -111,6 +112,7 @@ def prepare_folder(
         "about": grid.about,
         "launcher": launcher,
         "command": command,
+        "comparisons": as_trees(grid.planned),
         "cells": cells,
     }
     _write_json(path, tree)

@@ -14,6 +14,7 @@ import numpy as np
 
 from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability import paired
+from mocov3_ds.stability.planned import PlannedComparison
 from mocov3_ds.stability.study import Arms, JudgedRun
 from mocov3_ds.stability.study_tables import tabulate_runs
 
@@ -36,6 +37,10 @@ COLUMNS = (
     *("p", "p_holm", "p_sign_flip", "told", "smallest_shown"),
 )
 PLANNED_SEEDS = (3, 5, 8, 12)
+PLANNED_NOTE = (
+    "The grid's file planned the comparisons. Differences are paired by seed, intervals are "
+    "Student's t of one comparison alone, and p is Holm's over the comparisons of a question."
+)
 _FEWEST_FLIPPED = 6
 """seeds from which on sign flips can pass 5 %"""
 
@@ -176,6 +181,52 @@ def has_no_network(run: JudgedRun) -> bool:
 def compare_arms(arms: Arms) -> list[Comparison]:
     """The comparisons of a page. Runs must have got equally far (`same_step.line_up`)."""
     return compare_values(measure_arms(arms), list_pairs(arms))
+
+
+def compare_planned(
+    arms: Arms, planned: Sequence[PlannedComparison]
+) -> list[tuple[PlannedComparison, list[Comparison]]]:
+    """The comparisons of each question, corrected by Holm within it.
+
+    Args:
+        arms: runs that got equally far (`comparable_runs.line_up`).
+        planned: questions; an arm without runs has no comparison.
+    """
+    values = measure_arms(arms)
+    return [
+        (
+            one,
+            compare_values(
+                {one.metric: values[one.metric]}, [(arm, one.reference) for arm in one.arms]
+            ),
+        )
+        for one in planned
+    ]
+
+
+def list_answers(
+    answers: Sequence[tuple[PlannedComparison, Sequence[Comparison]]], seeds: int
+) -> list[str]:
+    """A paragraph for each question: what was found, and what cannot be told.
+
+    Args:
+        answers: the questions with their comparisons (`compare_planned`).
+        seeds: seeds that the grid plans; with fewer a question is not decided yet.
+    """
+    paragraphs = []
+    for one, found in answers:
+        have = min((len(other.seeds) for other in found), default=0)
+        if len(found) < len(one.arms) or have < seeds:
+            least = have if len(found) == len(one.arms) else 0
+            paragraphs.append(
+                f"{one.question} Not decided yet: {least} of {count_noun(seeds, 'seed')} have "
+                "ended in all of its arms."
+            )
+            continue
+        tested = count_noun(len(found), "comparison")
+        clauses = "; ".join(f"{other.arm} {other.describe()}" for other in found)
+        paragraphs.append(f"{one.question} ({tested}, planned before the runs.) {clauses}.")
+    return paragraphs
 
 
 def list_findings(arms: Arms, comparisons: Sequence[Comparison]) -> list[str]:

@@ -20,6 +20,8 @@
     axes = { batch = [64, 128] }
     change = { "short memory" = { beta2 = 0.9 } }   # settings of an arm of the file
 
+`[[comparisons]]` say beforehand what the page tests (`planned.py`).
+
 A setting is a flag of train.py (`epochs`, `model.dim`, `views.fixed`) or one of the words of
 `cell_flags`, which spare the optimizer block of the DeepSpeed JSON.
 """
@@ -42,6 +44,7 @@ from mocov3_ds.settings.spelling import did_you_mean
 from mocov3_ds.stability import grid_file
 from mocov3_ds.stability.cell_flags import Overrides, patch_rate, settings_flags
 from mocov3_ds.stability.grid_file import Arm
+from mocov3_ds.stability.planned import PlannedComparison, read_planned
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,8 +55,8 @@ Scale = Literal["tiny", "cifar", "imagenet"]
 SCALES: tuple[str, ...] = get_args(Scale)
 GRIDS = Path(__file__).parent / "grids"
 
-_FILE_KEYS = ("title", "about", "seeds", "twins", "base", "axes", "arms", "scale")
-_SCALE_KEYS = ("base", "axes", "arms", "change", "seeds", "twins")
+_FILE_KEYS = ("title", "about", "seeds", "twins", "base", "axes", "arms", "scale", "comparisons")
+_SCALE_KEYS = ("base", "axes", "arms", "change", "seeds", "twins", "comparisons")
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Grid:
     about: str
     """what the grid asks, a sentence or two"""
     cells: tuple[Cell, ...]
+    planned: tuple[PlannedComparison, ...] = ()
+    """comparisons that its page tests; none = all of `comparisons.list_pairs`"""
 
 
 def list_grids() -> list[str]:
@@ -152,7 +157,11 @@ def lay_out(tree: Mapping[str, Any], name: str, scale: str, seeds: int | None = 
     try:
         title = grid_file.read_text(tree, "title", name)
         about = grid_file.read_text(tree, "about", "").strip()
-        return Grid(name, scale, title, about, _lay_out_cells(tree, scale, seeds))
+        cells = _lay_out_cells(tree, scale, seeds)
+        labels = [*dict.fromkeys(cell.label for cell in cells)]
+        changes = {**tree, **grid_file.read_table(grid_file.read_table(tree, "scale"), scale)}
+        planned = read_planned(changes.get("comparisons"), labels)
+        return Grid(name, scale, title, about, cells, planned)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -16,6 +16,7 @@ from mocov3_ds.stability.events import loss_excess, plain_jumps
 from mocov3_ds.stability.findings import Array, Judgement, LossEvent, Series
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.knn_curve import best_and_final_accuracy
+from mocov3_ds.stability.planned import PlannedComparison, read_planned
 from mocov3_ds.stability.same_step import cut_series, has_ended, share_done
 from mocov3_ds.stability.series import read_series
 from mocov3_ds.stability.verdict import judge
@@ -67,6 +68,8 @@ class Study:
         unseen: cells without a logged step, with what is known of them.
         understood: how the logs of other programs were read, a sentence each.
         run_commands: name of a run, and the command that trains it again.
+        planned: comparisons that the grid's file plans.
+        seeds: seeds that the grid plans.
     """
 
     title: str
@@ -77,6 +80,8 @@ class Study:
     unseen: tuple[str, ...]
     understood: tuple[str, ...] = ()
     run_commands: Sequence[tuple[str, str]] = ()
+    planned: Sequence[PlannedComparison] = ()
+    seeds: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +131,10 @@ def _read_grid(folder: Path) -> Study:
         raise ValueError(f"no cell of {folder} has logged a step yet.")
     arms = gather_arms(cells, runs)
     command = str(tree.get("command") or "")  # folders had none at first
-    return Study(tree["title"], tree["about"], tree["scale"], command, arms, tuple(unseen))
+    study = Study(tree["title"], tree["about"], tree["scale"], command, arms, tuple(unseen))
+    planned = read_planned(tree.get("comparisons"), [*dict.fromkeys(cell.label for cell in cells)])
+    seeds = len({cell.seed for cell in cells})
+    return dataclasses.replace(study, planned=planned, seeds=seeds)
 
 
 def judge_cells(cells: Sequence[Cell], logged: Mapping[str, LoggedRun]) -> dict[str, JudgedRun]:

@@ -60,7 +60,7 @@ def write_study(
     out.mkdir(parents=True, exist_ok=True)
     pictures = write_pictures(drawn_arms, out)
     lined_up = line_up(study.arms)
-    compared = comparisons.compare_arms(lined_up.arms)
+    compared, answers, correction = compare_study(study, lined_up.arms)
     runs, arms = _write_tables(study, lined_up, compared, out)
     content = PageContent(
         title=study.title,
@@ -72,20 +72,34 @@ def write_study(
         arms=arms,
         runs=runs,
         pictures=pictures,
-        findings=[
-            *comparisons.list_findings(study.arms, compared),
-            *answer_questions(lined_up.arms),
-        ],
+        findings=[*answers, *answer_questions(lined_up.arms)],
         advice=advice.suggest_next(study.arms),
         notes=[
             *lined_up.notes,
-            *comparisons.describe_correction(compared),
+            *correction,
             *_list_notes(study, drawn_arms),
         ],
     )
     path = out / "index.html"
     atomic.write_text(path, build_page(content))
     return path
+
+
+def compare_study(
+    study: Study, arms: Arms
+) -> tuple[list[comparisons.Comparison], list[str], list[str]]:
+    """The comparisons of a page, what they say, and how they were corrected.
+
+    Where the grid plans its comparisons, they are tested, and no others.
+    """
+    if study.planned:
+        answers = comparisons.compare_planned(arms, study.planned)
+        compared = [one for _, found in answers for one in found]
+        texts = comparisons.list_answers(answers, study.seeds)
+        return compared, texts, [comparisons.PLANNED_NOTE]
+    compared = comparisons.compare_arms(arms)
+    texts = comparisons.list_findings(study.arms, compared)
+    return compared, texts, comparisons.describe_correction(compared)
 
 
 def _write_tables(
