@@ -16,9 +16,12 @@ Shape suffix: T = steps.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+
+from mocov3_ds.monitoring.medians import medians_of_windows
 
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -36,13 +39,14 @@ HISTORY = max(RMS_WINDOW, GRADIENT_WINDOW) + 1
 
 def rms_rise(rms_T: Array, grad_T: Array) -> Flags:
     """Tell at which steps the RMS has just risen far above its recent minimum, (T,)."""
-    lowest_T = _reduce_window(rms_T, RMS_WINDOW, np.min)
+    lowest_T = _reduce_window(rms_T, RMS_WINDOW, partial(np.min, axis=1))
     return (rms_T > RMS_RISE * lowest_T) & (rms_T > RMS_AT_LEAST)
 
 
 def gradient_jump(rms_T: Array, grad_T: Array) -> Flags:
     """Tell at which steps the largest gradient has just jumped above its recent median, (T,)."""
-    return np.greater(grad_T, GRADIENT_RISE * _reduce_window(grad_T, GRADIENT_WINDOW, np.median))
+    usual_T = _reduce_window(grad_T, GRADIENT_WINDOW, medians_of_windows)
+    return np.greater(grad_T, GRADIENT_RISE * usual_T)
 
 
 def rms_high(rms_T: Array, grad_T: Array) -> Flags:
@@ -60,14 +64,14 @@ RULES: Mapping[str, AlarmRule] = {
 }
 
 
-def _reduce_window(values_T: Array, window: int, reduce: Callable[..., Array]) -> Array:
+def _reduce_window(values_T: Array, window: int, reduce_windows: Callable[[Array], Array]) -> Array:
     """Reduce the `window` measured values before each one, (T,); NaN where there are fewer."""
     result_T = np.full(len(values_T), np.nan)
     measured = np.flatnonzero(~np.isnan(values_T))
     if len(measured) > window:
         earlier = values_T[measured[:-1]]
         windows = np.lib.stride_tricks.sliding_window_view(earlier, window)
-        result_T[measured[window:]] = reduce(windows, axis=1)
+        result_T[measured[window:]] = reduce_windows(windows)
     return result_T
 
 

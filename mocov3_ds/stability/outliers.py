@@ -18,6 +18,7 @@ from functools import cache
 import numpy as np
 from scipy import special
 
+from mocov3_ds.monitoring.medians import median_of, split_at_median
 from mocov3_ds.stability.findings import Array, Flags
 from mocov3_ds.stability.trailing import trailing_level, trailing_noise
 
@@ -66,26 +67,36 @@ def tail_degrees(deviations_T: Array) -> float:
     """
     if len(deviations_T) < 20:
         return float("inf")
-    middle = np.median(deviations_T)
-    high = np.asarray(deviations_T - middle)
-    low = -high
-    half = float(np.median(np.abs(high)))
+    middle, below_T, above_T = split_at_median(deviations_T)
+    half = median_of(np.abs(deviations_T - middle))
     if half == 0:
         return float("inf")
+    sides = (
+        (middle - below_T, int(np.sum(deviations_T <= middle))),
+        (above_T - middle, int(np.sum(deviations_T >= middle))),
+    )
     readings = [
-        _degrees_of_side(np.sort(side[side >= 0]) / half, share)
-        for side, share in ((low, 0.98), (low, 0.95), (high, 0.98), (high, 0.95))
+        _degrees_of_side(side_T / half, count, share)
+        for side_T, count in sides
+        for share in (0.98, 0.95)
     ]
     # skewed noise has few values far out above, which matter; bursts are no part of it
     return min(*readings[:2], max(readings[2:]))
 
 
-def _degrees_of_side(sorted_values: Array, share: float) -> float:
-    """Degrees at which the absolute values of a t over their median have such a quantile."""
-    ratio = float(sorted_values[round(share * (len(sorted_values) - 1))])
+def _degrees_of_side(far_T: Array, count: int, share: float) -> float:
+    """Degrees at which the absolute values of a t over their median have such a quantile.
+
+    Args:
+        far_T: values of one side over their median, in any order; those farthest out are enough.
+        count: number of all values of the side.
+        share: which of their quantiles is read.
+    """
+    beyond = count - 1 - round(share * (count - 1))  # values farther out than the quantile
+    ratio = float(np.partition(far_T, len(far_T) - 1 - beyond)[len(far_T) - 1 - beyond])
     ratios, gaussian = _ratios(share)
     # noise of the quantile itself: a Gaussian sample shall count as one
-    slack = 1 + 2 * gaussian_error(share, len(sorted_values))
+    slack = 1 + 2 * gaussian_error(share, count)
     return math.inf if ratio <= gaussian * slack else float(np.interp(-ratio, -ratios, _DEGREES))
 
 
@@ -115,7 +126,8 @@ def in_a_row(above_T: Flags, length: int) -> Flags:
     """Rows that belong to a stretch of at least so many true ones, (T,)."""
     flags_T = np.zeros(len(above_T), bool)
     if length <= len(above_T) and above_T.any():
-        whole: Flags = np.all(np.lib.stride_tricks.sliding_window_view(above_T, length), axis=1)
+        begins = len(above_T) - length + 1
+        whole: Flags = np.logical_and.reduce([above_T[a : a + begins] for a in range(length)])
         for shift in range(length):
             flags_T[shift : shift + len(whole)] |= whole
     return flags_T

@@ -3,17 +3,14 @@
 Shape suffix: T = rows of a series, logged or measured ones.
 """
 
-import warnings
-
 import numpy as np
 
+from mocov3_ds.monitoring.medians import median_of, medians_of_windows
 from mocov3_ds.stability.findings import Array, Flags, Steps
 
 MAD_TO_DEVIATION = 1.4826
 """a normal distribution's standard deviation over its median absolute deviation"""
 
-
-_ROWS_AT_ONCE = 4096  # windows whose values are copied at a time
 HOPS = 8
 """a level is taken anew after such a part of its window, an eighth"""
 ENOUGH = 200
@@ -37,12 +34,12 @@ def trailing_level(values_T: Array, window: int, at_least: int) -> Array:
     row = at_least
     while row < min(window, len(values_T)):
         following = max(row // HOPS, min(hop, at_least))
-        level_T[row : row + following] = np.median(values_T[:row])
+        level_T[row : row + following] = median_of(values_T[:row])
         row += following
     if len(values_T) > window:
         apart = max(window // ENOUGH, 1)
         earlier = np.lib.stride_tricks.sliding_window_view(values_T[:-1], window)
-        levels = np.repeat(np.median(earlier[::hop, ::-apart], axis=1), hop)
+        levels = np.repeat(medians_of_windows(earlier[::hop, ::-apart]), hop)
         level_T[window:] = levels[: len(values_T) - window]
     return level_T
 
@@ -55,7 +52,7 @@ def trailing_noise(values_T: Array, window: int, at_least: int) -> tuple[Array, 
     if len(values_T) == 0:
         return np.empty(0), np.empty(0)
     level_T = trailing_level(values_T, window, at_least)
-    apart_T = np.abs(values_T - np.where(np.isnan(level_T), np.median(values_T), level_T))
+    apart_T = np.abs(values_T - np.where(np.isnan(level_T), median_of(values_T), level_T))
     return level_T, MAD_TO_DEVIATION * trailing_level(apart_T, window, at_least)
 
 
@@ -69,20 +66,9 @@ def trailing_ratio(values_T: Array, window: int) -> Array:
     ratio_T = np.full(len(values_T), np.nan)
     if len(values_T) > window:
         earlier = np.lib.stride_tricks.sliding_window_view(values_T[:-1], window)
-        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-            warnings.simplefilter("ignore", RuntimeWarning)  # a window without a value stays NaN
-            ratio_T[window:] = values_T[window:] / _medians_of_windows(earlier)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio_T[window:] = values_T[window:] / medians_of_windows(earlier)
     return ratio_T
-
-
-def _medians_of_windows(windows_TW: Array) -> Array:
-    """Median of each window, (T,), without its NaN; those with one cost much more."""
-    pieces = [windows_TW[a : a + _ROWS_AT_ONCE] for a in range(0, len(windows_TW), _ROWS_AT_ONCE)]
-    medians_T = np.concatenate([np.median(piece, axis=1) for piece in pieces])
-    with_nan = np.flatnonzero(np.isnan(medians_T))
-    if len(with_nan):
-        medians_T[with_nan] = np.nanmedian(windows_TW[with_nan], axis=1)
-    return medians_T
 
 
 def log_of(values_T: Array) -> Array:

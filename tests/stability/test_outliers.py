@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mocov3_ds.stability.findings import Array
 from mocov3_ds.stability.outliers import (
     Past,
     common_tails,
+    gaussian_error,
     in_a_row,
     limits,
     stand_out,
     tail_degrees,
     without_bursts,
 )
+
+DEGREES = np.array([2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0])
 
 look = partial(
     stand_out,
@@ -93,3 +97,30 @@ def test_short_series_have_the_tails_of_all_together() -> None:
     assert common_tails([random.standard_normal(300) for _ in range(8)], past) > 12
     assert common_tails([], past) == np.inf
     assert limits(random.standard_normal(300), degrees=3)[0] > 20
+
+
+def plain_tail_degrees(deviations: Array) -> float:
+    """`tail_degrees` by sorting both sides whole."""
+    high = deviations - np.median(deviations)
+    half = np.median(np.abs(high))
+    readings = []
+    for side in (-high, high):
+        values = np.sort(side[side >= 0]) / half
+        for share in (0.98, 0.95):
+            ratio = values[round(share * (len(values) - 1))]
+            slack = 1 + 2 * gaussian_error(share, len(values))
+            ratios = stats.t.ppf((1 + share) / 2, DEGREES) / stats.t.ppf(0.75, DEGREES)
+            gaussian = stats.norm.ppf((1 + share) / 2) / stats.norm.ppf(0.75)
+            is_gaussian = ratio <= gaussian * slack
+            readings.append(np.inf if is_gaussian else np.interp(-ratio, -ratios, DEGREES))
+    return float(min(*readings[:2], max(readings[2:])))
+
+
+@pytest.mark.parametrize("count", [20, 21, 22, 399, 400, 3000, 3001])
+@pytest.mark.parametrize("degrees", [2.2, 5, 1000])
+def test_tails_are_those_of_values_in_order(count: int, degrees: float) -> None:
+    random = np.random.default_rng(count)
+    for skewed, decimals in ((False, 12), (True, 12), (False, 0)):  # with few values: many alike
+        values = random.standard_t(degrees, count)
+        values = np.round(np.exp(values / 3) if skewed else values, decimals)
+        assert tail_degrees(values) == pytest.approx(plain_tail_degrees(values), rel=1e-9)
