@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,6 +85,25 @@ def check_whole(name: str, parameter: Tensor, shape: tuple[int, ...]) -> None:
             f"{name!r} is cut over the ranks (FSDP, tensor parallelism: {type(parameter).__name__} "
             f"of shape {tuple(parameter.shape)}), which is not followed here; use DeepSpeed "
             "(ZeRO-3 shards as FSDP does), or whole tensors."
+        )
+
+
+def require_attached(optimizer: Any, flats: Collection[Any]) -> None:
+    """Make sure that `attach` was called.
+
+    Args:
+        optimizer: Who is to step or to give its state, for the message.
+        flats: What `attach` told it of.
+
+    Raises:
+        ValueError: Nothing yet.
+    """
+    if not flats:
+        raise ValueError(
+            f"{type(optimizer).__name__} does not know its tensors' segments yet; call "
+            "optimizer.attach(engine) after deepspeed.initialize, or optimizer.attach() without "
+            "DeepSpeed; with Transformers' Trainer, optimizer.attach(trainer.model_wrapped) in a "
+            "callback's on_train_begin (the lines are in mocov3_ds/optim/README.md)."
         )
 
 

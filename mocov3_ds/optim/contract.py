@@ -22,7 +22,7 @@ class OptimizerContract(torch.optim.Optimizer):
     """
 
     moments: ClassVar[tuple[str, ...]]
-    """names of the state tensors beside each weight, each as large as the weight; may be empty"""
+    """names of the state tensors beside weights, each as large as the weight; may be empty"""
     aliases: ClassVar[tuple[str, ...]] = ()
     """further types of a DeepSpeed JSON's optimizer block that mean this optimizer"""
     hints: ClassVar[Mapping[str, str]] = {}
@@ -50,6 +50,18 @@ class OptimizerContract(torch.optim.Optimizer):
             sums_QS: Sums so far, to which each segment's are added (see `plain_kernels.add_sums`).
             rate_S: Learning rate of each tensor.
         """
+
+    def moments_of(self, name: str) -> tuple[str, ...]:
+        """Those of `moments` that a tensor has; by default all.
+
+        A flat that is cut over the ranks has all of them even so, as large as itself: DeepSpeed
+        finds a tensor's state at the tensor's own place in the flat. What a tensor does not have
+        is zeros there, and saved nowhere.
+
+        Args:
+            name: Name of a trained tensor.
+        """
+        return self.moments
 
     @abstractmethod
     def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:

@@ -5,7 +5,9 @@ has cut it, one rank, its owner, gathers the slices, does the work and gives the
 result back; the owners' work is balanced (`owners`). The momentum itself stays where it is.
 
 What is no hidden matrix moves by AdamW (`last_layer`, `convolutions` and the rule decide), in the
-same optimizer and by the same kernels.
+same optimizer and by the same kernels. Its second moment is the only one: a matrix has none where
+tensors are whole, and in checkpoints. In a flat slice DeepSpeed's own access and converters want
+state at each tensor's place, so there zeros stand for it (4 bytes a number, over the ranks).
 """
 
 import math
@@ -140,6 +142,10 @@ class Muon(ShardedOptimizer):
             )
         super().__init__(named_parameters, defaults, rule, backend)
         self._rules = _split_rules(self._rules, self._shapes, defaults)
+
+    def moments_of(self, name: str) -> tuple[str, ...]:
+        """A matrix has its momentum alone."""
+        return self.moments[: 1 if self._rules[name].adapt else 2]
 
     def _detach(self) -> None:
         super()._detach()

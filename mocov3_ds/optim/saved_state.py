@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def check_state_dict(
-    state_dict: Any, kind: str, options: Iterable[str], keys: Sequence[str], shapes: Sequence[Any]
+    state_dict: Any,
+    kind: str,
+    options: Iterable[str],
+    keys: Sequence[Sequence[str]],
+    shapes: Sequence[Any],
 ) -> None:
     """Make sure that a state dict was written by an optimizer of the same kind.
 
@@ -15,7 +19,7 @@ def check_state_dict(
         state_dict: What the user gives to load_state_dict.
         kind: Name of the optimizer that is to take it.
         options: Hyper-parameters that the group must have.
-        keys: State that each tensor must have, once it has any.
+        keys: State that each tensor of the group in order must have, once it has any.
         shapes: Shape of each tensor of the group in order; empty where they are not known.
 
     Raises:
@@ -35,7 +39,8 @@ def check_state_dict(
                 f"Start {kind} afresh on the weights."
             )
     for index, state in state_dict["state"].items():
-        missing = [key for key in keys if key not in state] if state else []
+        needed = keys[index] if isinstance(index, int) and index < len(keys) else ()
+        missing = [key for key in needed if key not in state] if state else []
         if missing:
             raise ValueError(
                 f"the state was written by another optimizer than {kind}: tensor {index} has no "
@@ -43,7 +48,7 @@ def check_state_dict(
                 "on the weights."
             )
         if state and isinstance(index, int) and index < len(shapes):
-            _check_shapes({key: state[key] for key in keys}, index, shapes[index])
+            _check_shapes({key: state[key] for key in needed}, index, shapes[index])
 
 
 def _check_shapes(state: Mapping[str, Any], index: int, shape: Any) -> None:

@@ -25,7 +25,12 @@ from torch._compile import _disable_dynamo
 
 from mocov3_ds.distributed.segments import Flat, full_shape
 from mocov3_ds.optim.arguments import NamedParameters, select_trained
-from mocov3_ds.optim.attachment import check_attachable, check_whole, tell_clipping
+from mocov3_ds.optim.attachment import (
+    check_attachable,
+    check_whole,
+    require_attached,
+    tell_clipping,
+)
 from mocov3_ds.optim.contract import OptimizerContract
 from mocov3_ds.optim.flat_step import (
     describe_flats,
@@ -164,7 +169,7 @@ class ShardedOptimizer(OptimizerContract):
             # group's step and does not find those of the others otherwise
             state = self.state[flat.tensor]
             state.setdefault("step", 0)
-            for key in self.moments:
+            for key in self._moments_beside(flat.tensor):
                 if key not in state:
                     state[key] = torch.zeros_like(flat.tensor, requires_grad=False)
         if engine is not None:
@@ -201,8 +206,9 @@ class ShardedOptimizer(OptimizerContract):
         Raises:
             ValueError: It is another optimizer's state, or another model's; nothing is changed.
         """
-        keys = ("step", *self.moments)
-        shapes = [t.shape for g in self.param_groups for t in g["params"]] if self._whole else []
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        keys = [("step", *self._moments_beside(tensor)) for tensor in tensors]
+        shapes = [tensor.shape for tensor in tensors] if self._whole else []
         check_state_dict(state_dict, type(self).__name__, self._saved_options, keys, shapes)
         super().load_state_dict(state_dict)
         for group in self.param_groups:
@@ -295,7 +301,7 @@ class ShardedOptimizer(OptimizerContract):
                 self._signals = None
                 self._records[key] = self._step_tensors(tables, group)
             elif any(tensor.grad is not None and tensor.grad.any() for tensor in tensors):
-                self._require_attached()  # DeepSpeed's own call with zero gradients is fine
+                require_attached(self, self._flats)  # DeepSpeed's own call with zeros is fine
 
     def _find_tables(self, key: tuple[int, ...], tensors: Sequence[Tensor]) -> StepTables:
         if self._watch is not None:
@@ -344,23 +350,13 @@ class ShardedOptimizer(OptimizerContract):
             count_step(share, state, tables.absent)
             if share not in gradients:
                 continue
-            moments = tuple(flat.view(state[key]) for key in self.moments)
+            moments = tuple(flat.view(state[key]) for key in self._moments_beside(flat.tensor))
             tensors = (flat.view(), gradients[share], moments)
             parts = [(share, state["step"])]
             if self.counts_own_updates:
                 parts = split_by_updates(share, state, self._parts)
             flat_steps += [FlatStep(cut, kernels, *tensors, group, n) for cut, n in parts]
         return flat_steps
-
-    def _require_attached(self) -> None:
-        if not self._flats:
-            raise ValueError(
-                f"{type(self).__name__} does not know its tensors' segments yet; call "
-                "optimizer.attach(engine) after deepspeed.initialize, or optimizer.attach() "
-                "without DeepSpeed; with Transformers' Trainer, "
-                "optimizer.attach(trainer.model_wrapped) in a callback's on_train_begin (the lines "
-                "are in mocov3_ds/optim/README.md)."
-            )
 
     # --------------------------------------------------------------------- signals and state
 
@@ -382,11 +378,11 @@ class ShardedOptimizer(OptimizerContract):
             keys: Some of "weight", `moments` and "clip"; all of them by default.
 
         Yields:
-            The name, and key -> fp32 tensor of the full shape, on each rank. It needs no layout:
-            any world size and ZeRO stage can load it. A tensor that was without a gradient in some
-            steps has their number as "skipped", if no keys are given.
+            The name, and key -> fp32 tensor of the full shape (of the moments that it has), on each
+            rank. It needs no layout: any world size and ZeRO stage can load it. A tensor without a
+            gradient in some steps has their number as "skipped", if no keys are given.
         """
-        self._require_attached()
+        require_attached(self, self._flats)
         positions = {
             name: (flat, index)
             for flat in self._flats.values()
@@ -395,8 +391,8 @@ class ShardedOptimizer(OptimizerContract):
         for name in self._shapes:
             flat, index = positions[name]
             device = self._exchange_device or flat.tensor.device
-            state = {}
-            for key in (key for key in keys or self._keys if key != CLIP_KEY):
+            state, lacks = {}, {*self.moments, CLIP_KEY} - {*self.moments_of(name)}
+            for key in [k for k in keys or ("weight", *self.moments) if k not in lacks]:
                 state[key] = gather_tensor(flat, index, self._values(flat, key), device)
             skipped = self.state[flat.tensor].get("skipped", {}).get(name)
             if skipped and not keys:
@@ -419,19 +415,19 @@ class ShardedOptimizer(OptimizerContract):
         Raises:
             ValueError: A tensor is missing or has another shape; nothing is changed then.
         """
-        self._require_attached()
+        require_attached(self, self._flats)
         flats = self._flats.values()
         for flat in flats:
             for segment in flat.segments:
-                shape = flat.shapes[segment.index]
-                check_state(get(segment.name), segment.name, shape, self._keys)
+                name, shape = segment.name, flat.shapes[segment.index]
+                check_state(get(name), name, shape, self._keys_of(name))
         for flat in flats:
             skipped, clips = {}, {}
             for segment in flat.segments:
                 saved = get(segment.name)
                 skipped[segment.name] = int(saved.get("skipped", 0))
                 clips[segment.name] = saved.get(CLIP_KEY)
-                for key in self._keys:
+                for key in self._keys_of(segment.name):
                     scatter_tensor(segment, saved[key], self._values(flat, key))
             restore_counts(flat, self.state[flat.tensor], step_count, skipped)
             if self.clipper is not None:
@@ -441,9 +437,14 @@ class ShardedOptimizer(OptimizerContract):
 
             zero.refresh_weights(self._engine)
 
-    @property
-    def _keys(self) -> tuple[str, ...]:
-        return ("weight", *self.moments)
+    def _keys_of(self, name: str) -> tuple[str, ...]:
+        return ("weight", *self.moments_of(name))
+
+    def _moments_beside(self, tensor: Tensor) -> tuple[str, ...]:
+        """State beside a tensor of the group: what a whole tensor has; of a cut flat, all."""
+        flat = self._flats.get(tensor)
+        name = self._names.get(tensor) if flat is None or flat.sharded else flat.names[0]
+        return self.moments if name is None else self.moments_of(name)
 
     def _values(self, flat: Flat, key: str) -> Tensor:
         return flat.view(None if key == "weight" else self.state[flat.tensor][key])

@@ -19,7 +19,7 @@ from mocov3_ds.model.chunking import LOGITS_ALIVE, count_kept_chunks
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.architecture import TensorSize
 from mocov3_ds.planning.step_setup import StepSetup
-from mocov3_ds.planning.whole_matrices import plan_matrices
+from mocov3_ds.planning.whole_matrices import count_moments, plan_matrices
 
 Phase = Literal["keys", "loss", "heads", "turn", "middle", "reduce", "update"]
 PHASES: tuple[Phase, ...] = ("keys", "loss", "heads", "turn", "middle", "reduce", "update")
@@ -89,7 +89,10 @@ def _resident_items(setup: StepSetup) -> Iterable[MemoryItem]:
     # a master of its own, but for whole fp32 weights at stage 0
     has_masters = setup.stage or number_bytes < 4
     yield MemoryItem("fp32 master weights", 4 * trained / shards if has_masters else 0)
-    yield MemoryItem("optimizer's moments", len(setup.optimizer.moments) * 4 * trained / shards)
+    moments = len(setup.optimizer.moments) * trained / shards
+    if not setup.stage:  # whole tensors have what they need alone
+        moments = count_moments(setup.optimizer, shape, setup.optimizer_params)
+    yield MemoryItem("optimizer's moments", 4 * moments)
     yield MemoryItem("whole matrices at work", plan_matrices(setup).memory_bytes, ("update",))
     yield MemoryItem("momentum encoder, fp32", 4 * momentum)
     yield MemoryItem("momentum encoder, copy", momentum * number_bytes if number_bytes < 4 else 0)

@@ -20,7 +20,7 @@ from mocov3_ds.planning.cards import GIB
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.memory import Memory, plan_memory
 from mocov3_ds.planning.pace import Pace, plan_pace
-from mocov3_ds.planning.step_setup import PERSISTENCE, Precision, StepSetup
+from mocov3_ds.planning.step_setup import PERSISTENCE, OptimizerParams, Precision, StepSetup
 from mocov3_ds.planning.whole_matrices import matrix_params
 
 STAGES = (0, 1, 2, 3)
@@ -59,6 +59,11 @@ class PlannedRun:
         """Class of the optimizer block."""
         return read_block(self.engine["optimizer"])[0]
 
+    @property
+    def optimizer_params(self) -> OptimizerParams:
+        """Params of the optimizer block on which the work of a step depends."""
+        return matrix_params(read_block(self.engine["optimizer"])[1])
+
     def lay_out(self, cards: int, stage: int, *, recompute_blocks: bool) -> StepSetup:
         """One step on so many cards, each view in one pass.
 
@@ -77,7 +82,7 @@ class PlannedRun:
             recompute_blocks=recompute_blocks,
             key_block=choose_key_block(self.batch // cards, self.batch),
             optimizer=self.optimizer,
-            optimizer_params=matrix_params(read_block(self.engine["optimizer"])[1]),
+            optimizer_params=self.optimizer_params,
             compress=self.compress,
             persistence=self._zero_number("stage3_param_persistence_threshold", PERSISTENCE),
             bucket=self._zero_number("reduce_bucket_size", REDUCE_BUCKET),

@@ -7,6 +7,7 @@ from mocov3_ds.planning import architecture
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.options import PlannedRun
 from mocov3_ds.planning.pace import DECODE_CPU_S, STORAGE_CPU_S, Pace
+from mocov3_ds.planning.whole_matrices import count_moments
 from mocov3_ds.recipes import find_recipe
 
 _HOST_COPY = 12e9
@@ -126,6 +127,7 @@ def _evaluation_s(config: Config, planned: PlannedRun, cluster: Cluster) -> floa
 
 def _copied_bytes(planned: PlannedRun, cluster: Cluster) -> float:
     """Bytes that the busiest rank copies: its share of masters and moments, and both encoders."""
-    trained = architecture.count_trained(planned.shape)
-    state = trained * 4 * (1 + len(planned.optimizer.moments)) / cluster.cards
-    return state + 4 * architecture.count_momentum_weights(planned.shape)
+    numbers = architecture.count_trained(planned.shape)
+    numbers += count_moments(planned.optimizer, planned.shape, planned.optimizer_params)
+    copies = architecture.count_momentum_weights(planned.shape)
+    return 4 * (numbers / cluster.cards + copies)

@@ -24,6 +24,8 @@ from mocov3_ds.optim.owners import (
     plan_rounds,
 )
 from mocov3_ds.optim.rules import Rule, vit_rule
+from mocov3_ds.optim.sharded import ShardedOptimizer
+from mocov3_ds.planning.architecture import count_trained
 from mocov3_ds.planning.step_setup import OptimizerParams, StepSetup
 
 ALIGNMENT = 2
@@ -71,16 +73,46 @@ def plan_matrices(setup: StepSetup) -> MatrixWork:
     return _plan_muon(setup.shape, setup.stage, setup.world_size, setup.optimizer_params)
 
 
+def count_moments(
+    optimizer: type[ShardedOptimizer], shape: EncoderShape, params: OptimizerParams = ()
+) -> int:
+    """Numbers of the state that an optimizer's tensors have, whole: a hidden matrix has one moment.
+
+    A slice of a flat that ZeRO has cut has place for all moments even so.
+
+    Args:
+        optimizer: kind of the optimizer.
+        shape: network that it trains.
+        params: what `matrix_params` kept of its params.
+
+    Raises:
+        ValueError: Muon refuses its options for this network.
+    """
+    if not issubclass(optimizer, Muon):
+        return len(optimizer.moments) * count_trained(shape)
+    return _count_muon_moments(shape, params)
+
+
+@lru_cache
+def _count_muon_moments(shape: EncoderShape, params: OptimizerParams) -> int:
+    muon, shapes = _describe_muon(shape, params)
+    return sum(len(muon.moments_of(name)) * prod(shapes[name]) for name in shapes)
+
+
+def _describe_muon(shape: EncoderShape, params: OptimizerParams) -> tuple[Muon, dict[str, Shape]]:
+    with torch.device("meta"):
+        named = [(n, p) for n, p in BaseEncoder(shape).named_parameters() if p.requires_grad]
+    muon = Muon(named, rule=_rule_of(shape), **dict(params))
+    return muon, {name: tuple(parameter.shape) for name, parameter in named}
+
+
 @lru_cache
 def _plan_muon(
     shape: EncoderShape, stage: int, world_size: int, params: OptimizerParams = ()
 ) -> MatrixWork:
-    with torch.device("meta"):
-        named = [(n, p) for n, p in BaseEncoder(shape).named_parameters() if p.requires_grad]
-    muon = Muon(named, rule=_rule_of(shape), **dict(params))
+    muon, shapes = _describe_muon(shape, params)
     works, options = muon.matrix_works(), muon.param_groups[0]
     dtype = "float32" if options["ns_dtype"] == "fp32" else "bfloat16"
-    shapes = {name: tuple(parameter.shape) for name, parameter in named}
     working = {
         name: _count_working(
             *matrix_shape(shapes[name]), count_blocks(name, muon.rules[name], options["qkv"])

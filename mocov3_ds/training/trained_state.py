@@ -199,7 +199,8 @@ def load_optimizer(optimizer: ShardedOptimizer, saved: Checkpoint) -> None:
 
     def read_state(name: str) -> dict[str, Tensor]:
         moments = {
-            key: saved.read_tensor("optimizer", f"{key}/{name}") for key in optimizer.moments
+            key: saved.read_tensor("optimizer", f"{key}/{name}")
+            for key in optimizer.moments_of(name)
         }
         if (clip := f"{CLIP_KEY}/{name}") in clips:
             moments[CLIP_KEY] = saved.read_tensor("optimizer", clip)

@@ -202,6 +202,38 @@ def test_a_matrix_without_a_gradient_stays() -> None:
     assert not optimizer.state[net.proj.weight]["exp_avg"].any()
 
 
+def test_a_matrix_has_no_second_moment() -> None:
+    net = Attention()
+    optimizer = Muon(net.named_parameters(), lr=RATE, rule=attention_rule)
+    optimizer.attach()
+    run_steps(optimizer, net)
+    full = dict(optimizer.full_state())
+    for name, parameter in net.named_parameters():
+        moments = {"exp_avg", *["exp_avg_sq"] * (name not in ("qkv.weight", "proj.weight"))}
+        assert {*full[name]} - {"weight"} == {*optimizer.state[parameter]} - {"step"} == moments
+    assert [name for name, state in optimizer.full_state("exp_avg_sq") if not state] == [
+        "qkv.weight",
+        "proj.weight",
+    ]
+
+
+def test_state_of_other_matrices_is_refused() -> None:
+    """AdamW cannot go on with a matrix that Muon has moved, and is told so; Muon can with any."""
+    nets = [Attention(), Attention()]
+    muon, adamw = (
+        Muon(net.named_parameters(), lr=RATE, rule=attention_rule, last_layer=last_layer)
+        for net, last_layer in zip(nets, ("muon", "adamw"), strict=True)
+    )
+    for optimizer, net in ((muon, nets[0]), (adamw, nets[1])):
+        optimizer.attach()
+        run_steps(optimizer, net)
+    with pytest.raises(ValueError, match=r"saved state of 'last\.weight' has no 'exp_avg_sq'"):
+        adamw.load_full_state(dict(muon.full_state()).__getitem__, 3)
+    with pytest.raises(ValueError, match="tensor 6 has no exp_avg_sq"):
+        adamw.load_state_dict(muon.state_dict())
+    muon.load_full_state(dict(adamw.full_state()).__getitem__, 3)
+
+
 def test_a_frozen_projection_is_nobodys() -> None:
     """Frozen, it is neither moved nor counted as a kernel; trained, AdamW or Muon moves it."""
     moved = {}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.shapes import PAPER_SHAPES, EncoderShape
 from mocov3_ds.optim import AdamW, Muon
@@ -14,7 +15,12 @@ from mocov3_ds.optim.orthogonal import count_operations
 from mocov3_ds.planning.memory import plan_memory
 from mocov3_ds.planning.step_setup import StepSetup
 from mocov3_ds.planning.traffic import plan_collectives
-from mocov3_ds.planning.whole_matrices import MatrixWork, matrix_params, plan_matrices
+from mocov3_ds.planning.whole_matrices import (
+    MatrixWork,
+    count_moments,
+    matrix_params,
+    plan_matrices,
+)
 from tests.engines import start_encoders
 from tests.planning.test_traffic import BATCH, SHAPE, Case, counted
 from tests.ranks_pool import run_ranks
@@ -115,6 +121,29 @@ def test_memory_of_the_work_is_an_item() -> None:
     assert items["whole matrices at work"].alive == ("update",)
     others = {item.name: item for item in plan_memory(replace(SETUP, optimizer=AdamW)).items}
     assert others["whole matrices at work"].bytes == 0
+
+
+def test_whole_matrices_have_one_moment() -> None:
+    """At stage 0, of the real optimizer's state; a flat that is cut has place for two."""
+    encoder = BaseEncoder(SHAPE)
+    named = [(n, p) for n, p in encoder.named_parameters() if p.requires_grad]
+    optimizer = Muon(named, lr=1.0)
+    optimizer.attach()
+    states = optimizer.state.values()
+    held = sum(state[key].nbytes for state in states for key in Muon.moments if key in state)
+    trained = sum(parameter.numel() for _, parameter in named)
+    assert held < 0.6 * 8 * trained
+
+    def planned(setup: StepSetup) -> float:
+        items = {item.name: item.bytes for item in plan_memory(setup).items}
+        return items["optimizer's moments"]
+
+    assert planned(replace(SETUP, stage=0)) == held == 4 * count_moments(Muon, SHAPE)
+    assert planned(SETUP) == 8 * trained / 2  # of two ranks
+    last = dict(named)["predictor.3.weight"].numel()
+    less = replace(SETUP, stage=0, optimizer_params=matrix_params({"last_layer": "muon"}))
+    assert planned(less) == held - 4 * last
+    assert count_moments(AdamW, SHAPE) == 2 * trained
 
 
 def test_on_paper() -> None:

@@ -35,6 +35,9 @@ def test_a_run_by_muon_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole, other = tmp_path / "runs/whole", tmp_path / "runs/broken"
     assert rows_of(other) == rows_of(whole)
     assert digests_of(other) == digests_of(whole)
+    moments = Checkpoint(list_checkpoints(whole)[-1]).tensor_names("optimizer")
+    matrix = "base.backbone.blocks.0.attn.qkv.weight"
+    assert f"exp_avg/{matrix}" in moments and f"exp_avg_sq/{matrix}" not in moments
     first, *_, last = [Checkpoint(folder) for folder in list_checkpoints(whole)]
     names = {name for name in first.tensor_names("base") if name.endswith("weight")}
     stay = {
