@@ -224,7 +224,7 @@ class Clipper:
             for step in flats
             for segment in step.share.flat.segments
         ]
-        norm_S = _sum_squares(tables, pieces, exchange_device).sqrt()
+        norm_S = _sum_squares(tables, flats, exchange_device).sqrt()
         if engine is None:
             whole_norm = norm_S.norm()
         else:
@@ -285,13 +285,14 @@ class Clipper:
 
 
 def _sum_squares(
-    tables: StepTables, pieces: Sequence[tuple[int, Tensor]], exchange_device: torch.device | None
+    tables: StepTables, flats: Sequence[FlatStep], exchange_device: torch.device | None
 ) -> Tensor:
     """Square sum of each whole tensor's gradient over all ranks, fp64, (S,)."""
     squares_S = torch.zeros(len(tables.names), dtype=torch.float64, device=tables.device)
+    pieces = [segment.of(step.gradient) for step in flats for segment in step.share.flat.segments]
     if pieces:
-        rows = torch.tensor([row for row, _ in pieces], device=tables.device)
-        norms = torch._foreach_norm([piece for _, piece in pieces], 2.0, torch.float64)
+        rows = torch.cat([step.share.segment_rows for step in flats])
+        norms = torch._foreach_norm(pieces, 2.0, torch.float64)
         squares_S.index_add_(0, rows, torch.stack(list(norms)).square())
     sharded = [share.flat for share in tables.shares if share.flat.sharded]
     if not sharded:

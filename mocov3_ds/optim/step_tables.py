@@ -1,11 +1,12 @@
 """Which tensors one call of `step` updates, and with what rule each: tables on the flats' device.
 
-Legend: S = tensors that one call of `step` updates.
+Legend: S = tensors that one call of `step` updates; K = segments of a flat on this rank.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ class Share:
     def only(self, segments: Iterable[Segment]) -> "Share":
         """The same share with some of its segments alone."""
         return replace(self, flat=replace(self.flat, segments=tuple(segments)))
+
+    @cached_property
+    def segment_rows(self) -> Tensor:
+        """Row of the tensor of each of the K segments here, int64, on the flat's device."""
+        rows = [self.row(segment) for segment in self.flat.segments]
+        return torch.tensor(rows, dtype=torch.int64, device=self.flat.tensor.device)
 
     @property
     def rows(self) -> slice:

@@ -27,3 +27,5 @@ def test_rows_go_on_from_flat_to_flat() -> None:
     one, other = tables.shares
     assert (one.rows, other.rows) == (slice(0, 1), slice(1, 3))
     assert (other.row(segment), other.decay(segment)) == (2, 0.0)
+    assert (one.segment_rows.tolist(), other.segment_rows.tolist()) == ([0], [2])
+    assert not len(other.only([]).segment_rows)
