@@ -36,6 +36,7 @@ HEALED = 0.25
 WARM_UP = 0.15
 """share of the run, at least, in which accuracy may fall from the random network's level"""
 _RESOLUTION = 4.0  # a curve is smoothed until a fall is so many standard errors deep
+_WIDE_RESOLUTION, _WIDE = 20.0, 8  # a wide one so many, over at most this part of its width
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,14 @@ def examine_curve(series: Series) -> CurveFindings:
     """
     noise = estimate_noise(series.knn_K, series.probes)
     falls = find_falls(series, noise)
-    dips, declines = [], []
-    for fall in falls:
-        long = _duration(series, fall) > DECLINE_FOR * series.total_steps
-        if fall.sudden or not long:
-            dips.append(_as_dip(series, fall))
-        else:
-            steps_K = series.knn_steps_K
-            declines.append(
-                Decline(int(steps_K[fall.first]), int(steps_K[fall.lowest]), fall.depth)
-            )
-    return CurveFindings(noise, tuple(dips), tuple(declines), _lost_share(series, falls))
+    long = DECLINE_FOR * series.total_steps
+    slow = [fall for fall in falls if not fall.sudden and _duration(series, fall) > long]
+    return CurveFindings(
+        noise,
+        dips=tuple(_as_dip(series, fall) for fall in falls if fall not in slow),
+        declines=tuple(_as_decline(series, fall) for fall in slow),
+        lost=_lost_share(series, falls),
+    )
 
 
 def find_falls(series: Series, noise: Noise) -> list[Fall]:
@@ -133,7 +131,8 @@ def find_falls(series: Series, noise: Noise) -> list[Fall]:
                 break
             if not _is_from_random(series, noise, fall):
                 falls.append(fall)
-            resume = fall.last if fall.closed else fall.fallen + 1
+            fallen = fall.fallen if fall.sudden else fall.lowest
+            resume = fall.last if fall.closed else fallen + 1
             claimed = (left >= fall.first) & (left < resume)
             later_K = knn_K[left[left >= resume][:MOST_BEFORE]]
             if len(later_K):
@@ -165,9 +164,9 @@ def _next_fall(
 def _follow(drop: Drop, left: Steps, knn_K: Array, series: Series, noise: Noise) -> Fall:
     """Where the fall of a drop begins, how deep it gets, and where it is made good."""
     steps_K = series.knn_steps_K[left]
-    smoothing = next(
-        (n for n in range(1, drop.width, 2) if noise.of_mean(n) * _RESOLUTION <= drop.depth),
-        drop.width,
+    smoothing = max(
+        _smoothing_for(_RESOLUTION, drop, noise),
+        min(_smoothing_for(_WIDE_RESOLUTION, drop, noise), drop.width // _WIDE),
     )
     smooth_K = _moving_mean(knn_K, smoothing)
     level = _level_before(drop, knn_K)
@@ -180,17 +179,28 @@ def _follow(drop: Drop, left: Steps, knn_K: Array, series: Series, noise: Noise)
     fallen = _first_true(smooth_K[first:] <= level - FALLEN * depth, first)
     last = _first_true(smooth_K[lowest + 1 :] >= level - HEALED * depth, lowest + 1)
     spacing = float(np.median(np.diff(steps_K))) if len(steps_K) > 1 else 0.0
-    took = steps_K[min(fallen, lowest)] - steps_K[max(first - 1, 0)] - (smoothing - 1) * spacing
+    fallen = min(fallen, lowest)
+    took = steps_K[fallen] - steps_K[max(first - 1, 0)] - (smoothing - 1) * spacing
+    sudden = bool(took <= max(3 * spacing, SUDDEN * series.total_steps))
+    if not sudden:  # where it was at its level last
+        high_K = np.flatnonzero(smooth_K[:first] >= level)
+        first = int(high_K[-1]) + 1 if len(high_K) else first
     return Fall(
         first=int(left[first]),
-        fallen=int(left[min(fallen, lowest)]),
+        fallen=int(left[fallen]),
         lowest=int(left[lowest]),
         last=int(left[min(last, len(left) - 1)]),
         level=level,
         depth=depth,
         closed=last < len(left),
-        sudden=bool(took <= max(3 * spacing, SUDDEN * series.total_steps)),
+        sudden=sudden,
     )
+
+
+def _smoothing_for(resolution: float, drop: Drop, noise: Noise) -> int:
+    """Evaluations of a mean of which a drop is so many standard errors deep, at most its width."""
+    odd = range(1, drop.width, 2)
+    return next((n for n in odd if noise.of_mean(n) * resolution <= drop.depth), drop.width)
 
 
 def _level_before(drop: Drop, knn_K: Array) -> float:
@@ -257,6 +267,11 @@ def _as_dip(series: Series, fall: Fall) -> Dip:
         sudden=fall.sudden,
         restart=fall.sudden and relative > RESTART_DEPTH and long,
     )
+
+
+def _as_decline(series: Series, fall: Fall) -> Decline:
+    steps_K = series.knn_steps_K
+    return Decline(int(steps_K[fall.first]), int(steps_K[fall.lowest]), fall.depth)
 
 
 def _lost_share(series: Series, falls: Sequence[Fall]) -> float:

@@ -61,6 +61,19 @@ def test_a_slow_slide_is_a_decline_and_a_row_of_dips_is_none() -> None:
     assert len(curve.dips) == len(row) and curve.declines == ()
 
 
+def test_a_slow_fall_of_a_long_noisy_curve_is_one_decline() -> None:
+    """Not a row of dips, though noise comes back to the level before it again and again."""
+    u_K = np.arange(1, 5001) / 5000
+    true_K = 20 + 40 * (1 - np.exp(-u_K / 0.1)) - 10 * np.clip((u_K - 0.6) / 0.4, 0, 1)
+    series = replace(synthetic.healthy(0).series, knn_steps_K=np.arange(1, 5001), total_steps=5000)
+    for seed in range(3):
+        noise_K = 1.6 * np.random.default_rng(seed).standard_normal(5000)
+        curve = examine_curve(replace(series, knn_K=true_K + noise_K))
+        [decline] = curve.declines
+        assert curve.dips == () and decline.fall == pytest.approx(10, abs=0.5)
+        assert 3000 < decline.first < 3250 and decline.last > 4900
+
+
 def test_a_fall_from_the_random_network_is_no_dip_and_the_same_fall_later_is() -> None:
     series = synthetic.healthy(0).series
     u_K = np.linspace(0, 1, len(series.knn_K))
