@@ -1,11 +1,14 @@
 """The file `metrics.jsonl` of a run: one JSON line a step, the truth about its numbers."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from mocov3_ds.data.storage.atomic import write_text
@@ -15,6 +18,8 @@ Row = Mapping[str, Any]
 
 _NAMED_SPANS = 8
 _SAMPLED = 64
+_PIECE = 1 << 20  # bytes that are looked through at a time
+_REACH = 1 << 10  # bytes that a line is first looked for in, either way
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -57,33 +62,64 @@ class SkimmedLog:
 
 
 def skim_rows(path: Path, beginning: str) -> SkimmedLog:
-    """Read some rows of a `metrics.jsonl`, which takes a tenth of the time of `read_rows`.
+    """Read some rows of a `metrics.jsonl`, which takes a fifteenth of the time of `read_rows`.
 
     Args:
         path: The file, which must exist.
         beginning: Beginning of names that few rows have, such as `knn`.
     """
-    content = path.read_bytes()
-    end = len(content.rstrip(b"\n"))
-    named, sought = [], f'"{beginning}'.encode()
-    found = content.find(sought)
-    while found >= 0:
-        start, stop = _line_around(content, found)
-        named.append(content[start:stop])
-        found = content.find(sought, stop)
-    sampled = [content[slice(*_line_around(content, i * end // _SAMPLED))] for i in range(_SAMPLED)]
-    last = content[slice(*_line_around(content, max(end - 1, 0)))]
+    with path.open("rb", buffering=0) as file:
+        size, line_ends, places = _look_through(file, f'"{beginning}'.encode())
+        end = size
+        while end and os.pread(file.fileno(), 1, end - 1) == b"\n":
+            end -= 1
+        named, stop = [], 0
+        for place in places:
+            if place >= stop:  # else it is in a line that was read
+                line, stop = _read_line_around(file, place)
+                named.append(line)
+        positions = [*(i * end // _SAMPLED for i in range(_SAMPLED)), max(end - 1, 0)]
+        sampled = [_read_line_around(file, position)[0] for position in positions]
     return SkimmedLog(
-        lines=content.count(b"\n", 0, end) + (end > 0),
+        lines=line_ends - (size - end) + (end > 0),
         named=[row for row in map(_read_row, named) if row is not None],
-        sample=[row for row in map(_read_row, (*sampled, last)) if row is not None],
+        sample=[row for row in map(_read_row, sampled) if row is not None],
     )
 
 
-def _line_around(content: bytes, position: int) -> tuple[int, int]:
-    """Where the line begins and ends that a byte is in; a line end belongs to the line before."""
-    stop = content.find(b"\n", position)
-    return content.rfind(b"\n", 0, position) + 1, stop if stop >= 0 else len(content)
+def _look_through(file: FileIO, sought: bytes) -> tuple[int, int, list[int]]:
+    """Size of a file, number of its line ends, and where some bytes, two or more, begin in it."""
+    overlap = len(sought) - 1  # bytes of the piece before that may begin what is sought
+    buffer = bytearray(overlap + _PIECE)
+    buffer_B = np.frombuffer(buffer, np.uint8)
+    size = line_ends = kept = 0
+    places: list[int] = []
+    while count := file.readinto(memoryview(buffer)[kept:]):
+        piece_B = buffer_B[: kept + count]
+        line_ends += int(np.count_nonzero(piece_B[kept:] == ord("\n")))
+        # by the second byte, as the first, a quote, is everywhere
+        found = np.flatnonzero(piece_B[1 : max(len(piece_B) - overlap + 1, 1)] == sought[1])
+        for index, byte in enumerate(sought):
+            found = found[piece_B[found + index] == byte]
+        places += (size - kept + found).tolist()
+        size, kept = size + count, min(overlap, len(piece_B))
+        buffer_B[:kept] = piece_B[len(piece_B) - kept :]
+    return size, line_ends, places
+
+
+def _read_line_around(file: FileIO, position: int) -> tuple[bytes, int]:
+    """The line that a byte is in, and where it ends; a line end belongs to the line before."""
+    reach = _REACH
+    while True:
+        begin = max(position - reach, 0)
+        piece = os.pread(file.fileno(), 2 * reach, begin)
+        start = piece.rfind(b"\n", 0, position - begin) + 1
+        stop = piece.find(b"\n", position - begin)
+        is_at_end = stop < 0 and len(piece) < 2 * reach
+        if (start or not begin) and (stop >= 0 or is_at_end):
+            stop = len(piece) if is_at_end else stop
+            return piece[start:stop], begin + stop
+        reach *= 4
 
 
 def drop_rows_after(path: Path, step: int) -> list[dict[str, Any]]:

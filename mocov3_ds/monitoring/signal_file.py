@@ -23,6 +23,7 @@ Shape suffixes: T = steps logged, C = columns, K = steps at which a column was m
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def column_names(groups: tuple[str, ...]) -> tuple[str, ...]:
     return (*SCALARS, *(f"{group}/{signal}" for group in groups for signal in SIGNALS))
 
 
+_ROWS_AT_ONCE = 4096  # rows that are read at a time where columns are picked
+
+
 @dataclass(frozen=True, eq=False)
 class SignalTable:
     """The content of a run's signal file.
@@ -124,7 +128,7 @@ class SignalTable:
     values_TC: Floats
     columns: tuple[str, ...]
 
-    @property
+    @cached_property
     def steps(self) -> Steps:
         """Number of optimizer steps done at each row, (T,); ascending, possibly with gaps."""
         return self.scalar("step").astype(np.int64)
@@ -179,6 +183,21 @@ class SignalTable:
         """
         columns = [self.columns.index(f"{group}/{signal}") for group in self.groups]
         return np.ascontiguousarray(self.values_TC[:, columns].T)
+
+    def grids(self, *signals: str) -> list[npt.NDArray[np.float64]]:
+        """Return signals of all groups, (groups, T) each, as `grid`; the file is read once.
+
+        Args:
+            signals: Some of the keys of `SIGNALS`.
+        """
+        columns = [
+            self.columns.index(f"{group}/{name}") for name in signals for group in self.groups
+        ]
+        values_CT = np.empty((len(columns), len(self.values_TC)))
+        for first in range(0, len(self.values_TC), _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            values_CT[:, rows] = self.values_TC[rows].take(columns, axis=1).T
+        return np.split(values_CT, len(signals))
 
 
 def read_signals(run: Path) -> SignalTable:

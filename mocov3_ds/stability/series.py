@@ -15,19 +15,24 @@ from mocov3_ds.monitoring.signal_file import SignalTable
 from mocov3_ds.stability.findings import Array, Series, Steps
 
 
-def read_series(run: Path, *, twin_knn: float | None = None) -> Series:
+def read_series(
+    run: Path, *, twin_knn: float | None = None, signals: SignalTable | None = None
+) -> Series:
     """Read `config.json`, `metrics.jsonl` and `signals.f32` of a run, finished or not.
 
     Args:
         run: run folder, of a run that has ended or not.
         twin_knn: final accuracy in percent of the twin with a frozen patch projection.
+        signals: the run's signals, where they were read before.
 
     Raises:
         ValueError: the folder holds no run, or the run has not logged a step.
     """
     config = read_run_config(run)
     path = run / "metrics.jsonl"
-    table = signal_file.read_signals(run) if (run / "signals.json").exists() else None
+    table = signals
+    if table is None and (run / "signals.json").exists():
+        table = signal_file.read_signals(run)
     skimmed = skim_rows(path, "knn")
     columns = _find_columns(skimmed, table)
     named, rows = skimmed.named, [row for row in skimmed.sample if "lr" in row]
@@ -118,8 +123,8 @@ def _take_signals(
         empty = np.empty((0, len(steps_T)))
         return (), empty, empty
     if np.array_equal(table.steps, steps_T):
-        grids = [table.grid(signal).astype(float) for signal in ("grad_linf", "rms")]
-        return table.groups, grids[0], grids[1]
+        grad_linf_GT, rms_GT = table.grids("grad_linf", "rms")
+        return table.groups, grad_linf_GT, rms_GT
     table_steps, from_the_end = np.unique(table.steps[::-1], return_index=True)
     logged_rows = np.flatnonzero(np.isin(steps_T, table_steps))
     # of a step that was measured again after a resume the last row counts

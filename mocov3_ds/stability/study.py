@@ -199,7 +199,7 @@ def read_logged(folder: Path) -> LoggedRun | None:
     signals = None
     if (folder / "signals.json").exists():
         signals = signal_file.read_signals(folder)
-    return LoggedRun(read_series(folder), signals, _read_optimizer(folder))
+    return LoggedRun(read_series(folder, signals=signals), signals, _read_optimizer(folder))
 
 
 def has_loss(metrics: Path) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mocov3_ds.monitoring import metrics_file
 from mocov3_ds.monitoring.metrics_file import (
     describe_gap,
     drop_rows_after,
@@ -66,3 +67,31 @@ def test_a_glance_at_short_and_torn_logs(
     skimmed = skim_rows(path, "knn")
     assert skimmed.lines == lines
     assert [row["step"] for row in skimmed.named] == named
+
+
+@pytest.mark.parametrize("piece", [5, 7, 64, 1 << 20])
+@pytest.mark.parametrize("ending", ["", "\n", "\n\n\n"])
+def test_a_glance_finds_what_reading_each_line_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, ending: str
+) -> None:
+    monkeypatch.setattr(metrics_file, "_PIECE", piece)
+    monkeypatch.setattr(metrics_file, "_REACH", 8)
+    rows = [{"step": i, "lr": 0.1, "text": "k" * (i * i % 41)} for i in range(90)]
+    for step in (0, 1, 44, 88, 89):
+        rows[step] |= {"knn": 1.5, "knn_momentum": 2.5}
+    content = "\n".join(map(json.dumps, rows)) + ending
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(content)
+    skimmed = skim_rows(path, "knn")
+    assert skimmed.named == [row for row in read_rows(path) if "knn" in row]
+    assert skimmed.lines == len(content.rstrip("\n").split("\n"))
+    end = len(content.rstrip("\n"))
+    numbers = [content[: i * end // 64].count("\n") for i in range(64)]
+    assert skimmed.sample == [rows[number] for number in [*numbers, 89]]
+
+
+def test_a_glance_at_a_log_that_was_cut_meanwhile_ends(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' * 5)
+    with path.open("rb", buffering=0) as file:
+        assert metrics_file._read_line_around(file, 1000) == (b"", 60)

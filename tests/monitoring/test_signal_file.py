@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mocov3_ds.monitoring import signal_file
 from mocov3_ds.monitoring.signal_file import (
     SCALARS,
     SIGNALS,
@@ -40,6 +41,16 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert (steps_K.tolist(), knn_K.tolist()) == ([3, 6], [13.0, 16.0])
     assert table.grid("rms").shape == (3, 7)
     assert (tmp_path / "signals.f32").stat().st_size == 7 * 4 * len(column_names(GROUPS))
+
+
+def test_several_signals_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1, 7, done=0)
+    table = read_signals(tmp_path)
+    monkeypatch.setattr(signal_file, "_ROWS_AT_ONCE", 3)
+    rms, trust = table.grids("rms", "trust")
+    np.testing.assert_array_equal(rms, table.grid("rms").astype(float), strict=True)
+    np.testing.assert_array_equal(trust, table.grid("trust").astype(float), strict=True)
+    assert rms[1].tolist() == [0.5 * step for step in range(1, 8)]
 
 
 def test_a_resumed_file_reads_like_an_unbroken_one(tmp_path: Path) -> None:
