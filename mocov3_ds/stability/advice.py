@@ -1,9 +1,12 @@
-"""What to try next, by the verdicts of a study? And which arms are worth a picture?"""
+"""What to try next, by the verdicts and rates of a study? And which arms are worth a picture?"""
 
 from collections.abc import Mapping
 from statistics import fmean
 
+from mocov3_ds.stability.arm_questions import collect_rates
 from mocov3_ds.stability.findings import WORST_FIRST, Verdict
+from mocov3_ds.stability.rate_sensitivity import choose_rate
+from mocov3_ds.stability.same_step import has_ended
 from mocov3_ds.stability.study import Arms
 
 _NEXT: Mapping[Verdict, str] = {
@@ -26,19 +29,52 @@ _NEXT: Mapping[Verdict, str] = {
     "(--knn.every_steps), or train longer",
     "STABLE": "nothing was found: see how wide the range of good rates is (grid lr-sensitivity)",
 }
+_HURT: tuple[Verdict, ...] = ("DIVERGED", "NOT LEARNING", "RESTARTED", "DEGRADING", "UNSTABLE")
+"""verdicts of runs that a higher rate would hurt more"""
+_NOT_TRIED = (
+    "No runs that have ended differ by their rate alone, so nothing is known of a higher or lower "
+    "one; the grid lr-sensitivity tries seven."
+)
 
 
 def suggest_next(arms: Arms) -> list[tuple[str, str]]:
-    """Which arms, and what to try next, by the worst verdict that at least half the seeds share."""
+    """Which arms, and what to try next.
+
+    By the worst verdict that at least half the seeds share, and by the rates that were tried.
+    """
     labels: dict[Verdict, list[str]] = {}
     for label, runs in arms.items():
         verdicts = sorted((run.judgement.verdict for run in runs), key=WORST_FIRST.index)
         labels.setdefault(verdicts[(len(verdicts) - 1) // 2], []).append(label)
-    return [
+    by_verdict = [
         (f"{verdict}: {', '.join(labels[verdict])}", _NEXT[verdict])
         for verdict in WORST_FIRST
         if verdict in labels
     ]
+    return [*by_verdict, *suggest_rates(arms)]
+
+
+def suggest_rates(arms: Arms) -> list[tuple[str, str]]:
+    """Which arms, and what their runs say of higher and lower rates; by runs that have ended.
+
+    A higher rate is suggested only where the highest that was tried was better, and stable.
+    """
+    ended = {label: [run for run in runs if has_ended(run.series)] for label, runs in arms.items()}
+    advice = []
+    for name, tried in collect_rates(ended).items():
+        choice = choose_rate(
+            tried.rates, tried.values_RS, nothing_learned=tried.chance, higher_is_better=True
+        )
+        text = choice.describe()
+        if choice.is_raised:
+            verdicts = [run.judgement.verdict for run in tried.runs[choice.best]]
+            verdict = sorted(verdicts, key=WORST_FIRST.index)[(len(verdicts) - 1) // 2]
+            if verdict in _HURT:
+                text += f" But its runs are {verdict}: a cure first, then a higher rate."
+        advice.append((f"Rate: {name}", text))
+    if not advice:
+        advice.append(("Rate", _NOT_TRIED))
+    return advice
 
 
 def choose_worst_arms(arms: Arms, count: int) -> Arms:

@@ -1,11 +1,13 @@
 """What do all runs of a study say together: do spikes make dips, what do wrong rates cost?"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mocov3_ds.settings.wording import count_noun
+from mocov3_ds.stability.findings import Array
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.rate_sensitivity import RateSensitivity, measure_sensitivity
 from mocov3_ds.stability.spike_dips import SpikeDipTest, collect_events, compare_with_shifts
@@ -37,10 +39,36 @@ def look_for_dips(arms: Arms) -> SpikeDipTest:
 
 
 def measure_rates(arms: Arms) -> Mapping[str, RateSensitivity]:
-    """Sensitivity of the final k-NN accuracy to the rate, of all arms that differ by it alone.
+    """Sensitivity of the final k-NN accuracy to the rate, of all arms that differ by it alone."""
+    return {
+        name: measure_sensitivity(
+            one.rates, one.values_RS, nothing_learned=one.chance, higher_is_better=True
+        )
+        for name, one in collect_rates(arms).items()
+    }
 
-    Of each set of arms the seeds that every rate has; sets with fewer than two rates, or without
-    such a seed, have none. A network that has learned nothing guesses.
+
+@dataclass(frozen=True, eq=False)
+class RateSet:
+    """Arms that differ by their rate alone, at the seeds that all of them have.
+
+    Attributes:
+        rates: their rates, ascending; two or more.
+        values_RS: final k-NN accuracy in percent, (R, S).
+        chance: accuracy of a network that has learned nothing, which guesses.
+        runs: all their runs, by rate.
+    """
+
+    rates: tuple[float, ...]
+    values_RS: Array
+    chance: float
+    runs: Mapping[float, Sequence[JudgedRun]]
+
+
+def collect_rates(arms: Arms) -> Mapping[str, RateSet]:
+    """The sets of arms that differ by their rate alone, by their name without it.
+
+    Sets with fewer than two rates, or without a seed that all rates have, are left out.
     """
     sets: dict[str, dict[float, dict[int, JudgedRun]]] = {}
     for of_arm in arms.values():
@@ -48,7 +76,7 @@ def measure_rates(arms: Arms) -> Mapping[str, RateSensitivity]:
             if run.cell.settings.get("lr") is not None and len(run.series.knn_K):
                 by_rate = sets.setdefault(_settings_beside_rate(run.cell), {})
                 by_rate.setdefault(float(run.cell.settings["lr"]), {})[run.cell.seed] = run
-    sensitivities = {}
+    collected = {}
     for by_rate in sets.values():
         rates = sorted(by_rate)
         seeds = sorted(set.intersection(*({*runs} for runs in by_rate.values())))
@@ -58,10 +86,10 @@ def measure_rates(arms: Arms) -> Mapping[str, RateSensitivity]:
         values_RS = np.array(
             [[by_rate[rate][seed].judgement.final_knn for seed in seeds] for rate in rates]
         )
-        sensitivities[_name_set(first.cell)] = measure_sensitivity(
-            rates, values_RS, nothing_learned=first.series.knn_chance, higher_is_better=True
-        )
-    return sensitivities
+        runs = {rate: tuple(by_rate[rate].values()) for rate in rates}
+        chance = first.series.knn_chance
+        collected[_name_set(first.cell)] = RateSet(tuple(rates), values_RS, chance, runs)
+    return collected
 
 
 def _settings_beside_rate(cell: Cell) -> str:

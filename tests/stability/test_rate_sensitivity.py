@@ -1,11 +1,12 @@
 """The cost of wrong rates: by hand, on uneven axes, and zero where rates do not matter."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mocov3_ds.stability.rate_sensitivity import measure_sensitivity
+from mocov3_ds.stability.rate_sensitivity import RateChoice, choose_rate, measure_sensitivity
 
 
 def test_the_mean_loss_against_the_best_rate() -> None:
@@ -69,3 +70,81 @@ def test_what_is_no_set_of_rates() -> None:
             )
     with pytest.raises(ValueError, match=r"must be \(2, seeds\)"):
         measure_sensitivity([1, 2], np.ones((3, 1)), nothing_learned=0, higher_is_better=True)
+
+
+def choice_of(means: list[float], spread: float = 0.5, seeds: int = 5, **other: Any) -> RateChoice:
+    """The choice among rates 1, 3, 9, ... whose values differ between seeds by a known spread.
+
+    Every second rate has the spread the other way round, or seeds would cancel in differences.
+    """
+    noise_S = spread * np.linspace(-1, 1, seeds)
+    values_RS = np.array([mean + (-1) ** r * noise_S for r, mean in enumerate(means)])
+    rates = [3.0**power for power in range(len(means))]
+    settings = {"nothing_learned": 10.0, "higher_is_better": True, **other}
+    return choose_rate(rates, values_RS, **settings)
+
+
+def test_a_rate_between_others_is_told_with_its_neighbours() -> None:
+    choice = choice_of([30, 40, 39.8])
+    assert (choice.best, choice.next_rate, choice.is_raised) == (3, None, False)
+    below, above = choice.neighbours
+    assert (below.rate, above.rate, below.is_told, above.is_told) == (1, 9, True, False)
+    assert below.lead == pytest.approx(10)
+    # by hand: deviation of the paired difference, and t of 4 degrees
+    reach = 2.776 * np.std(np.linspace(-1, 1, 5), ddof=1) / math.sqrt(5)
+    assert below.interval == pytest.approx((10 - reach, 10 + reach), abs=1e-3)
+    assert choice.describe() == (
+        "Tried: 1, 3, 9 (5 seeds). 3 is best on average, 10 points better than 1 (95 % interval 9 "
+        "to 11) and 0.2 points better than 9 (95 % interval -0.78 to 1.2: cannot be told). A lower "
+        "and a higher rate were tried and were not better."
+    )
+
+
+def test_a_higher_rate_needs_evidence() -> None:
+    choice = choice_of([30, 35, 40])
+    assert choice.is_raised and choice.next_rate == 27
+    assert choice.describe().endswith("It is the highest that was tried: try 27 as well.")
+    for doubtful in (choice_of([30, 40, 40.3]), choice_of([30, 35, 40], seeds=1)):
+        assert doubtful.best == 9
+        assert doubtful.next_rate is None
+        assert doubtful.describe().endswith(
+            "It is the highest that was tried, but nothing tells it from 3: more seeds before a "
+            "higher rate."
+        )
+    assert "(one seed: cannot be told)" in choice_of([30, 35, 40], seeds=1).describe()
+
+
+def test_a_lower_rate_is_no_risk() -> None:
+    choice = choice_of([40, 39.9, 20])
+    assert (choice.best, choice.is_raised) == (1, False)
+    assert choice.next_rate == pytest.approx(1 / 3)
+    assert "It is the lowest that was tried: try 0.33 as well." in choice.describe()
+
+
+def test_losses_and_runs_that_learned_nothing() -> None:
+    losses = choice_of([3, 2, 1], spread=0.1, nothing_learned=4.0, higher_is_better=False)
+    assert losses.next_rate == 27
+    assert "1 of the loss better than 3" in losses.describe("of the loss")
+    nothing = choice_of([math.nan, 9, 8])
+    assert math.isnan(nothing.best)
+    assert nothing.describe() == (
+        "Tried: 1, 3, 9 (5 seeds). None has learned anything: try lower rates, or a longer warm-up."
+    )
+    with pytest.raises(ValueError, match="must be two or more"):
+        choice_of([30])
+
+
+def test_rates_that_do_not_differ_are_not_raised() -> None:
+    """At most 3 of 100 sets of equal rates, however many: the pair that decides is fixed."""
+    random = np.random.default_rng(0)
+    raised = [
+        choose_rate(
+            np.geomspace(1e-4, 1e-1, rates).tolist(),
+            random.normal(40, 1, (rates, 3)),
+            nothing_learned=10,
+            higher_is_better=True,
+        ).is_raised
+        for rates in (2, 3, 7)
+        for _ in range(500)
+    ]
+    assert 0.005 < np.mean(raised) < 0.03
