@@ -19,7 +19,7 @@ from mocov3_ds.settings.bounds import (
 )
 from mocov3_ds.settings.spelling import did_you_mean
 
-_OF_VITS = ("positions", "qk_norm", "layer_scale", "sigma_reparam")
+_OF_VITS = ("positions", "qk_norm", "layer_scale", "sigma_reparam", "fp8")
 """settings of the model that all Vision Transformers of ours have, and nothing else"""
 _OF_OWN_VIEWS = {
     *("image_size", "channels", "mean", "std", "function", "fixed", "colour", "colour_ops"),
@@ -78,6 +78,11 @@ def _check_backbone(config: Config) -> None:
                 f"{model.backbone}; it is for {TIMM}NAME."
             )
         group_rates(model, group_names(config.vit.depth))
+    if model.fp8 and model.sigma_reparam:
+        raise ValueError(
+            "--model.fp8 and --model.sigma_reparam are two kinds of the same layers; leave one of "
+            "them out."
+        )
 
 
 def check_backbone_flags(model: ModelConfig, recipe: ModelConfig) -> None:

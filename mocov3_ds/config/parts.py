@@ -171,6 +171,10 @@ class ModelConfig:
     """sigma-reparametrisation (arXiv 2303.06296): the largest singular value of each linear layer
     of the blocks is a learned number, so that attention cannot sharpen at a blow; exported as
     ordinary weights"""
+    fp8: bool = False
+    """multiply in fp8 in the linear layers of the blocks, with a scale for each token: bf16 configs
+    and, on a GPU, compute capability 8.9 or more; the gradient of weights stays in bf16; the step
+    is exact in chunks as with bf16 (model/README.md)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -235,4 +235,5 @@ def encoder_shape(config: Config) -> EncoderShape:
         qk_norm=config.model.qk_norm,
         layer_scale=config.model.layer_scale,
         sigma_reparam=config.model.sigma_reparam,
+        fp8=config.model.fp8,
     )

@@ -25,6 +25,8 @@ _OLD_WHEELS = "a torch built for an older CUDA (pytorch.org, previous versions)"
 _OWN_CONTEXT_BYTES = 2**30
 _AMPERE = (8, 0)
 """compute capability from which tensor cores have bf16 and TF32"""
+_ADA = (8, 9)
+"""compute capability from which they have fp8, also with a scale for each row"""
 _HIDDEN = ("", "-1", "NoDevFiles")
 """values of CUDA_VISIBLE_DEVICES with which a user hides all cards"""
 
@@ -255,6 +257,26 @@ def check_bf16(device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} (compute capability {_spell(capability)}) has "
             "no bf16, which torch would emulate slowly; use --deepspeed_config "
             "ds_configs/zero1_adamw_fp16.json, or --ds bf16.enabled=false for fp32."
+        )
+
+
+def check_fp8(device: torch.device) -> None:
+    """Refuse fp8 on a card whose products, or torch's, cannot have a scale for each row.
+
+    Args:
+        device: Device that the network is to compute on; a CPU computes it slowly.
+
+    Raises:
+        ValueError: Names card and capability, and what to do.
+    """
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability < _ADA:
+        raise ValueError(
+            f"--model.fp8 needs an NVIDIA card of compute capability {_spell(_ADA)} or more (L4, "
+            f"L40S, H100, B200), and {torch.cuda.get_device_name(device)} has compute capability "
+            f"{_spell(capability)}; leave the flag out."
         )
 
 

@@ -77,6 +77,7 @@ def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> nn.Module:
                 qk_norm=shape.qk_norm,
                 layer_scale=shape.layer_scale,
                 sigma_reparam=shape.sigma_reparam,
+                fp8=shape.fp8,
                 class_token_only=True,
             )
         case TimmShape() as named:

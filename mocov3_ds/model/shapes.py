@@ -163,6 +163,8 @@ class EncoderShape:
     """first value of the factors on the branches of each block; 0 = there are none"""
     sigma_reparam: bool = False
     """whether the linear layers of the blocks have a learned largest singular value"""
+    fp8: bool = False
+    """whether the linear layers of the blocks multiply in fp8 in a network of bf16"""
 
     @property
     def vit(self) -> VitShape:

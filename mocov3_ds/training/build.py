@@ -144,6 +144,13 @@ def _check_engine(settings: Settings) -> dict[str, Any]:
         settings.engine, global_batch=config.batch, world_size=ranks.world_size()
     )
     check_precision(engine_json)
+    if config.model.fp8:
+        devices.check_fp8(device)
+        if compute_dtype(engine_json) != torch.bfloat16:
+            raise ValueError(
+                "--model.fp8 takes the place of products in bf16, and this network is not in bf16; "
+                "use --ds bf16.enabled=true, or leave the flag out."
+            )
     if config.compile_blocks and engine_json["zero_optimization"]["stage"] == 3:
         raise ValueError(
             "--compile_blocks does not go with ZeRO stage 3, which gathers weights inside of a "

@@ -120,9 +120,10 @@ def _last_steps_were_whole(run: Run) -> bool:
 def run_pace(run: Run, setup: StepSetup) -> Pace | None:
     """Planned time of a step; None where there is none to compare with.
 
-    That is on a CPU, on cards that the planner does not know, and while sequences are shortened.
+    That is on a CPU, on cards that the planner does not know, with products in fp8, and while
+    sequences are shortened.
     """
-    if run.device.type != "cuda" or not _last_steps_were_whole(run):
+    if run.device.type != "cuda" or run.config.model.fp8 or not _last_steps_were_whole(run):
         return None
     card = find_card_of_device(torch.cuda.get_device_name(run.device))
     if card is None:
