@@ -9,6 +9,7 @@ Steps ascend and need not be consecutive; NaN means not measured and never fires
 Shape suffixes: T = steps logged, G = layer groups.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from functools import partial
 
 import numpy as np
 
+from mocov3_ds.monitoring.medians import medians_of_windows
 from mocov3_ds.stability.findings import Array, Flags, LossEvent, Series, Steps
 from mocov3_ds.stability.outliers import LONGEST_RUN, Past, common_tails, stand_out
 from mocov3_ds.stability.trailing import (
@@ -99,12 +101,16 @@ def gradient_bursts(steps_T: Steps, grad_GT: Array, window: int = WINDOW) -> lis
         flags_GT[row, rows], excess_GT[row, rows] = look(log_GT[row, rows])
     if len(trained) > 2:
         rows = np.flatnonzero(np.isfinite(excess_GT[trained]).all(axis=0))
-        together_T, _ = look(np.median(excess_GT[trained][:, rows], axis=0), degrees=math.inf)
+        together_T, _ = look(medians_of_windows(excess_GT[trained][:, rows].T), degrees=math.inf)
         with np.errstate(invalid="ignore"):
             flags_GT[:, rows] |= together_T & (excess_GT[:, rows] > math.log(BURST_RATIO))
-    sizes_GT = np.exp(np.minimum(np.nan_to_num(excess_GT, nan=0.0, posinf=700.0), 700.0))
     distance = merge_distance(steps_T[is_measured(*grad_GT)] if len(grad_GT) else steps_T)
-    return [_group_flags(steps_T, *pair, distance) for pair in zip(flags_GT, sizes_GT, strict=True)]
+    bursts = []
+    for flags_T, excess_T in zip(flags_GT, excess_GT, strict=True):
+        flagged = np.flatnonzero(flags_T)
+        sizes = np.exp(np.minimum(np.nan_to_num(excess_T[flagged], nan=0.0, posinf=700.0), 700.0))
+        bursts.append(_group_flags(steps_T, flagged, sizes, distance))
+    return bursts
 
 
 def _flag_gradient(log_T: Array, *, past: Past, series: int, degrees: float) -> tuple[Flags, Array]:
@@ -127,8 +133,9 @@ def loss_jumps(steps_T: Steps, loss_T: Array) -> list[Excursion]:
         loss_T: loss of each step, (T,); not finite where it was not.
     """
     rows, flags_T, excess_T = flag_losses(loss_T)
-    sizes_T = np.exp(np.nan_to_num(excess_T, nan=0.0)) - 1
-    return _group_flags(steps_T[rows], flags_T, sizes_T, merge_distance(steps_T))
+    flagged = np.flatnonzero(flags_T)
+    sizes = np.exp(np.nan_to_num(excess_T[flagged], nan=0.0)) - 1
+    return _group_flags(steps_T[rows], flagged, sizes, merge_distance(steps_T))
 
 
 def flag_losses(loss_T: Array) -> tuple[Steps, Flags, Array]:
@@ -142,15 +149,16 @@ def flag_losses(loss_T: Array) -> tuple[Steps, Flags, Array]:
     return rows, flags_T, excess_T
 
 
-def _group_flags(steps_T: Steps, flags_T: Flags, sizes_T: Array, distance: int) -> list[Excursion]:
-    """Flagged steps as events: those at most `distance` steps apart are one."""
-    flagged = np.flatnonzero(flags_T)
+def _group_flags(steps_T: Steps, flagged: Steps, sizes: Array, distance: int) -> list[Excursion]:
+    """Flagged rows, each with its size, as events: those at most `distance` steps apart are one."""
+    steps = steps_T[flagged]
+    cuts = np.flatnonzero(np.diff(steps) > distance) + 1
     events = []
-    for group in np.split(flagged, np.flatnonzero(np.diff(steps_T[flagged]) > distance) + 1):
-        if len(group):
-            peak = group[np.argmax(sizes_T[group])]
-            first, last = int(steps_T[group[0]]), int(steps_T[group[-1]])
-            events.append(Excursion(first, last, int(steps_T[peak]), float(sizes_T[peak])))
+    for first, end in itertools.pairwise([0, *cuts.tolist(), len(steps)]):
+        if end > first:
+            peak = first + int(np.argmax(sizes[first:end]))
+            size = float(sizes[peak])
+            events.append(Excursion(int(steps[first]), int(steps[end - 1]), int(steps[peak]), size))
     return events
 
 
@@ -185,15 +193,25 @@ def flag_spikes(values_T: Array, deviations: float) -> Flags:
     return flags_T
 
 
-def plain_jumps(series: Series) -> list[LossEvent]:
+def loss_ratio(series: Series) -> Array:
+    """Loss over the median of the 30 logged steps before, (T,); NaN for the first ones."""
+    return trailing_ratio(series.loss_T, LOSS_WINDOW)
+
+
+def plain_jumps(series: Series, ratio_T: Array | None = None) -> list[LossEvent]:
     """Every rise of the loss more than 1 % above the median of the 30 logged steps before.
 
     A plainer test than the verdict's, which also asks how far the loss wanders otherwise.
+
+    Args:
+        series: the run.
+        ratio_T: its `loss_ratio`, (T,), where that is known.
     """
-    size_T = trailing_ratio(series.loss_T, LOSS_WINDOW) - 1
+    size_T = (loss_ratio(series) if ratio_T is None else ratio_T) - 1
     size_T[~np.isfinite(size_T)] = 0.0
-    flags_T = size_T > LOSS_EXCESS
-    jumps = _group_flags(series.steps_T, flags_T, size_T, merge_distance(series.steps_T))
+    flagged = np.flatnonzero(size_T > LOSS_EXCESS)
+    distance = merge_distance(series.steps_T)
+    jumps = _group_flags(series.steps_T, flagged, size_T[flagged], distance)
     return [
         LossEvent(first=jump.first, last=jump.last, peak=jump.peak, excess=jump.size)
         for jump in jumps
@@ -201,8 +219,11 @@ def plain_jumps(series: Series) -> list[LossEvent]:
     ]
 
 
-def loss_excess(series: Series) -> Array:
-    """Loss above the median of the 30 logged steps before, percent, (T,); NaN until step 100."""
-    excess_T = 100 * (trailing_ratio(series.loss_T, LOSS_WINDOW) - 1)
+def loss_excess(series: Series, ratio_T: Array | None = None) -> Array:
+    """Loss above the median of the 30 logged steps before, percent, (T,); NaN until step 100.
+
+    `ratio_T` is the series' `loss_ratio`, (T,), where that is known.
+    """
+    excess_T = 100 * ((loss_ratio(series) if ratio_T is None else ratio_T) - 1)
     excess_T[series.steps_T <= SCORED_FROM] = np.nan
     return excess_T

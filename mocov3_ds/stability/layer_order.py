@@ -82,22 +82,25 @@ def event_leads(
     """
     leads = []
     peaks = [event.peak for event in events]
+    measured = [(x_T, is_measured(x_T)) for x_T in (shallow_T, deep_T)]
+    layers = [(steps_T[rows], log_of(x_T[rows])) for x_T, rows in measured]
     for index, peak in enumerate(peaks):
         low, high = peak - LEAD_REACH, peak + LEAD_REACH
         if index > 0:
             low = max(low, (peaks[index - 1] + peak) // 2)
         if index + 1 < len(peaks):
             high = min(high, (peak + peaks[index + 1]) // 2)
-        moves = [_first_move(steps_T, x_T, low, high, window) for x_T in (shallow_T, deep_T)]
+        moves = [_first_move(*layer, low, high, window) for layer in layers]
         if moves[0] is not None and moves[1] is not None:
             leads.append(moves[1] - moves[0])
     return leads
 
 
-def _first_move(steps_T: Steps, grad_T: Array, low: int, high: int, window: int) -> int | None:
-    """First of two rows in a row of [low, high] that stand out of what came before `low`."""
-    rows = is_measured(grad_T)
-    steps_T, log_T = steps_T[rows], log_of(grad_T[rows])
+def _first_move(steps_T: Steps, log_T: Array, low: int, high: int, window: int) -> int | None:
+    """First of two rows in a row of [low, high] that stand out of what came before `low`.
+
+    `steps_T` and `log_T` are the measured rows of a layer, and the logarithm of its gradient.
+    """
     start, end = np.searchsorted(steps_T, [low, high + 1])
     history = log_T[max(start - window, 0) : start]
     history = history[np.isfinite(history)]

@@ -20,7 +20,7 @@ from scipy import special
 
 from mocov3_ds.monitoring.medians import median_of, split_at_median
 from mocov3_ds.stability.findings import Array, Flags
-from mocov3_ds.stability.trailing import trailing_level, trailing_noise
+from mocov3_ds.stability.trailing import TrailingLevel, TrailingNoise
 
 FALSE_ALARMS = 0.01
 """false alarms of a detector per quiet run"""
@@ -33,6 +33,7 @@ LONGEST_RUN = 4
 CLUSTER = 3.0
 """deviations beyond which rows in a row are a burst, and left out where the tails are read"""
 _DEGREES = np.array([2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0])
+_SHARES = (0.98, 0.95)
 _PASSES = 3
 
 
@@ -71,29 +72,34 @@ def tail_degrees(deviations_T: Array) -> float:
     half = median_of(np.abs(deviations_T - middle))
     if half == 0:
         return float("inf")
-    sides = (
-        (middle - below_T, int(np.sum(deviations_T <= middle))),
-        (above_T - middle, int(np.sum(deviations_T >= middle))),
-    )
     readings = [
-        _degrees_of_side(side_T / half, count, share)
-        for side_T, count in sides
-        for share in (0.98, 0.95)
+        _degrees_at(far / half, count, share)
+        for side_T, count in (
+            (middle - below_T, int(np.sum(deviations_T <= middle))),
+            (above_T - middle, int(np.sum(deviations_T >= middle))),
+        )
+        for share, far in zip(_SHARES, _quantiles(side_T, count), strict=True)
     ]
     # skewed noise has few values far out above, which matter; bursts are no part of it
     return min(*readings[:2], max(readings[2:]))
 
 
-def _degrees_of_side(far_T: Array, count: int, share: float) -> float:
-    """Degrees at which the absolute values of a t over their median have such a quantile.
+def _quantiles(side_T: Array, count: int) -> list[float]:
+    """Quantiles at `_SHARES` of so many values, the farthest of which are given in any order."""
+    beyond = [count - 1 - round(share * (count - 1)) for share in _SHARES]  # values farther out
+    first = len(side_T) - 1 - max(beyond)
+    far_T = np.sort(np.partition(side_T, first)[first:])
+    return [float(far_T[-1 - values]) for values in beyond]
+
+
+def _degrees_at(ratio: float, count: int, share: float) -> float:
+    """Degrees at which a quantile of absolute values of a t over their median is a ratio.
 
     Args:
-        far_T: values of one side over their median, in any order; those farthest out are enough.
-        count: number of all values of the side.
-        share: which of their quantiles is read.
+        ratio: such a quantile of the values over their median.
+        count: number of the values.
+        share: which quantile it is.
     """
-    beyond = count - 1 - round(share * (count - 1))  # values farther out than the quantile
-    ratio = float(np.partition(far_T, len(far_T) - 1 - beyond)[len(far_T) - 1 - beyond])
     ratios, gaussian = _ratios(share)
     # noise of the quantile itself: a Gaussian sample shall count as one
     slack = 1 + 2 * gaussian_error(share, count)
@@ -150,32 +156,43 @@ class Past:
     smallest_spread: float
 
 
-def compare_with_past(values_T: Array, usual_T: Array, past: Past) -> tuple[Array, Array]:
-    """Level of the past of each row, (T,), and the row's deviations from it, (T,).
+class Comparison:
+    """Compares the rows of a series with their past, once, or again with other usual values.
 
     Args:
-        values_T: finite values of one series, (T,).
-        usual_T: the same where they are usual, their level elsewhere, (T,): what counts as past.
-        past: how much of it counts.
+        past: how much of the past counts.
     """
-    level_T = trailing_level(usual_T, past.window, past.at_least)
-    known_T = np.where(np.isnan(level_T), 0.0, usual_T - level_T)
-    begin = min(past.at_least, len(known_T))
-    spread_T, offset_T = np.full((2, len(values_T)), np.nan)
-    offset_T[begin:], spread_T[begin:] = trailing_noise(
-        known_T[begin:], past.spread_window, past.at_least
-    )
-    first = spread_T[np.isfinite(spread_T)][:1]
-    if len(first):  # the first levels have no spread of their own yet
-        spread_T[begin : begin + past.at_least] = first[0]
-    # a level lags behind a falling series, and no row stands out or in for that
-    lag_T = np.minimum(np.nan_to_num(offset_T), 0.0)
-    return level_T, (values_T - level_T - lag_T) / np.maximum(spread_T, past.smallest_spread)
+
+    def __init__(self, past: Past) -> None:
+        self._past = past
+        self._levels = TrailingLevel(past.window, past.at_least)
+        self._noise = TrailingNoise(past.spread_window, past.at_least)
+
+    def take(self, values_T: Array, usual_T: Array) -> tuple[Array, Array]:
+        """Level of the past of each row, (T,), and the row's deviations from it, (T,).
+
+        Args:
+            values_T: finite values of one series, (T,).
+            usual_T: the same where they are usual, their level elsewhere, (T,): what counts as
+                past.
+        """
+        past = self._past
+        level_T = self._levels.take(usual_T)
+        known_T = np.where(np.isnan(level_T), 0.0, usual_T - level_T)
+        begin = min(past.at_least, len(known_T))
+        spread_T, offset_T = np.full((2, len(values_T)), np.nan)
+        offset_T[begin:], spread_T[begin:] = self._noise.take(known_T[begin:])
+        first = spread_T[np.isfinite(spread_T)][:1]
+        if len(first):  # the first levels have no spread of their own yet
+            spread_T[begin : begin + past.at_least] = first[0]
+        # a level lags behind a falling series, and no row stands out or in for that
+        lag_T = np.minimum(np.nan_to_num(offset_T), 0.0)
+        return level_T, (values_T - level_T - lag_T) / np.maximum(spread_T, past.smallest_spread)
 
 
 def common_tails(values: Sequence[Array], past: Past) -> float:
     """Degrees of the tails of all series together, which say more than a short one of them."""
-    deviations = [compare_with_past(values_T, values_T, past)[1] for values_T in values]
+    deviations = [Comparison(past).take(values_T, values_T)[1] for values_T in values]
     pooled = [without_bursts(one[np.isfinite(one)]) for one in deviations]
     return tail_degrees(np.concatenate(pooled)) if pooled else math.inf
 
@@ -196,8 +213,9 @@ def stand_out(
     """
     usual_T = values_T
     flags_T = np.zeros(len(values_T), bool)
+    comparison = Comparison(past)
     for _ in range(_PASSES):
-        level_T, deviations_T = compare_with_past(values_T, usual_T, past)
+        level_T, deviations_T = comparison.take(values_T, usual_T)
         excess_T = values_T - level_T
         found_T = np.zeros(len(values_T), bool)
         limit = limits(deviations_T, series, degrees)

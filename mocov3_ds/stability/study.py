@@ -12,7 +12,7 @@ from mocov3_ds.monitoring import signal_file
 from mocov3_ds.monitoring.signal_file import SignalTable
 from mocov3_ds.optim.build import find_optimizer
 from mocov3_ds.stability.cells import list_cells, read_grid_json, read_outcome
-from mocov3_ds.stability.events import loss_excess, plain_jumps
+from mocov3_ds.stability.events import loss_excess, loss_ratio, plain_jumps
 from mocov3_ds.stability.findings import Array, Judgement, LossEvent, Series
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.knn_curve import best_and_final_accuracy
@@ -43,12 +43,16 @@ class JudgedRun:
     @cached_property
     def loss_excess(self) -> Array:
         """How far the loss is above its trailing median in percent, (T,)."""
-        return loss_excess(self.series)
+        return loss_excess(self.series, self._loss_ratio)
 
     @cached_property
     def jumps(self) -> Sequence[LossEvent]:
         """Plain jumps of the loss (`events.plain_jumps`)."""
-        return plain_jumps(self.series)
+        return plain_jumps(self.series, self._loss_ratio)
+
+    @cached_property
+    def _loss_ratio(self) -> Array:
+        return loss_ratio(self.series)
 
 
 Arms = Mapping[str, Sequence[JudgedRun]]

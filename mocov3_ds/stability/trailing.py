@@ -18,42 +18,94 @@ ENOUGH = 200
 deviations uncertain"""
 
 
-def trailing_level(values_T: Array, window: int, at_least: int) -> Array:
-    """Median of the `window` values before each one, (T,), taken anew every eighth of a window.
+class TrailingLevel:
+    """Medians of the `window` values before each one of a series, taken anew every eighth of it.
 
     Early values have shorter pasts; NaN where there are fewer than `at_least` of them. Of windows
     of 400 values or more, every second, third ... value counts, such that `ENOUGH` of them do.
 
+    The levels of a series that comes again with a few other values are those of before, but for
+    windows that hold one of these.
+
     Args:
-        values_T: finite values of one series, (T,).
         window: values of the past that count.
         at_least: fewest values that make a level.
     """
-    level_T = np.full(len(values_T), np.nan)
-    hop = max(1, window // HOPS)
-    row = at_least
-    while row < min(window, len(values_T)):
-        following = max(row // HOPS, min(hop, at_least))
-        level_T[row : row + following] = median_of(values_T[:row])
-        row += following
-    if len(values_T) > window:
-        apart = max(window // ENOUGH, 1)
-        earlier = np.lib.stride_tricks.sliding_window_view(values_T[:-1], window)
-        levels = np.repeat(medians_of_windows(earlier[::hop, ::-apart]), hop)
-        level_T[window:] = levels[: len(values_T) - window]
-    return level_T
+
+    def __init__(self, window: int, at_least: int) -> None:
+        self._window, self._at_least = window, at_least
+        self._values_T: Array | None = None
+        self._level_T = np.empty(0)
+
+    def take(self, values_T: Array) -> Array:
+        """The level of each value, (T,), of a series of finite values, (T,)."""
+        if self._values_T is None:
+            level_T, changed = np.full(len(values_T), np.nan), None
+        else:
+            level_T, changed = self._level_T.copy(), np.flatnonzero(values_T != self._values_T)
+        if changed is None or len(changed):
+            self._take_early(values_T, level_T, 0 if changed is None else int(changed[0]))
+            if len(values_T) > self._window:
+                self._take_windows(values_T, level_T, changed)
+        self._values_T, self._level_T = values_T, level_T
+        return level_T
+
+    def _take_early(self, values_T: Array, level_T: Array, changed: int) -> None:
+        """Write the levels of the values that have less than a window before them.
+
+        `changed` is the row of the first value whose level is not known yet.
+        """
+        row, end = self._at_least, min(self._window, len(values_T))
+        while row < end:
+            following = max(row // HOPS, min(self._hop, self._at_least))
+            if changed < row:
+                level_T[row : min(row + following, end)] = median_of(values_T[:row])
+            row += following
+
+    def _take_windows(self, values_T: Array, level_T: Array, changed: Steps | None) -> None:
+        """Write the levels of whole windows: of those with a changed value, or of all."""
+        apart = max(self._window // ENOUGH, 1)
+        earlier = np.lib.stride_tricks.sliding_window_view(values_T[:-1], self._window)
+        windows_NW = earlier[:: self._hop, ::-apart]
+        if changed is None:
+            levels_N = medians_of_windows(windows_NW)
+        else:
+            begin_N = self._hop * np.arange(len(windows_NW))
+            ends = (
+                np.searchsorted(changed, begin_N),
+                np.searchsorted(changed, begin_N + self._window),
+            )
+            anew_N = ends[0] < ends[1]
+            levels_N = level_T[self._window :: self._hop].copy()
+            levels_N[anew_N] = medians_of_windows(windows_NW[anew_N])
+        level_T[self._window :] = np.repeat(levels_N, self._hop)[: len(values_T) - self._window]
+
+    @property
+    def _hop(self) -> int:
+        return max(1, self._window // HOPS)
 
 
-def trailing_noise(values_T: Array, window: int, at_least: int) -> tuple[Array, Array]:
-    """Median of the values before each one, (T,), and their standard deviation about it, (T,).
+class TrailingNoise:
+    """Levels as of `TrailingLevel`, and the standard deviation of the values about them.
 
     The deviation is that of their median absolute deviation, as events make the others larger.
+
+    Args:
+        window: values of the past that count.
+        at_least: fewest values that make a level.
     """
-    if len(values_T) == 0:
-        return np.empty(0), np.empty(0)
-    level_T = trailing_level(values_T, window, at_least)
-    apart_T = np.abs(values_T - np.where(np.isnan(level_T), median_of(values_T), level_T))
-    return level_T, MAD_TO_DEVIATION * trailing_level(apart_T, window, at_least)
+
+    def __init__(self, window: int, at_least: int) -> None:
+        self._levels = TrailingLevel(window, at_least)
+        self._spreads = TrailingLevel(window, at_least)
+
+    def take(self, values_T: Array) -> tuple[Array, Array]:
+        """The level of each value, (T,), and the standard deviation, (T,), of finite values."""
+        if len(values_T) == 0:
+            return np.empty(0), np.empty(0)
+        level_T = self._levels.take(values_T)
+        apart_T = np.abs(values_T - np.where(np.isnan(level_T), median_of(values_T), level_T))
+        return level_T, MAD_TO_DEVIATION * self._spreads.take(apart_T)
 
 
 def window_length(rows: int, at_least: int) -> int:

@@ -92,7 +92,10 @@ def test_a_plain_jump_is_one_percent_above_the_median() -> None:
         (301, pytest.approx(0.05)),
         (501, pytest.approx(0.05)),
     ]
+    ratio_T = events.loss_ratio(flat)
+    assert events.plain_jumps(flat, ratio_T) == events.plain_jumps(flat)
     excess_T = events.loss_excess(flat)
+    np.testing.assert_array_equal(events.loss_excess(flat, ratio_T), excess_T)
     assert np.isnan(excess_T[:100]).all()
     assert excess_T[300] == pytest.approx(5.0)
     assert np.sum(excess_T > 1) == 2
