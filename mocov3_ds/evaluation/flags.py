@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
@@ -17,7 +17,7 @@ from mocov3_ds.settings.bounds import (
     Seed,
     Share,
 )
-from mocov3_ds.settings.paths import expand_home
+from mocov3_ds.settings.command_line import read_flags
 
 FeatureType = Literal["fp32", "fp16"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -25,17 +25,33 @@ Encoder = Annotated[Path, tyro.conf.Positional]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedOptions:
-    """How features are computed and stored."""
+class EncoderChoice:
+    """Which encoder of a run, or of a file of weights."""
 
     which: EncoderRole = "base"
     """base or momentum encoder"""
+    heads: Count = 0
+    """attention heads where the weights cannot tell; 0 = the paper's for their width"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitChoice:
+    """Which labelled images."""
+
+    train: str = ""
+    """labelled training shards; empty = those of the run"""
+    val: str = ""
+    """labelled held-out shards; empty = the run's probe shards"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions(EncoderChoice):
+    """How features are computed and stored."""
+
     dtype: FeatureType = "fp32"
     """type of the stored features; they are computed in fp32"""
     image_size: int = 0
     """side of a crop, pixels; 0 = as pretrained"""
-    heads: int = 0
-    """attention heads, if the weights cannot tell; 0 = the paper's for their width"""
     batch: int = 256
     """images per forward pass of a rank"""
     threads: int = 4
@@ -45,46 +61,30 @@ class EmbedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookOptions:
+class LookOptions(EncoderChoice, SplitChoice):
     """What the pictures of an encoder show."""
 
-    which: EncoderRole = "base"
-    """base or momentum encoder"""
-    train: str = ""
-    """labelled training shards; empty = those of the run"""
-    val: str = ""
-    """labelled held-out shards; empty = the run's probe shards"""
     images: int = 8
     """number of held-out images that are shown, spread evenly over their set"""
     neighbours: int = 8
     """number of training images beside each of them"""
     bank: int = 10000
     """number of training images that are searched, spread evenly over their set"""
-    heads: int = 0
-    """attention heads, if the weights cannot tell; 0 = the paper's for their width"""
     threads: int = 4
     """number of decode threads"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
+class SupervisedConfig(EncoderChoice, SplitChoice):
     """Settings that the linear probe and fine-tuning have in common."""
 
     run: Encoder
     """run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder)"""
-    which: EncoderRole = "base"
-    """base or momentum encoder"""
-    train: str = ""
-    """labelled training shards; empty = those of the run"""
-    val: str = ""
-    """labelled held-out shards; empty = the run's probe shards"""
     epochs: int
     batch: int
     micro_batch: int
     image_size: Count = 0
     """side of a crop, pixels; 0 = as pretrained"""
-    heads: Count = 0
-    """attention heads where the weights cannot tell; 0 = the paper's for their width"""
     seed: Seed = 0
     """seed of the initialisation, of the order and of all random draws"""
     workers: Count = 4
@@ -184,7 +184,7 @@ class FinetuneConfig(SupervisedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnOptions:
+class KnnOptions(EncoderChoice, SplitChoice):
     """Weighted k-NN accuracy of an encoder, with the whole training split as the bank.
 
     Works on all ranks: `torchrun --nproc-per-node 8 -m mocov3_ds.cli knn RUN`.
@@ -192,20 +192,12 @@ class KnnOptions:
 
     run: Encoder
     """run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder)"""
-    train: str = ""
-    """labelled training shards; empty = those of the run"""
-    val: str = ""
-    """labelled shards to classify; empty = the run's probe shards"""
-    which: EncoderRole = "base"
-    """base or momentum encoder"""
     k: int = 200
     """number of neighbours that vote"""
     temperature: float = 0.07
     """a neighbour votes with exp(similarity / temperature)"""
     image_size: int = 0
     """side of a crop, pixels; 0 = as pretrained"""
-    heads: int = 0
-    """attention heads, if the weights cannot tell; 0 = the paper's for their width"""
     batch: int = 256
     """images per forward pass of a rank"""
     threads: int = 4
@@ -221,21 +213,17 @@ class KnnOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(EncoderChoice):
     """Write an encoder for another program, with a model card, and check its features there."""
 
     run: Encoder
     """run folder, or anything else that holds an encoder (see mocov3_ds.load_encoder)"""
     to: Format = "timm"
     """program that will load it: timm, DeiT, transformers (hf) or the published MoCo v3 code"""
-    which: EncoderRole = "base"
-    """base or momentum encoder"""
     out: Path | None = None
     """folder to make; empty = RUN-TO-WHICH beside the run"""
     image_size: int = 0
     """side of an image, pixels; 0 = as pretrained"""
-    heads: int = 0
-    """attention heads, if the weights cannot tell; 0 = the paper's for their width"""
     push: str = ""
     """repository USER/NAME of a Hub (HF_ENDPOINT, with the token of HF_TOKEN or of `hf auth
     login`) that gets the folder, too; empty = none"""
@@ -268,38 +256,31 @@ class LookCommand(LookOptions):
     """folder of the pictures; empty = RUN/look-WHICH, or FILE-evaluation/look-WHICH"""
 
 
-FlagsT = TypeVar("FlagsT")
-
-
-def _read_flags(flags: type[FlagsT], program: str, arguments: Sequence[str]) -> FlagsT:
-    return tyro.cli(flags, prog=program, args=expand_home(arguments))
-
-
 def read_knn_flags(arguments: Sequence[str]) -> KnnOptions:
     """The flags that follow `mocov3 knn`; help and what is wrong end in SystemExit."""
-    return _read_flags(KnnOptions, "mocov3 knn", arguments)
+    return read_flags(KnnOptions, "mocov3 knn", arguments)
 
 
 def read_export_flags(arguments: Sequence[str]) -> ExportOptions:
     """The flags that follow `mocov3 export`; help and what is wrong end in SystemExit."""
-    return _read_flags(ExportOptions, "mocov3 export", arguments)
+    return read_flags(ExportOptions, "mocov3 export", arguments)
 
 
 def read_embed_flags(arguments: Sequence[str]) -> EmbedCommand:
     """The flags that follow `mocov3 embed`; help and what is wrong end in SystemExit."""
-    return _read_flags(EmbedCommand, "mocov3 embed", arguments)
+    return read_flags(EmbedCommand, "mocov3 embed", arguments)
 
 
 def read_look_flags(arguments: Sequence[str]) -> LookCommand:
     """The flags that follow `mocov3 look`; help and what is wrong end in SystemExit."""
-    return _read_flags(LookCommand, "mocov3 look", arguments)
+    return read_flags(LookCommand, "mocov3 look", arguments)
 
 
 def read_linear_flags(arguments: Sequence[str]) -> LinearConfig:
     """The flags of a linear probe; help and what is wrong end in SystemExit."""
-    return _read_flags(LinearConfig, "python -m mocov3_ds.evaluation.linear", arguments)
+    return read_flags(LinearConfig, "python -m mocov3_ds.evaluation.linear", arguments)
 
 
 def read_finetune_flags(arguments: Sequence[str]) -> FinetuneConfig:
     """The flags of a fine-tuning; help and what is wrong end in SystemExit."""
-    return _read_flags(FinetuneConfig, "python -m mocov3_ds.evaluation.finetune", arguments)
+    return read_flags(FinetuneConfig, "python -m mocov3_ds.evaluation.finetune", arguments)

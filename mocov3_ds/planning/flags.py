@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from mocov3_ds.settings import command_line
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
@@ -88,4 +90,4 @@ def read_flags(arguments: Sequence[str]) -> PlanOptions:
     Raises:
         SystemExit: tyro has printed help, or what is wrong.
     """
-    return tyro.cli(PlanOptions, prog="mocov3 plan", args=arguments)
+    return command_line.read_flags(PlanOptions, "mocov3 plan", arguments)

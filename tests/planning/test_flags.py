@@ -12,6 +12,7 @@ def test_flags_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert read_flags(arguments) == PlanOptions(
         gpus="8xT4", as_json=True, ds=("a.b=1", "c=2"), picture=Path("p.png")
     )
+    assert read_flags(["--rates=~/gpu.json"]).rates == Path.home() / "gpu.json"
     with pytest.raises(SystemExit) as ended:
         read_flags(["--gpuss", "1"])
     assert ended.value.code == 2

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from mocov3_ds.settings import command_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,4 +41,4 @@ def read_flags(arguments: Sequence[str]) -> GpuOptions:
     Raises:
         SystemExit: tyro has printed help, or what is wrong.
     """
-    return tyro.cli(GpuOptions, prog="mocov3 gpu", args=arguments)
+    return command_line.read_flags(GpuOptions, "mocov3 gpu", arguments)
