@@ -10,34 +10,25 @@ A cell that diverged has ended like any other and stops nothing. The same comman
 has ended, continues what was cut short, and tries again what failed.
 """
 
-import ctypes
 import dataclasses
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.monitoring.metrics_file import read_rows
-from mocov3_ds.settings.comparison import differences
-from mocov3_ds.stability.grid import Cell, Grid
-from mocov3_ds.stability.planned import as_trees
+from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.trainings import run_to_end
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 Status = Literal["done", "diverged", "failed", "stopped", "waiting"]
 _DIVERGED = 3  # exit status of train.py
-_PR_SET_PDEATHSIG = 1
-_SECONDS_TO_SAVE = 120
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class Outcome:
         """Write the outcome into a grid's folder."""
         tree = dataclasses.asdict(self)
         tree["words"] = tree.pop("message")  # the file's key
-        _write_json(folder / "outcomes" / f"{self.cell}.json", tree)
+        write_json(folder / "outcomes" / f"{self.cell}.json", tree)
 
 
 def read_outcome(folder: Path, name: str) -> Outcome | None:
@@ -72,76 +63,6 @@ def read_outcome(folder: Path, name: str) -> Outcome | None:
         return None
     tree = json.loads(path.read_text())
     return Outcome(message=tree.pop("words"), **tree)
-
-
-def prepare_folder(
-    folder: Path, grid: Grid, *, launcher: str, extra: Sequence[str], command: str = ""
-) -> None:
-    """Write down what is to run, or check that the folder belongs to this grid.
-
-    Cells may be added to a folder (more seeds); none may change.
-
-    Args:
-        folder: folder of the grid; it is made if it does not exist.
-        grid: the grid with its cells.
-        launcher: command line before train.py; `{port}` becomes a free port.
-        extra: flags of train.py for every cell.
-        command: command that asked for the cells, for the page about them.
-
-    Raises:
-        ValueError: the folder holds another grid.
-    """
-    path = folder / "grid.json"
-    cells = {
-        cell.name: {**dataclasses.asdict(cell), "flags": [*cell.flags(), *extra]}
-        for cell in grid.cells
-    }
-    if path.exists():
-        earlier = json.loads(path.read_text())["cells"]
-        for name in sorted({*earlier} & {*cells}):
-            _check_same_flags(folder, name, earlier[name]["flags"], cells[name]["flags"])
-        cells = {**earlier, **cells}
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no grid.json; give --runs another one.")
-    for inner in ("cells", "logs", "outcomes"):
-        (folder / inner).mkdir(parents=True, exist_ok=True)
-    tree = {
-        "name": grid.name,
-        "scale": grid.scale,
-        "title": grid.title,
-        "about": grid.about,
-        "launcher": launcher,
-        "command": command,
-        "comparisons": as_trees(grid.planned),
-        "cells": cells,
-    }
-    _write_json(path, tree)
-
-
-def _check_same_flags(folder: Path, name: str, earlier: list[str], present: list[str]) -> None:
-    if earlier != present:
-        changes = list(differences(_values_by_flag(earlier), _values_by_flag(present)))
-        raise ValueError(
-            f"{folder} holds another grid: cell {name} has other flags: "
-            f"{'; '.join(changes[:3]) or 'their order'}. Give --runs another folder, or move this "
-            "one away."
-        )
-
-
-def _values_by_flag(flags: Sequence[str]) -> dict[str, str]:
-    """Flags as a mapping; values of `--ds` go by the key that they set, e.g. `--ds optimizer`."""
-    values: dict[str, str] = {}
-    flag = ""
-    for word in flags:
-        if word.startswith("--"):
-            flag = word
-            values.setdefault(flag, "")
-        elif flag == "--ds":
-            key, _, value = word.partition("=")
-            values[f"--ds {key}"] = value
-        else:
-            values[flag] = f"{values.get(flag, '')} {word}".strip()
-    return values
 
 
 def read_grid_json(folder: Path) -> dict[str, Any]:
@@ -180,14 +101,10 @@ def default_launcher() -> str:
     return "deepspeed --master_port {port}" if devices.has_usable_card() else sys.executable
 
 
-_running: set[subprocess.Popen[bytes]] = set()
-"""trainings of this process; all of them are told to stop when it is interrupted"""
-
-
 def run_cell(folder: Path, name: str) -> Outcome:
     """Train one cell of a grid's folder to its end in a process of its own, unless it has ended.
 
-    If this process is killed, the training gets SIGTERM: it saves and leaves.
+    If this process is interrupted or killed, the training saves and leaves first (`trainings`).
     """
     earlier = read_outcome(folder, name)
     if earlier is not None and earlier.ended:
@@ -197,7 +114,7 @@ def run_cell(folder: Path, name: str) -> Outcome:
     started = time.perf_counter()
     with log.open("ab") as file:
         begin = file.tell()
-        status = _train(cell_command(folder, tree, name), file.fileno())
+        status = run_to_end(cell_command(folder, tree, name), file.fileno())
     printed = log.read_bytes()[begin:].decode(errors="replace")
     outcome = Outcome(
         cell=name,
@@ -208,48 +125,6 @@ def run_cell(folder: Path, name: str) -> Outcome:
     )
     outcome.write(folder)
     return outcome
-
-
-def _train(command: list[str], output: int) -> int:
-    """Exit status of a training, whose output goes to an open file."""
-    process = subprocess.Popen(
-        command,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
-    )
-    try:
-        _running.add(process)
-        return process.wait()
-    except BaseException:
-        _stop_process(process)
-        raise
-    finally:
-        _running.discard(process)
-
-
-def _die_with(parent: int) -> None:
-    """In the new process: SIGTERM when the parent dies, also when it is dead already."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _stop_process(process: subprocess.Popen[bytes]) -> None:
-    """Ask a training to save and leave; kill it after two minutes."""
-    process.terminate()
-    try:
-        process.wait(_SECONDS_TO_SAVE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def terminate_all() -> None:
-    """Ask every training of this process to save and leave, without waiting for it."""
-    for process in list(_running):
-        process.terminate()
 
 
 def name_status(run: Path, exit_status: int, printed: str) -> Status:
@@ -278,5 +153,6 @@ def _last_message(printed: str) -> str:
     return (errors or lines or [""])[-1][:400]
 
 
-def _write_json(path: Path, tree: Any) -> None:
+def write_json(path: Path, tree: Any) -> None:
+    """Write a JSON file of a grid's folder, whole or not at all."""
     atomic.write_text(path, json.dumps(tree, indent=1))

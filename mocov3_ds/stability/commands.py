@@ -1,10 +1,8 @@
 """`mocov3 stability`: grids of runs, their report, and the runs without one layer group."""
 
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,9 +10,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mocov3_ds.data import storage
-from mocov3_ds.stability import cells, executors
+from mocov3_ds.settings.wording import count_noun
+from mocov3_ds.stability import cells, executors, grid_folder
 from mocov3_ds.stability.cell_table import format_cells, tabulate_cells, write_cell_table
 from mocov3_ds.stability.grid import Grid, Scale, load_grid
+from mocov3_ds.stability.grid_outlook import foresee
+from mocov3_ds.stability.trainings import signals_as_interrupts
 
 Name = Annotated[str, tyro.conf.Positional]
 Folder = Annotated[Path, tyro.conf.Positional]
@@ -72,28 +73,32 @@ def run(
     study = load_grid(grid, options.scale, options.seeds)
     extra = [*_data_flags(study, options), *shlex.split(options.flags)]
     folder = options.runs_folder / f"{study.name}-{study.scale}"
+    launcher = options.launcher or cells.default_launcher()
+    print(f"{study.title} at scale {study.scale}, in {folder}")
+    print("\n".join(foresee(study, extra).describe()))
     if options.dry_run:
-        print(f"{study.title} at scale {study.scale}: {len(study.cells)} cells in {folder}")
-        launcher = options.launcher or cells.default_launcher()
+        print(study.about)
         for cell in study.cells:
             command = shlex.join([str(cells.TRAIN), *cell.flags(), *extra])
             print(launcher.replace("{port}", "29500"), command)
         return
-    cells.prepare_folder(
-        folder,
-        study,
-        launcher=options.launcher or cells.default_launcher(),
-        extra=extra,
-        command=_run_command(grid, options),
-    )
+    grid_folder.check_folder(folder, study, extra)  # before a file is made in it
+    with grid_folder.folder_kept(folder):
+        command = _run_command(grid, options)
+        grid_folder.prepare_folder(folder, study, launcher=launcher, extra=extra, command=command)
+        _run_cells(folder, study, options)
+
+
+def _run_cells(folder: Path, study: Grid, options: GridOptions) -> None:
+    """Train the cells that have not ended, or hand them to Slurm."""
     names = []
     for cell in study.cells:
         outcome = cells.read_outcome(folder, cell.name)
         if outcome is None or not outcome.ended:
             names.append(cell.name)
     print(
-        f"{study.title} ({study.scale}): {len(names)} of {len(study.cells)} cells to run in "
-        f"{folder}"
+        f"{len(names)} of {count_noun(len(study.cells), 'cell')} to run; the time that is left "
+        "stands in the bar once the first has ended"
     )
     if options.executor == "slurm" and names:
         script = executors.write_slurm_script(
@@ -107,7 +112,7 @@ def run(
 
 def _train_cells(folder: Path, names: list[str], total: int, options: GridOptions) -> None:
     """Train cells on this machine or on Ray, and print the table of all cells."""
-    with _sigterm_as_interrupt():
+    with signals_as_interrupts():
         if options.executor == "ray":
             outcomes = executors.run_on_ray(folder, names, cpus=options.cpus, gpus=options.gpus)
         else:
@@ -182,7 +187,7 @@ def cell(folder: Folder, name: Name, /) -> None:
     names = cells.read_grid_json(folder)["cells"]
     if name not in names:
         raise ValueError(f"{folder} has no cell {name!r}; there are {', '.join(names)}.")
-    with _sigterm_as_interrupt():
+    with signals_as_interrupts():
         outcome = cells.run_cell(folder, name)
     print(f"{outcome.status}: {name}{': ' * bool(outcome.message)}{outcome.message}")
 
@@ -264,7 +269,7 @@ def replay(
     options = counterfactual.CounterfactualOptions(
         factor=factor, groups=groups, launcher=launcher, workers=workers
     )
-    with _sigterm_as_interrupt():
+    with signals_as_interrupts():
         answer = counterfactual.repeat_without_groups(
             run,
             counterfactual.choose_event(run, event),
@@ -274,20 +279,6 @@ def replay(
         )
     print(counterfactual.format_answer(answer))
     print(f"{answer.out / 'replay.png'}\n{answer.out / 'replay.csv'}")
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM ends this program as Ctrl-C does: the cells save and leave first."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

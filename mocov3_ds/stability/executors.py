@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from mocov3_ds.data.storage import atomic
-from mocov3_ds.stability.cells import Outcome, run_cell, terminate_all
+from mocov3_ds.stability.cells import Outcome, run_cell
+from mocov3_ds.stability.trainings import stop_all
 
 _RETRIES = 3  # of a cell whose Ray node died
 
@@ -30,7 +31,7 @@ def run_here(folder: Path, names: Sequence[str], workers: int) -> Iterator[Outco
             yield future.result()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        terminate_all()  # the threads that wait for the trainings write down how they end
+        stop_all()  # the threads that wait for the trainings write down how they end
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -38,7 +38,7 @@ class ForkFolder:
     Args:
         folder: the folder; it exists.
         settings: the run's `config.json`.
-        launcher: command line before train.py, see `cells.prepare_folder`.
+        launcher: command line before train.py, see `grid_folder.prepare_folder`.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], launcher: str) -> None:

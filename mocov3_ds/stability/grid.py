@@ -2,7 +2,8 @@
 
     title = "Beta2 at two rates"
     about = "What the grid asks."
-    seeds = 3                       # seeds 0, 1, 2 (--seeds gives another number)
+    seeds = 3                       # seeds 0, 1, 2 (--seeds gives another number); or [6, 7, 8]
+    effect = 2.0                    # points of k-NN accuracy that it wants to tell, if any
     twins = true                    # each cell again with a frozen patch projection; or arm names
 
     [base]                          # settings of every cell
@@ -15,8 +16,8 @@
     beta2 = 0.95
     axes = { lr = [1e-4, 2e-4] }    # of this arm alone
 
-    [scale.tiny]                    # what differs at a scale: base is merged, an axis of the same
-    base = { recipe = "tiny" }      # name and the arms are replaced
+    [scale.tiny]                    # what differs at a scale: base is merged, `about` goes on, an
+    base = { recipe = "tiny" }      # axis of the same name, the arms and numbers are replaced
     axes = { batch = [64, 128] }
     change = { "short memory" = { beta2 = 0.9 } }   # settings of an arm of the file
 
@@ -32,7 +33,7 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -55,8 +56,10 @@ Scale = Literal["tiny", "cifar", "imagenet"]
 SCALES: tuple[str, ...] = get_args(Scale)
 GRIDS = Path(__file__).parent / "grids"
 
-_FILE_KEYS = ("title", "about", "seeds", "twins", "base", "axes", "arms", "scale", "comparisons")
-_SCALE_KEYS = ("base", "axes", "arms", "change", "seeds", "twins", "comparisons")
+_SCALE_KEYS = (
+    *("about", "seeds", "twins", "effect", "base", "axes", "arms", "change", "comparisons"),
+)
+_FILE_KEYS = ("title", *(key for key in _SCALE_KEYS if key != "change"), "scale")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ class Grid:
     cells: tuple[Cell, ...]
     planned: tuple[PlannedComparison, ...] = ()
     """comparisons that its page tests; none = all of `comparisons.list_pairs`"""
+    file: str = ""
+    """path of the TOML file, if it is from one"""
+    effect: float = 0.0
+    """difference that it wants to tell, in points of k-NN accuracy; 0 = it does not say"""
 
 
 def list_grids() -> list[str]:
@@ -133,9 +140,9 @@ def load_grid(name: str, scale: str, seeds: int | None = None) -> Grid:
         raise ValueError(f"there is no grid file {path}.") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}.") from None
-    grid = lay_out(tree, path.stem, scale, seeds)
+    grid = dataclasses.replace(lay_out(tree, path.stem, scale, seeds), file=str(path.resolve()))
     for cell in grid.cells:
-        if cell.seed == 0:
+        if cell.seed == grid.cells[0].seed:
             check_cell(cell, path.name)
     return grid
 
@@ -155,13 +162,20 @@ def lay_out(tree: Mapping[str, Any], name: str, scale: str, seeds: int | None = 
     if scale not in SCALES:
         raise ValueError(f"no scale {scale!r}{did_you_mean(scale, SCALES)}; there are {SCALES}.")
     try:
-        title = grid_file.read_text(tree, "title", name)
-        about = grid_file.read_text(tree, "about", "").strip()
         cells = _lay_out_cells(tree, scale, seeds)
+        changes = grid_file.read_table(grid_file.read_table(tree, "scale"), scale)
+        merged = {**tree, **changes}
         labels = [*dict.fromkeys(cell.label for cell in cells)]
-        changes = {**tree, **grid_file.read_table(grid_file.read_table(tree, "scale"), scale)}
-        planned = read_planned(changes.get("comparisons"), labels)
-        return Grid(name, scale, title, about, cells, planned)
+        abouts = (grid_file.read_text(table, "about", "").strip() for table in (tree, changes))
+        return Grid(
+            name,
+            scale,
+            title=grid_file.read_text(tree, "title", name),
+            about=" ".join(filter(None, abouts)),
+            cells=cells,
+            planned=read_planned(merged.get("comparisons"), labels),
+            effect=grid_file.read_effect(merged),
+        )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -184,11 +198,11 @@ def _lay_out_cells(tree: Mapping[str, Any], scale: str, seeds: int | None) -> tu
         grid_file.read_table(changes, "change"),
         f"[scale.{scale}.change]",
     )
-    count = grid_file.read_seeds(merged, seeds)
+    all_seeds = grid_file.read_seeds(merged, seeds)
     with_twin = grid_file.read_twins(merged, arms)
     cells: dict[str, Cell] = {}
     for arm in arms:
-        for cell in _arm_cells(arm, base, axes, count, arm.name in with_twin):
+        for cell in _arm_cells(arm, base, axes, all_seeds, arm.name in with_twin):
             _check_same_run(cells.setdefault(cell.name, cell), cell)
     if not cells:
         raise ValueError("the grid has no cells; an axis is empty.")
@@ -198,7 +212,11 @@ def _lay_out_cells(tree: Mapping[str, Any], scale: str, seeds: int | None) -> tu
 
 
 def _arm_cells(
-    arm: Arm, base: Overrides, axes: Mapping[str, list[Any]], seeds: int, with_twin: bool
+    arm: Arm,
+    base: Overrides,
+    axes: Mapping[str, list[Any]],
+    seeds: Sequence[int],
+    with_twin: bool,
 ) -> Iterator[Cell]:
     """A cell for each combination and seed, each followed by its frozen twin `with_twin`."""
     all_axes = {**axes, **arm.axes}
@@ -208,7 +226,7 @@ def _arm_cells(
         variants = [({"patch": "trained", **settings}, varied)]
         if with_twin:
             variants.append(({**settings, "patch": "frozen"}, {**varied, "patch": "frozen"}))
-        for seed in range(seeds):
+        for seed in seeds:
             for complete, different in variants:
                 label = _label(arm.name, different, all_axes)
                 name = f"{_slug(label)}_seed-{seed}"

@@ -103,16 +103,41 @@ def read_text(tree: Mapping[str, Any], key: str, default: str) -> str:
     return value
 
 
-def read_seeds(tree: Mapping[str, Any], count: int | None) -> int:
-    """Number of seeds: `count`, else what the file says, else 3.
+def read_seeds(tree: Mapping[str, Any], count: int | None) -> Sequence[int]:
+    """Seeds of the runs: the first `count`, else what the file says, else 0, 1 and 2.
+
+    A file says how many, or lists them: a second study wants other ones than the first.
 
     Raises:
-        ValueError: it is no number of 1 or more.
+        ValueError: it is neither a number of 1 or more nor a list of different seeds.
     """
-    seeds = count if count is not None else tree.get("seeds", 3)
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+    seeds = tree.get("seeds", 3)
+    if isinstance(seeds, list):
+        if not seeds or len({*seeds}) < len(seeds) or not all(map(_is_seed, seeds)):
+            raise ValueError(f"seeds is {seeds!r}; a list has different numbers of 0 or more.")
+        if count is not None and count > len(seeds):
+            raise ValueError(f"--seeds {count} is more than the {len(seeds)} that the file lists.")
+        return seeds if count is None else seeds[:count]
+    seeds = seeds if count is None else count
+    if not _is_seed(seeds) or seeds < 1:
         raise ValueError(f"seeds is {seeds!r}; it must be a number of 1 or more.")
-    return seeds
+    return range(seeds)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def read_effect(tree: Mapping[str, Any]) -> float:
+    """The difference that a grid wants to tell, in points of accuracy; 0 where it does not say.
+
+    Raises:
+        ValueError: it is no number of 0 or more.
+    """
+    effect = tree.get("effect", 0)
+    if not (_is_number(effect) and effect >= 0):
+        raise ValueError(f"effect is {effect!r}; it must be a number of points, 0 or more.")
+    return float(effect)
 
 
 def read_twins(tree: Mapping[str, Any], arms: Sequence[Arm]) -> list[str]:

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from mocov3_ds.stability.cell_table import tabulate_cells
-from mocov3_ds.stability.cells import prepare_folder
 from mocov3_ds.stability.grid import lay_out, tomllib
+from mocov3_ds.stability.grid_folder import prepare_folder
 
 FAKE = f"{shlex.quote(sys.executable)} {Path(__file__).with_name('fake_training.py')}"
 """a launcher that does not start train.py: the second rate fails once, the third one diverges"""

@@ -1,9 +1,6 @@
 """Cells are ordinary runs in a folder that knows its grid and how each of them ended."""
 
 import json
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +12,7 @@ from mocov3_ds.stability.grid import lay_out, tomllib
 from tests.stability.small_grid import FAKE, RATES, count_starts, prepare
 
 
-def test_a_folder_takes_more_cells_but_no_other_grid(tmp_path: Path) -> None:
-    names = prepare(tmp_path, RATES)
-    more = prepare(tmp_path, RATES.replace("2.0", "0.75"))
-    assert [*read_grid_json(tmp_path)["cells"]] == [*names, more[-1]]
-    with pytest.raises(ValueError, match=r"another grid: cell .*--batch is None there, 64 here"):
-        prepare(tmp_path, RATES + "\n[base]\nbatch = 64")
-    with pytest.raises(ValueError, match=r"--ds optimizer is .* there, .*0\.9.* here"):
-        prepare(tmp_path, RATES + "\n[base]\nbeta2 = 0.9")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/file").write_text("")
-    with pytest.raises(ValueError, match="not empty and holds no grid"):
-        prepare(tmp_path / "other", RATES)
+def test_a_folder_without_a_grid(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no grid\.json"):
         read_grid_json(tmp_path / "none")
 
@@ -83,39 +69,6 @@ def test_outcomes_of_the_version_before_are_read(tmp_path: Path) -> None:
         "words": "out of memory",
     }
     assert read_outcome(tmp_path, "a") == outcome
-
-
-def test_an_interrupt_stops_the_training_first(tmp_path: Path) -> None:
-    script = tmp_path / "sleeps.sh"
-    lines = ["#!/bin/sh", f"trap 'echo saved > {tmp_path}/saved; exit 0' TERM"]
-    lines += [f"echo > {tmp_path}/ready", "while :; do sleep 0.05; done"]
-    script.write_text("\n".join(lines) + "\n")
-    script.chmod(0o755)
-    folder = tmp_path / "grid"
-    name = prepare(folder, RATES, launcher=str(script))[0]
-
-    main_thread = threading.get_ident()
-
-    def interrupt_once_ready() -> None:
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.05)
-        time.sleep(0.3)  # this process has come to wait for the script
-        signal.pthread_kill(main_thread, signal.SIGALRM)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    thread = threading.Thread(target=interrupt_once_ready, daemon=True)
-    thread.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_cell(folder, name)
-    finally:
-        thread.join()
-        signal.signal(signal.SIGALRM, previous)
-    assert (tmp_path / "saved").read_text() == "saved\n"
-    assert read_outcome(folder, name) is None
 
 
 def test_the_fake_launcher_is_in_the_command(tmp_path: Path) -> None:

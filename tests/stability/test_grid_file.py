@@ -19,8 +19,16 @@ def test_arms() -> None:
 
 def test_seeds_and_twins() -> None:
     arms = [Arm("a"), Arm("b")]
-    assert [grid_file.read_seeds({"seeds": 5}, count) for count in (None, 2)] == [5, 2]
-    assert grid_file.read_seeds({}, None) == 3
+    for count, seeds in ((None, [0, 1, 2, 3, 4]), (2, [0, 1])):
+        assert [*grid_file.read_seeds({"seeds": 5}, count)] == seeds
+    assert [*grid_file.read_seeds({}, None)] == [0, 1, 2]
+    for count, seeds in ((None, [9, 6, 7]), (2, [9, 6])):
+        assert grid_file.read_seeds({"seeds": [9, 6, 7]}, count) == seeds
+    with pytest.raises(ValueError, match="--seeds 4 is more than the 3 that the file lists"):
+        grid_file.read_seeds({"seeds": [9, 6, 7]}, 4)
+    for wrong in ([], [1, 1], [-1], [True]):
+        with pytest.raises(ValueError, match="a list has different numbers of 0 or more"):
+            grid_file.read_seeds({"seeds": wrong}, None)
     twins = [{}, {"twins": True}, {"twins": False}, {"twins": ["b"]}]
     assert [grid_file.read_twins(tree, arms) for tree in twins] == [
         *(["a", "b"], ["a", "b"], [], ["b"])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mocov3_ds.stability import comparisons, planned, study_page
-from mocov3_ds.stability.cells import prepare_folder
 from mocov3_ds.stability.comparable_runs import line_up
 from mocov3_ds.stability.grid import lay_out, tomllib
+from mocov3_ds.stability.grid_folder import prepare_folder
 from mocov3_ds.stability.planned import PlannedComparison
 from mocov3_ds.stability.study import Study
 from tests.stability.judged_runs import judged_run

@@ -9,8 +9,9 @@ import numpy as np
 from mocov3_ds.model.layer_groups import group_names
 from mocov3_ds.monitoring.signal_file import SIGNALS, SignalFile
 from mocov3_ds.recipes import parse
-from mocov3_ds.stability.cells import Outcome, prepare_folder
+from mocov3_ds.stability.cells import Outcome
 from mocov3_ds.stability.grid import lay_out, tomllib
+from mocov3_ds.stability.grid_folder import prepare_folder
 
 GRID = """
 title = "Two optimizers & a twin"
