@@ -2,6 +2,7 @@
 
     python -m mocov3_ds.bench signals                      optimizers at ViT-S, and the tiny recipe
     python -m mocov3_ds.bench signals --shapes vit_b16     the optimizers at another size
+    python -m mocov3_ds.bench signals --shapes --blocks 0  the parts and the instruments alone
 
 The optimizer alone: one step on the tensors of a backbone, with the norms alone and with all
 signals, taking turns. The whole step of a run on drawn images: data, views, forward, backward and
@@ -9,12 +10,19 @@ optimizer; with the signals also their row, the spread of the features every 10 
 attention every 50. Blocks of steps with and without signals take turns in one run. Times are CPU
 seconds of the process; medians count. On a busy machine the noise of whole steps is larger than the
 difference, so the parts that each step needs are also timed alone.
+
+The instruments: steps of one run, each with one instrument or with none, in turn. What one look
+costs, in steps, tells how often to look.
 """
 
+import contextlib
+import math
 import os
 import statistics
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +31,7 @@ from torch import nn
 
 from mocov3_ds.bench.optimizer import backbone_shapes, fill_with_noise
 from mocov3_ds.bench.resource_use import time_call
+from mocov3_ds.config.parts import SignalConfig
 from mocov3_ds.distributed import ranks
 from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.layer_groups import group_names, layer_group
@@ -32,6 +41,7 @@ from mocov3_ds.optim import AdamW, Lamb, Lars
 from mocov3_ds.recipes import RECIPES, parse
 from mocov3_ds.training.advance import advance_run
 from mocov3_ds.training.build import build_run
+from mocov3_ds.training.run import Run
 
 _CPU = torch.device("cpu")
 
@@ -55,6 +65,29 @@ class SignalOptions:
     """blocks of steps of the whole run, half of them without signals; 0 = no whole run"""
     steps: int = 10
     """steps of a block"""
+    turns: int = 5
+    """steps with each instrument, of a run of the tiny recipe; 0 = none"""
+
+
+_NEVER = 10**9
+_SILENT = SignalConfig(every=0, features_every=0, attention_every=0)
+INSTRUMENTS: dict[str, tuple[str, SignalConfig]] = {
+    "nothing": ("", _SILENT),
+    "gradients, updates, g / sqrt(v) of all layers": ("every", replace(_SILENT, every=1)),
+    "spread of queries and keys": (
+        "features_every",
+        replace(_SILENT, every=_NEVER, features_every=1),
+    ),
+    "attention per head, activations of blocks": (
+        "attention_every",
+        replace(_SILENT, every=_NEVER, attention_every=1),
+    ),
+    "gradient noise scale": ("noise_every", replace(_SILENT, noise_every=1)),
+    "sharpness and curvature": ("sharpness_every", replace(_SILENT, sharpness_every=1)),
+}
+"""instrument -> its flag, and the settings with which it alone looks at each step"""
+_SMALL = 0.01
+"""share of a run's time that a look may cost without a thought"""
 
 
 class Times(NamedTuple):
@@ -69,6 +102,8 @@ def run_bench(options: SignalOptions) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if min(options.rounds, options.steps) < 1 or options.blocks < 0:
         raise ValueError("--rounds and --steps must be at least 1, --blocks at least 0.")
+    if options.turns < 0:
+        raise ValueError("--turns must be at least 0.")
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread, CPU milliseconds\n")
     print("| step | without | with signals | ratio | added |")
@@ -81,6 +116,32 @@ def run_bench(options: SignalOptions) -> None:
     if options.blocks:
         times = time_whole_steps(["--recipe", "tiny"], options.blocks, options.steps)
         print_row(f"whole step, tiny recipe, {len(times.with_signals)} steps", times)
+    if options.turns:
+        print_instruments(time_instruments(["--recipe", "tiny"], options.turns))
+
+
+def print_instruments(seconds: Mapping[str, Sequence[float]]) -> None:
+    """Print what one look costs, what it costs as a run makes it, and how often costs little.
+
+    Args:
+        seconds: instrument of `INSTRUMENTS` -> CPU seconds of the steps with it.
+    """
+    medians = {name: statistics.median(steps) for name, steps in seconds.items()}
+    alone = medians.pop("nothing")
+    print(
+        f"\none look beside a step of {1e3 * alone:.0f} ms, medians of {len(seconds['nothing'])}\n"
+    )
+    print("| instrument | flag | ms a look | in steps | default | costs a run | 1 % from every |")
+    print("|---|---|---|---|---|---|---|")
+    for name, median in medians.items():
+        flag, _ = INSTRUMENTS[name]
+        in_steps = (median - alone) / alone
+        default = getattr(SignalConfig(), flag)
+        cost = f"{100 * in_steps / default:.1f} %" if default else "-"
+        print(
+            f"| {name} | `--signals.{flag}` | {1e3 * (median - alone):.1f} | {in_steps:.2f} "
+            f"| {default or 'off'} | {cost} | {max(math.ceil(in_steps / _SMALL), 1)} |"
+        )
 
 
 def print_row(name: str, times: Times) -> None:
@@ -151,29 +212,60 @@ def time_whole_steps(flags: list[str], blocks: int, steps: int) -> Times:
         steps: number of steps in a block.
     """
     times = Times([], [])
-    with tempfile.TemporaryDirectory() as folder:
-        run_flags = [*flags, "--runs", folder, "--knn.probes", "0", "--data.threads", "0"]
-        run = build_run(parse(run_flags), ranks.start())
+    with started_run(flags) as run:
         with_signals = run.config
         without = replace(with_signals, signals=replace(with_signals.signals, every=0))
-
-        def step() -> None:
-            advanced = advance_run(run)
-            run.recorder.record(
-                run.step,
-                {"step": run.step, **advanced.measured_values()},
-                sample_ids_B=advanced.batch.sample_ids_B,
-                x1_BCHW=advanced.x1_BCHW,
-                pair=advanced.result.pair,
-                backbone=run.base.backbone,
-            )
-
         for block in range(-1, blocks):  # one more, to warm up
             measures = block % 2 == 1
             run.recorder.config = with_signals if measures else without
             for _ in range(steps):
-                elapsed = time_call(step, _CPU)
+                elapsed = time_call(partial(record_step, run), _CPU)
                 if block >= 0:
                     times[measures].append(elapsed)
-        run.close()
     return times
+
+
+def time_instruments(flags: list[str], turns: int) -> dict[str, list[float]]:
+    """Time steps of one run with each of `INSTRUMENTS` alone, in turn.
+
+    Args:
+        flags: flags of train.py that say which run.
+        turns: number of steps with each that count; the first one beside them does not.
+
+    Returns:
+        Instrument -> CPU seconds of its steps.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in INSTRUMENTS}
+    due = ["--signals.sharpness_every", "1", "--signals.noise_every", "1"]
+    with started_run([*flags, *due]) as run:
+        config = run.config
+        for turn in range(turns + 1):
+            for name, (_, signals) in INSTRUMENTS.items():
+                run.recorder.config = replace(config, signals=signals)
+                run.instruments.signals = signals
+                elapsed = time_call(partial(record_step, run), _CPU)
+                if turn:  # the first allocates, and sharpness begins at random numbers
+                    seconds[name].append(elapsed)
+    return seconds
+
+
+@contextlib.contextmanager
+def started_run(flags: list[str]) -> Iterator[Run]:
+    """A run without k-NN monitor in a folder of its own, which is closed and removed again."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_flags = [*flags, "--runs", folder, "--knn.probes", "0", "--data.threads", "0"]
+        with contextlib.closing(build_run(parse(run_flags), ranks.start())) as run:
+            yield run
+
+
+def record_step(run: Run) -> None:
+    """A step, and what the recorder makes of it."""
+    advanced = advance_run(run)
+    run.recorder.record(
+        run.step,
+        {"step": run.step, **advanced.measured_values()},
+        sample_ids_B=advanced.batch.sample_ids_B,
+        x1_BCHW=advanced.x1_BCHW,
+        pair=advanced.result.pair,
+        backbone=run.base.backbone,
+    )

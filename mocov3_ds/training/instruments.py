@@ -60,7 +60,8 @@ class Instruments:
     def __init__(
         self, signals: SignalConfig, model: QueriesToLoss, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._signals = signals
+        self.signals = signals
+        """how often what is measured; where anything was to be, it may be changed between steps"""
         needs_copy = signals.sharpness_every or signals.noise_every
         self._copy = MeasuredCopy(model, device, dtype) if needs_copy else None
         self._direction_W: Tensor | None = None  # of the last measurement
@@ -73,7 +74,7 @@ class Instruments:
 
     def are_due(self, step: int) -> bool:
         """Whether anything is measured before this step, counted from 1."""
-        signals = self._signals
+        signals = self.signals
         return _is_due(step, signals.sharpness_every) or _is_due(step, signals.noise_every)
 
     def measure(
@@ -102,12 +103,12 @@ class Instruments:
         can_divide = optimizer.step_count > 0 or not has_preconditioner(optimizer)
         with random_numbers_kept(batch.views[0].device):
             weights_W = self._copy.join(_states(optimizer, "weight"))
-            if _is_due(step, self._signals.sharpness_every) and can_divide:
+            if _is_due(step, self.signals.sharpness_every) and can_divide:
                 scale_W = self._copy.join(inverse_preconditioner(optimizer))
                 values |= self._measure_curvature(self._copy, batch, weights_W, scale_W)
                 values["sharpness_limit"] = sharpness_limit(optimizer, lr)
                 values["curvature_limit"] = 2 / lr if lr else float("inf")
-            if _is_due(step, self._signals.noise_every):
+            if _is_due(step, self.signals.noise_every):
                 sample_ids_B = sample_ids_B.to(weights_W.device)
                 noise = measure_noise(self._copy, batch, weights_W, sample_ids_B)
                 values["noise_trace"] = noise.trace
