@@ -195,12 +195,12 @@ def choose_rate(
     if not gain_RS.any():
         return RateChoice(tried, seeds, math.nan, (), None)
     best = int(np.argmax(gain_RS.mean(1)))
-    beside = [row for row in (best - 1, best + 1) if 0 <= row < count]
-    test = compare_pairs(gain_RS[best] - gain_RS[beside], step_of(values_RS))
+    rows = [row for row in (best - 1, best + 1) if 0 <= row < count]
+    test = compare_pairs(gain_RS[best] - gain_RS[rows], step_of(values_RS))
     neighbours = tuple(
         Neighbour(tried[row], float(mean), (float(low), float(high)), bool(p < ALPHA))
         for row, mean, low, high, p in zip(
-            beside, test.mean_X, test.low_X, test.high_X, test.p_X, strict=True
+            rows, test.mean_X, test.low_X, test.high_X, test.p_X, strict=True
         )
     )
     next_rate = None
