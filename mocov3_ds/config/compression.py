@@ -67,7 +67,8 @@ def read_schedule(text: str) -> tuple[Point, ...]:
         text: value of `--compress`, a name in `READY` or points.
 
     Raises:
-        ValueError: it is neither, its progress goes backwards, or it does not end at full length.
+        ValueError: it is neither, its progress goes backwards, it does not end at full length, or
+            it is of full length all along.
     """
     points: list[Point] = []
     for entry in READY.get(text, text).split():
@@ -83,7 +84,17 @@ def read_schedule(text: str) -> tuple[Point, ...]:
             f"--compress {text!r} does not end at full length: its last point must have all tokens "
             f"and the patch scale 1 at a progress of {_LATEST_FULL} or before, e.g. 0.9:1,p1."
         )
+    if text != OFF and not any(_is_shorter(point.length) for point in points):
+        raise ValueError(
+            f"--compress {text!r} has no effect: no point has fewer patches, shares being rounded "
+            f"to multiples of 1/{LEVELS}; leave it out."
+        )
     return tuple(points)
+
+
+def _is_shorter(length: SequenceLength) -> bool:
+    share = min(length.query_share, length.key_share)
+    return length.patch_scale > 1 or round(share * LEVELS) < LEVELS
 
 
 def _read_point(text: str, entry: str, before: Point) -> Point:
@@ -101,8 +112,15 @@ def _read_point(text: str, entry: str, before: Point) -> Point:
             "write the points in the order of the run."
         )
     length = before.length
+    kinds: set[str] = set()
     for value in values.split(","):
         kind = value[:1] if value[:1] in ("q", "k", "p") else ""
+        if kind in kinds or (not kind and kinds & {"q", "k"}):
+            raise ValueError(
+                f"--compress {text!r} says twice how much is kept or how large patches are: "
+                f"{entry!r}; a share for both comes first, and each of q, k and p once."
+            )
+        kinds.add(kind)
         if kind == "p":
             scale = _read_number(text, value[1:], 1.0, 64.0)
             length = replace(length, patch_scale=scale)

@@ -67,6 +67,7 @@ def run_plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> None:
             )
         recipe_batch = find_recipe(options.recipe).config.batch
         batch = options.batch or noise.batch or recipe_batch
+        check_batch(batch)
         print(describe_critical_batch(noise, batch))
     elif options.recipes:
         print(tables.tabulate_recipes(plan_run))

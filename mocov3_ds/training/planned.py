@@ -9,7 +9,13 @@ from typing import Literal
 
 import torch
 
-from mocov3_ds.config.compression import OFF, count_lengths, length_at, read_schedule
+from mocov3_ds.config.compression import (
+    OFF,
+    check_patches,
+    count_lengths,
+    length_at,
+    read_schedule,
+)
 from mocov3_ds.config.run_config import Config, encoder_shape
 from mocov3_ds.distributed import devices, ranks
 from mocov3_ds.monitoring.run_log import peak_memory
@@ -67,7 +73,7 @@ def check_length(config: Config, device: torch.device, total_steps: int) -> None
 
     Raises:
         ValueError: the CPU would take days, this torch is built for GPUs, and `--device cpu` is
-            not given.
+            not given; or the network cannot shorten its sequences as `--compress` says.
     """
     for_gpus = torch.version.cuda is not None or torch.version.hip is not None
     if device.type != "cpu" or not for_gpus or devices.is_cpu_meant():
@@ -89,7 +95,9 @@ def _mean_operations(config: Config) -> float:
     shape = encoder_shape(config)
     if config.compress == OFF:
         return model_operations(shape)
-    lengths = count_lengths(config.compress, patches_of(shape))
+    patches = patches_of(shape)
+    check_patches(config.compress, patches)
+    lengths = count_lengths(config.compress, patches)
     return sum(share * model_operations(shape, length) for length, share in lengths.items())
 
 

@@ -26,6 +26,7 @@ def test_a_schedule_goes_in_straight_lines_and_holds_its_patch_scale() -> None:
     assert shares(text, 0.6) == (0.75, 0.75, 1)
     assert shares(text, 0.8) == shares(text, 1.0) == (1, 1, 1)
     assert shares("0:0.5,p2 0.4:p1 0.8:1", 0.39) == (0.5, 0.5, 2)
+    assert shares("0:0.5,q0.25 0.8:1", 0.0) == (0.25, 0.5, 1)
 
 
 def test_few_lengths_occur() -> None:
@@ -61,6 +62,11 @@ def test_patches_are_counted_and_never_none() -> None:
         ("0:0.5 0.99:1", "does not end at full length"),
         ("0:0.5,p2 0.9:1", "does not end at full length"),
         ("0:q0.5 0.9:q0.75", "does not end at full length"),
+        ("0:1", "has no effect: no point has fewer patches"),
+        ("0:0.97,k1 0.9:1", "has no effect: no point has fewer patches"),
+        ("0:0.5,0.25 0.9:1", "says twice how much is kept or how large patches are: '0:0.5,0.25'"),
+        ("0:q0.5,1 0.9:1", "says twice"),
+        ("0:0.5,p2,p1 0.9:1,p1", "says twice"),
         ("0:0.5 0.6:0.7 0.5:0.8 0.9:1", "goes back from the progress 0.6 to 0.5"),
         ("0:half 0.9:1", "'half' is no number from 0.03125 to 1"),
         ("0:0 0.9:1", "'0' is no number"),

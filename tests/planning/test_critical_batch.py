@@ -90,6 +90,8 @@ def test_a_run_is_compared_with_its_own_batch(
     assert "batch 8 = 1" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--recipe tiny would have no effect beside"):
         run_plan(PlanOptions(critical_batch=str(run), recipe="tiny"))
+    with pytest.raises(ValueError, match="--batch -8 has nothing to contrast"):
+        run_plan(PlanOptions(critical_batch="96", batch=-8))
 
 
 def test_the_table() -> None:

@@ -76,6 +76,9 @@ def test_days_on_the_cpu_are_refused_unless_they_are_meant(monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"400 steps would take 3 days"):
         check_length(long, cpu, 400)
     check_length(replace(long, compress="4x"), cpu, 400)
+    convnet = replace(long, compress="4x", model=replace(long.model, backbone="resnet18"))
+    with pytest.raises(ValueError, match="resnet18 has none that can be left out"):
+        check_length(convnet, cpu, 400)
     monkeypatch.setattr(torch.version, "cuda", None)  # a torch for CPUs was chosen
     check_length(long, cpu, 1000)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
