@@ -66,7 +66,7 @@ class SignalOptions:
     steps: int = 10
     """steps of a block"""
     turns: int = 5
-    """steps with each instrument, of a run of the tiny recipe; 0 = none"""
+    """steps with each instrument, of a run of the tiny recipe, 2 or more; 0 = none"""
 
 
 _NEVER = 10**9
@@ -102,8 +102,8 @@ def run_bench(options: SignalOptions) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if min(options.rounds, options.steps) < 1 or options.blocks < 0:
         raise ValueError("--rounds and --steps must be at least 1, --blocks at least 0.")
-    if options.turns < 0:
-        raise ValueError("--turns must be at least 0.")
+    if options.turns < 0 or options.turns == 1:
+        raise ValueError("--turns must be 0, or at least 2.")
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, 1 thread, CPU milliseconds\n")
     print("| step | without | with signals | ratio | added |")

@@ -65,11 +65,12 @@ def test_each_instrument_looks_alone(tmp_path: Path) -> None:
 
 def test_how_often_a_look_costs_little(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = {name: [0.1, 0.1, 9.0] for name in signals.INSTRUMENTS}
+    seconds["nothing"] = [0.12, 0.09, 0.1]
     seconds["sharpness and curvature"] = [1.1, 1.1, 0.0]
     seconds["attention per head, activations of blocks"] = [0.15, 0.15, 0.15]
     signals.print_instruments(seconds)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "one look beside a step of 100 ms, medians of 3"
+    assert lines[1] == "one look beside a step of 100 ms (90 to 120), medians of 3"
     rows = {row[0]: row[2:] for row in (line.strip("| ").split(" | ") for line in lines[5:])}
     assert rows["sharpness and curvature"] == ["1000.0", "10.00", "off", "-", "1000"]
     assert rows["attention per head, activations of blocks"] == [
@@ -103,8 +104,8 @@ def test_a_command_of_one_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[4].startswith("| tiny recipe: optimizer, row, alarms | ")
     with pytest.raises(ValueError, match="--rounds and --steps must be at least 1"):
         signals.run_bench(signals.SignalOptions(rounds=0))
-    with pytest.raises(ValueError, match="--turns must be at least 0"):
-        signals.run_bench(signals.SignalOptions(turns=-1))
+    with pytest.raises(ValueError, match="--turns must be 0, or at least 2"):
+        signals.run_bench(signals.SignalOptions(turns=1))
 
 
 def test_half_of_the_steps_are_measured(tmp_path: Path) -> None:
