@@ -35,8 +35,8 @@ from mocov3_ds.model.cpu_ops import linear
 
 _MULTIPLE = 16
 """what the sizes of a product in fp8 must be multiples of on a GPU"""
-_EXPONENT_BITS = 0x7F800000
-"""those of an fp32 number; alone they are the power of two below it, or infinity"""
+_EXPONENT_BITS = 0x7F80
+"""those of a bf16 number; alone they are the power of two below it, or infinity"""
 _LARGEST_POWER = 128.0
 """power of two below the largest number of a scaled row"""
 _SMALLEST = 2.0**-100
@@ -84,11 +84,11 @@ class _Product(torch.autograd.Function):
 
 
 def multiply_rows(a_RK: Tensor, b_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Product a b' + bias (R, N) in fp8, in the dtype of `a_RK`; sums are fp32.
+    """Product a b' + bias (R, N) of bf16 tensors in fp8; sums are fp32, the product bf16.
 
     Args:
-        a_RK: rows, bf16 or fp32.
-        b_NK: rows of the other factor, of the same dtype.
+        a_RK: rows of the first factor.
+        b_NK: rows of the second factor.
         bias_N: added to each row.
     """
     quantised_RK, scale_R1 = quantise_rows(a_RK)
@@ -96,22 +96,21 @@ def multiply_rows(a_RK: Tensor, b_NK: Tensor, bias_N: Tensor | None = None) -> T
     by_row = ScalingType.RowWise
     return scaled_mm(
         quantised_RK, quantised_NK.t(), scale_R1, by_row, scale_N1.t(), by_row,
-        bias=bias_N, output_dtype=a_RK.dtype,
+        bias=bias_N, output_dtype=torch.bfloat16,
     )  # fmt: skip
 
 
 def quantise_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3 (R, K), and the fp32 power of two (R, 1) that each was divided by.
+    """Rows of bf16 in e4m3 (R, K), and the fp32 power of two (R, 1) that each was divided by.
 
     The scale of a row that is not finite is infinite, so that no product hides it (the conversion
     itself turns infinity into 448).
     """
-    largest_R1 = torch.linalg.vector_norm(
-        x_RK, math.inf, dim=-1, keepdim=True, dtype=torch.float32
-    ).clamp_min(_SMALLEST)
-    power_R1 = (largest_R1.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
-    scaled_RK = x_RK * (_LARGEST_POWER / power_R1).to(x_RK.dtype)
-    return scaled_RK.to(torch.float8_e4m3fn).contiguous(), power_R1 / _LARGEST_POWER
+    largest_R1 = torch.linalg.vector_norm(x_RK, math.inf, dim=-1, keepdim=True)
+    bits_R1 = largest_R1.clamp_min(_SMALLEST).view(torch.int16) & _EXPONENT_BITS
+    scale_R1 = bits_R1.view(torch.bfloat16) / _LARGEST_POWER
+    scaled_RK = x_RK * scale_R1.reciprocal()  # exact, but for what e4m3 rounds to nothing
+    return scaled_RK.to(torch.float8_e4m3fn).contiguous(), scale_R1.float()
 
 
 def compute_in_fp8(blocks: Iterable[nn.Module]) -> None:

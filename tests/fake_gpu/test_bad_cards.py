@@ -78,6 +78,15 @@ def test_a_card_without_kernels_or_without_bf16(
     assert ends["fp16"][0] == (2 if capability == (7, 0) else 0), ends["fp16"][2][-2000:]
 
 
+def test_a_card_without_fp8(flags: list[str]) -> None:
+    fp8 = [*flags, "--ds", "bf16.enabled=true", "--model.fp8"]
+    gpu = FakeGpu(capability=(8, 6), name="Old Card")
+    status, sentence, _ = run_on_fake_gpu(run_each, {"fp8": fp8}, gpu=gpu)["fp8"]
+    assert status == 2 and "Old Card has compute capability 8.6; leave the flag out" in sentence
+    ends = run_on_fake_gpu(run_each, {"fp8": fp8}, gpu=FakeGpu(capability=(9, 0)))
+    assert ends["fp8"][0] == 0, ends["fp8"][2][-2000:]
+
+
 def test_more_ranks_than_cards(flags: list[str]) -> None:
     ranks_of = {"RANK": "5", "LOCAL_RANK": "5", "WORLD_SIZE": "8"}
     ranks_of |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}

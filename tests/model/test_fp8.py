@@ -51,13 +51,13 @@ def test_rows_are_rounded_to_three_bits_by_a_power_of_two() -> None:
 
 def test_odd_rows() -> None:
     """Zeros stay; a number at an edge keeps its scale; what is not finite is never hidden."""
-    x_RK = torch.ones(6, 16)
-    x_RK[0], x_RK[1, 0], x_RK[2, 0], x_RK[3, 3], x_RK[4, 3] = 0, 256.0, 255.9999, torch.inf, -1e-38
-    x_RK[5, 3] = torch.nan
+    x_RK = torch.ones(6, 16).bfloat16()
+    x_RK[0], x_RK[1, 0], x_RK[2, 0], x_RK[4, 3] = 0, 256, 255, -1e-38
+    x_RK[3, 3], x_RK[5, 3] = torch.inf, torch.nan
     q_RK, scale_R1 = quantise_rows(x_RK)
     assert not q_RK[0].float().any() and scale_R1[1] == 2 * scale_R1[2] == 2
     assert q_RK[1, 0].float() == 128 and q_RK[2, 0].float() == 256
-    product_RN = multiply_rows(x_RK, torch.randn(32, 16))
+    product_RN = multiply_rows(x_RK, torch.randn(32, 16).bfloat16())
     assert product_RN.isfinite().all(1).tolist() == [True, True, True, False, True, False]
 
 
@@ -91,11 +91,13 @@ def test_a_result_does_not_depend_on_the_rows_beside_it() -> None:
         assert torch.equal(torch.cat([grad for _, grad in results])[:6], grads)
 
 
-def with_gradient(network: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and the gradient of its half square by the input."""
+def with_gradient(
+    network: Callable[[Tensor], Tensor], x: Tensor, factor: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Output, and the gradient by the input of half its square times a factor for each row."""
     x = x.detach().requires_grad_()
     y = network(x)
-    [gradient] = torch.autograd.grad(y, x, y.detach())
+    [gradient] = torch.autograd.grad(y, x, y.detach() * factor)
     return y.detach(), gradient
 
 
@@ -103,10 +105,11 @@ def test_features_of_a_vit_do_not_depend_on_the_batch() -> None:
     torch.manual_seed(0)
     vit = build_vit(TINY, fp8=True, class_token_only=True).bfloat16()
     images = torch.randn(7, 3, 16, 16).bfloat16()
-    images[3] *= 100
-    whole, grads = with_gradient(vit, images)
+    factors = torch.logspace(-6, 6, 7)[:, None].bfloat16()  # gradients of very different sizes
+    whole, grads = with_gradient(vit, images, factors)
     for size in (1, 3):
-        parts = [with_gradient(vit, part) for part in images.split(size)]
+        pairs = zip(images.split(size), factors.split(size), strict=True)
+        parts = [with_gradient(vit, *pair) for pair in pairs]
         assert torch.equal(torch.cat([y for y, _ in parts]), whole)
         assert torch.equal(torch.cat([grad for _, grad in parts]), grads)
 

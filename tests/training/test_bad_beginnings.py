@@ -43,6 +43,7 @@ CASES = [
     ("the same in a stem", ["--model.backbone", "vit_conv_s16", "--chunk", "4"], "batch norm"),
     ("fewer patches", [*RESNET, "--compress", "2x"], "--compress"),
     ("a part of ViTs", [*RESNET, "--model.layer_scale", "0.1"], "--model.layer_scale 0.1 has no"),
+    ("layers of ViTs", [*RESNET, "--model.fp8"], "--model.fp8 True has no effect"),
     (
         "channels without a mean",
         [*RESNET, "--views.channels", "4", "--views.colour_ops", "off"],

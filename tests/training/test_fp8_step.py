@@ -21,10 +21,10 @@ CASES = [
 ]
 
 
-def runs(fp8: bool) -> list[dict[str, Any]]:
-    steps.SHAPE, plain = replace(SHAPE, fp8=fp8), steps.SHAPE
+def runs(cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    steps.SHAPE, plain = replace(SHAPE, fp8=True), steps.SHAPE
     try:
-        return steps.engine_runs(CASES)
+        return steps.engine_runs(cases)
     finally:
         steps.SHAPE = plain
 
@@ -32,11 +32,10 @@ def runs(fp8: bool) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_ranks_stages_and_chunks_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "SHAPE", SHAPE)
-    of_bf16 = run_ranks(1, runs, False)[0][0]
-    [one], [two, _] = (run_ranks(size, runs, True) for size in (1, 2))
+    [one], [two, _] = (run_ranks(size, runs, CASES) for size in (1, 2))
     whole = one[0]
-    # no run of bf16: 42 % of the way that the masters go is another one
-    assert steps.whole_error(whole["masters"], of_bf16["masters"]) > 0.1
+    # measured 42 % of the way that the masters go in fp32, and 4 % in bf16
+    assert 0.2 < steps.whole_error(whole["masters"], steps.plain_run()["base"]) < 0.6
     for ours in (*one, *two):
         assert ours["losses"][0] == pytest.approx(whole["losses"][0], rel=1e-6)
         # measured 0.3 to 0.7 % of the way of the masters and 0.1 % of the average's, and 0.3 to
