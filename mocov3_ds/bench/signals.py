@@ -128,8 +128,10 @@ def print_instruments(seconds: Mapping[str, Sequence[float]]) -> None:
     """
     medians = {name: statistics.median(steps) for name, steps in seconds.items()}
     alone = medians.pop("nothing")
+    low, *_, high = (f"{1e3 * step:.0f}" for step in sorted(seconds["nothing"]))
     print(
-        f"\none look beside a step of {1e3 * alone:.0f} ms, medians of {len(seconds['nothing'])}\n"
+        f"\none look beside a step of {1e3 * alone:.0f} ms ({low} to {high}), medians of "
+        f"{len(seconds['nothing'])}\n"
     )
     print("| instrument | flag | ms a look | in steps | default | costs a run | 1 % from every |")
     print("|---|---|---|---|---|---|---|")
