@@ -162,7 +162,7 @@ def read_batches(config: Config, saved: Checkpoint | None, size: int, count: int
         config: settings of the run.
         saved: checkpoint that holds the position; None = those from the start.
         size: images of a batch.
-        count: number of batches.
+        count: number of batches to read, one after another.
     """
     device = torch.device("cpu")
     spec, (train, _) = view_spec(config), open_shards(config)
@@ -186,7 +186,7 @@ def draw(length: StepLength, batch: Batch, seed: int) -> Draws:
 
     Args:
         length: how many patches each network keeps, of how large ones.
-        batch: what names the images.
+        batch: names the images by their numbers in the manifest.
         seed: seed of the draw.
     """
     ids_B = batch.sample_ids_B.numpy().astype(np.int64)
@@ -203,7 +203,7 @@ def gradient(networks: Networks, batch: Batch, draws: Draws) -> Tensor:
 
     Args:
         networks: base and momentum encoder.
-        batch: what they see.
+        batch: views that both of them see.
         draws: what takes part in the step.
     """
     model, views = networks.model, batch.views
