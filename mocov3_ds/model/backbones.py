@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mocov3_ds.model import vit
 from mocov3_ds.model.body_norm import BodyBatchNorm, spread_batch_norms
+from mocov3_ds.model.fp8 import compute_in_fp8
 from mocov3_ds.model.layer_groups import order_groups, vit_groups
 from mocov3_ds.model.sequence_length import allow_shorter, count_patches, scalable_patch_size
 from mocov3_ds.model.shapes import BackboneShape, EncoderShape, TimmShape, VitShape, write_size
@@ -77,9 +78,10 @@ def build_backbone(shape: EncoderShape, drop_path: float = 0.0) -> nn.Module:
                 qk_norm=shape.qk_norm,
                 layer_scale=shape.layer_scale,
                 sigma_reparam=shape.sigma_reparam,
-                fp8=shape.fp8,
                 class_token_only=True,
             )
+            if shape.fp8:
+                compute_in_fp8(backbone.get_submodule("blocks"))
         case TimmShape() as named:
             backbone = build_timm(named, drop_path)
         case own:

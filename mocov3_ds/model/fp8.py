@@ -23,7 +23,6 @@ factor, K = what is summed over.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -113,20 +112,19 @@ def quantise_rows(x_RK: Tensor) -> tuple[Tensor, Tensor]:
     return scaled_RK.to(torch.float8_e4m3fn).contiguous(), scale_R1.float()
 
 
-def compute_in_fp8(blocks: Iterable[nn.Module]) -> None:
+def compute_in_fp8(blocks: nn.Module) -> None:
     """Let the linear layers of transformer blocks multiply in fp8; weights and names stay.
 
     Raises:
         ValueError: a size of theirs is not a multiple of 16.
     """
-    for block in blocks:
-        for module in block.modules():
-            if type(module) is not nn.Linear:
-                continue
-            if module.in_features % _MULTIPLE or module.out_features % _MULTIPLE:
-                raise ValueError(
-                    f"--model.fp8 needs layers whose sizes are multiples of {_MULTIPLE}, and one "
-                    f"is {module.in_features} x {module.out_features}; choose such a --model.dim, "
-                    "or leave the flag out."
-                )
-            module.__class__ = Fp8Linear
+    for module in blocks.modules():
+        if type(module) is not nn.Linear:
+            continue
+        if module.in_features % _MULTIPLE or module.out_features % _MULTIPLE:
+            raise ValueError(
+                f"--model.fp8 needs layers whose sizes are multiples of {_MULTIPLE}, and one is "
+                f"{module.in_features} x {module.out_features}; choose such a --model.dim, or "
+                "leave the flag out."
+            )
+        module.__class__ = Fp8Linear

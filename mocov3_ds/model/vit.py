@@ -25,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mocov3_ds.model.conv_stem import ConvStem
 from mocov3_ds.model.cpu_ops import attend
-from mocov3_ds.model.fp8 import compute_in_fp8
 from mocov3_ds.model.shapes import PAPER_SHAPES as PAPER_SHAPES
 from mocov3_ds.model.shapes import Positions as Positions
 from mocov3_ds.model.shapes import VitShape as VitShape
@@ -44,7 +43,6 @@ def build_vit(
     qk_norm: bool = False,
     layer_scale: float = 0.0,
     sigma_reparam: bool = False,
-    fp8: bool = False,
     norm_eps: float = 1e-6,
     class_token_only: bool = False,
 ) -> VisionTransformer:
@@ -61,13 +59,12 @@ def build_vit(
             bounds the attention logits; another architecture than the paper's.
         layer_scale: first value of LayerScale's factors (arXiv 2103.17239); 0 = none, as there.
         sigma_reparam: the linear layers of the blocks are those of `sigma_reparam`.
-        fp8: the linear layers of the blocks multiply in fp8 where they are bf16 (`fp8`).
         norm_eps: epsilon of all norms (1e-6 in the paper's code, 1e-12 in transformers).
         class_token_only: the last block computes the class token alone, which is all that MoCo v3
             uses; `backbone(x)` and its gradients stay the same, the other tokens are not there.
 
     Raises:
-        ValueError: sizes that do not divide, or that fp8 does not have.
+        ValueError: sizes that do not divide.
     """
     _check_shape(shape)
     vit = VisionTransformer(
@@ -91,8 +88,6 @@ def build_vit(
     _initialise_weights(vit)
     if sigma_reparam:
         reparametrise_blocks(vit.blocks)
-    if fp8:
-        compute_in_fp8(vit.blocks)
     if positions == "sincos":
         assert vit.pos_embed is not None
         vit.pos_embed.data.copy_(sincos_positions(shape.grid, shape.dim))
