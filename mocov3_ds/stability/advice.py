@@ -33,7 +33,7 @@ _HURT: tuple[Verdict, ...] = ("DIVERGED", "NOT LEARNING", "RESTARTED", "DEGRADIN
 """verdicts of runs that a higher rate would hurt more"""
 _NOT_TRIED = (
     "No runs that have ended differ by their rate alone, so nothing is known of a higher or lower "
-    "one; the grid lr-sensitivity tries seven."
+    "one; the grid lr-sensitivity tries seven"
 )
 
 

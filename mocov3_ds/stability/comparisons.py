@@ -1,7 +1,7 @@
 """Do the arms of a study differ? Each comparison with its interval, corrected over the page.
 
 Each arm is compared with the first one, and each frozen twin with its trained run, in the metrics
-`METRICS`, seed by seed. A difference is told where Holm's p over all of these is below 5 %.
+`PAGE_METRICS`, seed by seed. A difference is told where Holm's p over all of these is below 5 %.
 """
 
 import math
@@ -22,6 +22,7 @@ Values = Mapping[str, Mapping[str, Mapping[int, float]]]
 """metric of `METRICS` -> label of an arm -> seed -> value; NaN where a run has none"""
 METRICS: Mapping[str, tuple[str, str]] = {
     "knn_final": ("is {size} points above {reference}", "is {size} points below {reference}"),
+    "knn_full": ("ends {size} points above {reference}", "ends {size} points below {reference}"),
     "jumps": (
         "has {size} more loss jumps a run than {reference}",
         "has {size} fewer loss jumps a run than {reference}",
@@ -32,6 +33,8 @@ METRICS: Mapping[str, tuple[str, str]] = {
     ),
 }
 """column of a run -> how a higher and a lower value are told"""
+PAGE_METRICS = ("knn_final", "jumps", "worst_excess")
+"""those of a page whose grid plans none; `knn_full` has one value a run, of the last step"""
 COLUMNS = (
     *("arm", "reference", "metric", "seeds", "difference", "low", "high", "sd"),
     *("p", "p_holm", "p_sign_flip", "told", "smallest_shown"),
@@ -167,7 +170,7 @@ def measure_arms(arms: Arms) -> Values:
     for row in tabulate_runs(arms):
         for metric, of_arms in values.items():
             value = row[metric]
-            if metric == "knn_final" and has_no_network(runs[row["run"]]):
+            if metric in ("knn_final", "knn_full") and has_no_network(runs[row["run"]]):
                 value = runs[row["run"]].series.knn_chance
             of_arms.setdefault(row["arm"], {})[row["seed"]] = math.nan if value is None else value
     return values
@@ -180,7 +183,8 @@ def has_no_network(run: JudgedRun) -> bool:
 
 def compare_arms(arms: Arms) -> list[Comparison]:
     """The comparisons of a page. Runs must have got equally far (`same_step.line_up`)."""
-    return compare_values(measure_arms(arms), list_pairs(arms))
+    values = measure_arms(arms)
+    return compare_values({metric: values[metric] for metric in PAGE_METRICS}, list_pairs(arms))
 
 
 def compare_planned(
@@ -207,26 +211,26 @@ def compare_planned(
 def list_answers(
     answers: Sequence[tuple[PlannedComparison, Sequence[Comparison]]], seeds: int
 ) -> list[str]:
-    """A paragraph for each question: what was found, and what cannot be told.
+    """Each question, and a sentence for each of its arms: what was found, what cannot be told.
 
     Args:
         answers: the questions with their comparisons (`compare_planned`).
         seeds: seeds that the grid plans; with fewer a question is not decided yet.
     """
-    paragraphs = []
+    sentences = []
     for one, found in answers:
         have = min((len(other.seeds) for other in found), default=0)
         if len(found) < len(one.arms) or have < seeds:
             least = have if len(found) == len(one.arms) else 0
-            paragraphs.append(
+            sentences.append(
                 f"{one.question} Not decided yet: {least} of {count_noun(seeds, 'seed')} have "
                 "ended in all of its arms."
             )
             continue
         tested = count_noun(len(found), "comparison")
-        clauses = "; ".join(f"{other.arm} {other.describe()}" for other in found)
-        paragraphs.append(f"{one.question} ({tested}, planned before the runs.) {clauses}.")
-    return paragraphs
+        sentences.append(f"{one.question} ({one.metric}; {tested}, planned before the runs)")
+        sentences += [f"{other.arm} {other.describe()}." for other in found]
+    return sentences
 
 
 def list_findings(arms: Arms, comparisons: Sequence[Comparison]) -> list[str]:

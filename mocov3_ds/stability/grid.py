@@ -280,15 +280,16 @@ def check_cell(cell: Cell, file_name: str) -> Settings:
 
 
 def _label(arm: str, varied: Overrides, axes: Collection[str]) -> str:
-    """The arm's name and what varies within it, e.g. `LAMB, lr 5e-04, frozen`."""
+    """The arm's name and what varies within it, e.g. `LAMB, lr 5e-04, frozen`.
+
+    That the patch projection is frozen is not said again where the arm's name says it.
+    """
     terms = [arm] if arm else []
     for key, value in varied.items():
         if key == "patch":
-            rate = patch_rate(varied)
-            if rate == 0:
-                terms.append("frozen")
-            elif not isinstance(value, str):
-                terms.append(f"patch rate {value}")
+            term = "frozen" if patch_rate(varied) == 0 else f"patch rate {value}"
+            if value != "trained" and f" {term} " not in f" {arm} ":
+                terms.append(term)
         elif key in axes or key in ("lr", "batch"):
             terms.append(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}")
     return ", ".join(terms) or "as it is"

@@ -12,6 +12,7 @@ from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability.pictures import Picture
 
 _LEGEND = {
+    "k-NN full": "accuracy after the last step with a bank of that network's own features, %",
     "I": "share of accuracy-time lost to dips, %",
     "E": "gradient events per 1000 steps",
     "R": "share of steps with RMS of the patch projection above 2.3",
@@ -22,6 +23,7 @@ _LEGEND = {
 }
 _COLUMNS = {
     "knn_final": ("k-NN final", "{:.1f}"),
+    "knn_full": ("k-NN full", "{:.1f}"),
     "loss_final": ("final loss", "{:.3f}"),
     "I": ("I", "{:.2f}"),
     "E": ("E", "{:.1f}"),

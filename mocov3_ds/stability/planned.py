@@ -2,7 +2,7 @@
 
     [[comparisons]]
     question = "Does a cure end above freezing?"
-    metric = "knn_final"            # the default; or jumps, worst_excess
+    metric = "knn_final"            # the default; or knn_full, jumps, worst_excess
     reference = "frozen, frozen"    # label of an arm, as the page shows it
     arms = ["beta2 0.95", "LAMB"]   # the default: all others
 
@@ -16,8 +16,8 @@ from typing import Any
 
 from mocov3_ds.stability.grid_file import check_keys, read_text
 
-METRICS = ("knn_final", "jumps", "worst_excess")
-"""columns of a run that arms are compared by"""
+METRICS = ("knn_final", "knn_full", "jumps", "worst_excess")
+"""columns of a run that arms can be compared by"""
 _KEYS = ("question", "metric", "reference", "arms")
 
 

@@ -41,7 +41,7 @@ _CURES = (
 
 _SUMMARISED = (
     *("I", "E", "R", "T", "jumps", "steps_above", "worst_excess", "loss_events", "largest_burst"),
-    *("knn_best", "knn_final", "loss_final"),
+    *("knn_best", "knn_final", "knn_full", "loss_final"),
 )
 """columns of a run that are summarised in the row of its arm"""
 EVENT_COLUMNS = ("run", "kind", "group", "first", "last", "peak", "size")
@@ -73,6 +73,7 @@ def _run_row(label: str, run: JudgedRun) -> dict[str, Any]:
         "deepest_dip": max((dip.depth for dip in judgement.dips), default=0.0),
         "knn_best": judgement.best_knn,
         "knn_final": judgement.final_knn,
+        "knn_full": run.series.knn_at_end,
         "loss_final": judgement.final_loss,
         **_lead_columns(judgement.lead),
         "steps": int(run.series.steps_T[-1]),

@@ -99,6 +99,10 @@ def test_cells_of_one_name_must_be_one_run() -> None:
         ValueError, match=r"lr 0.001\) and 'lr 0.001' \(lr 0.001000001\) would both"
     ):
         laid_out("[axes]\nlr = [1e-3, 1.000001e-3]")
+    # what the arm's name says is said once
+    said = "twins = ['a']\n[[arms]]\nname = 'frozen + b'\npatch = 0\n[[arms]]\nname = 'a'\npatch = 0.2"
+    labels = [cell.label for cell in laid_out(said, seeds=1).cells]
+    assert labels == ["frozen + b", "a, patch rate 0.2", "a, frozen"]
     # a twin and the axis' own frozen value are one
     assert len(laid_out("[axes]\npatch = ['trained', 0]", seeds=1).cells) == 2
 

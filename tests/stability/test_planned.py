@@ -11,7 +11,7 @@ from mocov3_ds.stability.comparable_runs import line_up
 from mocov3_ds.stability.grid import lay_out, tomllib
 from mocov3_ds.stability.grid_folder import prepare_folder
 from mocov3_ds.stability.planned import PlannedComparison
-from mocov3_ds.stability.study import Study
+from mocov3_ds.stability.study import JudgedRun, Study
 from tests.stability.judged_runs import judged_run
 
 GRID = """
@@ -75,16 +75,33 @@ def test_each_question_is_a_family_of_its_own() -> None:
     answers = comparisons.compare_planned(arms, [first, second])
     [together, _], [alone] = (found for _, found in answers)
     assert together.holm_p == pytest.approx(2 * alone.p) == pytest.approx(2 * alone.holm_p)
-    text, more = comparisons.list_answers(answers, 3)
-    assert text.startswith("Is one better? (2 comparisons, planned before the runs.) other is 2.1 ")
-    assert "; third is 0.1 points above one" in text and text.endswith(".")
-    assert more.startswith("Alone? (1 comparison, planned")
+    head, first_arm, second_arm, more, _ = comparisons.list_answers(answers, 3)
+    assert head == "Is one better? (knn_final; 2 comparisons, planned before the runs)"
+    assert first_arm.startswith("other is 2.1 points above one (95 %")
+    assert second_arm.startswith("third is 0.1 points above one") and second_arm.endswith(").")
+    assert more.startswith("Alone? (knn_final; 1 comparison, planned")
     assert comparisons.list_answers(answers, 4)[0] == (
         "Is one better? Not decided yet: 3 of 4 seeds have ended in all of its arms."
     )
     del arms["third"]
     answers = comparisons.compare_planned(line_up(arms).arms, [first])
     assert "0 of 3 seeds" in comparisons.list_answers(answers, 3)[0]
+
+
+def test_accuracy_by_a_bank_of_its_own_is_a_metric() -> None:
+    def run(arm: str, seed: int, full: float | None, *, stopped: bool = False) -> JudgedRun:
+        one = judged_run(arm, seed, 30.0, stopped=stopped)
+        return dataclasses.replace(one, series=dataclasses.replace(one.series, knn_at_end=full))
+
+    arms = {
+        "a": [run("a", 0, 40.0), run("a", 1, 41.0), run("a", 2, None)],
+        "b": [run("b", 0, 43.0), run("b", 1, None, stopped=True), run("b", 2, 50.0)],
+    }
+    one = PlannedComparison("Is b better?", "knn_full", "a", ("b",))
+    [(_, [found])] = comparisons.compare_planned(arms, [one])
+    assert found.seeds == (0, 1)  # one has no such value, one has no network any more: it guesses
+    assert found.difference == pytest.approx((3 + (10 - 41)) / 2)
+    assert found.describe().startswith("ends 14.0 points below a")
 
 
 def test_a_page_tests_the_planned_ones_and_no_others() -> None:
@@ -97,9 +114,9 @@ def test_a_page_tests_the_planned_ones_and_no_others() -> None:
     assert len(compared) == 6 and texts[0].startswith("b is 1.0 points above a")
     one = PlannedComparison("Is c better than b?", "knn_final", "b", ("c",))
     study = dataclasses.replace(study, planned=(one,))
-    [only], [text], [note] = study_page.compare_study(study, arms)
+    [only], [text, _], [note] = study_page.compare_study(study, arms)
     assert (only.arm, only.reference, only.metric) == ("c", "b", "knn_final")
-    assert text.startswith("Is c better than b? (1 comparison") and "planned" in note
+    assert text.startswith("Is c better than b? (knn_final; 1 comparison") and "planned" in note
 
 
 def test_the_folder_keeps_them(tmp_path: Path) -> None:
