@@ -7,7 +7,7 @@ from mocov3_ds.stability.page import PageContent, build_page
 from mocov3_ds.stability.pictures import Picture
 
 NUMBERS = ("I", "E", "R", "T", "jumps", "steps_above", "worst_excess")
-NUMBERS += ("knn_best", "knn_final", "loss_final")
+NUMBERS += ("knn_best", "knn_final", "knn_full", "loss_final")
 
 
 def make_row(**values: Any) -> dict[str, Any]:
