@@ -1,10 +1,14 @@
 """What is the median of a series, or of each of its many windows? As numpy says it, but sooner.
 
 `np.median` looks for two middle values at a time, which numpy does value by value. It sorts short
-windows, and looks for one value, with vector instructions: in a fifth of the time.
+windows with vector instructions, in a fifth of the time, and of a long series it is enough to sort
+the few values near the rank that is asked for.
 
 Shape suffixes: T = values of a series, N = windows, W = values of a window.
 """
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,23 +17,45 @@ Array = npt.NDArray[np.float64]
 
 _WINDOWS_AT_ONCE = 4096
 """windows that are copied at a time"""
+_LONG = 4096
+"""values of a series from which on a sample of it tells where to look"""
+_APART = 32
+"""values of a series of which one is in the sample"""
 
 
 def median_of(values_T: Array) -> float:
     """Median of finite values, of which there must be one."""
-    return split_at_median(values_T)[0]
+    count = len(values_T)
+    low, high = at_ranks(values_T, [(count - 1) // 2, count // 2])
+    return low if low == high else (low + high) / 2
 
 
-def split_at_median(values_T: Array) -> tuple[float, Array, Array]:
-    """Median of finite values, the half of them below it and that above, each in any order.
+def at_ranks(values_T: Array, ranks: Sequence[int]) -> list[float]:
+    """The values that stand at some places of the sorted series, places near each other.
 
-    The middle one of an odd number is above.
+    Args:
+        values_T: finite values, (T,).
+        ranks: places, from 0 for the least value.
     """
-    middle = len(values_T) // 2
-    parted_T = np.partition(values_T, middle)
-    low_T, high_T, value = parted_T[:middle], parted_T[middle:], parted_T[middle]
-    median = value if len(values_T) % 2 else (np.max(low_T) + value) / 2
-    return float(median), low_T, high_T
+    near_T, smaller = _values_near(values_T, min(ranks), max(ranks))
+    if not smaller <= min(ranks) <= max(ranks) < smaller + len(near_T):
+        near_T, smaller = values_T, 0
+    sorted_T = np.sort(near_T)
+    return [float(sorted_T[rank - smaller]) for rank in ranks]
+
+
+def _values_near(values_T: Array, first: int, last: int) -> tuple[Array, int]:
+    """Values among which those of the ranks are most likely, and how many are smaller than all."""
+    if len(values_T) < _LONG:
+        return values_T, 0
+    sample = np.sort(values_T[::_APART])
+    share = len(sample) / len(values_T)
+    reach = 1.5 * math.sqrt(len(sample)) + 2  # three standard errors of a median's rank
+    low, high = math.floor(first * share - reach), math.ceil(last * share + reach)
+    # the least and the largest value of the sample bound nothing
+    is_above_T = values_T >= (sample[low] if low >= 0 else -math.inf)
+    is_near_T = is_above_T & (values_T <= (sample[high] if high < len(sample) else math.inf))
+    return values_T[is_near_T], len(values_T) - int(np.count_nonzero(is_above_T))
 
 
 def medians_of_windows(windows_NW: Array) -> Array:
@@ -40,7 +66,8 @@ def medians_of_windows(windows_NW: Array) -> Array:
 
 
 def _sort_and_halve(windows_NW: Array) -> Array:
-    sorted_NW = np.sort(windows_NW, axis=1)  # NaN come last
+    sorted_NW = np.array(windows_NW, order="C")
+    sorted_NW.sort(axis=1)  # NaN come last
     width = windows_NW.shape[1]
     if not np.isnan(sorted_NW[:, -1]).any():
         return _halve(sorted_NW[:, (width - 1) // 2], sorted_NW[:, width // 2])

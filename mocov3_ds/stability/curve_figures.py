@@ -57,20 +57,21 @@ def _draw_overlay(
     arms: Arms, curve: Callable[[Series], tuple[Steps, Array]], y: str
 ) -> Figure | None:
     """The curves of all arms over one another; None where no run has one."""
-    runs = {label: [run for run in arm if len(curve(run.series)[0])] for label, arm in arms.items()}
-    runs = {label: arm for label, arm in runs.items() if arm}
-    if not runs:
+    found = {label: [(run, *curve(run.series)) for run in arm] for label, arm in arms.items()}
+    found = {label: [one for one in arm if len(one[1])] for label, arm in found.items()}
+    found = {label: arm for label, arm in found.items() if arm}
+    if not found:
         return None
     colours = drawing.assign_colours(arms)
-    in_epochs = all(np.isfinite(r.series.epochs_per_step) for arm in runs.values() for r in arm)
+    epochs = [run.series.epochs_per_step for arm in found.values() for run, _, _ in arm]
+    in_epochs = bool(np.all(np.isfinite(epochs)))
     with matplotlib.rc_context(drawing.STYLE):
         figure = Figure((drawing.WIDTH, _HEIGHT), layout="constrained")
         axes = figure.subplots()
         drawn: list[Array] = []
-        for label, arm in runs.items():
+        for label, arm in found.items():
             curves = []
-            for run in arm:
-                steps_K, values_K = curve(run.series)
+            for run, steps_K, values_K in arm:
                 scale = run.series.epochs_per_step if in_epochs else 1.0
                 curves.append((steps_K.astype(np.float64) * scale, values_K))
             drawn += _draw_band(axes, curves, colours[label], drawing.plain_text(label, 48))

@@ -92,18 +92,22 @@ def gradient_bursts(steps_T: Steps, grad_GT: Array, window: int = WINDOW) -> lis
     trained = [row for row, grad_T in enumerate(grad_GT) if np.isfinite(grad_T).any()]
     past = Past(window, window, HISTORY, SMALLEST_SPREAD)
     log_GT = log_of(grad_GT)
-    finite = [log_GT[row, np.isfinite(log_GT[row])] for row in trained]
-    tails = common_tails(finite, past) if max(map(len, finite), default=0) < SHORT else math.inf
+    finite_GT = np.isfinite(log_GT)
+    tails = math.inf
+    if max(np.sum(finite_GT[trained], axis=1), default=0) < SHORT:
+        tails = common_tails([log_GT[row, finite_GT[row]] for row in trained], past)
     look = partial(_flag_gradient, past=past, series=len(trained) + 1, degrees=tails)
     flags_GT, excess_GT = np.zeros(grad_GT.shape, bool), np.full(grad_GT.shape, np.nan)
     for row in trained:
         rows = np.flatnonzero(is_measured(grad_GT[row]))  # rows in a row are measured ones
         flags_GT[row, rows], excess_GT[row, rows] = look(log_GT[row, rows])
     if len(trained) > 2:
-        rows = np.flatnonzero(np.isfinite(excess_GT[trained]).all(axis=0))
-        together_T, _ = look(medians_of_windows(excess_GT[trained][:, rows].T), degrees=math.inf)
+        excess_TG = excess_GT[trained].T
+        rows = np.flatnonzero(np.isfinite(excess_TG).all(axis=1))
+        together_T, _ = look(medians_of_windows(excess_TG[rows]), degrees=math.inf)
+        rows = rows[together_T]
         with np.errstate(invalid="ignore"):
-            flags_GT[:, rows] |= together_T & (excess_GT[:, rows] > math.log(BURST_RATIO))
+            flags_GT[:, rows] |= excess_GT[:, rows] > math.log(BURST_RATIO)
     distance = merge_distance(steps_T[is_measured(*grad_GT)] if len(grad_GT) else steps_T)
     bursts = []
     for flags_T, excess_T in zip(flags_GT, excess_GT, strict=True):

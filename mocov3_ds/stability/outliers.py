@@ -18,7 +18,7 @@ from functools import cache
 import numpy as np
 from scipy import special
 
-from mocov3_ds.monitoring.medians import median_of, split_at_median
+from mocov3_ds.monitoring.medians import at_ranks, median_of
 from mocov3_ds.stability.findings import Array, Flags
 from mocov3_ds.stability.trailing import TrailingLevel, TrailingNoise
 
@@ -68,28 +68,30 @@ def tail_degrees(deviations_T: Array) -> float:
     """
     if len(deviations_T) < 20:
         return float("inf")
-    middle, below_T, above_T = split_at_median(deviations_T)
+    middle = median_of(deviations_T)
     half = median_of(np.abs(deviations_T - middle))
     if half == 0:
         return float("inf")
+    below = int(np.count_nonzero(deviations_T <= middle))
+    above = int(np.count_nonzero(deviations_T >= middle))
+    low = [middle - value for value in at_ranks(deviations_T, _values_beyond(below))]
+    last = len(deviations_T) - 1
+    high = [
+        value - middle
+        for value in at_ranks(deviations_T, [last - beyond for beyond in _values_beyond(above)])
+    ]
     readings = [
         _degrees_at(far / half, count, share)
-        for side_T, count in (
-            (middle - below_T, int(np.sum(deviations_T <= middle))),
-            (above_T - middle, int(np.sum(deviations_T >= middle))),
-        )
-        for share, far in zip(_SHARES, _quantiles(side_T, count), strict=True)
+        for count, side in ((below, low), (above, high))
+        for share, far in zip(_SHARES, side, strict=True)
     ]
     # skewed noise has few values far out above, which matter; bursts are no part of it
     return min(*readings[:2], max(readings[2:]))
 
 
-def _quantiles(side_T: Array, count: int) -> list[float]:
-    """Quantiles at `_SHARES` of so many values, the farthest of which are given in any order."""
-    beyond = [count - 1 - round(share * (count - 1)) for share in _SHARES]  # values farther out
-    first = len(side_T) - 1 - max(beyond)
-    far_T = np.sort(np.partition(side_T, first)[first:])
-    return [float(far_T[-1 - values]) for values in beyond]
+def _values_beyond(count: int) -> list[int]:
+    """How many of the values of a side are farther out than its quantiles at `_SHARES`."""
+    return [count - 1 - round(share * (count - 1)) for share in _SHARES]
 
 
 def _degrees_at(ratio: float, count: int, share: float) -> float:

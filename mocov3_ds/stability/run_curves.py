@@ -4,7 +4,6 @@ Shape suffixes: T = rows logged, M = rows in which a value was measured, C = col
 G = layer groups.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mocov3_ds.monitoring.medians import medians_of_windows
 from mocov3_ds.monitoring.metrics_file import Row, read_rows
 from mocov3_ds.monitoring.signal_file import SignalTable, read_signals
 from mocov3_ds.stability.findings import Array, Flags, Steps
@@ -112,14 +112,26 @@ def shorten_curve(
     """
     if len(steps_M) <= columns:
         return steps_M.astype(float), values_M, values_M, values_M
-    pieces = list(itertools.pairwise(np.linspace(0, len(steps_M), columns + 1).astype(int)))
-    reduced = [
-        np.array([reduce_piece(array[a:b]) for a, b in pieces])
-        for reduce_piece, array in (
-            (np.mean, steps_M), (np.min, values_M), (np.median, values_M), (np.max, values_M),
-        )
-    ]  # fmt: skip
-    return reduced[0], reduced[1], reduced[2], reduced[3]
+    edges = _edges_of_stretches(len(steps_M), columns)
+    return (
+        np.add.reduceat(steps_M, edges[:-1]) / np.diff(edges),
+        np.minimum.reduceat(values_M, edges[:-1]),
+        _medians_of_stretches(values_M, edges),
+        np.maximum.reduceat(values_M, edges[:-1]),
+    )
+
+
+def _edges_of_stretches(rows: int, count: int) -> Steps:
+    """Where so many stretches begin, of lengths that differ by one at most; the last row's end."""
+    return np.linspace(0, rows, count + 1).astype(np.int64)
+
+
+def _medians_of_stretches(values_M: Array, edges: Steps) -> Array:
+    """Median of each stretch of a curve without NaN, (C,)."""
+    rows_CW = edges[:-1, None] + np.arange(np.max(np.diff(edges)))
+    values_CW = values_M[np.minimum(rows_CW, len(values_M) - 1)]
+    values_CW[rows_CW >= edges[1:, None]] = np.nan  # of a shorter stretch
+    return medians_of_windows(values_CW)
 
 
 def gradient_heat(table: SignalTable, columns: int = COLUMNS) -> tuple[Sequence[str], Array]:
@@ -140,15 +152,15 @@ def heat_of_gradients(
     grad_GM = grad_GT[is_trained_G][:, is_measured_T]
     groups = [group for group, trained in zip(names, is_trained_G, strict=True) if trained]
     steps = grad_GM.shape[1]
-    edges = np.linspace(0, steps, min(columns, steps) + 1).astype(int)
-    pieces = [grad_GM[:, a:b] for a, b in itertools.pairwise(edges)]
-    if not pieces:
+    if not steps:
         return groups, np.empty((len(groups), 0))
-    window = max(_PAST, 30 * len(pieces) // max(steps, 1))  # 30 steps at least
-    largest_GC = np.stack([np.max(piece_GM, axis=1) for piece_GM in pieces], axis=1)
-    middle_GC = np.stack([np.median(piece_GM, axis=1) for piece_GM in pieces], axis=1)
+    edges = _edges_of_stretches(steps, min(columns, steps))
+    window = max(_PAST, 30 * (len(edges) - 1) // steps)  # 30 steps at least
+    largest_GC = np.maximum.reduceat(grad_GM, edges[:-1], axis=1)
+    middle_GC = np.stack([_medians_of_stretches(grad_M, edges) for grad_M in grad_GM])
+    middle_GC[np.isnan(largest_GC)] = np.nan
     heat_GC = np.full(largest_GC.shape, np.nan)
-    if len(pieces) > window:
+    if largest_GC.shape[1] > window:
         earlier = np.lib.stride_tricks.sliding_window_view(middle_GC[:, :-1], window, axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             heat_GC[:, window:] = np.log10(largest_GC[:, window:] / np.median(earlier, axis=2))

@@ -10,6 +10,7 @@ OUT/comparisons.csv  a row a comparison of two arms, with its interval and p
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from mocov3_ds.data.storage import atomic
@@ -17,8 +18,12 @@ from mocov3_ds.stability import advice, comparisons, figures, study_tables
 from mocov3_ds.stability.arm_questions import answer_questions
 from mocov3_ds.stability.comparable_runs import LinedUp, line_up
 from mocov3_ds.stability.csv_file import write_csv
+from mocov3_ds.stability.drawing import write_png
+from mocov3_ds.stability.kept_memory import freed_memory_at_hand
 from mocov3_ds.stability.ordinary_runs import read_ordinary_runs
 from mocov3_ds.stability.page import MARK, PageContent, build_page
+from mocov3_ds.stability.pictures import Picture
+from mocov3_ds.stability.planned_figure import PLANNED_PICTURE, Answers
 from mocov3_ds.stability.study import Arms, Study, read_study
 from mocov3_ds.stability.study_pictures import PICTURES, write_pictures
 
@@ -26,6 +31,7 @@ _TABLES = ("runs", "arms", "events", "comparisons")
 _HEAD = 400  # letters in which a page says what made it
 
 
+@freed_memory_at_hand()
 def write_study(
     sources: Path | Sequence[Path],
     out: Path,
@@ -55,13 +61,16 @@ def write_study(
     sources = [sources] if isinstance(sources, Path) else list(sources)
     study = read_any_study(sources, columns, probes)
     study = dataclasses.replace(study, command=command or study.command)
-    drawn_arms = advice.choose_worst_arms(study.arms, figures.PANELS)
+    lined_up = line_up(study.arms)
+    compared = compare_study(study, lined_up.arms)
+    asked = [one.arm for one in sorted(compared.comparisons, key=lambda one: one.p)]
+    drawn_arms = advice.choose_worst_arms(
+        study.arms, figures.PANELS, first=asked if study.planned else ()
+    )
     _check_place(out)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = write_pictures(drawn_arms, out)
-    lined_up = line_up(study.arms)
-    compared, answers, correction = compare_study(study, lined_up.arms)
-    runs, arms = _write_tables(study, lined_up, compared, out)
+    pictures = draw_pictures(drawn_arms, compared, out)
+    runs, arms = _write_tables(study, lined_up, compared.comparisons, out)
     content = PageContent(
         title=study.title,
         about=study.about,
@@ -72,11 +81,11 @@ def write_study(
         arms=arms,
         runs=runs,
         pictures=pictures,
-        findings=[*answers, *answer_questions(lined_up.arms)],
+        findings=[*compared.sentences, *answer_questions(lined_up.arms)],
         advice=advice.suggest_next(study.arms),
         notes=[
             *lined_up.notes,
-            *correction,
+            *compared.notes,
             *_list_notes(study, drawn_arms),
         ],
     )
@@ -85,21 +94,55 @@ def write_study(
     return path
 
 
-def compare_study(
-    study: Study, arms: Arms
-) -> tuple[list[comparisons.Comparison], list[str], list[str]]:
-    """The comparisons of a page, what they say, and how they were corrected.
+@dataclass(frozen=True)
+class Compared:
+    """The comparisons of a page.
 
-    Where the grid plans its comparisons, they are tested, and no others.
+    Attributes:
+        comparisons: all of them.
+        sentences: what they say.
+        notes: how they were corrected.
+        answers: by question, where the grid plans its comparisons.
+    """
+
+    comparisons: Sequence[comparisons.Comparison]
+    sentences: Sequence[str]
+    notes: Sequence[str]
+    answers: Answers = ()
+
+
+def compare_study(study: Study, arms: Arms) -> Compared:
+    """Compare the arms of a study: as its grid plans and no others, else all with the first one.
+
+    Args:
+        study: what is known of the grid.
+        arms: its runs, which got equally far (`comparable_runs.line_up`).
     """
     if study.planned:
         answers = comparisons.compare_planned(arms, study.planned)
-        compared = [one for _, found in answers for one in found]
-        texts = comparisons.list_answers(answers, study.seeds)
-        return compared, texts, [comparisons.PLANNED_NOTE]
-    compared = comparisons.compare_arms(arms)
-    texts = comparisons.list_findings(study.arms, compared)
-    return compared, texts, comparisons.describe_correction(compared)
+        found = [one for _, of_question in answers for one in of_question]
+        sentences = comparisons.list_answers(answers, study.seeds)
+        return Compared(found, sentences, [comparisons.PLANNED_NOTE], answers)
+    found = comparisons.compare_arms(arms)
+    sentences = comparisons.list_findings(study.arms, found)
+    return Compared(found, sentences, comparisons.describe_correction(found))
+
+
+def draw_pictures(arms: Arms, compared: Compared, out: Path) -> list[Picture]:
+    """Draw the pictures of a page and write their files.
+
+    Args:
+        arms: runs that are drawn.
+        compared: comparisons of the page; planned ones have a picture.
+        out: folder of the files.
+    """
+    pictures = write_pictures(arms, out)
+    if not compared.answers:
+        return pictures
+    planned = PLANNED_PICTURE.make(compared.answers)
+    if planned.data is not None:
+        write_png(out / f"{PLANNED_PICTURE.name}.png", planned.data)
+    return [planned, *pictures]
 
 
 def _write_tables(
@@ -147,7 +190,8 @@ def _check_place(out: Path) -> None:
     head = page.read_text(errors="replace")[:_HEAD] if page.exists() else MARK
     if MARK not in head and "<title>Stability: " not in head:  # pages had no mark at first
         raise ValueError(f"{page} is no page of this command; give --out another folder.")
-    names = [f"{name}.csv" for name in _TABLES] + [f"{kind.name}.png" for kind in PICTURES]
+    names = [f"{name}.csv" for name in _TABLES]
+    names += [f"{name}.png" for name in (PLANNED_PICTURE.name, *(kind.name for kind in PICTURES))]
     strangers = [name for name in names if (out / name).exists()]
     if strangers and not page.exists():
         raise ValueError(
@@ -162,8 +206,9 @@ def _list_notes(study: Study, drawn_arms: Arms) -> Iterator[str]:
     yield from study.unseen
     if len(drawn_arms) < len(study.arms):
         yield (
-            f"The pictures show the {len(drawn_arms)} arms with the most trouble of "
-            f"{len(study.arms)}; the tables have all."
+            f"The pictures show {len(drawn_arms)} of {len(study.arms)} arms, those "
+            f"{'of the clearest answers' if study.planned else 'with the most trouble'}; the "
+            "tables have all."
         )
     runs = (run for runs in study.arms.values() for run in runs)
     yield from dict.fromkeys(note for run in runs for note in run.judgement.notes)

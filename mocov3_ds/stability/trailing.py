@@ -132,12 +132,21 @@ def log_of(values_T: Array) -> Array:
 
 def is_measured(*values_T: Array) -> Flags:
     """Rows in which at least one of the series was measured, (T,)."""
-    return ~np.all(np.isnan(values_T), axis=0)
+    measured_T: Flags = ~np.isnan(values_T[0])
+    for other_T in values_T[1:]:
+        if measured_T.all():
+            break
+        measured_T |= ~np.isnan(other_T)
+    return measured_T
 
 
 def row_spacing(steps_T: Steps) -> int:
     """Steps from one row to the next, most of the time; 1 for a single row."""
-    return round(float(np.median(np.diff(steps_T)))) if len(steps_T) > 1 else 1
+    if len(steps_T) < 2:
+        return 1
+    apart = np.diff(steps_T)
+    least = int(np.min(apart))
+    return least if least == np.max(apart) else round(float(np.median(apart)))
 
 
 def longest_run(flags_T: Flags) -> int:

@@ -3,16 +3,47 @@
 import warnings
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from mocov3_ds.monitoring.medians import median_of, medians_of_windows
+from mocov3_ds.monitoring.medians import at_ranks, median_of, medians_of_windows
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 16, 501, 5000])
-def test_the_median_of_a_series(count: int) -> None:
+def series_of(count: int) -> list[npt.NDArray[np.float64]]:
+    """Noise with far values, few different values, ascending ones, and a sample that misleads."""
     random = np.random.default_rng(count)
-    for values_T in (random.standard_cauchy(count), np.round(random.standard_normal(count), 1)):
+    misleading_T = random.standard_normal(count)
+    misleading_T[::32] = 9
+    return [
+        random.standard_cauchy(count),
+        np.round(random.standard_normal(count), 1),
+        np.arange(count) / 7,
+        misleading_T,
+        np.zeros(count),
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 501, 5000, 50_001])
+def test_the_median_of_a_series(count: int) -> None:
+    for values_T in series_of(count):
         assert median_of(values_T) == np.median(values_T)
+
+
+@pytest.mark.parametrize("count", [2, 501, 5000, 50_001])
+def test_values_at_ranks(count: int) -> None:
+    for values_T in series_of(count):
+        for share in (0.0, 0.02, 0.5, 0.98, 1.0):
+            ranks = [round(share * (count - 1)), round(share * 0.99 * (count - 1))]
+            assert at_ranks(values_T, ranks) == np.sort(values_T)[ranks].tolist()
+
+
+def test_few_values_of_a_long_series_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, sort = [], np.sort
+    monkeypatch.setattr(np, "sort", lambda values: sizes.append(len(values)) or sort(values))
+    values_T = np.random.default_rng(0).standard_normal(100_000)
+    median_of(values_T)
+    at_ranks(values_T, [97_500, 99_000])
+    assert max(sizes) < 10_000
 
 
 @pytest.mark.parametrize("width", [1, 2, 9, 30])

@@ -1,5 +1,6 @@
 """The log of one run as arrays, and long curves made short."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,7 +8,12 @@ import numpy as np
 import pytest
 
 from mocov3_ds.monitoring.signal_file import SIGNALS, SignalTable, column_names
-from mocov3_ds.stability.run_curves import gradient_heat, read_curves, shorten_curve
+from mocov3_ds.stability.run_curves import (
+    gradient_heat,
+    heat_of_gradients,
+    read_curves,
+    shorten_curve,
+)
 
 
 def write_log(run: Path, rows: list[dict[str, object]]) -> None:
@@ -54,6 +60,40 @@ def test_a_long_curve_keeps_its_extremes() -> None:
     assert abs(steps_C[np.argmax(high_C)] - 5001) < 60
     assert all((a == b).all() for a, b in zip(shorten_curve(steps_M[:9], values_M[:9]), (
         steps_M[:9], values_M[:9], values_M[:9], values_M[:9]), strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [101, 199, 200, 201, 5000, 9999])
+def test_stretches_are_reduced_as_each_alone(rows: int) -> None:
+    random = np.random.default_rng(rows)
+    steps_M, values_M = np.cumsum(random.integers(1, 9, rows)), random.standard_cauchy(rows)
+    values_M[random.integers(0, rows, 9)] = np.inf
+    edges = np.linspace(0, rows, 101).astype(int)
+    pieces = [slice(a, b) for a, b in itertools.pairwise(edges)]
+    shortened = shorten_curve(steps_M, values_M, 100)
+    reductions = (np.mean, steps_M), (np.min, values_M), (np.median, values_M), (np.max, values_M)
+    for short_C, (reduction, array_M) in zip(shortened, reductions, strict=True):
+        expected_C = [reduction(array_M[piece]) for piece in pieces]
+        np.testing.assert_array_equal(short_C, expected_C)
+
+
+@pytest.mark.parametrize("steps", [40, 611, 4000])
+def test_a_heat_map_is_that_of_each_stretch_alone(steps: int) -> None:
+    grad_GT = np.exp(np.random.default_rng(steps).standard_normal((3, steps)))
+    grad_GT[0, steps // 2 : steps // 2 + 9] = np.nan  # measured in other groups
+    grad_GT[:, 3::5] = np.nan
+    _, heat_GC = heat_of_gradients(["a", "b", "c"], grad_GT, 100)
+    grad_GM = grad_GT[:, np.isfinite(grad_GT).any(0)]
+    edges = np.linspace(0, grad_GM.shape[1], min(100, grad_GM.shape[1]) + 1).astype(int)
+    pieces = [grad_GM[:, a:b] for a, b in itertools.pairwise(edges)]
+    largest_GC, middle_GC = (
+        np.stack([reduction(piece, axis=1) for piece in pieces], axis=1)
+        for reduction in (np.max, np.median)
+    )
+    window = max(6, 30 * len(pieces) // grad_GM.shape[1])
+    for column in range(window, len(pieces)):
+        usual_G = np.median(middle_GC[:, column - window : column], axis=1)
+        expected_G = np.log10(largest_GC[:, column] / usual_G)
+        np.testing.assert_array_equal(heat_GC[:, column], expected_G)
 
 
 def table_of(grad_GT: list[np.ndarray]) -> SignalTable:
