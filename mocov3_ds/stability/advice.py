@@ -1,6 +1,6 @@
 """What to try next, by the verdicts and rates of a study? And which arms are worth a picture?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from mocov3_ds.stability.arm_questions import collect_rates
@@ -77,8 +77,14 @@ def suggest_rates(arms: Arms) -> list[tuple[str, str]]:
     return advice
 
 
-def choose_worst_arms(arms: Arms, count: int) -> Arms:
-    """At most `count` arms, those with the worst verdicts and most loss events, in their order."""
+def choose_worst_arms(arms: Arms, count: int, first: Sequence[str] = ()) -> Arms:
+    """At most `count` arms, those with the worst verdicts and most loss events, in their order.
+
+    Args:
+        arms: all arms.
+        count: how many there may be.
+        first: labels of arms that are chosen before others, the foremost first.
+    """
     if len(arms) <= count:
         return arms
 
@@ -87,5 +93,5 @@ def choose_worst_arms(arms: Arms, count: int) -> Arms:
         worst = min(WORST_FIRST.index(run.judgement.verdict) for run in runs)
         return worst, -fmean(len(run.judgement.loss_events) for run in runs)
 
-    chosen = {*sorted(arms, key=severity)[:count]}
+    chosen = {*[*dict.fromkeys([*first, *sorted(arms, key=severity)])][:count]}
     return {label: runs for label, runs in arms.items() if label in chosen}

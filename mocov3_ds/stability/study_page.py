@@ -9,8 +9,8 @@ OUT/comparisons.csv  a row a comparison of two arms, with its interval and p
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mocov3_ds.data.storage import atomic
@@ -63,10 +63,9 @@ def write_study(
     study = dataclasses.replace(study, command=command or study.command)
     lined_up = line_up(study.arms)
     compared = compare_study(study, lined_up.arms)
-    asked = [one.arm for one in sorted(compared.comparisons, key=lambda one: one.p)]
-    drawn_arms = advice.choose_worst_arms(
-        study.arms, figures.PANELS, first=asked if study.planned else ()
-    )
+    clearest = sorted(compared.comparisons if study.planned else (), key=lambda one: one.p)
+    asked = [label for one in clearest for label in (one.reference, one.arm)]
+    drawn_arms = advice.choose_worst_arms(study.arms, figures.PANELS, first=asked)
     _check_place(out)
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(drawn_arms, compared, out)

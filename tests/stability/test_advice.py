@@ -93,3 +93,5 @@ def test_the_worst_arms_are_drawn_in_their_own_order() -> None:
     assert [*choose_worst_arms(arms, 4)] == ["a", "b", "c", "d"]
     assert [*choose_worst_arms(arms, 3)] == ["b", "c", "d"]
     assert [*choose_worst_arms(arms, 2)] == ["c", "d"]
+    assert [*choose_worst_arms(arms, 2, first=("a", "b", "a"))] == ["a", "b"]
+    assert [*choose_worst_arms(arms, 3, first=("a",))] == ["a", "c", "d"]

@@ -104,19 +104,24 @@ def test_accuracy_by_a_bank_of_its_own_is_a_metric() -> None:
     assert found.describe().startswith("ends 14.0 points below a")
 
 
-def test_a_page_tests_the_planned_ones_and_no_others() -> None:
+def test_a_page_tests_the_planned_ones_and_no_others(tmp_path: Path) -> None:
     arms = {
         arm: [judged_run(arm, seed, 30.0 + seed + index) for seed in range(3)]
         for index, arm in enumerate("abc")
     }
     study = Study("title", "", "tiny", "", arms, (), seeds=3)
-    compared, texts, _ = study_page.compare_study(study, arms)
-    assert len(compared) == 6 and texts[0].startswith("b is 1.0 points above a")
+    compared = study_page.compare_study(study, arms)
+    assert len(compared.comparisons) == 6 and not compared.answers
+    assert compared.sentences[0].startswith("b is 1.0 points above a")
     one = PlannedComparison("Is c better than b?", "knn_final", "b", ("c",))
     study = dataclasses.replace(study, planned=(one,))
-    [only], [text, _], [note] = study_page.compare_study(study, arms)
+    compared = study_page.compare_study(study, arms)
+    [only] = compared.comparisons
     assert (only.arm, only.reference, only.metric) == ("c", "b", "knn_final")
-    assert text.startswith("Is c better than b? (knn_final; 1 comparison") and "planned" in note
+    assert compared.sentences[0].startswith("Is c better than b? (knn_final; 1 comparison")
+    assert "planned" in compared.notes[0]
+    pictures = study_page.draw_pictures(arms, compared, tmp_path)
+    assert pictures[0].title == "What was planned" and (tmp_path / "planned.png").exists()
 
 
 def test_the_folder_keeps_them(tmp_path: Path) -> None:
