@@ -3,9 +3,10 @@
 A value counts by its deviations from the level of its past. How many it must have depends on how
 heavy the tails of the noise are: that is read off the noise itself, as the number of degrees of a
 Student's t whose quantiles lie as far apart, and extrapolated to one false alarm in a hundred runs.
-Several rows in a row need fewer deviations each, as independent noise seldom repeats itself. For
-the same reason rows far out in a row are no noise, and no part of its tails: six bursts in 400 rows
-would else pass for heavy tails and hide themselves.
+Several rows in a row need fewer deviations each, as independent noise seldom repeats itself; noise
+that remembers does, so they need less only by as much as it forgets. For the same reason rows far
+out in a row are no noise, and no part of its tails: six bursts in 400 rows would else pass for
+heavy tails and hide themselves.
 
 Shape suffix: T = rows.
 """
@@ -26,6 +27,9 @@ FALSE_ALARMS = 0.01
 """false alarms of a detector per quiet run"""
 DEVIATIONS = 6.0
 """fewest deviations of a value that stands out, where noise is Gaussian"""
+FAR_TAILS, HEAVY = 0.8, 4.0
+"""tails lighter than those of a t of `HEAVY` degrees count as heavier by this share farther out than
+they are read: those of a sum of noises are"""
 LONGEST_BURST = 100
 """rows in a row that stand out after which the new level counts as the usual one"""
 LONGEST_RUN = 4
@@ -33,7 +37,8 @@ LONGEST_RUN = 4
 CLUSTER = 3.0
 """deviations beyond which rows in a row are a burst, and left out where the tails are read"""
 _DEGREES = np.array([2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0])
-_SHARES = (0.98, 0.95)
+_SHARES = (0.995, 0.98, 0.95)
+_FEWEST_BEYOND = 5  # values farther out than the farthest quantile that is read
 _PASSES = 3
 
 
@@ -47,13 +52,28 @@ def limits(deviations_T: Array, series: int = 1, degrees: float = math.inf) -> A
     """
     deviations_T = deviations_T[np.isfinite(deviations_T)]
     degrees = min(degrees, tail_degrees(without_bursts(deviations_T)))
-    rows_in_a_row = np.arange(1, LONGEST_RUN + 1)
-    chance = (FALSE_ALARMS / (series * max(len(deviations_T), 1))) ** (1 / rows_in_a_row)
+    degrees = min(degrees, max(FAR_TAILS * degrees, HEAVY))
+    # what the next row does anyway proves nothing
+    independent = 1 + np.arange(LONGEST_RUN) * (1 - correlation_with_next(deviations_T))
+    chance = (FALSE_ALARMS / (series * max(len(deviations_T), 1))) ** (1 / independent)
     if np.isinf(degrees):
         limit = -special.ndtri(chance)
     else:
         limit = special.stdtrit(degrees, 1 - chance) * _to_deviations(degrees)
     return np.maximum(limit, DEVIATIONS)
+
+
+def correlation_with_next(deviations_T: Array) -> float:
+    """How far a row goes with the next one, 0 to 1: told by their signs, which bursts hardly change.
+
+    For Gaussian values the correlation; 0 where chance alone makes as much.
+    """
+    pairs = len(deviations_T) - 1
+    if pairs < 20:
+        return 0.0
+    above_T = deviations_T > median_of(deviations_T)
+    same = float(np.mean(above_T[1:] == above_T[:-1])) - 1 / math.sqrt(pairs)  # two standard errors
+    return max(math.sin(math.pi * (same - 0.5)), 0.0)
 
 
 def without_bursts(deviations_T: Array) -> Array:
@@ -64,7 +84,8 @@ def without_bursts(deviations_T: Array) -> Array:
 def tail_degrees(deviations_T: Array) -> float:
     """Degrees of the Student's t with tails as heavy as these; infinite for Gaussian ones or light.
 
-    The upper tail is read less far out than the lower one, where no events are.
+    The upper tail is read less far out than the lower one, where no events are, and that farthest
+    out where `_FEWEST_BEYOND` values are farther still.
     """
     if len(deviations_T) < 20:
         return float("inf")
@@ -86,7 +107,7 @@ def tail_degrees(deviations_T: Array) -> float:
         for share, far in zip(_SHARES, side, strict=True)
     ]
     # skewed noise has few values far out above, which matter; bursts are no part of it
-    return min(*readings[:2], max(readings[2:]))
+    return min(*readings[: len(_SHARES)], max(readings[len(_SHARES) + 1 :]))
 
 
 def _values_beyond(count: int) -> list[int]:
@@ -102,6 +123,8 @@ def _degrees_at(ratio: float, count: int, share: float) -> float:
         count: number of the values.
         share: which quantile it is.
     """
+    if (1 - share) * count < _FEWEST_BEYOND and share > _SHARES[1]:
+        return math.inf
     ratios, gaussian = _ratios(share)
     # noise of the quantile itself: a Gaussian sample shall count as one
     slack = 1 + 2 * gaussian_error(share, count)

@@ -5,11 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.signal import lfilter
 
 from mocov3_ds.stability.findings import Array
 from mocov3_ds.stability.outliers import (
     Past,
     common_tails,
+    correlation_with_next,
     gaussian_error,
     in_a_row,
     limits,
@@ -37,6 +39,32 @@ def test_limits_are_quantiles_of_the_noise() -> None:
     assert two == pytest.approx(stats.t.isf((0.01 / 200_000) ** 0.5, 3) * unit, rel=0.15)
     assert one > two > four >= 6
     assert limits(random.standard_normal(200_000)).tolist() == [6.0] * 4
+
+
+def test_rows_in_a_row_prove_less_where_noise_remembers() -> None:
+    random = np.random.default_rng(2)
+    white = random.standard_t(5, 20_000)
+    slow = lfilter([0.4], [1, -0.9], random.standard_t(5, 20_200))[200:]
+    assert correlation_with_next(white) < 0.02
+    assert correlation_with_next(slow) == pytest.approx(0.9, abs=0.03)
+    burst = white[:400].copy()
+    for begin in range(20, 400, 60):
+        burst[begin : begin + 8] += 20
+    assert correlation_with_next(burst) < 0.25
+    ratio_of_white, ratio_of_slow = (
+        limits(noise, degrees=3)[0] / limits(noise, degrees=3)[3] for noise in (white, slow)
+    )
+    assert ratio_of_white > 3 * ratio_of_slow > 3
+
+
+def test_tails_of_a_sum_count_as_heavier_than_they_are_read() -> None:
+    random = np.random.default_rng(3)
+    noise = random.standard_t(4, (2, 100_000)).sum(axis=0)
+    noise /= 1.4826 * np.median(np.abs(noise))
+    assert tail_degrees(noise) > 4.5
+    chance = 0.01 / 100_000
+    four = stats.t.isf(chance, 4) * stats.norm.ppf(0.75) / stats.t.ppf(0.75, 4)
+    assert limits(noise)[0] > 0.8 * four
 
 
 def test_tails_are_read_off_the_noise() -> None:
@@ -104,16 +132,18 @@ def plain_tail_degrees(deviations: Array) -> float:
     high = deviations - np.median(deviations)
     half = np.median(np.abs(high))
     readings = []
-    for side in (-high, high):
+    for side, farthest in ((-high, 0.995), (high, 0.98)):
         values = np.sort(side[side >= 0]) / half
-        for share in (0.98, 0.95):
+        for share in (0.995, 0.98, 0.95):
+            if share > farthest or (share == 0.995 and len(values) < 1000):
+                continue
             ratio = values[round(share * (len(values) - 1))]
             slack = 1 + 2 * gaussian_error(share, len(values))
             ratios = stats.t.ppf((1 + share) / 2, DEGREES) / stats.t.ppf(0.75, DEGREES)
             gaussian = stats.norm.ppf((1 + share) / 2) / stats.norm.ppf(0.75)
             is_gaussian = ratio <= gaussian * slack
             readings.append(np.inf if is_gaussian else np.interp(-ratio, -ratios, DEGREES))
-    return float(min(*readings[:2], max(readings[2:])))
+    return float(min(*readings[:-2], max(readings[-2:])))
 
 
 @pytest.mark.parametrize("count", [20, 21, 22, 399, 400, 3000, 3001])
