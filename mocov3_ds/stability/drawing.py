@@ -70,20 +70,31 @@ def stack_panels(
 
 
 def plain_text(text: str, longest: int = _LONGEST_TEXT) -> str:
-    """A name as text of a picture: one line, no mathematics between dollar signs, not too long."""
+    """A name as text of a picture: one line, no mathematics between dollar signs, not too long.
+
+    Matplotlib leaves curves whose names begin with an underscore out of legends, so a space is put
+    before it.
+    """
+    return _escape(_one_line(text, longest))
+
+
+def _one_line(text: str, longest: int) -> str:
     readable = text.encode("utf-8", "backslashreplace").decode()
     line = "".join(letter if letter.isprintable() else " " for letter in readable)
-    if len(line) > longest:
-        line = f"{line[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
-    return line.replace("$", r"\$")
+    line = f" {line}" if line.startswith("_") else line
+    return f"{line[: longest - 1]}\N{HORIZONTAL ELLIPSIS}" if len(line) > longest else line
+
+
+def _escape(text: str) -> str:
+    return text.replace("$", r"\$")
 
 
 def set_title(axes: Axes, text: str) -> None:
     """Give a panel its title, smaller and in lines where it is long."""
-    text = plain_text(text)
-    lines = textwrap.wrap(text, _LINE) if len(text) > _LINE else [text]
-    size = 8.5 if len(text) < _LINE else 7.2
-    axes.set_title("\n".join(lines), loc="left", fontweight="bold", fontsize=size)
+    line = _one_line(text, _LONGEST_TEXT)
+    lines = textwrap.wrap(line, _LINE) if len(line) > _LINE else [line]
+    size = 8.5 if len(line) < _LINE else 7.2
+    axes.set_title("\n".join(map(_escape, lines)), loc="left", fontweight="bold", fontsize=size)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:

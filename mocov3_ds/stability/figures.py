@@ -30,6 +30,8 @@ ALARM = "rms_rise"
 """the rule whose alarms are drawn: the one that predicted every event it was tried on"""
 _BEFORE, _AFTER = 40, 20  # steps around an event
 _LEAST_SPAN = 1.0  # points of an accuracy axis
+_LONGEST_NAME, _LONGEST_LABEL = 26, 60  # letters of a layer's name, and of a curve's
+_SHORT_NAME = 20  # letters of a name, of which two fit side by side into a panel
 _HEAT_COLUMNS = 620
 _LONG = 5000  # steps from which on curves and heat maps are reduced before they are drawn
 
@@ -144,12 +146,12 @@ def draw_events(arms: Arms) -> Figure | None:
         for name, colour, trace_EW in zip(
             names, drawing.COLOURS, map(np.stack, zip(*arm_traces, strict=True)), strict=False
         ):
-            _draw_quartiles(axes, trace_EW, name, colour)
+            _draw_quartiles(axes, trace_EW, drawing.plain_text(name, _LONGEST_NAME), colour)
         axes.axvline(0, color=drawing.FAINT, lw=0.8)
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend above the curves
-        axes.legend(loc="upper left", ncols=2)
+        axes.legend(loc="upper left", ncols=1 if max(map(len, names)) > _SHORT_NAME else 2)
         drawing.set_title(axes, f"{label}: {_describe_order(arms[label])}")
     return figure
 
@@ -251,6 +253,7 @@ def draw_rates(arms: Arms) -> Figure | None:
             means = [np.mean([a for lr, a in pairs if lr == rate]) for rate in lrs]
             state = "frozen" if frozen else "trained"
             label = f"{name}, {state}" if name else f"patch projection {state}"
+            label = drawing.plain_text(label, _LONGEST_LABEL)
             axes.plot(lrs, means, "--" if frozen else "-", color=colour, label=label)
             fill = "none" if frozen else None
             axes.plot(*zip(*pairs, strict=True), "o", color=colour, ms=3, mfc=fill)
@@ -375,4 +378,5 @@ def group_ticks(groups: Sequence[str]) -> tuple[list[int], list[str]]:
     """Rows and labels of at most a dozen groups, both ends among them."""
     every = max(1, len(groups) // 10)
     rows = [row for row in range(len(groups)) if row % every == 0 or row == len(groups) - 1]
-    return rows, [groups[row].replace("_", " ") for row in rows]
+    names = [groups[row].replace("_", " ") for row in rows]
+    return rows, [drawing.plain_text(name, _LONGEST_NAME) for name in names]

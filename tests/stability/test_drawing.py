@@ -54,6 +54,15 @@ def test_a_name_is_drawn_as_it_is(name: str) -> None:
     assert "\n" not in title and "\x1b" not in title
 
 
+def test_lines_of_a_long_title_are_no_mathematics() -> None:
+    _, (axes,) = stack_panels(1, "y")
+    for count in range(40, 130):
+        set_title(axes, "a" + "$" * count)
+        lines = axes.get_title(loc="left").split("\n")
+        assert not is_math_text("\n".join(lines))
+        assert sum(line.count(r"\$") for line in lines) == sum(line.count("$") for line in lines)
+
+
 def test_a_long_name_is_cut() -> None:
     assert plain_text("x" * 1000) == "x" * 109 + "…"
     assert plain_text("a$b") == r"a\$b"
