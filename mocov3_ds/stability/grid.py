@@ -3,7 +3,8 @@
     title = "Beta2 at two rates"
     about = "What the grid asks."
     seeds = 3                       # seeds 0, 1, 2 (--seeds gives another number); or [6, 7, 8]
-    effect = 2.0                    # points of k-NN accuracy that it wants to tell, if any
+    effect = 2.0                    # points of k-NN accuracy that it wants to tell, if any, and the
+    spread = 1.5                    # deviation of paired differences, in points, if it was measured
     twins = true                    # each cell again with a frozen patch projection; or arm names
 
     [base]                          # settings of every cell
@@ -57,7 +58,8 @@ SCALES: tuple[str, ...] = get_args(Scale)
 GRIDS = Path(__file__).parent / "grids"
 
 _SCALE_KEYS = (
-    *("about", "seeds", "twins", "effect", "base", "axes", "arms", "change", "comparisons"),
+    *("about", "seeds", "twins", "effect", "spread"),
+    *("base", "axes", "arms", "change", "comparisons"),
 )
 _FILE_KEYS = ("title", *(key for key in _SCALE_KEYS if key != "change"), "scale")
 
@@ -108,6 +110,8 @@ class Grid:
     """path of the TOML file, if it is from one"""
     effect: float = 0.0
     """difference that it wants to tell, in points of k-NN accuracy; 0 = it does not say"""
+    spread: float = 0.0
+    """standard deviation over seeds of such differences, in points, as measured; 0 = unknown"""
 
 
 def list_grids() -> list[str]:
@@ -174,7 +178,8 @@ def lay_out(tree: Mapping[str, Any], name: str, scale: str, seeds: int | None = 
             about=" ".join(filter(None, abouts)),
             cells=cells,
             planned=read_planned(merged.get("comparisons"), labels),
-            effect=grid_file.read_effect(merged),
+            effect=grid_file.read_points(merged, "effect"),
+            spread=grid_file.read_points(merged, "spread"),
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

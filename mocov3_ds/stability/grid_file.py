@@ -128,16 +128,16 @@ def _is_seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def read_effect(tree: Mapping[str, Any]) -> float:
-    """The difference that a grid wants to tell, in points of accuracy; 0 where it does not say.
+def read_points(tree: Mapping[str, Any], key: str) -> float:
+    """A number of points of accuracy; 0 where the file does not say.
 
     Raises:
         ValueError: it is no number of 0 or more.
     """
-    effect = tree.get("effect", 0)
-    if not (_is_number(effect) and effect >= 0):
-        raise ValueError(f"effect is {effect!r}; it must be a number of points, 0 or more.")
-    return float(effect)
+    points = tree.get(key, 0)
+    if not (_is_number(points) and points >= 0):
+        raise ValueError(f"{key} is {points!r}; it must be a number of points, 0 or more.")
+    return float(points)
 
 
 def read_twins(tree: Mapping[str, Any], arms: Sequence[Arm]) -> list[str]:

@@ -2,7 +2,7 @@
 
 Nothing is trained for it. How much a difference of two arms varies from seed to seed is known
 beforehand of the k-NN accuracy alone, and roughly: as that of two accuracies of so many probes,
-each with its binomial error. Runs that vary by more than their probes do need more seeds still.
+each with its binomial error, or by the `spread` of the grid's file where runs vary by more.
 """
 
 import math
@@ -15,9 +15,9 @@ from mocov3_ds.data import manifest, storage
 from mocov3_ds.recipes import parse
 from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability import paired
+from mocov3_ds.stability.comparisons import PAGE_METRICS
 from mocov3_ds.stability.drops import FEWEST
 from mocov3_ds.stability.grid import Cell, Grid
-from mocov3_ds.stability.planned import METRICS
 from mocov3_ds.stability.verdict import FEWEST_STEPS
 
 _DRAWN_TRAINING, _DRAWN_PROBES = SPLITS.values()
@@ -44,12 +44,12 @@ class QuestionOutlook:
 
     Attributes:
         text: what is asked.
-        metric: column of a run, or empty for all of them.
+        metric: column of a run, or empty for all that a page compares.
         comparisons: comparisons that are corrected together.
         deviations: smallest difference that is told in four of five studies, in standard
             deviations of a paired difference; infinite with one seed.
-        points: the same in points of k-NN accuracy, where runs vary as their probes do; NaN of
-            another metric, or where the probes are not known.
+        points: the same in points of k-NN accuracy; NaN of another metric, or where nothing is
+            known of how runs vary.
         seeds_for_effect: seeds that tell the grid's effect; None where it names none, 0 where the
             seeds that it has do.
     """
@@ -148,19 +148,19 @@ def foresee(grid: Grid, extra: Sequence[str] = ()) -> Outlook:
     configs = _different_configs(grid, extra)
     lengths = {measure_length(config) for config in configs}
     counted = sorted((one for one in lengths if one is not None), key=lambda one: one.steps)
-    probes = min(count_probes(config) for config in configs)
+    sd = estimate_spread(min(count_probes(config) for config in configs), grid.spread)
     seeds = len({cell.seed for cell in grid.cells})
     families = [(one.question, one.metric, len(one.arms)) for one in grid.planned]
     if not families:
         text = "Does an arm differ from the first, or a frozen twin from its run?"
-        families = [(text, "", len(METRICS) * count_pairs(grid.cells))]
+        families = [(text, "", len(PAGE_METRICS) * count_pairs(grid.cells))]
     return Outlook(
         cells=len(grid.cells),
         arms=len({cell.label for cell in grid.cells}),
         seeds=seeds,
         lengths=tuple(counted) if None not in lengths else (),
         questions=tuple(
-            _foresee_question(*family, seeds=seeds, probes=probes, effect=grid.effect)
+            _foresee_question(*family, seeds=seeds, sd=sd, effect=grid.effect)
             for family in families
             if family[2]
         ),
@@ -169,11 +169,10 @@ def foresee(grid: Grid, extra: Sequence[str] = ()) -> Outlook:
 
 
 def _foresee_question(
-    text: str, metric: str, comparisons: int, *, seeds: int, probes: int, effect: float
+    text: str, metric: str, comparisons: int, *, seeds: int, sd: float, effect: float
 ) -> QuestionOutlook:
     deviations = paired.smallest_difference(1.0, seeds, comparisons)
-    # two accuracies near 50 %, where the error is largest
-    sd = 100 * math.sqrt(2 * 0.25 / probes) if probes and metric in ("", METRICS[0]) else math.nan
+    sd = sd if not metric or metric.startswith("knn") else math.nan
     needed: int | None = None
     if effect and not math.isnan(sd):
         try:
@@ -182,6 +181,17 @@ def _foresee_question(
             needed = paired.MOST_SEEDS  # as far as it looks
         needed = needed if needed > seeds else 0
     return QuestionOutlook(text, metric, comparisons, deviations, deviations * sd, needed)
+
+
+def estimate_spread(probes: int, measured: float = 0.0) -> float:
+    """Standard deviation of a paired difference of two accuracies, in points; NaN if unknown.
+
+    Args:
+        probes: images that each classifies, 0 = unknown; at 50 %, where the error is largest.
+        measured: what runs have shown, in points; 0 = nothing.
+    """
+    binomial = 100 * math.sqrt(2 * 0.25 / probes) if probes else 0.0
+    return max(binomial, measured) or math.nan
 
 
 def count_pairs(cells: Sequence[Cell]) -> int:

@@ -100,7 +100,9 @@ def test_cells_of_one_name_must_be_one_run() -> None:
     ):
         laid_out("[axes]\nlr = [1e-3, 1.000001e-3]")
     # what the arm's name says is said once
-    said = "twins = ['a']\n[[arms]]\nname = 'frozen + b'\npatch = 0\n[[arms]]\nname = 'a'\npatch = 0.2"
+    said = (
+        "twins = ['a']\n[[arms]]\nname = 'frozen + b'\npatch = 0\n[[arms]]\nname = 'a'\npatch = 0.2"
+    )
     labels = [cell.label for cell in laid_out(said, seeds=1).cells]
     assert labels == ["frozen + b", "a, patch rate 0.2", "a, frozen"]
     # a twin and the axis' own frozen value are one
@@ -208,7 +210,8 @@ def test_a_scale_goes_on_about_the_grid_and_wants_another_effect() -> None:
     tiny, cifar = laid_out(text), laid_out(text, "cifar")
     assert (tiny.about, tiny.effect) == ("What it asks. In small.", 5.5)
     assert (cifar.about, cifar.effect) == ("What it asks.", 2)
-    assert laid_out(ARMS).effect == 0
+    assert (laid_out(ARMS).effect, laid_out(ARMS).spread) == (0, 0)
+    assert laid_out("spread = 1.5").spread == 1.5
 
 
 def test_no_such_grid(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a grid can tell is said before it runs: lengths, evaluations, and differences by seeds."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mocov3_ds.stability.grid_outlook import (
     CellLength,
     count_images,
     count_pairs,
+    estimate_spread,
     foresee,
     measure_length,
 )
@@ -87,6 +89,18 @@ def test_a_question_says_what_so_many_seeds_tell() -> None:
     alone = foresee(laid_out(seeds=1))
     assert not alone.can_tell
     assert alone.describe()[-1] == "Is a higher rate better? Cannot be told with one seed."
+
+
+def test_runs_that_vary_more_than_their_probes() -> None:
+    assert estimate_spread(1000) == pytest.approx(100 * (0.5 / 1000) ** 0.5)
+    assert estimate_spread(1000, 4.5) == estimate_spread(0, 4.5) == 4.5
+    assert estimate_spread(1000, 0.1) == estimate_spread(1000)
+    assert math.isnan(estimate_spread(0))
+    (question,) = foresee(
+        laid_out(PLAN.replace("effect = 4", "effect = 4\nspread = 4.5"))
+    ).questions
+    assert question.points == pytest.approx(4.5 * question.deviations)
+    assert question.seeds_for_effect == paired.count_seeds(4, 4.5, 2)
 
 
 def test_what_the_detectors_lack() -> None:
