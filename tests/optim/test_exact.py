@@ -124,8 +124,8 @@ def test_equals_the_unsharded_optimizer(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_equals_the_unsharded_optimizer_everywhere(world_size: int) -> None:
     cases = [c for c in EVERYTHING if BATCH % (world_size * c.accumulate) == 0]
-    if world_size > 2:  # minutes on two cores: each takes every other one
-        cases = [c for c in cases if EVERYTHING.index(c) % 2 == world_size % 2]
+    if world_size > 2:  # minutes on two cores: each takes one of three, not the same ones
+        cases = [c for c in cases if EVERYTHING.index(c) % 3 == world_size % 3]
     results = run_ranks(world_size, engines.errors, cases, timeout=2400)[0]
     for case, result in zip(cases, results, strict=True):
         check(result, case)
