@@ -79,7 +79,7 @@ def write_log(run: Path, steps: int, seed: int) -> None:
     """`metrics.jsonl` and the signals of a run with five bursts and a dip.
 
     Args:
-        run: run folder.
+        run: folder that is made for the run.
         steps: logged steps.
         seed: of the noise.
     """

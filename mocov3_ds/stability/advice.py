@@ -81,7 +81,7 @@ def choose_worst_arms(arms: Arms, count: int, first: Sequence[str] = ()) -> Arms
     """At most `count` arms, those with the worst verdicts and most loss events, in their order.
 
     Args:
-        arms: all arms.
+        arms: all arms of the study.
         count: how many there may be.
         first: labels of arms that are chosen before others, the foremost first.
     """

@@ -28,8 +28,8 @@ FALSE_ALARMS = 0.01
 DEVIATIONS = 6.0
 """fewest deviations of a value that stands out, where noise is Gaussian"""
 FAR_TAILS, HEAVY = 0.8, 4.0
-"""tails lighter than those of a t of `HEAVY` degrees count as heavier by this share farther out than
-they are read: those of a sum of noises are"""
+"""tails lighter than those of a t of `HEAVY` degrees count as heavier by this share farther out
+than they are read: those of a sum of noises are"""
 LONGEST_BURST = 100
 """rows in a row that stand out after which the new level counts as the usual one"""
 LONGEST_RUN = 4
@@ -64,7 +64,7 @@ def limits(deviations_T: Array, series: int = 1, degrees: float = math.inf) -> A
 
 
 def correlation_with_next(deviations_T: Array) -> float:
-    """How far a row goes with the next one, 0 to 1: told by their signs, which bursts hardly change.
+    """How far a row goes with the next one, 0 to 1: by their signs, which bursts hardly change.
 
     For Gaussian values the correlation; 0 where chance alone makes as much.
     """
