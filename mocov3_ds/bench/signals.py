@@ -11,8 +11,8 @@ attention every 50. Blocks of steps with and without signals take turns in one r
 seconds of the process; medians count. On a busy machine the noise of whole steps is larger than the
 difference, so the parts that each step needs are also timed alone.
 
-The instruments: steps of one run, each with one instrument or with none, in turn. What one look
-costs, in steps, tells how often to look.
+The instruments: steps of one run, each with one instrument, in turn. What a look takes beside the
+step is timed alone, and so is what the optimizer does for the layers; whole steps vary by more.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -71,9 +71,9 @@ class SignalOptions:
 
 _NEVER = 10**9
 _SILENT = SignalConfig(every=0, features_every=0, attention_every=0)
+LAYERS = "gradients, updates, g / sqrt(v) of all layers"
 INSTRUMENTS: dict[str, tuple[str, SignalConfig]] = {
-    "nothing": ("", _SILENT),
-    "gradients, updates, g / sqrt(v) of all layers": ("every", replace(_SILENT, every=1)),
+    LAYERS: ("every", replace(_SILENT, every=1)),
     "spread of queries and keys": (
         "features_every",
         replace(_SILENT, every=_NEVER, features_every=1),
@@ -117,32 +117,30 @@ def run_bench(options: SignalOptions) -> None:
         times = time_whole_steps(["--recipe", "tiny"], options.blocks, options.steps)
         print_row(f"whole step, tiny recipe, {len(times.with_signals)} steps", times)
     if options.turns:
-        print_instruments(time_instruments(["--recipe", "tiny"], options.turns))
+        print_instruments(*time_instruments(["--recipe", "tiny"], options.turns))
 
 
-def print_instruments(seconds: Mapping[str, Sequence[float]]) -> None:
+def print_instruments(steps: Sequence[float], looks: Mapping[str, Sequence[float]]) -> None:
     """Print what one look costs, what it costs as a run makes it, and how often costs little.
 
     Args:
-        seconds: instrument of `INSTRUMENTS` -> CPU seconds of the steps with it.
+        steps: CPU seconds of steps without what is looked at beside them.
+        looks: instrument of `INSTRUMENTS` -> CPU seconds of its looks.
     """
-    medians = {name: statistics.median(steps) for name, steps in seconds.items()}
-    alone = medians.pop("nothing")
-    low, *_, high = (f"{1e3 * step:.0f}" for step in sorted(seconds["nothing"]))
+    step = statistics.median(steps)
     print(
-        f"\none look beside a step of {1e3 * alone:.0f} ms ({low} to {high}), medians of "
-        f"{len(seconds['nothing'])}\n"
+        f"\none look beside a step of {1e3 * step:.0f} ms ({1e3 * min(steps):.0f} to "
+        f"{1e3 * max(steps):.0f}), medians of {min(map(len, looks.values()))} and more\n"
     )
     print("| instrument | flag | ms a look | in steps | default | costs a run | 1 % from every |")
     print("|---|---|---|---|---|---|---|")
-    for name, median in medians.items():
-        flag, _ = INSTRUMENTS[name]
-        in_steps = (median - alone) / alone
+    for name, (flag, _) in INSTRUMENTS.items():
+        look = statistics.median(looks[name])
         default = getattr(SignalConfig(), flag)
-        cost = f"{100 * in_steps / default:.1f} %" if default else "-"
+        cost = f"{100 * look / step / default:.1f} %" if default else "-"
         print(
-            f"| {name} | `--signals.{flag}` | {1e3 * (median - alone):.1f} | {in_steps:.2f} "
-            f"| {default or 'off'} | {cost} | {max(math.ceil(in_steps / _SMALL), 1)} |"
+            f"| {name} | `--signals.{flag}` | {1e3 * look:.1f} | {look / step:.3f} "
+            f"| {default or 'off'} | {cost} | {max(math.ceil(look / step / _SMALL), 1)} |"
         )
 
 
@@ -221,23 +219,24 @@ def time_whole_steps(flags: list[str], blocks: int, steps: int) -> Times:
             measures = block % 2 == 1
             run.recorder.config = with_signals if measures else without
             for _ in range(steps):
-                elapsed = time_call(partial(record_step, run), _CPU)
+                elapsed = sum(record_step(run))
                 if block >= 0:
                     times[measures].append(elapsed)
     return times
 
 
-def time_instruments(flags: list[str], turns: int) -> dict[str, list[float]]:
-    """Time steps of one run with each of `INSTRUMENTS` alone, in turn.
+def time_instruments(flags: list[str], turns: int) -> tuple[list[float], dict[str, list[float]]]:
+    """Time looks of each of `INSTRUMENTS` alone, in steps of one run, in turn.
 
     Args:
         flags: flags of train.py that say which run.
         turns: number of steps with each that count; the first one beside them does not.
 
     Returns:
-        Instrument -> CPU seconds of its steps.
+        CPU seconds of the steps without the looks, and instrument -> those of its looks.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in INSTRUMENTS}
+    steps: list[float] = []
+    looks: dict[str, list[float]] = {name: [] for name in INSTRUMENTS}
     due = ["--signals.sharpness_every", "1", "--signals.noise_every", "1"]
     with started_run([*flags, *due]) as run:
         config = run.config
@@ -245,10 +244,13 @@ def time_instruments(flags: list[str], turns: int) -> dict[str, list[float]]:
             for name, (_, signals) in INSTRUMENTS.items():
                 run.recorder.config = replace(config, signals=signals)
                 run.instruments.signals = signals
-                elapsed = time_call(partial(record_step, run), _CPU)
+                step_s, look_s = record_step(run)
                 if turn:  # the first allocates, and sharpness begins at random numbers
-                    seconds[name].append(elapsed)
-    return seconds
+                    steps.append(step_s)
+                    looks[name].append(look_s)
+    parts = time_parts(5 * turns)  # most of it lies within the optimizer's step
+    looks[LAYERS] = [b - a for a, b in zip(*parts, strict=True)]
+    return steps, looks
 
 
 @contextlib.contextmanager
@@ -260,9 +262,11 @@ def started_run(flags: list[str]) -> Iterator[Run]:
             yield run
 
 
-def record_step(run: Run) -> None:
-    """A step, and what the recorder makes of it."""
+def record_step(run: Run) -> tuple[float, float]:
+    """A step, and what is looked at; CPU seconds of both."""
+    started = time.process_time()
     advanced = advance_run(run)
+    stepped = time.process_time()
     run.recorder.record(
         run.step,
         {"step": run.step, **advanced.measured_values()},
@@ -271,3 +275,5 @@ def record_step(run: Run) -> None:
         pair=advanced.result.pair,
         backbone=run.base.backbone,
     )
+    recorded = time.process_time()
+    return stepped - started - advanced.look_cpu_s, recorded - stepped + advanced.look_cpu_s

@@ -1,12 +1,13 @@
 """The benchmark of the signals prints its table; what it toggles is what it says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mocov3_ds.bench import signals
-from mocov3_ds.training.advance import advance_run
+from mocov3_ds.training.advance import AdvancedStep
 from mocov3_ds.training.run import Run
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
@@ -23,27 +24,37 @@ def few_steps(shards: str) -> tuple[int, int]:
 
 def few_looks(shards: str) -> dict[str, list[str]]:
     """Names of the values that a step with each instrument has logged."""
-    logged: dict[str, list[str]] = {}
+    logged: list[set[str]] = []
+    record_step = signals.record_step
 
-    def step(run: Run) -> None:
-        advanced = advance_run(run)
-        values = {"step": run.step, **advanced.measured_values()}
-        values |= run.recorder.record(
-            run.step,
-            values,
-            sample_ids_B=advanced.batch.sample_ids_B,
-            x1_BCHW=advanced.x1_BCHW,
-            pair=advanced.result.pair,
-            backbone=run.base.backbone,
-        )
-        layers = [name.partition("/")[2] for name in run.recorder.layer_values]
-        logged[str(len(logged))] = sorted({*advanced.measured, *values, *layers})
+    def step(run: Run) -> tuple[float, float]:
+        entries: dict[str, Any] = {}
+        advance, record = signals.advance_run, run.recorder.record
+
+        def advance_and_tell(run: Run) -> AdvancedStep:
+            advanced = advance(run)
+            entries.update(advanced.measured)
+            return advanced
+
+        def record_and_tell(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            entries.update(recorded := record(*args, **kwargs))
+            return recorded
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(signals, "advance_run", advance_and_tell)
+            patch.setattr(run.recorder, "record", record_and_tell)
+            seconds = record_step(run)
+        layers = {name.partition("/")[2] for name in run.recorder.layer_values}
+        logged.append({*entries} | layers)
+        return seconds
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signals, "record_step", step)
-        seconds = signals.time_instruments([*SMALL.split(), "--data.shards", shards], turns=1)
-    assert {name: len(steps) for name, steps in seconds.items()} == dict.fromkeys(seconds, 1)
-    return dict(zip(signals.INSTRUMENTS, [*logged.values()][len(seconds) :], strict=True))
+        steps, looks = signals.time_instruments([*SMALL.split(), "--data.shards", shards], turns=1)
+    assert len(steps) == len(signals.INSTRUMENTS)
+    assert {len(looks[name]) for name in looks if name != signals.LAYERS} == {1}
+    names = map(sorted, logged[len(steps) :])
+    return dict(zip(signals.INSTRUMENTS, names, strict=True))
 
 
 def test_each_instrument_looks_alone(tmp_path: Path) -> None:
@@ -54,8 +65,7 @@ def test_each_instrument_looks_alone(tmp_path: Path) -> None:
         for name, values in logged.items()
     }
     assert of_instrument == {
-        "nothing": set(),
-        "gradients, updates, g / sqrt(v) of all layers": {"grad_linf"},
+        signals.LAYERS: {"grad_linf"},
         "spread of queries and keys": {"spread"},
         "attention per head, activations of blocks": {"block_rms"},
         "gradient noise scale": {"noise_scale"},
@@ -64,23 +74,17 @@ def test_each_instrument_looks_alone(tmp_path: Path) -> None:
 
 
 def test_how_often_a_look_costs_little(capsys: pytest.CaptureFixture[str]) -> None:
-    seconds = {name: [0.1, 0.1, 9.0] for name in signals.INSTRUMENTS}
-    seconds["nothing"] = [0.12, 0.09, 0.1]
-    seconds["sharpness and curvature"] = [1.1, 1.1, 0.0]
-    seconds["attention per head, activations of blocks"] = [0.15, 0.15, 0.15]
-    signals.print_instruments(seconds)
+    looks = {name: [0.0001, 0.0001, 9.0] for name in signals.INSTRUMENTS}
+    looks["sharpness and curvature"] = [1.0, 1.0, 0.0]
+    looks["attention per head, activations of blocks"] = [0.05, 0.05, 0.05]
+    signals.print_instruments([0.12, 0.09, 0.1], looks)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "one look beside a step of 100 ms (90 to 120), medians of 3"
+    assert lines[1] == "one look beside a step of 100 ms (90 to 120), medians of 3 and more"
     rows = {row[0]: row[2:] for row in (line.strip("| ").split(" | ") for line in lines[5:])}
-    assert rows["sharpness and curvature"] == ["1000.0", "10.00", "off", "-", "1000"]
-    assert rows["attention per head, activations of blocks"] == [
-        "50.0",
-        "0.50",
-        "50",
-        "1.0 %",
-        "50",
-    ]
-    assert rows["gradient noise scale"] == ["0.0", "0.00", "off", "-", "1"]
+    assert rows["sharpness and curvature"] == ["1000.0", "10.000", "off", "-", "1000"]
+    blocks = rows["attention per head, activations of blocks"]
+    assert blocks == ["50.0", "0.500", "50", "1.0 %", "50"]
+    assert rows["gradient noise scale"] == ["0.1", "0.001", "off", "-", "1"]
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
