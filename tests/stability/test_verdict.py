@@ -111,7 +111,8 @@ def test_gradients_measured_in_some_steps_tell_the_same_events(every: int) -> No
         assert right == len(peaks)
         missed += len(one.spikes) - caught
         assert j.lead is not None and all(lead % every == 0 for lead in j.lead.per_event)
-        assert abs(j.lead.median - one.lag) <= every and len(j.lead.per_event) >= 3
+        shown = 3 if every == 2 else 2  # of a fifth of the steps fewer events show in both layers
+        assert abs(j.lead.median - one.lag) <= every and len(j.lead.per_event) >= shown
         by_name = {quality.alarm: quality for quality in j.alarms}
         raised += by_name["gradient_jump"].caught
         assert any(f"measured every {every} steps: events shorter than" in n for n in j.notes)
