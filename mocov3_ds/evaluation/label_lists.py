@@ -33,6 +33,7 @@ from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.data.storage import atomic
 from mocov3_ds.distributed import ranks
 from mocov3_ds.evaluation.knn import find_nearest
+from mocov3_ds.settings.spreadsheet import as_cell
 
 _LONGEST_JSON = 1 << 20  # bytes of a KEY.json, as data_prep reads them
 
@@ -242,6 +243,6 @@ def write_precisions(
         classes, has_PC.sum(0).tolist(), precision_C.tolist(), strict=True
     ):
         if images:
-            table.writerow([name, images, f"{100 * precision:.2f}"])
+            table.writerow([as_cell(name), images, f"{100 * precision:.2f}"])
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, text.getvalue())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mocov3_ds.data.storage import atomic
+from mocov3_ds.settings.spreadsheet import as_cell
 
 
 class ClassResult(NamedTuple):
@@ -64,7 +65,7 @@ def write_class_table(
     table.writerow(["class", "images", "top1", "most_confused_with", "confused"])
     for result in count_by_class(classes_N.cpu(), labels_N.cpu()):
         name, confused_name = (
-            (names[label] if names else str(label)) if label >= 0 else ""
+            as_cell(names[label] if names else str(label)) if label >= 0 else ""
             for label in (result.label, result.confused_with)
         )
         top1, confused = (

@@ -103,6 +103,11 @@ def write_kit(
     )
     if folder.exists():
         raise ValueError(f"{folder} exists; remove it or choose another --out.")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(folder.resolve())):
+        raise ValueError(
+            f"{str(folder.resolve())!r} is not UTF-8 text, which no script can name; make the kit "
+            "in another folder."
+        )
     name = run.config.name or run.config.recipe
     values = {
         **_template_values(settings, folder.resolve(), train_arguments, name),

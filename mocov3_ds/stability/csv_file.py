@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mocov3_ds.data.storage import atomic
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""what a cell begins with that a spreadsheet computes, or skips on the way to such a letter"""
+from mocov3_ds.settings.spreadsheet import as_cell
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -22,9 +20,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     ):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows({key: _as_cell(value) for key, value in row.items()} for row in rows)
-
-
-def _as_cell(value: Any) -> Any:
-    is_formula = isinstance(value, str) and value.startswith(_FORMULA)
-    return f"'{value}" if is_formula else value
+        writer.writerows(
+            {key: as_cell(value) if isinstance(value, str) else value for key, value in row.items()}
+            for row in rows
+        )

@@ -21,6 +21,7 @@ from mocov3_ds.evaluation.label_lists import (
     parse_label_list,
     read_label_lists,
     score_classes,
+    write_precisions,
 )
 from tests.evaluation.runs import coloured, make_run
 from tests.ranks_pool import run_ranks
@@ -125,6 +126,12 @@ def test_average_precision_by_hand() -> None:
     # hits at ranks 1 and 3; at 1 and 4; none; and all of one score: 2 of 4 at full recall
     expected = [(1 + 2 / 3) / 2, (1 + 2 / 4) / 2, float("nan"), 0.5]
     torch.testing.assert_close(found, torch.tensor(expected).double(), equal_nan=True)
+
+
+def test_no_name_of_a_class_becomes_a_formula(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    write_precisions(table, ["=1+1", "b"], torch.ones(2, 2).bool(), torch.tensor([1.0, 0.5]))
+    assert table.read_text().splitlines()[1:] == ["'=1+1,2,100.00", "b,2,50.00"]
 
 
 def test_the_command_records_the_mean_average_precision(

@@ -27,3 +27,9 @@ def test_the_table_names_classes(tmp_path: Path) -> None:
     )
     write_class_table(tmp_path / "table.csv", CLASSES, LABELS, [])
     assert "\n7,1,0.00,0,100.00\n" in (tmp_path / "table.csv").read_text()
+
+
+def test_no_name_of_a_class_becomes_a_formula(tmp_path: Path) -> None:
+    write_class_table(tmp_path / "table.csv", CLASSES, LABELS, ["=1+1", *"123456", "@x"])
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert lines[1:] == ["'=1+1,4,25.00,'@x,50.00", "2,2,100.00,,", "'@x,1,0.00,'=1+1,100.00"]

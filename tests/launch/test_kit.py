@@ -205,6 +205,15 @@ def test_no_kit_leaves_a_gap(kind: Kind, tmp_path: Path) -> None:
         assert os.access(path, os.X_OK) == (path.stem == "train")
 
 
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_a_folder_that_no_script_can_name_is_refused_before_it_is_made(
+    kind: Kind, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"\\udce9/kit' is not UTF-8 text"):
+        write_kit(kind, CLUSTER, tmp_path / "caf\udce9" / "kit", [])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

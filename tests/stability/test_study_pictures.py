@@ -39,7 +39,7 @@ def arms_called(name: str) -> Arms:
 
 
 def texts_of(figure: Figure) -> list[str]:
-    """Texts of a picture but the numbers beside its axes, of which logarithmic ones are formulas."""
+    """Texts of a picture but numbers beside its axes, of which logarithmic ones are formulas."""
     artists: list[Text] = figure.findobj(Text)
     artists += [tick for axes in figure.axes for tick in axes.get_yticklabels()]
     return [artist.get_text() for artist in artists if "mathdefault" not in artist.get_text()]
