@@ -15,24 +15,19 @@ from mocov3_ds.monitoring.signal_file import SignalTable
 from mocov3_ds.stability.findings import Array, Series, Steps
 
 
-def read_series(
-    run: Path, *, twin_knn: float | None = None, signals: SignalTable | None = None
-) -> Series:
+def read_series(run: Path, *, twin_knn: float | None = None) -> Series:
     """Read `config.json`, `metrics.jsonl` and `signals.f32` of a run, finished or not.
 
     Args:
         run: run folder, of a run that has ended or not.
         twin_knn: final accuracy in percent of the twin with a frozen patch projection.
-        signals: the run's signals, where they were read before.
 
     Raises:
         ValueError: the folder holds no run, or the run has not logged a step.
     """
     config = read_run_config(run)
     path = run / "metrics.jsonl"
-    table = signals
-    if table is None and (run / "signals.json").exists():
-        table = signal_file.read_signals(run)
+    table = signal_file.read_signals(run) if (run / "signals.json").exists() else None
     skimmed = skim_rows(path, "knn")
     columns = _find_columns(skimmed, table)
     named, rows = skimmed.named, [row for row in skimmed.sample if "lr" in row]

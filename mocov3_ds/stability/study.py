@@ -202,8 +202,9 @@ def read_logged(folder: Path) -> LoggedRun | None:
         return None
     signals = None
     if (folder / "signals.json").exists():
+        # apart from what the series is read from: pages of the file that nobody asks for stay out
         signals = signal_file.read_signals(folder)
-    return LoggedRun(read_series(folder, signals=signals), signals, _read_optimizer(folder))
+    return LoggedRun(read_series(folder), signals, _read_optimizer(folder))
 
 
 def has_loss(metrics: Path) -> bool:
