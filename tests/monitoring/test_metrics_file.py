@@ -77,8 +77,9 @@ def test_a_glance_finds_what_reading_each_line_finds(
     monkeypatch.setattr(metrics_file, "_PIECE", piece)
     monkeypatch.setattr(metrics_file, "_REACH", 8)
     rows = [{"step": i, "lr": 0.1, "text": "k" * (i * i % 41)} for i in range(90)]
-    for step in (0, 1, 44, 88, 89):
-        rows[step] |= {"knn": 1.5, "knn_momentum": 2.5}
+    for step in (0, 1, *range(30, 50), 88, 89):
+        rows[step]["knn"] = 1.5
+    rows[44]["knn_momentum"] = 2.5
     content = "\n".join(map(json.dumps, rows)) + ending
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
