@@ -1,6 +1,7 @@
 """False alarms of the verdicts on quiet runs, and their power: the null study.
 
-    python -m mocov3_ds.bench verdicts                    # about five minutes of one core
+    python -m mocov3_ds.bench verdicts                    # a minute of one core
+    python -m mocov3_ds.bench verdicts --events           # those of the loss and of gradients
     python -m mocov3_ds.bench verdicts --calibrate        # sets the thresholds anew, two minutes
 
 Quiet runs rise as training does, saturating or in a straight line, with the binomial error of the
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mocov3_ds.bench.quiet_events import print_events, print_header, print_row
 from mocov3_ds.stability.calibrate import COUNTS, KINDS, calibrate_length
 from mocov3_ds.stability.drops import TABLE
 from mocov3_ds.stability.findings import Array, Series
@@ -36,6 +38,8 @@ class VerdictOptions:
 
     runs: int = 50
     """quiet runs of each length, number of probes and noise; of a third so many, each fall"""
+    events: bool = False
+    """look at spikes of the loss and of gradients instead"""
     calibrate: bool = False
     """set the thresholds of drops anew instead, and write their table"""
 
@@ -153,18 +157,14 @@ def run_bench(options: VerdictOptions) -> None:
             print(count, table[str(count)], flush=True)
         TABLE.write_text(json.dumps(table, indent=2) + "\n")
         return
-    names = [name for name, *_ in PLANTED]
-    print("| K | probes | not quiet, of Gaussian / t3 / AR 0.5 runs | I |", *names, "", sep=" | ")
-    print("|" + "---|" * (4 + len(names)))
+    if options.events:
+        print_events(options.runs)
+        return
+    alarms_of = f"not quiet, of {' / '.join(NOISES)} runs"
+    print_header(["K", "probes", alarms_of, "I", *(name for name, *_ in PLANTED)])
     for count in EVALUATIONS:
         for probes in PROBES:
             alarms, score = study_null(count, probes, options.runs)
             power = study_power(count, probes, max(options.runs // 3, 1))
-            cells = [
-                f"{count:,}",
-                f"{probes:,}",
-                f"{' / '.join(map(str, alarms.values()))} of {options.runs}",
-                f"{score:.3f}",
-                *(f"{100 * share:.0f} %" for share in power.values()),
-            ]
-            print("|", " | ".join(cells), "|", flush=True)
+            not_quiet = f"{' / '.join(map(str, alarms.values()))} of {options.runs}"
+            print_row([f"{count:,}", f"{probes:,}", not_quiet, f"{score:.3f}"], [*power.values()])

@@ -1,8 +1,9 @@
 """The threshold of drops, set by simulation: `python -m mocov3_ds.bench verdicts --calibrate`.
 
 Flat curves of each length are drawn with noise of several kinds, each estimated and scanned as a
-run's curve is. The threshold of a length is what one curve in a hundred exceeds, all kinds
-together. Kinds are those that real curves are between:
+run's curve is. A length has two thresholds, which one curve in fifty of the worst kind exceeds:
+that of white noise, and a higher one for curves whose noise seems to remember. Runs rise, and have
+fewer alarms than flat curves. Kinds are those that real curves are between:
 Gaussian; Student's t with 3 degrees; an autoregressive one of 0.5, 0.8 and 0.9; and half white,
 half 0.9, as binomial noise of the probes on top of a queue is. A kind counts from
 `CORRELATION_TIMES` times (1 + phi) / (1 - phi) evaluations on: in a shorter curve such a noise and
@@ -19,13 +20,14 @@ import numpy as np
 from scipy.signal import lfilter
 
 from mocov3_ds.stability.drops import FEWEST, largest_excess
-from mocov3_ds.stability.findings import Array
+from mocov3_ds.stability.findings import Array, Flags
 from mocov3_ds.stability.knn_noise import estimate_noise
-from mocov3_ds.stability.outliers import FALSE_ALARMS
 
 COUNTS = (FEWEST, 12, 20, 40, 60, 150, 300, 624, 1560, 5000)
-CURVES = 400
-"""curves of each length and kind; a fifth of them from 3,000 evaluations on"""
+CURVES = 600
+"""curves of each length and kind; three times so many below 200 evaluations, a third from 3,000"""
+FALSE_ALARMS = 0.02
+"""false alarms per quiet run of the kind of noise that has most"""
 
 CORRELATION_TIMES = 30.0
 
@@ -66,25 +68,32 @@ def kinds_for(count: int) -> list[str]:
     ]
 
 
-def simulate(count: int, kind: str, curves: int, seed: int = 0) -> Array:
-    """Largest excess of each of some flat curves, (curves,)."""
+def simulate(count: int, kind: str, curves: int, seed: int = 0) -> tuple[Array, Flags]:
+    """Largest excess of some flat curves, (curves,), and whether their noise seems to remember."""
     random = np.random.default_rng([seed, count, [*KINDS].index(kind)])
-    excesses = []
-    for _ in range(curves):
+    excesses, remembers = np.empty(curves), np.empty(curves, bool)
+    for curve in range(curves):
         knn_K = 50 + KINDS[kind][1](count, random)
-        excesses.append(largest_excess(knn_K, estimate_noise(knn_K)))
-    return np.array(excesses)
+        noise = estimate_noise(knn_K)
+        excesses[curve], remembers[curve] = largest_excess(knn_K, noise), noise.remembers
+    return excesses, remembers
 
 
 def calibrate_length(count: int, curves: int = CURVES) -> dict[str, float]:
-    """The threshold of one length, and beside it the false alarms of each kind, percent."""
-    number = curves if count < 3000 else curves // 5
-    excess_by_kind = {kind: simulate(count, kind, number) for kind in kinds_for(count)}
-    limit = round(
-        float(np.quantile(np.concatenate([*excess_by_kind.values()]), 1 - FALSE_ALARMS)), 2
-    )
+    """Both thresholds of one length, and beside them the false alarms of each kind, percent."""
+    number = 3 * curves if count < 200 else curves if count < 3000 else curves // 3
+    simulated = {kind: simulate(count, kind, number) for kind in kinds_for(count)}
+    white = [simulated[kind][0] for kind in simulated if KINDS[kind][0] == 0]
+    limit = max(float(np.quantile(excesses, 1 - FALSE_ALARMS)) for excesses in white)
+    slow = [simulated[kind] for kind in simulated if KINDS[kind][0] > 0]
+    # noise that remembers, and seems white, has a third of its alarms
+    for excesses, remembers in slow:
+        seems_white = np.where(remembers, excesses.min(), excesses)
+        limit = max(limit, float(np.quantile(seems_white, 1 - FALSE_ALARMS / 3)))
+    higher = [limit] + [float(np.quantile(excesses, 1 - FALSE_ALARMS)) for excesses, _ in slow]
+    limits = round(limit, 2), round(max(higher), 2)
     shares = {
-        kind: round(100 * float(np.mean(excess > limit)), 2)
-        for kind, excess in excess_by_kind.items()
+        kind: round(100 * float(np.mean(excesses > np.where(remembers, limits[1], limits[0]))), 2)
+        for kind, (excesses, remembers) in simulated.items()
     }
-    return {"threshold": limit, **shares}
+    return {"threshold": limits[0], "remembers": limits[1], **shares}

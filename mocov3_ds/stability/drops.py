@@ -4,8 +4,10 @@ At each place the mean of the evaluations before is compared with the mean of th
 widths from two evaluations to a third of the curve, in standard errors that the curve's own noise
 gives. A healthy curve rises, so a flat one is the worst that a quiet run can be: the threshold is
 set by simulating flat curves (`calibrate`) with Gaussian noise, heavy tails and memories, such that
-one quiet run in a hundred has a drop anywhere. Narrow widths have more places to be wrong in; the
-term sqrt(2 ln(K / width)) allows for that.
+one in fifty of any kind has a drop anywhere, and of runs that rise fewer. Narrow widths have more
+places to be wrong in; the term sqrt(2 ln(K / width)) allows for that. Single evaluations count for
+no more than is as seldom in Gaussian noise (`curve_tails`), and narrow drops of a heavy-tailed
+curve for nothing where bumps are as high: such noise goes as far up as down.
 
 Shape suffixes: K = k-NN evaluations, W = widths.
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mocov3_ds.stability.curve_tails import as_gaussian
 from mocov3_ds.stability.findings import Array
 from mocov3_ds.stability.knn_noise import Noise
 
@@ -29,9 +32,15 @@ MOST_BEFORE = 8
 """evaluations before a narrow drop that tell its level"""
 CLIP = 4.0
 """deviations from its neighbours' median beyond which one evaluation counts no more"""
-SINGLE_DEVIATIONS, SINGLE_SHARE, SINGLE_OVER_HIGHEST = 6.0, 0.15, 3.0
-"""a drop of one evaluation: so many deviations, such a share of the level, and so many times as far
-down as the highest one is up"""
+SINGLE_DEVIATIONS, SINGLE_SHARE = 6.0, 0.15
+"""a drop of one evaluation: so many deviations, and such a share of the level"""
+OVER_HIGHEST, OVER_HIGHEST_COUNT = (3.0, 6.0), 40
+"""and so many times as far down as the highest one is up: from 3 to 6, the number of evaluations
+over 40. With tails of a Student's t with 3 degrees, c times happens in 1 / (1 + c^3) of the curves;
+a long curve also has more places for it, and less for a dip that heals between two evaluations"""
+OVER_HIGHEST_BUMP, HEAVY = 2.0, 8.0
+"""a narrow drop is so many times as deep as the highest bump of its width is high, where tails are
+as heavy as those of a t of so many degrees: between two dips of another curve is a bump, too"""
 SIDE = 4
 """evaluations on each side of a single one that tell the level"""
 _WIDER = 1.35
@@ -70,14 +79,19 @@ def evaluations_before(width: int, count: int) -> int:
     return max(width, min(MOST_BEFORE, count // 4))
 
 
-def clip_singles(knn_K: Array, deviation: float) -> Array:
-    """The curve with each evaluation at most `CLIP` deviations from the median of its five."""
+def clip_singles(knn_K: Array, noise: Noise) -> Array:
+    """The curve with each evaluation as far from the median of its five as noise takes it.
+
+    That is `CLIP` deviations at most, and less where tails are heavy: no farther than Gaussian
+    noise would be in a place as seldom.
+    """
     if len(knn_K) < FEWEST:
         return knn_K
     padded = np.pad(knn_K, 2, mode="reflect")
     median_K = np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
-    clipped: Array = np.clip(knn_K, median_K - CLIP * deviation, median_K + CLIP * deviation)
-    return clipped
+    apart_K = as_gaussian(knn_K - median_K, noise.degrees)
+    clipped: Array = np.clip(apart_K, -CLIP * noise.deviation, CLIP * noise.deviation)
+    return median_K + clipped
 
 
 def scan(knn_K: Array, noise: Noise) -> list[tuple[int, int, Array, Array]]:
@@ -86,7 +100,7 @@ def scan(knn_K: Array, noise: Noise) -> list[tuple[int, int, Array, Array]]:
     The arrays hold one value for each place, from the first with enough evaluations before it.
     """
     count = len(knn_K)
-    sums = np.concatenate([[0.0], np.cumsum(clip_singles(knn_K, noise.deviation))])
+    sums = _sums(knn_K, noise)
     scanned = []
     for width in widths(count):
         before = evaluations_before(width, count)
@@ -101,21 +115,45 @@ def scan(knn_K: Array, noise: Noise) -> list[tuple[int, int, Array, Array]]:
     return scanned
 
 
+def _sums(knn_K: Array, noise: Noise) -> Array:
+    """Sums of the first 0, 1, ... evaluations, each as far out as noise takes it, (K + 1,)."""
+    return np.concatenate([[0.0], np.cumsum(clip_singles(knn_K, noise))])
+
+
+def highest_bump(knn_K: Array, noise: Noise, width: int) -> float:
+    """How far the highest mean of a width is above those before and after it, in points.
+
+    No dip makes such a bump, but between two; noise makes as high ones as it makes deep dips.
+    """
+    before = evaluations_before(width, len(knn_K))
+    at = np.arange(before, len(knn_K) - width - before + 1)
+    if len(at) == 0:
+        return 0.0
+    sums = _sums(knn_K, noise)
+    sides = np.maximum(sums[at] - sums[at - before], sums[at + width + before] - sums[at + width])
+    return max(float(np.max((sums[at + width] - sums[at]) / width - sides / before)), 0.0)
+
+
 def largest_excess(knn_K: Array, noise: Noise) -> float:
     """The largest standard errors less allowance of a whole scan: what the threshold is set on."""
     return max((float(errors.max()) for *_, errors in scan(knn_K, noise)), default=-math.inf)
 
 
 @cache
-def _thresholds() -> tuple[Array, Array]:
+def _thresholds(name: str) -> tuple[Array, Array]:
     table = json.loads(TABLE.read_text())
     counts = np.array([float(count) for count in table])
-    return counts, np.array([row["threshold"] for row in table.values()], float)
+    return counts, np.array([row[name] for row in table.values()], float)
 
 
-def threshold(count: int) -> float:
-    """Standard errors less allowance above which a drop is none of noise."""
-    counts, values = _thresholds()
+def threshold(count: int, remembers: bool = True) -> float:
+    """Standard errors less allowance above which a drop is none of noise.
+
+    Args:
+        count: evaluations of the curve.
+        remembers: whether its noise does, of which less is known than of white noise.
+    """
+    counts, values = _thresholds("remembers" if remembers else "threshold")
     return float(np.interp(math.log(max(count, 1)), np.log(counts), values))
 
 
@@ -123,7 +161,7 @@ def smallest_drop(count: int, noise: Noise, width: int) -> float:
     """Points of a drop of a width that would just be told from noise."""
     allowance = math.sqrt(2 * math.log(max(count / width, 1.0)))
     error = noise.of_step(evaluations_before(width, count), width)
-    return error * (threshold(count) + allowance)
+    return error * (threshold(count, noise.remembers) + allowance)
 
 
 def find_drops(knn_K: Array, noise: Noise, widest: int | None = None) -> list[Drop]:
@@ -136,12 +174,16 @@ def find_drops(knn_K: Array, noise: Noise, widest: int | None = None) -> list[Dr
     """
     if len(knn_K) < FEWEST:
         return []
-    limit = threshold(len(knn_K))
+    limit = threshold(len(knn_K), noise.remembers)
     drops = []
     for width, before, depths, errors in scan(knn_K, noise):
         if widest is not None and width > widest:
             continue
-        for index in np.flatnonzero(errors > limit):
+        found = np.flatnonzero(errors > limit)
+        if len(found) and width <= MOST_BEFORE and noise.degrees < HEAVY:
+            least = OVER_HIGHEST_BUMP * highest_bump(knn_K, noise, width)
+            found = found[depths[found] > least]
+        for index in found:
             excess = float(errors[index]) - limit
             drops.append(Drop(before + int(index), before, width, float(depths[index]), excess))
     return sorted(drops, key=lambda drop: -drop.above)
@@ -161,8 +203,9 @@ def find_single_drops(knn_K: Array, noise: Noise) -> list[Drop]:
     depth_K = level_K - knn_K
     above_K = knn_K - np.maximum(before_K, np.where(after_K < np.inf, after_K, -np.inf))
     highest = max(float(np.max(above_K[SIDE:])), 0.0)
+    over = min(max(len(knn_K) / OVER_HIGHEST_COUNT, OVER_HIGHEST[0]), OVER_HIGHEST[1])
     limit_K = np.maximum(
-        max(SINGLE_DEVIATIONS * noise.deviation, SINGLE_OVER_HIGHEST * highest),
+        max(SINGLE_DEVIATIONS * noise.deviation, over * highest),
         SINGLE_SHARE * level_K,
     )
     return [

@@ -14,12 +14,13 @@ Shape suffixes: K = k-NN evaluations, L = lengths of blocks.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 from scipy import special
 
+from mocov3_ds.stability.curve_tails import curve_degrees
 from mocov3_ds.stability.findings import Array
 
 LENGTHS = (1, 2, 4, 8, 16, 32)
@@ -30,6 +31,9 @@ BLOCKS = 25
 """blocks that a curve must have of a length: longer ones would see it bend"""
 FEWEST_FOR_MEMORY = 40
 """evaluations below which the noise counts as white"""
+REMEMBERS = 0.2
+"""share of the variance that is in the next evaluation, too, from which a curve's noise remembers;
+white noise passes for such in few curves"""
 SMALLEST = 0.02
 """points: least noise, for curves without any"""
 
@@ -45,16 +49,23 @@ class Noise:
         white: standard deviation of the part that is new in each evaluation.
         slow: standard deviation of the part that remembers.
         memory: its correlation from one evaluation to the next.
+        degrees: tails of the noise are those of a Student's t of so many degrees.
     """
 
     white: float
     slow: float = 0.0
     memory: float = 0.0
+    degrees: float = math.inf
 
     @property
     def deviation(self) -> float:
         """Standard deviation of one evaluation."""
         return math.hypot(self.white, self.slow)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether much of the noise of an evaluation is in the next one, too."""
+        return self.memory * self.slow**2 > REMEMBERS * self.deviation**2
 
     def of_mean(self, count: int) -> float:
         """Standard error of the mean of so many evaluations in a row."""
@@ -101,7 +112,7 @@ def estimate_noise(knn_K: Array, probes: int = 0) -> Noise:
         return Noise(max(SMALLEST, white, _binomial(knn_K, probes)))
     if (variance_L * lengths_L).min() <= 6 * SMALLEST**2:
         return Noise(max(SMALLEST, math.sqrt(float(np.median(variance_L * lengths_L)) / 6)))
-    return _fit(lengths_L, variance_L)
+    return replace(_fit(lengths_L, variance_L), degrees=curve_degrees(knn_K))
 
 
 def _binomial(knn_K: Array, probes: int) -> float:

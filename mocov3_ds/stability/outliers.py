@@ -30,6 +30,9 @@ DEVIATIONS = 6.0
 FAR_TAILS, HEAVY = 0.8, 4.0
 """tails lighter than those of a t of `HEAVY` degrees count as heavier by this share farther out
 than they are read: those of a sum of noises are"""
+LIGHTER_OUTWARD, FAR_CHANCE, EXPONENTIAL_MARGIN = 1.2, 1e-6, 1.2
+"""a skewed tail that is so many times as light far out as nearer falls exponentially: it counts as
+the t that reaches as far, and by a margin farther, at such a chance"""
 LONGEST_BURST = 100
 """rows in a row that stand out after which the new level counts as the usual one"""
 LONGEST_RUN = 4
@@ -38,7 +41,8 @@ CLUSTER = 3.0
 """deviations beyond which rows in a row are a burst, and left out where the tails are read"""
 _DEGREES = np.array([2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0])
 _SHARES = (0.995, 0.98, 0.95)
-_FEWEST_BEYOND = 5  # values farther out than the farthest quantile that is read
+_FEWEST_BEYOND = 5  # values farther out than the farthest quantile of the lower tail
+_FEWEST_TO_COMPARE = 2  # and of the upper one, which is but compared
 _PASSES = 3
 
 
@@ -84,8 +88,9 @@ def without_bursts(deviations_T: Array) -> Array:
 def tail_degrees(deviations_T: Array) -> float:
     """Degrees of the Student's t with tails as heavy as these; infinite for Gaussian ones or light.
 
-    The upper tail is read less far out than the lower one, where no events are, and that farthest
-    out where `_FEWEST_BEYOND` values are farther still.
+    The upper tail is read less far out than the lower one, where no events are. Where the lower one
+    is light, and the upper one gets lighter outward, it falls exponentially: the degrees are those
+    of the t that reaches as far.
     """
     if len(deviations_T) < 20:
         return float("inf")
@@ -95,19 +100,33 @@ def tail_degrees(deviations_T: Array) -> float:
         return float("inf")
     below = int(np.count_nonzero(deviations_T <= middle))
     above = int(np.count_nonzero(deviations_T >= middle))
-    low = [middle - value for value in at_ranks(deviations_T, _values_beyond(below))]
+    side_below = [middle - value for value in at_ranks(deviations_T, _values_beyond(below))]
     last = len(deviations_T) - 1
-    high = [
+    side_above = [
         value - middle
         for value in at_ranks(deviations_T, [last - beyond for beyond in _values_beyond(above)])
     ]
     readings = [
         _degrees_at(far / half, count, share)
-        for count, side in ((below, low), (above, high))
+        for count, side in ((below, side_below), (above, side_above))
         for share, far in zip(_SHARES, side, strict=True)
     ]
+    low, high = readings[: len(_SHARES)], readings[len(_SHARES) :]
+    enough = below * (1 - _SHARES[0]) >= _FEWEST_BEYOND
+    lower = min(low if enough else low[1:])
     # skewed noise has few values far out above, which matter; bursts are no part of it
-    return min(*readings[: len(_SHARES)], max(readings[len(_SHARES) + 1 :]))
+    upper = max(high[1:])
+    comparable = math.isinf(lower) and above * (1 - _SHARES[0]) >= _FEWEST_TO_COMPARE
+    if comparable and LIGHTER_OUTWARD * high[-1] <= high[0] < math.inf:
+        upper = max(upper, _degrees_of_exponential([value / half for value in side_above]))
+    return min(lower, upper)
+
+
+def _degrees_of_exponential(quantiles: Sequence[float]) -> float:
+    """Degrees of the t that reaches as far as tails that fall exponentially from `_SHARES` on."""
+    slope = (quantiles[0] - quantiles[-1]) / math.log((1 - _SHARES[-1]) / (1 - _SHARES[0]))
+    far = quantiles[1] + slope * math.log((1 - _SHARES[1]) / FAR_CHANCE)
+    return float(np.interp(-EXPONENTIAL_MARGIN * far, -_ratios(1 - FAR_CHANCE)[0], _DEGREES))
 
 
 def _values_beyond(count: int) -> list[int]:
@@ -123,8 +142,6 @@ def _degrees_at(ratio: float, count: int, share: float) -> float:
         count: number of the values.
         share: which quantile it is.
     """
-    if (1 - share) * count < _FEWEST_BEYOND and share > _SHARES[1]:
-        return math.inf
     ratios, gaussian = _ratios(share)
     # noise of the quantile itself: a Gaussian sample shall count as one
     slack = 1 + 2 * gaussian_error(share, count)

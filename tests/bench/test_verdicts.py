@@ -7,12 +7,15 @@ from mocov3_ds.bench import verdicts
 from mocov3_ds.bench.verdicts import (
     EXCESS,
     NOISES,
+    PLANTED,
     STEPS,
+    VerdictOptions,
     decline,
     dip,
     planted_run,
     quiet_run,
     restart,
+    run_bench,
     study_null,
     study_power,
 )
@@ -43,6 +46,19 @@ def test_quiet_runs_are_quiet_and_deep_falls_are_found(monkeypatch: pytest.Monke
     assert 0 <= score < 1
     monkeypatch.setattr(verdicts, "PLANTED", verdicts.PLANTED[2:4])
     assert study_power(150, 5000, 2) == {"dip of 10": 1.0, "restart of 30 %": 1.0}
+
+
+def test_a_table_has_a_row_for_each_length_and_number_of_probes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verdicts, "EVALUATIONS", (50,))
+    run_bench(VerdictOptions(runs=2))
+    header, rule, *rows = capsys.readouterr().out.splitlines()
+    assert header.count("|") == rule.count("|") == rows[0].count("|") == 5 + len(PLANTED)
+    assert [row.split(" | ")[1] for row in rows] == ["1,000", "5,000", "50,000"]
+    monkeypatch.setattr(verdicts, "print_events", lambda runs: print(f"{runs} runs of events"))
+    run_bench(VerdictOptions(runs=3, events=True))
+    assert capsys.readouterr().out == "3 runs of events\n"
 
 
 def test_a_run_is_drawn_from_its_source_alone() -> None:

@@ -25,8 +25,12 @@ def test_the_table_is_the_simulation_s() -> None:
     table = json.loads(TABLE.read_text())
     assert [*table] == ["8", "12", "20", "40", "60", "150", "300", "624", "1560", "5000"]
     assert calibrate_length(12) == table["12"]
-    assert threshold(12) == table["12"]["threshold"]
-    assert min(row["threshold"] for row in table.values()) <= threshold(900) <= 5
+    assert threshold(12, remembers=False) == table["12"]["threshold"]
+    for row in table.values():
+        assert row["threshold"] <= row["remembers"]
+        assert all(row[kind] <= 2.5 for kind in KINDS if kind in row)
+    assert threshold(900, remembers=False) < threshold(900) <= 5
     assert kinds_for(20) == ["Gaussian", "t3"] and kinds_for(5000) == [*KINDS]
     narrow, wide = (smallest_drop(624, Noise(0.8), width) for width in (3, 100))
     assert narrow > 2 * wide > 0
+    assert Noise(0.6, 0.6, 0.9).remembers and not Noise(0.8, 0.3, 0.9).remembers

@@ -1,10 +1,19 @@
 """Falls of a k-NN curve that are no noise."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from mocov3_ds.stability.drops import find_drops, find_single_drops, scan
-from mocov3_ds.stability.knn_noise import Noise
+from mocov3_ds.stability.drops import (
+    clip_singles,
+    find_drops,
+    find_single_drops,
+    highest_bump,
+    scan,
+)
+from mocov3_ds.stability.knn_noise import Noise, estimate_noise
 
 
 def test_a_curve_of_few_evaluations_has_no_falls() -> None:
@@ -30,3 +39,36 @@ def test_a_single_drop_is_below_both_sides() -> None:
     up_and_down = steep.copy()
     up_and_down[15] = 44.0  # noise that goes up as far goes down as far
     assert find_single_drops(up_and_down, Noise(0.5)) == []
+
+
+def test_a_narrow_drop_of_a_heavy_tailed_curve_is_none_where_bumps_are_as_high() -> None:
+    knn = 40 + 0.5 * np.random.default_rng(0).standard_normal(300)
+    light, heavy = Noise(0.5), Noise(0.5, degrees=5.0)
+    knn[100:104] -= 4
+    assert find_drops(knn, heavy, widest=8)[0].at in (100, 101)
+    assert highest_bump(knn, heavy, 4) < 1.5
+    knn[200:204] += 4
+    assert highest_bump(knn, heavy, 4) == pytest.approx(4, abs=1)
+    assert find_drops(knn, heavy, widest=8) == []
+    assert find_drops(knn, light, widest=8)  # between two dips is a bump, too
+
+
+def test_single_evaluations_count_for_as_much_as_is_as_seldom_in_gaussian_noise() -> None:
+    knn = 50 + 0.5 * np.random.default_rng(1).standard_t(3, 2000)
+    knn[1000:1010] -= 9
+    noise = estimate_noise(knn)
+    assert 2.4 < noise.degrees < 4
+    clipped = clip_singles(knn, noise)
+    assert clipped[1000:1010] == pytest.approx(knn[1000:1010], abs=3)  # a dip stays
+    assert np.abs(np.delete(clipped, np.s_[995:1015]) - 50).max() < 2.6
+    light = clip_singles(knn, replace(noise, degrees=math.inf))
+    assert np.abs(np.delete(light, np.s_[995:1015]) - 50).max() > 3
+
+
+def test_heavy_tails_alone_seldom_make_a_drop() -> None:
+    random, found = np.random.default_rng(1560), 0
+    for _ in range(100):
+        knn = 50 + 0.5 * random.standard_t(3, 1560)
+        noise = estimate_noise(knn)
+        found += bool(find_drops(knn, noise) or find_single_drops(knn, noise))
+    assert found <= 3  # one is expected at one in a hundred
