@@ -59,13 +59,18 @@ def test_planned_numbers_equal_counted_ones_on_more_ranks(world_size: int) -> No
 
 
 def held(stages: tuple[int, ...]) -> list[float]:
-    """Most bytes that the work on whole matrices holds at once on this rank, at each stage."""
+    """Most bytes that the work on whole matrices holds at once on this rank, at each stage.
+
+    The least of several steps: gloo's thread lets go of what it has sent a moment after the rank
+    goes on, at times later than the next allocation.
+    """
     from mocov3_ds.bench.planned import peak_tensor_bytes
     from mocov3_ds.distributed import ranks
     from mocov3_ds.training.step import train_step
 
-    peaks: list[float] = []
+    least: list[float] = []
     for stage in stages:
+        peaks: list[float] = []
         engine, encoder, _ = start_encoders(
             *(SHAPE, {"stage": stage}),
             precision="fp32",
@@ -75,14 +80,16 @@ def held(stages: tuple[int, ...]) -> list[float]:
         )
         optimizer = engine.optimizer.optimizer
 
-        def measure(finish: Any, *args: Any) -> None:
+        def measure(finish: Any, *args: Any, peaks: list[float] = peaks) -> None:
             peaks.append(peak_tensor_bytes(partial(finish, *args)))
 
         optimizer.finish_directions = partial(measure, optimizer.finish_directions)
         x = torch.randn(BATCH // ranks.world_size(), 3, 16, 16)
-        train_step(engine, encoder, x, x.flip(3), momentum=0.9)
+        for _ in range(4):
+            train_step(engine, encoder, x, x.flip(3), momentum=0.9)
         engine.destroy()
-    return peaks
+        least.append(min(peaks))
+    return least
 
 
 @pytest.mark.slow
