@@ -21,7 +21,7 @@ from mocov3_ds.distributed import devices
 from mocov3_ds.distributed.buffers import persistent_buffers
 from mocov3_ds.distributed.engine_config import compute_dtype
 from mocov3_ds.distributed.gradient_norm import speed_up_norm
-from mocov3_ds.distributed.stage3_waits import order_reductions
+from mocov3_ds.distributed.stage3_waits import order_on_device
 
 Model = TypeVar("Model", bound=nn.Module)
 Model_co = TypeVar("Model_co", bound=nn.Module, covariant=True)
@@ -115,7 +115,7 @@ def start_engine(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"DeepSpeed refuses its config: {reason}.") from error
     speed_up_norm(engine.optimizer)
-    order_reductions(engine.optimizer)
+    order_on_device(engine.optimizer)
     optimizer.attach(engine)
     return engine
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mocov3_ds.distributed.stage3_waits import order_reductions
+from mocov3_ds.distributed.stage3_waits import order_on_device
 from tests.fake_gpu.process import run_on_fake_gpu
 
 
@@ -15,12 +15,12 @@ def test_other_wrappers_and_those_without_a_stream_stay_as_they_are() -> None:
         wrapper: Any = type(name, (SimpleNamespace,), {})(
             reduce_and_partition_stream=stream, offload_optimizer=offloads
         )
-        order_reductions(wrapper)
+        order_on_device(wrapper)
         assert wrapper.reduce_and_partition_stream is stream
     on_cpu: Any = type("DeepSpeedZeroOptimizer_Stage3", (SimpleNamespace,), {})(
         reduce_and_partition_stream=None, offload_optimizer=False
     )
-    order_reductions(on_cpu)
+    order_on_device(on_cpu)
     assert on_cpu.reduce_and_partition_stream is None
 
 
@@ -35,7 +35,7 @@ def order_reduction() -> list[int]:
     numbers, unordered = torch.ones(8, device="cuda"), []
     for offloads in (True, False):
         wrapper = wrapper_of_stage_3(reduce_and_partition_stream=side, offload_optimizer=offloads)
-        order_reductions(wrapper)
+        order_on_device(wrapper)
         with torch.cuda.stream(wrapper.reduce_and_partition_stream):
             assert torch.cuda.current_stream() == side
             numbers += 1

@@ -96,6 +96,11 @@ CASES = {
     "zero2_offload": ds("zero2_adamw_bf16_offload"),
     "zero3_bf16": ds("zero3_adamw_bf16"),
     "zero3_lamb": ds("zero3_lamb_bf16", "--deterministic"),
+    "zero3_each_weight": ds(
+        "zero3_adamw_bf16",
+        *("--ds", "zero_optimization.stage3_param_persistence_threshold=0"),
+        *("--ds", "zero_optimization.stage3_prefetch_bucket_size=1000"),
+    ),
     "tf32": ds("zero1_adamw_fp32", "--tf32"),
 }
 
