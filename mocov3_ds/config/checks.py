@@ -51,6 +51,11 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"--extend_schedule {config.extend_schedule} has no effect without --extend."
         )
+    if config.moco.momentum_batch and config.moco.momentum in (0, 1):
+        raise ValueError(
+            f"--moco.momentum_batch {config.moco.momentum_batch} has no effect beside --moco."
+            f"momentum {config.moco.momentum:g}, which is the same at any power."
+        )
     _check_backbone(config)
     read_schedule(config.compress)
     _check_views(config.views)

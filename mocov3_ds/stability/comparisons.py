@@ -14,6 +14,7 @@ import numpy as np
 
 from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability import paired
+from mocov3_ds.stability.planned import METRICS as NAMES
 from mocov3_ds.stability.planned import PlannedComparison
 from mocov3_ds.stability.study import Arms, JudgedRun
 from mocov3_ds.stability.study_tables import tabulate_runs
@@ -57,6 +58,7 @@ class Comparison:
         reference: label of the arm that it is compared with.
         metric: column of a run.
         seeds: seeds that both have with a finite value, ascending; not empty.
+        differences: arm minus reference at each of them.
         difference: mean of arm minus reference, in the metric's unit.
         interval: its 95 % t interval, of this comparison alone; NaN with one seed.
         sd: standard deviation of the paired differences; NaN with one seed.
@@ -71,6 +73,7 @@ class Comparison:
     reference: str
     metric: str
     seeds: tuple[int, ...]
+    differences: tuple[float, ...]
     difference: float
     interval: tuple[float, float]
     sd: float
@@ -84,11 +87,14 @@ class Comparison:
         """Whether the seeds tell a difference."""
         return self.holm_p < paired.ALPHA
 
+    def describe_size(self) -> str:
+        """A clause without its doubt: `is 2.7 points below frozen`."""
+        clause = METRICS[self.metric][self.difference < 0]
+        return clause.format(size=f"{abs(self.difference):.1f}", reference=self.reference)
+
     def describe(self) -> str:
         """A clause: `is 2.7 points below frozen (95 % interval 0.2 to 5.1, 4 seeds, ...)`."""
-        sign = -1 if self.difference < 0 else 1
-        clause = METRICS[self.metric][sign < 0]
-        text = clause.format(size=f"{abs(self.difference):.1f}", reference=self.reference)
+        sign, text = -1 if self.difference < 0 else 1, self.describe_size()
         if len(self.seeds) < 2:
             return f"{text} (one seed: cannot be told)"
         low, high = sorted(sign * end for end in self.interval)
@@ -111,19 +117,19 @@ def compare_values(values: Values, pairs: Sequence[tuple[str, str]]) -> list[Com
         values: what was measured, of each metric, arm and seed.
         pairs: arm and reference; a pair without a seed in common is left out.
     """
-    tests: list[tuple[str, str, str, tuple[int, ...], paired.PairedTest, float]] = []
+    tests: list[tuple[str, str, str, dict[int, float], paired.PairedTest, float]] = []
     for metric, arms in values.items():
         step = paired.step_of(np.array([v for of_arm in arms.values() for v in of_arm.values()]))
         for arm, reference in pairs:
             a, b = arms.get(arm, {}), arms.get(reference, {})
-            seeds = tuple(sorted(s for s in {*a} & {*b} if math.isfinite(a[s] - b[s])))
-            if seeds:
-                differences_S = np.array([a[seed] - b[seed] for seed in seeds])
+            pairs_S = {s: a[s] - b[s] for s in sorted({*a} & {*b}) if math.isfinite(a[s] - b[s])}
+            if pairs_S:
+                differences_S = np.array([*pairs_S.values()])
                 flips = math.nan
-                if len(seeds) >= _FEWEST_FLIPPED:
+                if len(pairs_S) >= _FEWEST_FLIPPED:
                     flips = paired.sign_flip_p(differences_S)
                 test = paired.compare_pairs(differences_S, step)
-                tests.append((arm, reference, metric, seeds, test, flips))
+                tests.append((arm, reference, metric, pairs_S, test, flips))
     holm_C = paired.holm(np.array([float(test.p_X) for *_, test, _ in tests]))
     corrected = max(int(np.sum(~np.isnan(holm_C))), 1)
     return [
@@ -131,16 +137,19 @@ def compare_values(values: Values, pairs: Sequence[tuple[str, str]]) -> list[Com
             arm=arm,
             reference=reference,
             metric=metric,
-            seeds=seeds,
+            seeds=tuple(pairs_S),
+            differences=tuple(pairs_S.values()),
             difference=float(test.mean_X),
             interval=(float(test.low_X), float(test.high_X)),
             sd=float(test.sd_X),
             p=float(test.p_X),
             holm_p=float(holm_p),
             sign_flip_p=flips,
-            shown=paired.smallest_difference(float(test.sd_X), len(seeds), corrected),
+            shown=paired.smallest_difference(float(test.sd_X), len(pairs_S), corrected),
         )
-        for (arm, reference, metric, seeds, test, flips), holm_p in zip(tests, holm_C, strict=True)
+        for (arm, reference, metric, pairs_S, test, flips), holm_p in zip(
+            tests, holm_C, strict=True
+        )
     ]
 
 
@@ -208,29 +217,54 @@ def compare_planned(
     ]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a planned question's comparisons say, for people.
+
+    Attributes:
+        question: what it asks.
+        basis: metric and number of comparisons; empty where it is not decided yet.
+        summary: which arms are told from the reference.
+        details: a sentence for each arm.
+    """
+
+    question: str
+    basis: str
+    summary: str
+    details: tuple[str, ...]
+
+
 def list_answers(
     answers: Sequence[tuple[PlannedComparison, Sequence[Comparison]]], seeds: int
-) -> list[str]:
-    """Each question, and a sentence for each of its arms: what was found, what cannot be told.
+) -> list[Answer]:
+    """The answer to each question: what was found, what cannot be told.
 
     Args:
         answers: the questions with their comparisons (`compare_planned`).
         seeds: seeds that the grid plans; with fewer a question is not decided yet.
     """
-    sentences = []
-    for one, found in answers:
-        have = min((len(other.seeds) for other in found), default=0)
-        if len(found) < len(one.arms) or have < seeds:
-            least = have if len(found) == len(one.arms) else 0
-            sentences.append(
-                f"{one.question} Not decided yet: {least} of {count_noun(seeds, 'seed')} have "
-                "ended in all of its arms."
-            )
-            continue
-        tested = count_noun(len(found), "comparison")
-        sentences.append(f"{one.question} ({one.metric}; {tested}, planned before the runs)")
-        sentences += [f"{other.arm} {other.describe()}." for other in found]
-    return sentences
+    return [_answer(one, found, seeds) for one, found in answers]
+
+
+def _answer(one: PlannedComparison, found: Sequence[Comparison], seeds: int) -> Answer:
+    have = min((len(other.seeds) for other in found), default=0)
+    if len(found) < len(one.arms) or have < seeds:
+        least = have if len(found) == len(one.arms) else 0
+        waiting = (
+            f"Not decided yet: {least} of {count_noun(seeds, 'seed')} have ended in all of its "
+            "arms."
+        )
+        return Answer(one.question, "", waiting, ())
+    basis = f"{NAMES[one.metric]}; {count_noun(len(found), 'comparison')}, planned before the runs"
+    told = [f"{other.arm} {other.describe_size()}" for other in found if other.is_told]
+    rest = len(found) - len(told)
+    untold = f"cannot be told from {one.reference} at {count_noun(seeds, 'seed')}."
+    sentences = [f"Told: {'; '.join(told)}."] if told else []
+    if rest:
+        name = found[0].arm if len(found) == 1 else f"{rest} other" if told else f"All {rest}"
+        sentences.append(f"{name} {untold}")
+    details = tuple(f"{other.arm} {other.describe()}." for other in found)
+    return Answer(one.question, basis, " ".join(sentences), details)
 
 
 def list_findings(arms: Arms, comparisons: Sequence[Comparison]) -> list[str]:

@@ -25,6 +25,7 @@ from mocov3_ds.stability.trailing import is_measured
 _POINTS = 400  # of a drawn curve
 _SMOOTHED = 50  # stretches of a loss curve, each its median
 _HEIGHT = 2.9  # inches
+_MOST_THIN = 4  # arms whose seeds are drawn one by one
 _MOST_PAIRS = 4  # arms whose gradient and accuracy stand one below the other
 _HALF_DECADE = 10**0.5  # a gradient axis spans a decade at least
 _AROUND = 0.08  # of the curves' range, above and below them
@@ -74,7 +75,8 @@ def _draw_overlay(
             for run, steps_K, values_K in arm:
                 scale = run.series.epochs_per_step if in_epochs else 1.0
                 curves.append((steps_K.astype(np.float64) * scale, values_K))
-            drawn += _draw_band(axes, curves, colours[label], drawing.plain_text(label, 48))
+            name, thin = drawing.plain_text(label, 48), len(found) <= _MOST_THIN
+            drawn += _draw_band(axes, curves, colours[label], name, thin=thin)
         _frame_curves(axes, np.concatenate(drawn))
         axes.set_xlabel("epochs" if in_epochs else "step")
         axes.set_ylabel(y)
@@ -84,19 +86,25 @@ def _draw_overlay(
 
 
 def _draw_band(
-    axes: Axes, curves: Sequence[tuple[Array, Array]], colour: str, label: str
+    axes: Axes, curves: Sequence[tuple[Array, Array]], colour: str, label: str, *, thin: bool
 ) -> tuple[Array, ...]:
-    """Mean over the curves in its 95 % interval over seeds, over the x that all reach."""
+    """Mean over the curves in its 95 % interval over seeds, over the x that all reach.
+
+    Returns:
+        Curves that are to be in the frame.
+    """
     x_C, values_SC = _on_one_axis(curves)
     places_C = np.arange(len(x_C))
     band = band_over_seeds([(places_C, values_C) for values_C in values_SC])
     x_K = x_C[band.steps_K]
     if len(values_SC) > 1:
-        axes.fill_between(x_K, band.low_K, band.high_K, color=colour, alpha=0.13, lw=0)
-        axes.plot(x_K, values_SC[:, band.steps_K].T, color=colour, lw=0.5, alpha=0.45)
+        shade = 0.13 if thin else 0.06
+        axes.fill_between(x_K, band.low_K, band.high_K, color=colour, alpha=shade, lw=0)
+        if thin:
+            axes.plot(x_K, values_SC[:, band.steps_K].T, color=colour, lw=0.5, alpha=0.45)
     mark = "o" if len(x_K) == 1 else None
     axes.plot(x_K, band.mean_K, color=colour, label=label, lw=1.5, marker=mark, ms=3)
-    return (band.mean_K, *values_SC)
+    return (band.mean_K, *values_SC) if thin else (band.mean_K,)
 
 
 def _frame_curves(axes: Axes, values: Array) -> None:

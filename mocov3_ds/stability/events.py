@@ -212,14 +212,13 @@ def plain_jumps(series: Series, ratio_T: Array | None = None) -> list[LossEvent]
         ratio_T: its `loss_ratio`, (T,), where that is known.
     """
     size_T = (loss_ratio(series) if ratio_T is None else ratio_T) - 1
-    size_T[~np.isfinite(size_T)] = 0.0
+    size_T[~np.isfinite(size_T) | (series.steps_T <= SCORED_FROM)] = 0.0
     flagged = np.flatnonzero(size_T > LOSS_EXCESS)
     distance = merge_distance(series.steps_T)
     jumps = _group_flags(series.steps_T, flagged, size_T[flagged], distance)
     return [
         LossEvent(first=jump.first, last=jump.last, peak=jump.peak, excess=jump.size)
         for jump in jumps
-        if jump.peak > SCORED_FROM
     ]
 
 

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from mocov3_ds.settings.wording import count_noun
+from mocov3_ds.stability.comparisons import Answer
 from mocov3_ds.stability.pictures import Picture
 
 _LEGEND = {
@@ -47,7 +48,7 @@ body { margin:0; background:var(--paper); color:var(--ink);
   font:16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width:1120px; margin:0 auto; padding:20px 14px 60px; }
 h1 { font-size:1.5rem; line-height:1.25; margin:.2em 0; }
-h2 { font-size:1.1rem; margin:1.8em 0 .5em; }
+h2 { font-size:1.1rem; margin:1.8em 0 .5em; } h3 { font-size:1rem; margin:1em 0 0; }
 p, li { max-width:70ch; } p { margin:.4em 0; } .soft { color:var(--soft); font-size:.9rem; }
 code { font:.85em ui-monospace, Menlo, Consolas, monospace; overflow-wrap:anywhere; }
 .pictures { columns:2 440px; column-gap:14px; }
@@ -115,11 +116,13 @@ class PageContent:
     pictures: Sequence[Picture]
     """those without data are named in a sentence"""
     findings: Sequence[str]
-    """sentences about each arm against the first"""
+    """sentences about each arm against the first, and about all runs together"""
     advice: Sequence[tuple[str, str]]
     """which arms, and what to try next"""
     notes: Sequence[str]
     """what tables and pictures do not show, sentences"""
+    answers: Sequence[Answer] = ()
+    """what the grid asked before its runs"""
     page_command: str = ""
     """command that made the page; empty = not known"""
     run_commands: Sequence[tuple[str, str]] = ()
@@ -135,10 +138,11 @@ def build_page(content: PageContent) -> str:
         f"<h1>Stability: {title}</h1>",
         f"<p>{about}</p>" * bool(about),
         f'<p class="soft">{facts}</p>',
+        *_build_answers(content.answers),
         "<h2>Verdicts</h2>",
         _build_arm_table(content.arms),
         f'<p class="soft">Means over seeds; below them least to largest. {_format_legend()}</p>',
-        f"<h2>What was found</h2>{bullet_list(content.findings)}",
+        f"<h2>What was found</h2>{bullet_list(content.findings)}" * bool(content.findings),
         "<h2>Pictures</h2>",
         f'<div class="pictures">{"".join(map(embed_picture, content.pictures))}</div>',
         f'<p class="soft">Nothing to draw for: {escape(missing)}.</p>' * bool(missing),
@@ -148,6 +152,17 @@ def build_page(content: PageContent) -> str:
         *_build_commands(content),
     ]
     return build_document(f"Stability: {title}", sections)
+
+
+def _build_answers(answers: Sequence[Answer]) -> Iterator[str]:
+    """What was asked before the runs: each question with its answer, the details folded away."""
+    if answers:
+        yield "<h2>What was asked</h2>"
+    for one in answers:
+        yield f"<h3>{escape(one.question)}</h3><p>{escape(one.summary)}</p>"
+        if one.details:
+            details = bullet_list(one.details)
+            yield f"<details><summary>{escape(one.basis)}</summary>{details}</details>"
 
 
 def _build_commands(content: PageContent) -> Iterator[str]:

@@ -16,8 +16,13 @@ from typing import Any
 
 from mocov3_ds.stability.grid_file import check_keys, read_text
 
-METRICS = ("knn_final", "knn_full", "jumps", "worst_excess")
-"""columns of a run that arms can be compared by"""
+METRICS = {
+    "knn_final": "k-NN final",
+    "knn_full": "k-NN full",
+    "jumps": "loss jumps",
+    "worst_excess": "worst loss excess",
+}
+"""columns of a run that arms can be compared by, as a page names them"""
 _KEYS = ("question", "metric", "reference", "arms")
 
 
@@ -65,7 +70,7 @@ def _read_one(tree: Mapping[str, Any], labels: Sequence[str], place: str) -> Pla
     )
     if not question or not reference:
         raise ValueError(f"{place} needs a question and a reference.")
-    check_keys([metric], METRICS, f"{place}, metric")
+    check_keys([metric], [*METRICS], f"{place}, metric")
     arms = tree.get("arms", [label for label in labels if label != reference])
     if not isinstance(arms, list) or not arms or not all(isinstance(arm, str) for arm in arms):
         raise ValueError(f"{place} has arms = {arms!r}; it is a list of labels.")

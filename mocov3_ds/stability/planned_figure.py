@@ -22,6 +22,7 @@ _AXIS = {
     "worst_excess": "worst loss excess, %",
 }
 _LABEL = 30  # letters of an arm
+_BELOW = 0.28  # of a row: the seeds lie so far below the interval
 _TITLE = 48  # letters of a line of a title, which begins where the axis does
 
 
@@ -53,6 +54,8 @@ def _draw_question(axes: Axes, one: PlannedComparison, found: Sequence[Compariso
     axes.axvline(0, color=INK, lw=0.8)
     for row, comparison in enumerate(found):
         colour = drawing.COLOURS[0] if comparison.is_told else drawing.FAINT
+        seeds = [row + _BELOW] * len(comparison.differences)
+        axes.plot(comparison.differences, seeds, "|", ms=5, color=colour, alpha=0.8)
         axes.plot(comparison.interval, [row, row], color=colour, lw=1.6)
         face = colour if comparison.is_told else "white"
         axes.plot(comparison.difference, row, "o", ms=5, color=colour, markerfacecolor=face)
@@ -65,6 +68,6 @@ PLANNED_PICTURE: PictureKind[Answers] = PictureKind(
     "planned",
     "What was planned",
     "Mean paired difference from the reference and its 95 % interval, of this comparison alone. "
-    "Filled: told after the correction; hollow: cannot be told at so many seeds.",
+    "Filled: told after the correction; hollow: cannot be told at so many seeds. Ticks are seeds.",
     draw_planned,
 )

@@ -80,6 +80,7 @@ def write_study(
         arms=arms,
         runs=runs,
         pictures=pictures,
+        answers=compared.answers,
         findings=[*compared.sentences, *answer_questions(lined_up.arms)],
         advice=advice.suggest_next(study.arms),
         notes=[
@@ -99,15 +100,17 @@ class Compared:
 
     Attributes:
         comparisons: all of them.
-        sentences: what they say.
         notes: how they were corrected.
-        answers: by question, where the grid plans its comparisons.
+        sentences: what they say, where the grid plans none.
+        by_question: where it does: its questions with their comparisons.
+        answers: what these say.
     """
 
     comparisons: Sequence[comparisons.Comparison]
-    sentences: Sequence[str]
     notes: Sequence[str]
-    answers: Answers = ()
+    sentences: Sequence[str] = ()
+    by_question: Answers = ()
+    answers: Sequence[comparisons.Answer] = ()
 
 
 def compare_study(study: Study, arms: Arms) -> Compared:
@@ -118,13 +121,13 @@ def compare_study(study: Study, arms: Arms) -> Compared:
         arms: its runs, which got equally far (`comparable_runs.line_up`).
     """
     if study.planned:
-        answers = comparisons.compare_planned(arms, study.planned)
-        found = [one for _, of_question in answers for one in of_question]
-        sentences = comparisons.list_answers(answers, study.seeds)
-        return Compared(found, sentences, [comparisons.PLANNED_NOTE], answers)
+        by_question = comparisons.compare_planned(arms, study.planned)
+        found = [one for _, of_question in by_question for one in of_question]
+        answers = comparisons.list_answers(by_question, study.seeds)
+        return Compared(found, [comparisons.PLANNED_NOTE], by_question=by_question, answers=answers)
     found = comparisons.compare_arms(arms)
     sentences = comparisons.list_findings(study.arms, found)
-    return Compared(found, sentences, comparisons.describe_correction(found))
+    return Compared(found, comparisons.describe_correction(found), sentences)
 
 
 def draw_pictures(arms: Arms, compared: Compared, out: Path) -> list[Picture]:
@@ -136,9 +139,9 @@ def draw_pictures(arms: Arms, compared: Compared, out: Path) -> list[Picture]:
         out: folder of the files.
     """
     pictures = write_pictures(arms, out)
-    if not compared.answers:
+    if not compared.by_question:
         return pictures
-    planned = PLANNED_PICTURE.make(compared.answers)
+    planned = PLANNED_PICTURE.make(compared.by_question)
     if planned.data is not None:
         write_png(out / f"{PLANNED_PICTURE.name}.png", planned.data)
     return [planned, *pictures]

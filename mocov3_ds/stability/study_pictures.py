@@ -12,8 +12,8 @@ PICTURES: tuple[PictureKind[Arms], ...] = (
     PictureKind(
         "accuracy",
         "Accuracy of all settings",
-        "One colour an arm. Bold: the mean of its seeds, thin: each seed, shaded: 95 % interval of "
-        "the mean (cut at the frame: two or three seeds leave it wide).",
+        "One colour an arm. Bold: the mean of its seeds, thin: each seed (of up to four arms), "
+        "shaded: 95 % interval of the mean (cut at the frame: two or three seeds leave it wide).",
         curve_figures.draw_knn_over_epochs,
     ),
     PictureKind(

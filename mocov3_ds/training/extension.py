@@ -24,6 +24,9 @@ from mocov3_ds.training.schedule import scaled_rate
 _MAY_CHANGE = ("drop_path", "patch_lr", "group_lr")
 """settings of the model that change no tensor, as long as the same tensors are trained"""
 
+_MUONS_TENSORS = ("last_layer", "convolutions")
+"""params of Muon that decide which tensors it moves, and so which have a second moment"""
+
 
 @dataclass(frozen=True)
 class Parent:
@@ -159,9 +162,18 @@ def _check_same_tensors(folder: Path, saved: Checkpoint, trained: Collection[str
 
 
 def _check_same_optimizer(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    kinds = [str((engine.get("optimizer") or {}).get("type")) for engine in (then, now)]
+    blocks = [engine.get("optimizer") or {} for engine in (then, now)]
+    kinds = [str(block.get("type")) for block in blocks]
     if kinds[0].lower() != kinds[1].lower():
         raise ValueError(
             f"--extend {folder} was trained by {kinds[0]}, whose moments {kinds[1]} cannot take "
             "over; --init takes weights alone."
         )
+    for key in _MUONS_TENSORS if kinds[0].lower() == "muon" else ():
+        before, after = ((block.get("params") or {}).get(key, "adamw") for block in blocks)
+        if before != after:
+            raise ValueError(
+                f"--extend {folder} was trained by Muon with {key} {before!r}, here it is "
+                f"{after!r}, so tensors would change hands without the moments for it; "
+                "--init takes weights alone."
+            )

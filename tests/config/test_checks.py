@@ -16,6 +16,10 @@ from mocov3_ds.recipes import parse
         (Config(epochs=0), "--epochs 0 cannot be; it must be above 0"),
         (Config(epochs=30, warmup_epochs=40), "--warmup_epochs 40 cannot be; it must be 0 to 30"),
         (Config(keep_chunks=2), "--keep_chunks 2 has no effect without --chunk"),
+        (
+            Config(moco=MocoConfig(momentum=0.0, momentum_batch=256)),
+            "--moco.momentum_batch 256 has no effect beside --moco.momentum 0",
+        ),
         (Config(model=ModelConfig(fp8=True, sigma_reparam=True)), "--model.fp8 and --model.sigma"),
     ],
 )

@@ -75,17 +75,22 @@ def test_each_question_is_a_family_of_its_own() -> None:
     answers = comparisons.compare_planned(arms, [first, second])
     [together, _], [alone] = (found for _, found in answers)
     assert together.holm_p == pytest.approx(2 * alone.p) == pytest.approx(2 * alone.holm_p)
-    head, first_arm, second_arm, more, _ = comparisons.list_answers(answers, 3)
-    assert head == "Is one better? (knn_final; 2 comparisons, planned before the runs)"
+    both, more = comparisons.list_answers(answers, 3)
+    assert (both.question, more.question) == ("Is one better?", "Alone?")
+    assert both.basis == "k-NN final; 2 comparisons, planned before the runs"
+    assert both.summary == (
+        "Told: other is 2.1 points above one. 1 other cannot be told from one at 3 seeds."
+    )
+    assert more.summary == "Told: other is 2.1 points above one."
+    first_arm, second_arm = both.details
     assert first_arm.startswith("other is 2.1 points above one (95 %")
     assert second_arm.startswith("third is 0.1 points above one") and second_arm.endswith(").")
-    assert more.startswith("Alone? (knn_final; 1 comparison, planned")
-    assert comparisons.list_answers(answers, 4)[0] == (
-        "Is one better? Not decided yet: 3 of 4 seeds have ended in all of its arms."
+    assert comparisons.list_answers(answers, 4)[0].summary == (
+        "Not decided yet: 3 of 4 seeds have ended in all of its arms."
     )
     del arms["third"]
     answers = comparisons.compare_planned(line_up(arms).arms, [first])
-    assert "0 of 3 seeds" in comparisons.list_answers(answers, 3)[0]
+    assert "0 of 3 seeds" in comparisons.list_answers(answers, 3)[0].summary
 
 
 def test_accuracy_by_a_bank_of_its_own_is_a_metric() -> None:
@@ -118,7 +123,9 @@ def test_a_page_tests_the_planned_ones_and_no_others(tmp_path: Path) -> None:
     compared = study_page.compare_study(study, arms)
     [only] = compared.comparisons
     assert (only.arm, only.reference, only.metric) == ("c", "b", "knn_final")
-    assert compared.sentences[0].startswith("Is c better than b? (knn_final; 1 comparison")
+    [answer] = compared.answers
+    assert answer.question == "Is c better than b?" and answer.details[0].startswith("c is 1.0")
+    assert not compared.sentences
     assert "planned" in compared.notes[0]
     pictures = study_page.draw_pictures(arms, compared, tmp_path)
     assert pictures[0].title == "What was planned" and (tmp_path / "planned.png").exists()

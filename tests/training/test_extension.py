@@ -16,6 +16,7 @@ from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL, digests_of, outcomes, rows_of
 
+MUON_LAST = 'optimizer={"type":"Muon","params":{"lr":1e-3,"last_layer":"muon"}}'
 Log = list[dict[str, Any]]
 
 
@@ -134,6 +135,16 @@ def test_what_cannot_be_extended_is_one_sentence(tmp_path: Path, flags: list[str
         ),
         ([*from_done, "--ds", "optimizer.type=Lamb"], 2, "trained by AdamW, whose moments Lamb"),
         (
+            [*done, "--name", "muon", "--ds", 'optimizer={"type":"Muon","params":{"lr":1e-3}}'],
+            0,
+            "",
+        ),
+        (
+            [*("--extend", "runs/muon", "--epochs", "2", "--ds"), MUON_LAST],
+            2,
+            "trained by Muon with last_layer 'adamw', here it is 'muon'",
+        ),
+        (
             [*from_done, "--batch", "8", "--name", "half"],
             0,
             "(3 steps of 16 images); counted as 6 steps of 8; batch 16 -> 8, peak rate 9.375e-05 "
@@ -171,5 +182,5 @@ def test_what_cannot_be_extended_is_one_sentence(tmp_path: Path, flags: list[str
         assert words in " ".join(said.split()), (command_line, said)
         assert "Traceback" not in said, said
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
-        *("cured", "done", "half", "part")
+        *("cured", "done", "half", "muon", "part")
     ]
