@@ -1,4 +1,4 @@
-"""Ten families of timm: any ZeRO stage and number of ranks gives the same two steps, a resumed run
+"""Ten families of timm: ZeRO stages and numbers of ranks give the same two steps, a resumed run
 the same bits; batch norm, tables, tensors used outside of their layer and all.
 """
 
@@ -73,15 +73,15 @@ def two_steps(flags: list[str], stage: int, suffix: str, stop_after: int = 0) ->
     return {"losses": losses, "begin": begin, "state": state}
 
 
-def run_families(names: list[str], folder: Path, stages: list[int], resumed: bool) -> bytes:
-    """For each family and stage: the two steps; and what differs after a resume at one stage."""
+def run_families(names: list[str], folder: Path, stages_in_turn: list[list[int]]) -> bytes:
+    """For each family: the two steps at its stages; on ranks what differs after a resume at one."""
     found: dict[str, Any] = {}
     for number, name in enumerate(names):
-        flags = flags_of(name, folder)
+        flags, stages = flags_of(name, folder), stages_in_turn[number % len(stages_in_turn)]
         runs = {stage: two_steps(flags, stage, f"whole{len(stages)}") for stage in stages}
         differs = None
-        if resumed:
-            stage = stages[number % len(stages)]
+        if len(stages) > 1:
+            stage = stages[number % 2]
             again = two_steps(flags, stage, "resumed", stop_after=1)
             assert again["losses"] == runs[stage]["losses"], name
             differs = differing(again["state"], runs[stage]["state"])
@@ -92,8 +92,9 @@ def run_families(names: list[str], folder: Path, stages: list[int], resumed: boo
 @pytest.mark.slow
 def test_stages_ranks_and_resumes(tmp_path: Path) -> None:
     make_set(str(tmp_path / "train"), [20, 7, 23])
-    [one] = run_ranks(1, run_families, [*FAMILIES], tmp_path, [1], False)
-    two = run_ranks(2, run_families, [*FAMILIES], tmp_path, [0, 1, 2, 3], True)[0]
+    [one] = run_ranks(1, run_families, [*FAMILIES], tmp_path, [[1]])
+    # stage 3, which cuts tensors, for all; the others in turn, as a start takes most of the time
+    two = run_ranks(2, run_families, [*FAMILIES], tmp_path, [[0, 3], [3, 1], [2, 3]])[0]
     plain = pickle.loads(one)
     for name, (runs, differs) in pickle.loads(two).items():
         assert differs == [], name
