@@ -82,7 +82,10 @@ def test_the_front_door_imports_nothing_heavy() -> None:
         assert done.stdout.splitlines()[-1] == f"{status} []", done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["train", "--batch", "1"], ["plan", "--nodes", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "--batch", "1"], ["plan", "--nodes", "x"], ["stability", "run", "--scale", "tin"]],
+)
 def test_what_is_wrong_with_flags_is_told_before_torch_is_imported(arguments: list[str]) -> None:
     code = (
         "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "

@@ -37,7 +37,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from mocov3_ds.config.run_config import Settings
 from mocov3_ds.optim.build import check_block
@@ -46,6 +46,7 @@ from mocov3_ds.settings.spelling import did_you_mean
 from mocov3_ds.stability import grid_file
 from mocov3_ds.stability.cell_flags import Overrides, patch_rate, settings_flags
 from mocov3_ds.stability.grid_file import Arm
+from mocov3_ds.stability.grid_options import Scale
 from mocov3_ds.stability.planned import PlannedComparison, read_planned
 
 if sys.version_info >= (3, 11):
@@ -53,7 +54,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Scale = Literal["tiny", "cifar", "imagenet"]
 SCALES: tuple[str, ...] = get_args(Scale)
 GRIDS = Path(__file__).parent / "grids"
 

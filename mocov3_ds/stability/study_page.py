@@ -17,6 +17,7 @@ from mocov3_ds.data.storage import atomic
 from mocov3_ds.stability import advice, comparisons, figures, study_tables
 from mocov3_ds.stability.arm_questions import answer_questions
 from mocov3_ds.stability.comparable_runs import LinedUp, line_up
+from mocov3_ds.stability.comparisons import Answer, Comparison
 from mocov3_ds.stability.csv_file import write_csv
 from mocov3_ds.stability.drawing import write_png
 from mocov3_ds.stability.kept_memory import freed_memory_at_hand
@@ -106,11 +107,11 @@ class Compared:
         answers: what these say.
     """
 
-    comparisons: Sequence[comparisons.Comparison]
+    comparisons: Sequence[Comparison]
     notes: Sequence[str]
     sentences: Sequence[str] = ()
     by_question: Answers = ()
-    answers: Sequence[comparisons.Answer] = ()
+    answers: Sequence[Answer] = ()
 
 
 def compare_study(study: Study, arms: Arms) -> Compared:
@@ -148,7 +149,7 @@ def draw_pictures(arms: Arms, compared: Compared, out: Path) -> list[Picture]:
 
 
 def _write_tables(
-    study: Study, lined_up: LinedUp, compared: Sequence[comparisons.Comparison], out: Path
+    study: Study, lined_up: LinedUp, compared: Sequence[Comparison], out: Path
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Write the tables; return the rows of runs and of arms."""
     runs = study_tables.tabulate_runs(study.arms)
