@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from mocov3_ds.distributed import devices
@@ -174,11 +175,17 @@ def gradient_bytes(engine: Engine[nn.Module]) -> int:
 
 
 def gather_parameters(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Context in which partitioned (ZeRO-3) parameters are whole; a plain one otherwise."""
-    parameters = list(parameters)
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return deepspeed.zero.GatheredParameters(parameters)
-    return nullcontext()
+    """Context in which partitioned (ZeRO-3) parameters can be read whole; a plain one otherwise.
+
+    Those that are whole already stay so: DeepSpeed's context would cut them at its end, and a
+    backward that counts on them, as on small weights that stage 3 leaves whole, would find nothing.
+    """
+    absent = [
+        parameter
+        for parameter in parameters
+        if getattr(parameter, "ds_status", ZeroParamStatus.AVAILABLE) != ZeroParamStatus.AVAILABLE
+    ]
+    return deepspeed.zero.GatheredParameters(absent) if absent else nullcontext()
 
 
 def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

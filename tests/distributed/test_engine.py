@@ -52,6 +52,33 @@ def read_engines(stages: list[int]) -> list[dict[str, Any]]:
     return results
 
 
+def read_between_steps() -> list[dict[str, int]]:
+    """Numbers of each weight that lie here at stage 3, before and after all were read whole."""
+    warnings.filterwarnings("ignore")
+    engines.quiet()
+    model = plain.odd_model()
+    config = engine_config(
+        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 30}},
+        global_batch=BATCH,
+        world_size=ranks.world_size(),
+    )
+    engine = start_engine(model, AdamW(model.named_parameters()), config)
+    ((x, y),) = next(engines.batches(Case(3), 1))
+    engines.backward(engine, x, y)
+    engine.step()
+    found = [{n: p.numel() for n, p in engine.module.named_parameters()}]
+    assert all(tensor.numel() for _, tensor in full_tensors(engine.module))
+    found.append({n: p.numel() for n, p in engine.module.named_parameters()})
+    engines.stop(engine)
+    return found
+
+
+def test_reading_leaves_weights_cut_or_whole_as_they_were() -> None:
+    [(before, after)] = run_ranks(1, read_between_steps)
+    assert before == after
+    assert {number > 0 for number in before.values()} == {False, True}
+
+
 def plain_gradients() -> dict[str, Tensor]:
     """Gradients of the whole batch in one process."""
     model = plain.odd_model()
