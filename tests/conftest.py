@@ -1,6 +1,7 @@
 """Settings that each test process shares."""
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,23 @@ from tests import object_store
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a slow machine end in time: what it does not come to is skipped, and named."""
+    parser.addoption(
+        "--begin-until",
+        type=float,
+        default=float("inf"),
+        metavar="TIME",
+        help="seconds since 1970 after which no further test is begun: the rest is skipped",
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test for which no time is left."""
+    if time.time() > item.config.getoption("--begin-until"):
+        pytest.skip("no time left (--begin-until)")
 
 
 @pytest.fixture(autouse=True)
