@@ -152,7 +152,9 @@ def describe_arms(costs: Costs, reference: str) -> list[str]:
     for label, runs in costs.items():
         seeds = [seed for seed in runs if seed in basis]
         accuracies = [run.accuracy for run in runs.values()]
-        span = f"{fmean(accuracies):.1f} ({min(accuracies):.1f} to {max(accuracies):.1f})"
+        span = f"{fmean(accuracies):.1f}"
+        if len(accuracies) > 1:
+            span += f" ({min(accuracies):.1f} to {max(accuracies):.1f})"
         cpu_s = fmean(run.cpu_s for run in runs.values())
         share = _describe_share([(runs[seed].cpu_s, basis[seed].cpu_s) for seed in seeds])
         reached = {
