@@ -105,7 +105,7 @@ def read_cost(metrics: Path) -> RunCost:
     """What a run took; a step that was made again after a resume counts once.
 
     Args:
-        metrics: its `metrics.jsonl`.
+        metrics: the run's `metrics.jsonl`, to its last step.
 
     Raises:
         ValueError: it lacks CPU seconds or an evaluation at its end.
@@ -133,11 +133,11 @@ def cpu_s_to_reach(run: RunCost, accuracy: float) -> float | None:
     reached = np.flatnonzero(run.knn_K >= accuracy)
     if not len(reached):
         return None
-    place = int(reached[0])
-    if not place:
+    first = int(reached[0])
+    if not first:
         return float(run.cpu_s_K[0])
-    between = slice(place - 1, place + 1)
-    return float(np.interp(accuracy, run.knn_K[between], run.cpu_s_K[between]))
+    segment = slice(first - 1, first + 1)
+    return float(np.interp(accuracy, run.knn_K[segment], run.cpu_s_K[segment]))
 
 
 def describe_arms(costs: Costs, reference: str) -> list[str]:
@@ -162,20 +162,20 @@ def describe_arms(costs: Costs, reference: str) -> list[str]:
             for seed in seeds
             if len(basis[seed].knn_K)
         }
-        found = {seed: value for seed, value in reached.items() if value is not None}
+        ways = {seed: value for seed, value in reached.items() if value is not None}
         cells = [label, str(len(runs)), f"{fmean(run.steps for run in runs.values()):.0f}"]
         cells += [f"{cpu_s:.0f}", share, span]
-        cells.append(f"{fmean(found.values()):.0f}" if found else "never")
-        if len(found) < len(reached) and found:
-            cells[-1] += f" ({len(found)} of {len(reached)} seeds)"
-        cells.append(_describe_share([(value, basis[s].cpu_s) for s, value in found.items()]))
+        cells.append(f"{fmean(ways.values()):.0f}" if ways else "never")
+        if len(ways) < len(reached) and ways:
+            cells[-1] += f" ({len(ways)} of {len(reached)} seeds)"
+        cells.append(_describe_share([(value, basis[s].cpu_s) for s, value in ways.items()]))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _describe_share(pairs: Sequence[tuple[float, float]]) -> str:
     """Mean share over the seeds, percent."""
-    return f"{100 * fmean(own / whole for own, whole in pairs):.0f} %" if pairs else "-"
+    return f"{100 * fmean(spent / basis for spent, basis in pairs):.0f} %" if pairs else "-"
 
 
 def draw_costs(costs: Costs) -> Figure:
