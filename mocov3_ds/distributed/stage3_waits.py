@@ -47,12 +47,17 @@ def order_on_device(wrapper: Any) -> None:
         device_index=stream.device_index,
         device_type=stream.device_type,
     )
+    _order_weights()
+
+
+@functools.cache
+def _order_weights() -> None:
+    """Let the handles of weights on one rank order on the device, once in a process."""
     for handle in (
         partition_parameters.NoGatherHandle,
         partition_parameters.NoGatherCoalescedHandle,
     ):
-        if not hasattr(handle.wait, "__wrapped__"):
-            handle.wait = _without_host(handle.wait)
+        handle.wait = _without_host(handle.wait)
 
 
 def _without_host(wait: Callable[..., None]) -> Callable[..., None]:
