@@ -21,9 +21,11 @@ _AXIS = {
     "jumps": "loss jumps a run",
     "worst_excess": "worst loss excess, %",
 }
-_LABEL = 30  # letters of an arm
+_LABEL = 24  # letters of a line of an arm's name
+_NAME = 60  # letters of the whole name
 _BELOW = 0.28  # of a row: the seeds lie so far below the interval
-_TITLE = 48  # letters of a line of a title, which begins where the axis does
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+_TITLE = 38  # letters of a line of a title, which begins where the axis does
 
 
 def draw_planned(answers: Answers) -> Figure | None:
@@ -39,7 +41,7 @@ def draw_planned(answers: Answers) -> Figure | None:
     panels = [(one, found) for one, found in panels if found]
     if not panels:
         return None
-    heights = [0.75 + 0.25 * len(found) for _, found in panels]
+    heights = [0.85 + 0.3 * len(found) for _, found in panels]
     with matplotlib.rc_context(drawing.STYLE):
         figure = Figure((drawing.WIDTH, sum(heights)), layout="constrained")
         grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -49,8 +51,7 @@ def draw_planned(answers: Answers) -> Figure | None:
 
 
 def _draw_question(axes: Axes, one: PlannedComparison, found: Sequence[Comparison]) -> None:
-    lines = textwrap.wrap(one.question, _TITLE)
-    axes.set_title("\n".join(plain_text(line) for line in lines), loc="left", fontsize=8.5)
+    axes.set_title(_in_lines(one.question, _TITLE), loc="left", fontsize=8.5)
     axes.axvline(0, color=INK, lw=0.8)
     for row, comparison in enumerate(found):
         colour = drawing.COLOURS[0] if comparison.is_told else drawing.FAINT
@@ -59,9 +60,27 @@ def _draw_question(axes: Axes, one: PlannedComparison, found: Sequence[Compariso
         axes.plot(comparison.interval, [row, row], color=colour, lw=1.6)
         face = colour if comparison.is_told else "white"
         axes.plot(comparison.difference, row, "o", ms=5, color=colour, markerfacecolor=face)
-    axes.set_yticks(range(len(found)), [plain_text(c.arm, _LABEL) for c in found])
+    reference, *arms = short_names([one.reference, *(comparison.arm for comparison in found)])
+    axes.set_yticks(range(len(found)), [_in_lines(arm[:_NAME], _LABEL) for arm in arms])
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel(f"{_AXIS[one.metric]} above {plain_text(one.reference, _LABEL)}")
+    axes.set_xlabel(_in_lines(f"{_AXIS[one.metric]} above {reference[:_NAME]}", _TITLE))
+
+
+def short_names(labels: Sequence[str]) -> list[str]:
+    """Labels without the settings that all of them share, as `batch 1024` in each of a panel.
+
+    Args:
+        labels: names of arms, each perhaps with settings behind commas. The name itself stays; a
+            setting that stays has spaces at which no line ends.
+    """
+    parts = [label.split(", ") for label in labels]
+    shared = set.intersection(*(set(settings[1:]) for settings in parts))
+    kept = [[s.replace(" ", _NO_BREAK) for s in rest if s not in shared] for _, *rest in parts]
+    return [", ".join([name, *settings]) for (name, *_), settings in zip(parts, kept, strict=True)]
+
+
+def _in_lines(text: str, letters: int) -> str:
+    return "\n".join(plain_text(line) for line in textwrap.wrap(text, letters))
 
 
 PLANNED_PICTURE: PictureKind[Answers] = PictureKind(

@@ -53,3 +53,29 @@ def test_one_seed_or_no_arm_is_no_picture() -> None:
 @pytest.mark.parametrize("metric", planned.METRICS)
 def test_each_metric_has_a_name_on_the_axis(metric: str) -> None:
     assert metric in planned_figure._AXIS
+
+
+def test_settings_that_all_labels_of_a_question_share_are_left_out() -> None:
+    labels = ["A, batch 8, lr 1", "B, batch 8, lr 2", "C, batch 8, lr 1"]
+    assert planned_figure.short_names(labels) == ["A, lr\xa01", "B, lr\xa02", "C, lr\xa01"]
+    assert planned_figure.short_names(["A, x", "A"]) == ["A, x", "A"]
+    assert planned_figure.short_names(["only, batch 8"]) == ["only"]
+
+
+def test_no_text_leaves_the_picture() -> None:
+    names = ["Muon frozen 1024, batch 1024, lr 0.0025", "Muon 1024, batch 1024, lr 0.00025", "n" * 80]
+    arms = {
+        arm: [judged_run(arm, seed, 30.0 + seed + place * seed) for seed in range(3)]
+        for place, arm in enumerate(names)
+    }
+    question = "At batch 1024: does another optimizer end above the one that everybody takes, or not?"
+    asked = PlannedComparison(question, "knn_final", names[0], tuple(names[1:]))
+    figure = planned_figure.draw_planned(comparisons.compare_planned(arms, [asked]))
+    assert figure is not None
+    figure.draw_without_rendering()  # lays it out
+    (axes,) = figure.axes
+    texts = [*axes.get_yticklabels(), axes.xaxis.label, axes._left_title]
+    assert len(texts) == 4
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width, text.get_text()
