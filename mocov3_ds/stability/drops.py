@@ -164,6 +164,22 @@ def smallest_drop(count: int, noise: Noise, width: int) -> float:
     return error * (threshold(count, noise.remembers) + allowance)
 
 
+def smallest_dip(knn_K: Array, noise: Noise, width: int = 3) -> float:
+    """Points of a dip of so many evaluations that would just be told, NaN in too short a curve.
+
+    A dip is told against the evaluations before it, so it has to be deeper by what the curve rises
+    from those to its own, at half of all places.
+    """
+    count = len(knn_K)
+    before = evaluations_before(width, count)
+    at = np.arange(before, count - width + 1)
+    if count < FEWEST or not len(at):
+        return math.nan
+    sums = _sums(knn_K, noise)
+    rises = (sums[at + width] - sums[at]) / width - (sums[at] - sums[at - before]) / before
+    return smallest_drop(count, noise, width) + max(float(np.median(rises)), 0.0)
+
+
 def find_drops(knn_K: Array, noise: Noise, widest: int | None = None) -> list[Drop]:
     """Drops above the threshold, of all places and widths, the clearest first.
 

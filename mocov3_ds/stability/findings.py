@@ -53,6 +53,10 @@ class Series:
         sibling: name of the best other arm at the same seed, if any.
         sibling_knn: its final accuracy in percent.
         siblings: number of arms that it is the best of.
+        begins_random: whether the first evaluation is that of the random network.
+        has_loss: whether a loss was logged; where not, `loss_T` is NaN.
+        non_finite_end: which logged gradient or accuracy was not finite from where to the end, a
+            clause; empty where none was.
     """
 
     steps_T: Steps
@@ -75,6 +79,16 @@ class Series:
     sibling: str = ""
     sibling_knn: float | None = None
     siblings: int = 0
+    begins_random: bool = False
+    has_loss: bool = True
+    non_finite_end: str = ""
+
+    @property
+    def random_knn(self) -> float | None:
+        """Accuracy in percent of the random network; None if unknown."""
+        if self.knn_at_start is None and self.begins_random and len(self.knn_K):
+            return float(self.knn_K[0])
+        return self.knn_at_start
 
     def trained_groups(self) -> list[str]:
         """Groups whose gradient was measured, from input to output; frozen ones have none."""

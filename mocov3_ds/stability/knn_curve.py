@@ -35,6 +35,8 @@ HEALED = 0.25
 """share of its depth below the level at which a fall is made good"""
 WARM_UP = 0.15
 """share of the run, at least, in which accuracy may fall from the random network's level"""
+RANDOM_SHARE = 0.75
+"""share of the best accuracy that a random network has at most, where its own is not known"""
 _RESOLUTION = 4.0  # a curve is smoothed until a fall is so many standard errors deep
 _WIDE_RESOLUTION, _WIDE = 20.0, 8  # a wide one so many, over at most this part of its width
 
@@ -229,14 +231,23 @@ def _first_true(flags: Flags, offset: int) -> int:
 
 
 def _is_from_random(series: Series, noise: Noise, fall: Fall) -> bool:
-    """Whether a fall begins in the warm-up, from a level no higher than the random network's."""
+    """Whether a fall begins in the warm-up, from a level no higher than the random network's.
+
+    Such a fall is made good. Where the random network's accuracy is not known, it is that of the
+    first evaluations, if the run ends well above them.
+    """
+    if not fall.closed:
+        return False
     lr_T = np.nan_to_num(series.lr_T)
     peak = int(series.steps_T[np.argmax(lr_T)]) if len(lr_T) else 0
     if series.knn_steps_K[fall.first] > max(WARM_UP * series.total_steps, peak):
         return False
-    random = float(np.max(smooth_curve(series.knn_K)[:3]))
-    if series.knn_at_start is not None:
-        random = max(random, series.knn_at_start)
+    smooth_K = smooth_curve(series.knn_K)
+    random = float(np.max(smooth_K[:3]))
+    if series.random_knn is not None:
+        random = max(random, series.random_knn)
+    elif random > RANDOM_SHARE * np.max(smooth_K):
+        return False
     return fall.level <= random + 2 * noise.deviation
 
 

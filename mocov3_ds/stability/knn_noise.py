@@ -7,7 +7,9 @@ one, two, four ... evaluations, in which a trend cancels:
     Var(mean_1 - 2 mean_2 + mean_3) = 6 white^2 / length + slow^2 * (what correlations of phi^|i-j|
     leave of it)
 
-A low quantile of their absolute values keeps dips and steep beginnings out.
+A low quantile of their absolute values keeps dips and steep beginnings out, as long as they are
+few. A curve that dips again and again is told by its upper side, which dips leave alone
+(`_quiet_side`).
 
 Shape suffixes: K = k-NN evaluations, L = lengths of blocks.
 """
@@ -37,8 +39,22 @@ white noise passes for such in few curves"""
 SMALLEST = 0.02
 """points: least noise, for curves without any"""
 
+AROUND = 16
+"""evaluations around one, and before it, that tell the level of a curve that dips"""
+FAR_BELOW = 4.67
+"""deviations below their third quartile that noise is seldom: 4 below the level"""
+FAR_BELOW_OFTEN, FAR_BELOW_OFTEN_KNOWN = (5, 0.03), (4, 0.02)
+"""evaluations so far below those before them, and share of all, that make dips; fewer where the
+noise would be `OVER_BINOMIAL` times that of the probes"""
+OVER_BINOMIAL = 4.0
+QUIET, QUIET_LONG, LONG = 0.6, 0.75, 250
+"""share of the noise by differences below which that of the upper side counts in its stead: in a
+short curve, and in one of so many evaluations, which makes a memory's excursions fewer"""
+
 _QUANTILE = 0.4  # of absolute differences: below the median, as dips make the larger ones
 _GAUSSIAN_QUANTILE = float(special.ndtri((1 + _QUANTILE) / 2))
+_UPPER = 0.75  # quantile of the level of a curve that dips
+_MEDIAN_ABOVE = float(special.ndtri((1 + _UPPER) / 2) - special.ndtri(_UPPER))
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,37 @@ def estimate_noise(knn_K: Array, probes: int = 0) -> Noise:
         return Noise(max(SMALLEST, white, _binomial(knn_K, probes)))
     if (variance_L * lengths_L).min() <= 6 * SMALLEST**2:
         return Noise(max(SMALLEST, math.sqrt(float(np.median(variance_L * lengths_L)) / 6)))
-    return replace(_fit(lengths_L, variance_L), degrees=curve_degrees(knn_K))
+    noise = replace(_fit(lengths_L, variance_L), degrees=curve_degrees(knn_K))
+    return _quiet_side(noise, knn_K, _binomial(knn_K, probes))
+
+
+def _quiet_side(noise: Noise, knn_K: Array, binomial: float) -> Noise:
+    """The noise of the upper side, of a curve whose dips are too many for its differences.
+
+    Dips leave the highest quarter around each evaluation alone, so its spread tells the noise. It
+    counts where it is much smaller than that by differences, and many evaluations are far below
+    those before them; noise, however heavy its tails or long its memory, is not often both.
+
+    Args:
+        noise: noise by differences.
+        knn_K: accuracies in percent, (K,).
+        binomial: error of the probes in points; 0 if unknown.
+    """
+    half = AROUND // 2
+    padded = np.pad(knn_K, half, mode="reflect", reflect_type="odd")
+    around = np.lib.stride_tricks.sliding_window_view(padded, AROUND + 1)
+    above_K = knn_K - np.quantile(around, _UPPER, axis=1)
+    spread = float(np.median(above_K[above_K > 0])) / _MEDIAN_ABOVE if (above_K > 0).any() else 0.0
+    spread = max(spread, binomial, SMALLEST)
+    before = np.lib.stride_tricks.sliding_window_view(knn_K[:-1], AROUND)
+    fallen = np.quantile(before, _UPPER, axis=1) - knn_K[AROUND:] > FAR_BELOW * spread
+    is_wide = 0 < OVER_BINOMIAL * binomial < noise.deviation
+    least, share = FAR_BELOW_OFTEN_KNOWN if is_wide else FAR_BELOW_OFTEN
+    quiet = QUIET_LONG if len(knn_K) >= LONG else QUIET
+    if spread > quiet * noise.deviation or np.sum(fallen) < max(least, share * len(knn_K)):
+        return noise
+    scale = spread / noise.deviation
+    return Noise(scale * noise.white, scale * noise.slow, noise.memory)
 
 
 def _binomial(knn_K: Array, probes: int) -> float:

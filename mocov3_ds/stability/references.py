@@ -20,6 +20,8 @@ LEAST_BEHIND = 1.0
 """points that a run must be behind another arm, at least"""
 AS_UNTRAINED = 0.90
 """share of its chance level above which a loss has hardly begun to fall"""
+AT_START = 0.01
+"""share of the run within which the first evaluation is that of a network that knows nothing"""
 ENDED = 0.9
 """share of its planned length after which a run may be said to have learnt nothing"""
 _AVERAGED = 3  # evaluations that make the final accuracy
@@ -36,9 +38,11 @@ def explain_no_learning(series: Series, noise: Noise, final: float, final_loss: 
     """
     if len(series.steps_T) == 0 or series.steps_T[-1] < ENDED * series.total_steps:
         return ""
-    start, end = series.knn_at_start, series.knn_at_end
+    start = series.random_knn
+    end = final if series.knn_at_start is None else series.knn_at_end
     if start is not None and end is not None:
         error = float(binomial_error(start, series.probes))
+        error = error or _error_of_final(series, noise, final)
         if end < start + ERRORS * error:
             return (
                 f"the k-NN accuracy ends at {end:.1f} %, that of the random network was "
@@ -48,14 +52,47 @@ def explain_no_learning(series: Series, noise: Noise, final: float, final_loss: 
     chance = series.knn_chance
     if chance > 0 and final < chance + ERRORS * error:
         return f"the k-NN accuracy ends at {final:.1f} %, guessing gives {chance:.1f} %"
-    if len(series.knn_K) >= FEWEST and final_loss > AS_UNTRAINED * series.chance_loss:
-        first = float(np.mean(series.knn_K[:_AVERAGED]))
-        if final < first + ERRORS * math.sqrt(2) * error:
-            return (
-                f"the k-NN accuracy ends at {final:.1f} % as it began ({first:.1f} %), and the "
-                f"loss at {100 * final_loss / series.chance_loss:.0f} % of its chance level"
-            )
+    return _explain_flat(series, noise, final, final_loss)
+
+
+def _explain_flat(series: Series, noise: Noise, final: float, final_loss: float) -> str:
+    """Why a curve counts as that of a network that never learnt, by its own beginning alone."""
+    if len(series.knn_K) < FEWEST:
+        return ""
+    bar = ERRORS * math.sqrt(2) * _error_of_final(series, noise, final)
+    first = float(np.mean(series.knn_K[:_AVERAGED]))
+    if final >= first + bar:
+        return ""
+    words = f"the k-NN accuracy ends at {final:.1f} % as it began ({first:.1f} %)"
+    if final_loss > AS_UNTRAINED * series.chance_loss:
+        share = 100 * final_loss / series.chance_loss
+        return f"{words}, and the loss at {share:.0f} % of its chance level"
+    tenths = np.array_split(series.knn_K, min(10, len(series.knn_K) // _AVERAGED))
+    highest = max(float(np.mean(tenth)) for tenth in tenths)
+    is_from_start = series.knn_steps_K[0] <= AT_START * series.total_steps
+    if series.random_knn is None and is_from_start and highest < first + bar:
+        return f"{words}, and was never higher"
     return ""
+
+
+def explain_unknown_learning(series: Series, noise: Noise, final: float) -> str:
+    """Why it cannot be said whether a run learns; empty where it can, or where it does.
+
+    Args:
+        series: what the run has logged.
+        noise: noise of its k-NN curve.
+        final: its final accuracy, percent.
+    """
+    if series.random_knn is not None or series.knn_chance > 0 or len(series.knn_K) < FEWEST:
+        return ""
+    bar = ERRORS * math.sqrt(2) * _error_of_final(series, noise, final)
+    first = float(np.mean(series.knn_K[:_AVERAGED]))
+    if abs(final - first) >= bar:
+        return ""
+    return (
+        f"whether it learns was not: the k-NN accuracy ends at {final:.1f} % as it began "
+        f"({first:.1f} %), and neither an evaluation at step 0 nor guessing (knn_chance) is logged"
+    )
 
 
 def explain_behind(series: Series, noise: Noise, final: float) -> str:

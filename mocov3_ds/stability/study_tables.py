@@ -64,10 +64,7 @@ def _run_row(label: str, run: JudgedRun) -> dict[str, Any]:
         "E": judgement.events_per_1000,
         "R": judgement.rms_share,
         "T": judgement.lost_to_twin,
-        "jumps": len(run.jumps),
-        "steps_above": int(np.sum(run.loss_excess > 1)),
-        "worst_excess": float(np.nanmax(run.loss_excess, initial=0.0)),
-        "loss_events": len(judgement.loss_events),
+        **_loss_columns(run),
         "largest_burst": max((event.ratio for event in judgement.gradient_events), default=0.0),
         "dips": len(judgement.dips),
         "deepest_dip": max((dip.depth for dip in judgement.dips), default=0.0),
@@ -79,6 +76,18 @@ def _run_row(label: str, run: JudgedRun) -> dict[str, Any]:
         "steps": int(run.series.steps_T[-1]),
         "planned_steps": run.series.total_steps,
         "paper": paper_accuracy(run.cell),
+    }
+
+
+def _loss_columns(run: JudgedRun) -> dict[str, float]:
+    """Jumps and events of the loss; NaN where no loss was logged."""
+    if not run.series.has_loss:
+        return dict.fromkeys(("jumps", "steps_above", "worst_excess", "loss_events"), math.nan)
+    return {
+        "jumps": len(run.jumps),
+        "steps_above": int(np.sum(run.loss_excess > 1)),
+        "worst_excess": float(np.nanmax(run.loss_excess, initial=0.0)),
+        "loss_events": len(run.judgement.loss_events),
     }
 
 

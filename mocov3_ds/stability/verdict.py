@@ -13,8 +13,10 @@
     BELOW ITS TWIN  no event, but the frozen twin, or another arm at the same seed, ends higher by
                     more than the noise of such a difference
     TWITCHY         gradient or loss events without a dip
-    NOT LOOKED      nothing was found, and too little is logged to look for all of these
-    STABLE          all were looked for, and none was found
+    NOT LOOKED      nothing was found, and too little is logged to look for dips, or for events of
+                    the loss
+    STABLE          all were looked for, and none was found; where no gradients are logged it says
+                    so
 
 What is a dip, a decline or an event follows from the noise of the series itself, such that one
 quiet run in a hundred has one, whatever its length (`drops`, `outliers`).
@@ -39,7 +41,7 @@ from mocov3_ds.monitoring.alarms import RMS_HIGH
 from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability import events, knn_curve
 from mocov3_ds.stability.alarm_quality import judge_alarms
-from mocov3_ds.stability.drops import FEWEST, smallest_drop
+from mocov3_ds.stability.drops import FEWEST, smallest_dip
 from mocov3_ds.stability.findings import (
     Array,
     GradientEvent,
@@ -51,7 +53,11 @@ from mocov3_ds.stability.findings import (
 )
 from mocov3_ds.stability.knn_curve import CurveFindings
 from mocov3_ds.stability.layer_order import measure_lead
-from mocov3_ds.stability.references import explain_behind, explain_no_learning
+from mocov3_ds.stability.references import (
+    explain_behind,
+    explain_no_learning,
+    explain_unknown_learning,
+)
 from mocov3_ds.stability.repeated_rows import keep_last_rows
 from mocov3_ds.stability.trailing import is_measured, longest_run, row_spacing, window_length
 
@@ -69,7 +75,7 @@ SPIKE_SHARE = 0.001
 """UNSTABLE: share of steps whose loss is 7 deviations out (and at least two steps)"""
 FEWEST_STEPS = 2 * events.HISTORY
 """logged steps below which no gradient or loss event can be told from noise"""
-_FEW_EVALUATIONS = 20
+_FEW_EVALUATIONS = 50
 
 
 def judge(series: Series) -> Judgement:
@@ -95,11 +101,13 @@ def judge(series: Series) -> Judgement:
     final_loss = _final_loss(series.loss_T)
     best, final = knn_curve.best_and_final_accuracy(series)
     not_looked = _list_not_looked(series)
+    if unknown := explain_unknown_learning(series, curve.noise, final):
+        not_looked.append(unknown)
     verdict, why = (
         _explain_failure(series, curve, final, final_loss)
         or _explain_falls(curve)
         or _explain_events(series, curve, final, (run_bursts, jumps, spikes))
-        or _explain_quiet(not_looked)
+        or _explain_quiet(series, not_looked)
     )
     rows = max(len(series.steps_T), 1)
     layer = series.first_trained_layer()
@@ -122,14 +130,10 @@ def judge(series: Series) -> Judgement:
         declines=curve.declines,
         lead=measure_lead(series, bursts, window),
         alarms=() if layer is None else judge_alarms(series, layer, onsets),
-        notes=tuple(_list_notes(series, repeated)),
+        notes=tuple(_list_notes(series, curve, repeated)),
         not_looked=tuple(not_looked),
         knn_noise=curve.noise.deviation if len(series.knn_K) else math.nan,
-        smallest_dip=(
-            smallest_drop(len(series.knn_K), curve.noise, 3)
-            if len(series.knn_K) >= FEWEST
-            else math.nan
-        ),
+        smallest_dip=smallest_dip(series.knn_K, curve.noise),
     )
 
 
@@ -230,18 +234,21 @@ def _explain_events(
             if len(series.knn_K) >= FEWEST
             else "dips of the k-NN accuracy were not looked for"
         )
+        of_gradients = f"{count_noun(len(bursts), 'gradient event')} and "
         return "TWITCHY", (
-            f"{count_noun(len(bursts), 'gradient event')} and "
+            f"{of_gradients if series.trained_groups() else ''}"
             f"{count_noun(len(jumps), 'loss event')}, {fell}"
         )
     return None
 
 
-def _explain_quiet(not_looked: Sequence[str]) -> Named:
+def _explain_quiet(series: Series, not_looked: Sequence[str]) -> Named:
     """Nothing was found, and perhaps not all was looked for."""
     if not_looked:
         return "NOT LOOKED", "nothing was found, but " + "; ".join(not_looked)
-    return "STABLE", "no gradient event, no loss event, no dip and no decline"
+    if series.trained_groups():
+        return "STABLE", "no gradient event, no loss event, no dip and no decline"
+    return "STABLE", "no loss event, no dip and no decline; gradients were not logged"
 
 
 def _list_not_looked(series: Series) -> list[str]:
@@ -253,7 +260,9 @@ def _list_not_looked(series: Series) -> list[str]:
             f"no dip or decline was looked for: {count_noun(evaluations, 'k-NN evaluation')}, "
             f"{FEWEST} are needed"
         )
-    if rows < FEWEST_STEPS:
+    if not series.has_loss:
+        missing.append("no loss event was looked for: no loss is logged")
+    elif rows < FEWEST_STEPS:
         missing.append(
             f"no gradient or loss event was looked for: {count_noun(rows, 'logged step')}, "
             f"{FEWEST_STEPS} are needed"
@@ -263,6 +272,18 @@ def _list_not_looked(series: Series) -> list[str]:
 
 def _explain_divergence(series: Series) -> str:
     """Why the run counts as diverged; empty if it does not."""
+    if series.has_loss and (words := _explain_diverged_loss(series)):
+        return words
+    if series.non_finite_end:
+        return series.non_finite_end
+    best, final = knn_curve.best_and_final_accuracy(series)
+    if final < LOST * best:
+        return f"the k-NN accuracy ended at {final:.1f} % after a best of {best:.1f} %"
+    return ""
+
+
+def _explain_diverged_loss(series: Series) -> str:
+    """Why the loss counts as diverged; empty if it does not."""
     loss_T = series.loss_T
     if series.stopped_non_finite or (len(loss_T) and not np.isfinite(loss_T[-1])):
         step = int(series.steps_T[-1]) if len(loss_T) else 0
@@ -278,9 +299,6 @@ def _explain_divergence(series: Series) -> str:
             return f"the loss was back at its chance level for {longest} steps"
     elif len(loss_T) and series.steps_T[-1] >= 0.9 * series.total_steps and at_chance_T[-1]:
         return "the loss never left its chance level"
-    best, final = knn_curve.best_and_final_accuracy(series)
-    if final < LOST * best:
-        return f"the k-NN accuracy ended at {final:.1f} % after a best of {best:.1f} %"
     return ""
 
 
@@ -305,7 +323,7 @@ def _gradient_steps(series: Series) -> Steps:
     return series.steps_T[is_measured(*series.grad_linf_GT)]
 
 
-def _list_notes(series: Series, repeated: int) -> list[str]:
+def _list_notes(series: Series, curve: CurveFindings, repeated: int) -> list[str]:
     """What could not be judged, or only in part, one sentence each."""
     notes = _list_not_looked(series)
     last = int(series.steps_T[-1]) if len(series.steps_T) else 0
@@ -314,7 +332,11 @@ def _list_notes(series: Series, repeated: int) -> list[str]:
     if repeated:
         notes.append(f"{count_noun(repeated, 'row')} of steps logged again later did not count")
     if FEWEST <= len(series.knn_K) < _FEW_EVALUATIONS:
-        notes.append(f"{len(series.knn_K)} k-NN evaluations are few: short dips fall between them")
+        least = smallest_dip(series.knn_K, curve.noise)
+        notes.append(
+            f"{len(series.knn_K)} k-NN evaluations are few: dips that last shorter than three of "
+            f"them, or are below {least:.1f} points, are not seen"
+        )
     if not series.trained_groups():
         notes.append("no gradients were logged, so no gradient events, leads and alarms")
     elif (every := row_spacing(_gradient_steps(series))) > row_spacing(series.steps_T):
@@ -324,6 +346,6 @@ def _list_notes(series: Series, repeated: int) -> list[str]:
             f"{every} steps coarse"
         )
     bad = int(np.sum(~np.isfinite(series.loss_T)))
-    if bad:
+    if bad and series.has_loss:
         notes.append(f"the loss of {count_noun(bad, 'step')} was not finite")
     return notes

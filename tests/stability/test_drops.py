@@ -12,6 +12,7 @@ from mocov3_ds.stability.drops import (
     find_single_drops,
     highest_bump,
     scan,
+    smallest_dip,
 )
 from mocov3_ds.stability.knn_noise import Noise, estimate_noise
 
@@ -72,3 +73,21 @@ def test_heavy_tails_alone_seldom_make_a_drop() -> None:
         noise = estimate_noise(knn)
         found += bool(find_drops(knn, noise) or find_single_drops(knn, noise))
     assert found <= 3  # one is expected at one in a hundred
+
+
+@pytest.mark.parametrize("count", [20, 100])
+def test_the_smallest_dip_is_what_a_curve_that_rises_still_shows(count: int) -> None:
+    found = dict.fromkeys((0.5, 1.5), 0)
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        rise = 30 + 40 * (1 - np.exp(-np.linspace(0, 4, count)))
+        quiet = rise + 0.5 * random.standard_normal(count)
+        depth = smallest_dip(quiet, estimate_noise(quiet))
+        at = int(random.integers(count // 2, count - 6))
+        for share in found:
+            curve = quiet.copy()
+            curve[at : at + 3] -= share * depth
+            drops = find_drops(curve, estimate_noise(curve))
+            found[share] += any(abs(drop.at - at) <= 2 for drop in drops)
+    assert found[0.5] <= 4 and found[1.5] >= 18
+    assert math.isnan(smallest_dip(np.full(7, 40.0), Noise(1.0)))

@@ -88,3 +88,17 @@ def test_a_fall_from_the_random_network_is_no_dip_and_the_same_fall_later_is() -
 def test_the_planned_rest_of_a_run_that_stopped_counts_as_lost() -> None:
     series = replace(with_curve(), stopped_non_finite=True, total_steps=4000)
     assert examine_curve(series).lost == pytest.approx(100 * (40 - 10) / 2 / 40)
+
+
+def test_a_fall_of_a_trained_network_in_the_first_evaluations_is_a_dip() -> None:
+    """A resumed log begins high: its first evaluations are no random network's."""
+    run = synthetic.healthy(0).series
+    noise = 0.3 * np.random.default_rng(0).standard_normal(200)
+    level = np.full(200, 60.0)
+    level[8:20] = 40.0
+    resumed = replace(run, knn_K=level + noise, knn_at_start=None)
+    assert len(examine_curve(resumed).dips) == 1
+    rises = np.where(np.arange(200) < 20, level / 4, 15 + 30 * np.linspace(0, 1, 200))
+    assert examine_curve(replace(run, knn_K=rises + noise, knn_at_start=None)).dips == ()
+    lost = np.where(np.arange(200) < 8, 28.0, 10.0) + noise  # and never comes back
+    assert examine_curve(replace(run, knn_K=lost, knn_at_start=28.0)).dips != ()

@@ -39,3 +39,19 @@ def test_short_and_noiseless_curves() -> None:
     )
     assert 0 < estimate_noise(np.full(300, 40.0)).deviation < 0.1
     assert estimate_noise(np.array([])).deviation > 0
+
+
+@pytest.mark.parametrize(
+    ("count", "depth", "width", "probes"), [(6, 5.0, 4, 50_000), (10, 8, 4, 0)]
+)
+def test_many_dips_do_not_hide_each_other(
+    count: int, depth: float, width: int, probes: int
+) -> None:
+    """Each takes the accuracy down at once, and it comes back within a few evaluations."""
+    random = np.random.default_rng(0)
+    quiet = 30 + 40 * (1 - np.exp(-np.linspace(0, 5, 100))) + 0.3 * random.standard_normal(100)
+    dipping = quiet.copy()
+    for first in np.linspace(20, 92, count).round().astype(int):
+        dipping[first : first + width] -= np.linspace(depth, depth / 3, width)
+    assert estimate_noise(quiet).deviation == pytest.approx(0.3, rel=0.6)  # it rises
+    assert estimate_noise(dipping, probes).deviation < 0.6

@@ -63,12 +63,18 @@ def test_settings_that_all_labels_of_a_question_share_are_left_out() -> None:
 
 
 def test_no_text_leaves_the_picture() -> None:
-    names = ["Muon frozen 1024, batch 1024, lr 0.0025", "Muon 1024, batch 1024, lr 0.00025", "n" * 80]
+    names = [
+        "Muon frozen 1024, batch 1024, lr 0.0025",
+        "Muon 1024, batch 1024, lr 0.00025",
+        "n" * 80,
+    ]
     arms = {
         arm: [judged_run(arm, seed, 30.0 + seed + place * seed) for seed in range(3)]
         for place, arm in enumerate(names)
     }
-    question = "At batch 1024: does another optimizer end above the one that everybody takes, or not?"
+    question = (
+        "At batch 1024: does another optimizer end above the one that everybody takes, or not?"
+    )
     asked = PlannedComparison(question, "knn_final", names[0], tuple(names[1:]))
     figure = planned_figure.draw_planned(comparisons.compare_planned(arms, [asked]))
     assert figure is not None

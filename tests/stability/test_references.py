@@ -24,10 +24,33 @@ def test_learning_is_told_by_the_measure_of_the_random_network() -> None:
     assert judge(half).verdict == "STABLE"  # it is not at its end yet
 
 
-def test_guessing_is_not_learning_and_chance_unknown_says_nothing() -> None:
+def test_guessing_is_not_learning_and_a_flat_curve_needs_its_beginning() -> None:
     guess = replace(RUN, knn_K=10 + 0.4 * np.random.default_rng(0).standard_normal(200))
     assert "guessing gives 10.0 %" in judge(guess).why
-    assert judge(replace(guess, knn_chance=0.0)).verdict == "STABLE"
+    flat = replace(guess, knn_chance=0.0)  # its first evaluation is at 0.5 % of the run
+    assert judge(flat).verdict == "NOT LEARNING"
+    assert judge(flat).why.endswith("as it began (10.1 %), and was never higher")
+    late = replace(
+        flat,
+        steps_T=RUN.steps_T + 2000,
+        knn_steps_K=RUN.knn_steps_K + 2000,
+        total_steps=RUN.total_steps + 2000,
+    )  # perhaps it has learnt before
+    assert judge(late).verdict == "NOT LOOKED"
+    assert "neither an evaluation at step 0 nor guessing (knn_chance) is logged" in judge(late).why
+    rises = replace(late, knn_K=np.linspace(20.0, 40, 200) + guess.knn_K - 10)
+    assert judge(rises).verdict == "STABLE"
+
+
+def test_an_evaluation_before_training_is_the_random_network() -> None:
+    falls = np.append(28.0, 10 + 0.3 * np.random.default_rng(0).standard_normal(199))
+    run = replace(RUN, knn_K=falls, knn_chance=0.0, probes=0, begins_random=True)
+    assert run.random_knn == 28.0
+    judgement = judge(replace(run, knn_K=np.append(28.0, RUN.knn_K[1:])))
+    assert judgement.verdict == "STABLE"
+    flat = judge(replace(run, knn_K=falls + np.append(0.0, np.full(199, 18.2))))
+    assert flat.verdict == "NOT LEARNING"
+    assert "that of the random network was 28.0 %" in flat.why
 
 
 def test_behind_is_more_than_the_noise_of_a_pair() -> None:

@@ -1,11 +1,14 @@
 """Rows of a study: what the detectors found, in CSV files and beside the paper's values."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mocov3_ds.stability.comparisons import compare_arms
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.study import read_study
 from mocov3_ds.stability.study_page import write_study
@@ -16,6 +19,7 @@ from mocov3_ds.stability.study_tables import (
     tabulate_events,
     tabulate_runs,
 )
+from tests.stability.judged_runs import judged_run
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -79,3 +83,15 @@ def test_every_event_has_its_columns(study_folder: Path) -> None:
     for row in rows:
         assert tuple(row) == EVENT_COLUMNS
         assert row["first"] <= row["peak"] <= row["last"]
+
+
+def test_without_a_loss_there_are_no_counts_of_its_events() -> None:
+    arms = {}
+    for name in "ab":
+        run = judged_run(name, 0, 30.0)
+        silent_T = np.full_like(run.series.loss_T, np.nan)
+        arms[name] = [replace(run, series=replace(run.series, loss_T=silent_T, has_loss=False))]
+    row = tabulate_runs(arms)[0]
+    assert all(np.isnan(row[name]) for name in ("jumps", "worst_excess", "loss_events"))
+    assert tabulate_arms(arms)[0]["jumps"] is None
+    assert [one.metric for one in compare_arms(arms)] == ["knn_final"]

@@ -11,6 +11,7 @@ import numpy as np
 
 from mocov3_ds.stability.findings import Array, Series, Steps
 from mocov3_ds.stability.logs.columns import GRADIENT, find_columns, list_names
+from mocov3_ds.stability.logs.gaps import ends_at, flag_gaps, flag_held_over, flag_replaced_gaps
 from mocov3_ds.stability.logs.table import Column, LoggedTable, count_words
 
 WHOLE = "whole network"
@@ -108,6 +109,8 @@ def _align(column: Column, clock: Array) -> _Curve:
     is_there = np.isfinite(clock_M)
     steps_M: Steps = clock_M[is_there].astype(np.int64)
     values_M = column.values_M[is_there]
+    is_kept = ~flag_replaced_gaps(steps_M, values_M)
+    steps_M, values_M = steps_M[is_kept], values_M[is_kept]
     if len(steps_M) > 1 and np.mean(np.diff(steps_M) < 0) > _UNORDERED:
         order = np.argsort(steps_M, kind="stable")
         steps_M, values_M = steps_M[order], values_M[order]
@@ -136,16 +139,19 @@ def _build_series(
     probes: int,
 ) -> tuple[Series, list[str]]:
     nothing = _Curve(np.empty(0, np.int64), np.empty(0), 0)
-    loss, knn = curves.get("loss", nothing), curves.get("knn", nothing)
-    steps_T = loss.steps_M if len(loss.steps_M) else knn.steps_M
+    knn, notes = _take_accuracies(curves.get("knn", nothing), roles.get("knn", ""))
+    loss, gaps = _without_gaps(curves.get("loss", nothing), knn.steps_M)
+    notes += count_words(
+        gaps, "loss that is nan where none was logged", "losses that are nan where none was logged"
+    )
+    has_loss = len(loss.steps_M) > 0
+    steps_T = loss.steps_M if has_loss else knn.steps_M
     gradients = {role.removeprefix(GRADIENT): c for role, c in curves.items() if GRADIENT in role}
     if not gradients and "grad_norm" in curves:
         gradients = {WHOLE: curves["grad_norm"]}
     grad_GT = np.full((len(gradients), len(steps_T)), np.nan)
     for row_T, curve in zip(grad_GT, gradients.values(), strict=True):
         row_T[:] = _at_steps(curve, steps_T)
-    is_evaluated = np.isfinite(knn.values_M)
-    knn_K, unit = _as_percent(knn.values_M[is_evaluated], roles.get("knn", ""))
     series = Series(
         steps_T=steps_T,
         loss_T=_at_steps(loss, steps_T),
@@ -154,14 +160,72 @@ def _build_series(
         groups=tuple(gradients),
         grad_linf_GT=grad_GT,
         rms_GT=np.full(grad_GT.shape, np.nan),
-        knn_steps_K=knn.steps_M[is_evaluated],
-        knn_K=knn_K,
+        knn_steps_K=knn.steps_M,
+        knn_K=knn.values_M,
         probes=probes or int(_last(curves.get("probes", nothing), 0.0)),
         knn_chance=_last(curves.get("knn_chance", nothing), 0.0),
         total_steps=max(1, *(int(c.steps_M[-1]) for c in (loss, knn) if len(c.steps_M))),
         epochs_per_step=_epochs_per_step(table, roles, clock),
+        begins_random=_begins_random(knn, loss),
+        has_loss=has_loss,
+        non_finite_end=_describe_end(roles, curves),
     )
-    return series, unit
+    return series, notes
+
+
+def _take_accuracies(knn: _Curve, name: str) -> tuple[_Curve, list[str]]:
+    """The evaluations in percent, each once, and what was left out.
+
+    Raises:
+        ValueError: accuracies are above 100.
+    """
+    notes: list[str] = []
+    is_kept = np.isfinite(knn.values_M)
+    is_negative = is_kept & (np.nan_to_num(knn.values_M) < 0)
+    notes += count_words(
+        int(is_negative.sum()),
+        f"value of {name} below 0 is left out as no evaluation",
+        f"values of {name} below 0 are left out as no evaluations",
+    )
+    is_kept &= ~is_negative
+    steps_K, values_K = knn.steps_M[is_kept], knn.values_M[is_kept]
+    is_held = flag_held_over(values_K)
+    notes += count_words(
+        int(is_held.sum()),
+        f"value of {name} repeats the evaluation before and does not count",
+        f"values of {name} repeat the evaluation before and do not count",
+    )
+    steps_K, values_K = steps_K[~is_held], values_K[~is_held]
+    if len(values_K) and np.max(values_K) > 100:
+        raise ValueError(
+            f"{name} reaches {np.max(values_K):g}, which is no accuracy in percent. Say which "
+            "column is with --columns knn=COLUMN, or --columns knn= for none."
+        )
+    values_K, unit = _as_percent(values_K, name)
+    return _Curve(steps_K, values_K, knn.repeated), unit + notes
+
+
+def _without_gaps(loss: _Curve, evaluated: Steps) -> tuple[_Curve, int]:
+    """The losses that were logged, and the count of those that are none."""
+    is_gap = flag_gaps(loss.steps_M, loss.values_M, evaluated)
+    kept = _Curve(loss.steps_M[~is_gap], loss.values_M[~is_gap], loss.repeated)
+    return kept, int(is_gap.sum())
+
+
+def _begins_random(knn: _Curve, loss: _Curve) -> bool:
+    """Whether the first evaluation is at step 0 and no loss was logged there: before training."""
+    return bool(len(knn.steps_M)) and knn.steps_M[0] == 0 and 0 not in loss.steps_M[:1]
+
+
+def _describe_end(roles: dict[str, str], curves: dict[str, _Curve]) -> str:
+    """Which gradient or accuracy is not finite from where to the end, a clause; else empty."""
+    for role, curve in curves.items():
+        if role in ("knn", "grad_norm") or role.startswith(GRADIENT):
+            first = ends_at(curve.values_M)
+            if first is not None:
+                step = int(curve.steps_M[first])
+                return f"{roles[role]} was not finite from step {step} to the end"
+    return ""
 
 
 def _at_steps(curve: _Curve, steps_T: Steps) -> Array:

@@ -89,6 +89,8 @@ def _as_number(cell: Any) -> float | None:
         return None
     if not isinstance(cell, str | int | float):
         return None
+    if isinstance(cell, str):
+        cell = cell.strip().removesuffix("%")
     try:
         return float(cell)
     except ValueError:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from mocov3_ds.stability.logs.table import (
 _CHART_ENDS = ("__MIN", "__MAX")
 """columns beside each curve in the CSV of a chart that W&B exports: `RUN - METRIC__MIN`"""
 _DELIMITERS = (",", ";", "\t", "|")
+_DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+(?:[eE][-+]?\d+)?%?")
 _LARGEST_CELL = 1 << 20
 
 csv.field_size_limit(_LARGEST_CELL)
@@ -49,12 +51,26 @@ def read_csv(path: Path) -> list[LoggedTable]:
     names = _name_columns(path, lines[0])
     body = [line for line in lines[1:] if len(line) == len(names)]
     cut = len(lines) - 1 - len(body)
+    notes = count_words(cut, "line of another length", "lines of another length")
+    if delimiter != "," and _has_decimal_commas(body):
+        body = [[_with_point(cell) for cell in line] for line in body]
+        notes.append("its numbers have decimal commas")
     columns = build_columns(dict(zip(names, zip(*body, strict=True), strict=True))) if body else {}
     if not columns:
         raise ValueError(f"{path} holds no numbers.")
-    notes = count_words(cut, "line of another length", "lines of another length")
     table = LoggedTable(path.stem, path, columns, len(body), notes=notes)
     return _split_chart(table) or [table]
+
+
+def _has_decimal_commas(body: Sequence[Sequence[str]]) -> bool:
+    """Whether numbers have commas for points: never both, and not always three digits after it."""
+    cells = [cell for line in body for cell in line if _DECIMAL_COMMA.fullmatch(cell.strip())]
+    points = any("." in cell and _is_number(cell) for line in body for cell in line)
+    return not points and any(len(re.split("[,eE]", cell.strip())[1]) != 3 for cell in cells)
+
+
+def _with_point(cell: str) -> str:
+    return cell.replace(",", ".") if _DECIMAL_COMMA.fullmatch(cell.strip()) else cell
 
 
 def _name_columns(path: Path, line: Sequence[str]) -> list[str]:

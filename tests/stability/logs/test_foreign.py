@@ -108,3 +108,73 @@ def test_a_log_without_our_numbers_is_judged() -> None:
     assert judgement.verdict == "UNSTABLE"
     assert any(900 <= dip.first <= 1020 for dip in judgement.dips)
     assert any(abs(event.peak - 1004) <= 6 for event in judgement.loss_events)
+
+
+def quiet_rows(count: int = 60) -> list[dict[str, Any]]:
+    """Rows of a loss that falls, a gradient, and in every second one an accuracy that rises."""
+    random = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for step in range(1, count + 1):
+        row = {"step": step, "loss": 5 - step / count, "grad_norm": 1 + 0.1 * random.random()}
+        if step % 2 == 0:
+            row["knn"] = 20 + 20 * step / count + 0.3 * random.standard_normal()
+        rows.append(row)
+    return rows
+
+
+def test_a_log_without_a_loss_did_not_diverge() -> None:
+    rows = [{"step": row["step"], "knn": row["knn"]} for row in quiet_rows() if "knn" in row]
+    series = read_foreign_run(make_table(*rows)).series
+    judgement = judge(series)
+    assert not series.has_loss
+    assert judgement.verdict == "NOT LOOKED"
+    assert judgement.why == "nothing was found, but no loss event was looked for: no loss is logged"
+    assert not any("finite" in note for note in judgement.notes)
+    fallen = [{**row, "knn": 1.0} if row["step"] > 30 else row for row in rows]
+    verdict = judge(read_foreign_run(make_table(*fallen)).series)
+    assert verdict.verdict == "DIVERGED" and "ended at 1.0 %" in verdict.why
+
+
+def test_losses_of_nan_at_the_evaluations_are_gaps() -> None:
+    rows = [{**row, "loss": math.nan} if "knn" in row else row for row in quiet_rows(120)]
+    run = read_foreign_run(make_table(*rows))
+    assert judge(run.series).verdict == "STABLE"
+    assert "60 losses that are nan where none was logged" in run.understood
+    two_rows = [
+        part for row in quiet_rows(120) for part in (row, {"step": row["step"], "loss": math.nan})
+    ]
+    assert np.isfinite(read_foreign_run(make_table(*two_rows)).series.loss_T).all()
+
+
+@pytest.mark.parametrize("column", ["grad_norm", "knn"])
+def test_a_gradient_or_accuracy_that_ends_in_nan_diverged(column: str) -> None:
+    rows = quiet_rows(120)
+    for row in rows[80:]:
+        if column in row:
+            row[column] = math.nan
+    judgement = judge(read_foreign_run(make_table(*rows)).series)
+    assert judgement.verdict == "DIVERGED"
+    assert judgement.why.startswith(f"{column} was not finite from step 8")
+
+
+def test_an_evaluation_before_training_is_the_random_network() -> None:
+    begun = read_foreign_run(make_table({"step": 0, "knn": 28.0}, *quiet_rows()))
+    assert begun.series.random_knn == 28.0
+    with_loss = make_table({"step": 0, "knn": 28.0, "loss": 5.1}, *quiet_rows())
+    assert read_foreign_run(with_loss).series.random_knn is None  # after the first epoch, say
+    assert read_foreign_run(make_table(*quiet_rows())).series.random_knn is None
+
+
+def test_held_negative_and_impossible_accuracies() -> None:
+    rows = quiet_rows(120)
+    value = 20.0
+    for row in rows:
+        value = row["knn"] = row.get("knn", value) if row["step"] % 6 == 0 else value
+    held = read_foreign_run(make_table(*rows))
+    assert len(held.series.knn_K) == 21
+    assert "99 values of knn repeat the evaluation before and do not count" in held.understood
+    none = read_foreign_run(make_table({"step": 0, "knn": -1}, *quiet_rows()))
+    assert len(none.series.knn_K) == 30
+    assert "1 value of knn below 0 is left out as no evaluation" in none.understood
+    with pytest.raises(ValueError, match="knn reaches 150, which is no accuracy in percent"):
+        read_foreign_run(make_table({"step": 0, "knn": 150.0}, *quiet_rows()))

@@ -110,3 +110,12 @@ def test_a_number_of_hundreds_of_digits(tmp_path: Path) -> None:
     text = '{"step": 1, "loss": 1' + "0" * 400 + "}"
     [table] = read_json(written(tmp_path / "log.jsonl", text))
     assert values(table)["loss"] == [(0, math.inf)]
+
+
+def test_decimal_commas_where_no_number_has_a_point(tmp_path: Path) -> None:
+    [table] = read_csv(written(tmp_path / "run.csv", "step;loss;acc\n1;4,5;12,3%\n2;4,25;13%\n"))
+    assert values(table)["loss"] == [(0, 4.5), (1, 4.25)]
+    assert values(table)["acc"] == [(0, 12.3), (1, 13.0)]
+    assert table.notes == ["its numbers have decimal commas"]
+    [table] = read_csv(written(tmp_path / "thousands.csv", "step;loss\n1;4,500\n2;3,250\n"))
+    assert "loss" not in values(table)  # thousands, or a decimal comma?
