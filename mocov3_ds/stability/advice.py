@@ -25,8 +25,8 @@ _NEXT: Mapping[Verdict, str] = {
     "what that arm does, or lower the rate; do not raise it",
     "TWITCHY": "accuracy is not hurt yet; before raising rate or batch, take beta2 0.95 or "
     "update_clip along",
-    "NOT LOOKED": "too little is logged to see a dip, a decline or a burst: evaluate more often "
-    "(--knn.every_steps), or train longer",
+    "NOT LOOKED": "too little is logged to look for everything, and each run's sentence says what "
+    "is missing: evaluate more often (--knn.every_steps), log the loss, or train longer",
     "STABLE": "nothing was found: see how wide the range of good rates is (grid lr-sensitivity)",
 }
 _HURT: tuple[Verdict, ...] = ("DIVERGED", "NOT LEARNING", "RESTARTED", "DEGRADING", "UNSTABLE")

@@ -58,7 +58,11 @@ def draw_knn(arms: Arms) -> Figure | None:
 
 def draw_losses(arms: Arms) -> Figure | None:
     """How far the loss is above its trailing median; plain jumps are marked."""
-    curves = {a: runs for a, runs in arms.items() if any(len(r.series.loss_T) for r in runs)}
+    curves = {
+        arm: runs
+        for arm, runs in arms.items()
+        if any(run.series.has_loss and len(run.series.loss_T) for run in runs)
+    }
     if not curves:
         return None
     colours = drawing.assign_colours(arms)

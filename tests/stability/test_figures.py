@@ -30,6 +30,14 @@ def test_titles_count_what_is_drawn(arms: Arms) -> None:
     assert "LAMB: no dip" in titles(knn)
 
 
+def test_without_a_loss_there_is_no_picture_of_it(arms: Arms) -> None:
+    silent = {
+        label: [replace(run, series=replace(run.series, has_loss=False)) for run in runs]
+        for label, runs in arms.items()
+    }
+    assert figures.draw_losses(silent) is None
+
+
 def test_events_are_aligned_at_their_start(arms: Arms) -> None:
     figure = figures.draw_events(arms)
     assert figure is not None
