@@ -43,6 +43,8 @@ OVER_HIGHEST_BUMP, HEAVY = 2.0, 8.0
 as heavy as those of a t of so many degrees: between two dips of another curve is a bump, too"""
 SIDE = 4
 """evaluations on each side of a single one that tell the level"""
+BACK = 0.75
+"""share of its depth that those after a single one have made good"""
 _WIDER = 1.35
 
 
@@ -208,7 +210,8 @@ def find_drops(knn_K: Array, noise: Noise, widest: int | None = None) -> list[Dr
 def find_single_drops(knn_K: Array, noise: Noise) -> list[Drop]:
     """Drops of one evaluation below the medians of the four before it and of the four after.
 
-    Heavy tails are told by the other side: a noise that never goes far up goes never far down.
+    The beginning of a dip that takes its time to heal is none: those after it are low, too. Heavy
+    tails are told by the other side: a noise that never goes far up goes never far down.
     """
     if len(knn_K) < FEWEST:
         return []
@@ -224,7 +227,8 @@ def find_single_drops(knn_K: Array, noise: Noise) -> list[Drop]:
         max(SINGLE_DEVIATIONS * noise.deviation, over * highest),
         SINGLE_SHARE * level_K,
     )
+    is_back = after_K - knn_K > BACK * (before_K - knn_K)
     return [
         Drop(int(index), SIDE, 1, float(depth_K[index]), 0.0)
-        for index in np.flatnonzero(depth_K > limit_K)
+        for index in np.flatnonzero((depth_K > limit_K) & is_back)
     ]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mocov3_ds.monitoring.alarms import RMS_HIGH
-from mocov3_ds.stability import curve_figures, figures
+from mocov3_ds.stability import curvature_figure, curve_figures, figures
 from mocov3_ds.stability.drawing import write_png
 from mocov3_ds.stability.pictures import Picture, PictureKind
 from mocov3_ds.stability.study import Arms
@@ -86,6 +86,13 @@ PICTURES: tuple[PictureKind[Arms], ...] = (
         "Trust ratios",
         "LAMB fails smoothly: look for a ratio that drifts, not for a spike.",
         figures.draw_trust_ratios,
+    ),
+    PictureKind(
+        "curvature",
+        "Curvature of the loss and noise of its gradient",
+        "One colour an arm, faint: its other seeds. Above a dashed limit a step of that size makes "
+        "a quadratic loss grow. A noise scale that the noise hides (below 0) has no point.",
+        curvature_figure.draw_curvature,
     ),
 )
 

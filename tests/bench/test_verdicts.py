@@ -44,10 +44,9 @@ def test_quiet_runs_are_quiet_and_deep_falls_are_found(monkeypatch: pytest.Monke
     alarms, score = study_null(150, 5000, 4)
     assert {*alarms} == {*NOISES} and sum(alarms.values()) <= 1  # of 12, one in a hundred
     assert 0 <= score < 1
-    monkeypatch.setattr(verdicts, "PLANTED", verdicts.PLANTED[2:5])
+    monkeypatch.setattr(verdicts, "PLANTED", (verdicts.PLANTED[2], verdicts.PLANTED[4]))
     assert study_power(150, 5000, 2) == {
         "dip of 10": 1.0,
-        "8 dips of 5": 1.0,
         "restart of 30 %": 1.0,
     }
 

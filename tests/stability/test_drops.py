@@ -91,3 +91,12 @@ def test_the_smallest_dip_is_what_a_curve_that_rises_still_shows(count: int) -> 
             found[share] += any(abs(drop.at - at) <= 2 for drop in drops)
     assert found[0.5] <= 4 and found[1.5] >= 18
     assert math.isnan(smallest_dip(np.full(7, 40.0), Noise(1.0)))
+
+
+def test_the_beginning_of_a_restart_is_no_single_evaluation() -> None:
+    knn = np.full(50, 60.0) + 0.3 * np.random.default_rng(0).standard_normal(50)
+    single, restart = knn.copy(), knn.copy()
+    single[29] -= 17
+    restart[29:34] -= [17, 14.3, 11, 7.3, 3.7]
+    assert [drop.at for drop in find_single_drops(single, Noise(0.4))] == [29]
+    assert find_single_drops(restart, Noise(0.4)) == []
