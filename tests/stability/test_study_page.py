@@ -49,6 +49,7 @@ def test_every_section_of_a_grid(study_folder: Path, tmp_path: Path) -> None:
         "RMS of the first trained layer",
         "Learning rate against accuracy",
         "Trust ratios",
+        "Curvature of the loss and noise of its gradient",
         "What to try next",
         "Every run",
         "To keep in mind",
@@ -59,7 +60,7 @@ def test_every_section_of_a_grid(study_folder: Path, tmp_path: Path) -> None:
     assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object", "source"}
     assert not re.search(r"https?:|url\(|@import", html)
     pictures = [values["src"] or "" for tag, values in reader.tags if tag == "img"]
-    assert len(pictures) == 12
+    assert len(pictures) == 13
     assert all(picture.startswith("data:image/png;base64,") for picture in pictures)
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html

@@ -60,6 +60,8 @@ def write_run(
         evaluation = {"knn": float(knn[index])} if step % EVERY == 0 else {}
         rows.append({**row, **evaluation})
         values = {"step": step, "lr": 1e-3, "loss": loss[index], **evaluation}
+        if step % (4 * EVERY) == 0:
+            values |= {"sharpness": 5e3 + step, "sharpness_limit": 3.8e4, "noise_scale": 300.0}
         for group in groups:
             if trained or group != "patch_embed":
                 tremble = float(np.exp(0.05 * random.standard_normal()))
