@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mocov3_ds.distributed import ranks
+from mocov3_ds.model.autocast import autocast_off
 
 
 class BatchNormOverRanks(nn.Module):
@@ -50,7 +51,7 @@ class BatchNormOverRanks(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Normalise (B, D) over the rows of all ranks (train) or by running statistics (eval)."""
         wide = torch.float64 if x_BD.dtype == torch.float64 else torch.float32
-        with torch.autocast(x_BD.device.type, enabled=False):
+        with autocast_off(x_BD.device):
             if self.training:
                 y_BD, mean_D, var_D, rows = _NormaliseOverRanks.apply(x_BD.to(wide), self.eps)
                 self._update_running(mean_D, var_D, rows)

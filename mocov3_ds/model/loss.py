@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mocov3_ds.model.autocast import autocast_off
+
 
 class PairLoss(nn.Module, ABC):
     """Loss of one view's queries against the other view's keys; a step adds up both directions.
@@ -88,7 +90,7 @@ def contrastive_loss(
     Returns:
         scalar, fp32 (fp64 for fp64 input).
     """
-    with torch.autocast(q_BP.device.type, enabled=False):
+    with autocast_off(q_BP.device):
         q_BP, k_GP = _unit_rows(q_BP), _unit_rows(k_GP).detach()
         if key_block <= 0 or key_block >= len(k_GP):
             logits_BG = q_BP @ k_GP.T / temperature
@@ -129,7 +131,7 @@ class _LogSumExpOverKeys(torch.autograd.Function):
         temperature, key_block = ctx.temperature, ctx.key_block
         grad_BP = torch.zeros_like(q_BP)
         # whoever calls the backward may have autocast on
-        with torch.autocast(q_BP.device.type, enabled=False):
+        with autocast_off(q_BP.device):
             for k_KP in torch.split(k_GP, key_block):
                 weight_BK = torch.exp(q_BP @ k_KP.T / temperature - log_sum_B[:, None])
                 grad_BP.addmm_(weight_BK, k_KP)

@@ -21,6 +21,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mocov3_ds.model.autocast import autocast_off
 from mocov3_ds.model.shapes import scaled_grid
 
 
@@ -109,7 +110,7 @@ def resize_filters(weight_DCpp: Tensor, side: int) -> Tensor:
     """
     exact = torch.promote_types(weight_DCpp.dtype, torch.float32)
     matrix_sp = _filter_matrix(weight_DCpp.shape[3], side).to(weight_DCpp.device, exact)
-    with torch.autocast(weight_DCpp.device.type, enabled=False):
+    with autocast_off(weight_DCpp.device):
         resized = matrix_sp @ weight_DCpp.to(exact) @ matrix_sp.T
     return resized.to(weight_DCpp.dtype)
 
@@ -129,7 +130,7 @@ def resize_positions(
         _mean_matrix(side, smaller_side).to(positions_1ND.device, exact)
         for side, smaller_side in zip(grid, smaller, strict=True)
     )
-    with torch.autocast(positions_1ND.device.type, enabled=False):
+    with autocast_off(positions_1ND.device):
         table_DRR = positions_1ND[0].to(exact).T.reshape(-1, *grid)
         resized_Dn = (rows_rR @ table_DRR @ columns_rR.T).flatten(1)
     return resized_Dn.T[None].to(positions_1ND.dtype)

@@ -88,9 +88,10 @@ def measure_backbone(
             shortened(network, kept_BK, patch_scale),
         ):
             features_BD = network(images_BCHW)
+        width = features_BD.shape[1]
         with FlopCounterMode(display=False) as backward:
             features_BD.sum().backward()
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except Exception as error:  # what a foreign network may raise there has no bounds
         raise ValueError(
             f"the backbone {shape_name(shape.backbone)} cannot be planned: it does not run without "
             f"numbers ({(str(error).strip().splitlines() or [''])[0][:120]})."
@@ -101,7 +102,7 @@ def measure_backbone(
             TensorSize(f"backbone.{name}", prod(parameter.shape), parameter.requires_grad)
             for name, parameter in network.named_parameters()
         ),
-        width=features_BD.shape[1],
+        width=width,
         norm_channels=tuple(
             module.num_features
             for module in network.modules()

@@ -5,6 +5,7 @@ loss or an optimizer of somebody's own, must not end a run.
 """
 
 import logging
+import math
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from mocov3_ds.planning.pace import Pace, plan_pace
 from mocov3_ds.planning.step_setup import StepSetup
 from mocov3_ds.planning.whole_matrices import matrix_params
 from mocov3_ds.training.advance import schedule_position
+from mocov3_ds.training.compression import image_operations
 from mocov3_ds.training.run import Run
 
 _log = logging.getLogger("mocov3_ds")
@@ -64,7 +66,7 @@ def check_length(config: Config, device: torch.device, total_steps: int) -> None
     """Refuse a run of days on the CPU that nobody has asked for.
 
     A torch built for GPUs on a machine where none is seen is most often a container without its
-    cards, or a login node.
+    cards, or a login node. A network whose operations cannot be counted is not refused.
 
     Args:
         config: settings of the run.
@@ -82,7 +84,7 @@ def check_length(config: Config, device: torch.device, total_steps: int) -> None
     operations = _mean_operations(config) * config.batch * steps
     machines = max(1, ranks.world_size() // ranks.local_world_size())
     days = operations / machines / PRESETS["cpu"].fp32_rate / 86400
-    if days > _LONGEST_ON_CPU:
+    if days > _LONGEST_ON_CPU:  # not where they are nan
         raise ValueError(
             f"no GPU is seen on this machine, and {steps} steps would take {days:.0f} days or more "
             "on its CPU: look at nvidia-smi, and start a container with --gpus all; --device cpu "
@@ -91,14 +93,17 @@ def check_length(config: Config, device: torch.device, total_steps: int) -> None
 
 
 def _mean_operations(config: Config) -> float:
-    """Operations of an image in a step, on average over the lengths of a whole run."""
+    """Operations of an image in a step, on average over a whole run; nan where not known."""
     shape = encoder_shape(config)
-    if config.compress == OFF:
-        return model_operations(shape)
-    patches = patches_of(shape)
+    try:
+        if config.compress == OFF:
+            return model_operations(shape)
+        patches = patches_of(shape)
+    except ValueError:  # a backbone that does not run without numbers
+        return math.nan
     check_patches(config.compress, patches)
     lengths = count_lengths(config.compress, patches)
-    return sum(share * model_operations(shape, length) for length, share in lengths.items())
+    return sum(share * image_operations(shape, length) for length, share in lengths.items())
 
 
 def run_setup(run: Run) -> StepSetup:

@@ -53,16 +53,46 @@ def test_the_papers_vit_keeps_its_formulas() -> None:
     assert len(architecture.batch_norm_features(conv, keys=True)) == 7
 
 
-def test_what_does_not_run_without_numbers_is_not_planned() -> None:
-    class Reading(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(3, 4)
+def test_larger_patches_are_counted_without_numbers() -> None:
+    vit = TimmShape(
+        name="vit_tiny_patch16_224",
+        size=(16, 16),
+        arguments=("patch_size=4", "embed_dim=16", "depth=2", "num_heads=2"),
+    )
+    shape = EncoderShape(backbone=vit)
+    whole, larger = measure_backbone(shape), measure_backbone(shape, 0, 2.0)
+    assert 0.2 < larger.forward_operations / whole.forward_operations < 0.5
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            mean = x.mean((2, 3))
-            return self.linear(mean * float(mean.sum()))
 
-    own = OwnShape(name="reading", make=Reading)
+class Reading(torch.nn.Module):
+    """Needs a number, which a tensor on the meta device does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.mean((2, 3))
+        scaled: torch.Tensor = self.linear(mean * float(mean.sum()))
+        return scaled
+
+
+class Choosing(Reading):
+    """Knows what to do on real devices alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return {"cpu": super().forward}[x.device.type](x)
+
+
+class Pairing(Reading):
+    """Gives more than features."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return x.mean((2, 3)), x
+
+
+@pytest.mark.parametrize("make", [Reading, Choosing, Pairing])
+def test_what_does_not_run_without_numbers_is_not_planned(make: type[torch.nn.Module]) -> None:
+    own = OwnShape(name="reading", make=make)
     with pytest.raises(ValueError, match="backbone reading cannot be planned"):
         measure_backbone(EncoderShape(backbone=own))

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from mocov3_ds.distributed import devices
+from mocov3_ds.model.shapes import EncoderShape, OwnShape
 from mocov3_ds.planning.drift import Drift
 from mocov3_ds.planning.pace import Pace
 from mocov3_ds.recipes import RECIPES, parse
+from mocov3_ds.training import planned
 from mocov3_ds.training.build import build_run
 from mocov3_ds.training.planned import (
     _last_steps_were_whole,
@@ -22,6 +24,7 @@ from mocov3_ds.training.planned import (
 )
 from mocov3_ds.training.start import Start
 from tests.data.sets import make_set
+from tests.planning.test_measured_backbone import Reading
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL
 
@@ -84,3 +87,15 @@ def test_days_on_the_cpu_are_refused_unless_they_are_meant(monkeypatch: pytest.M
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(devices, "is_cpu_meant", lambda: True)
     check_length(long, cpu, 1000)
+
+
+def test_a_run_whose_operations_cannot_be_counted_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = RECIPES["vit_s16"].config
+    shape = EncoderShape(backbone=OwnShape(name="reading", make=Reading))
+    monkeypatch.setattr(planned, "encoder_shape", lambda _config: shape)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(devices, "is_cpu_meant", lambda: False)
+    for compress in ("off", "4x"):
+        check_length(replace(config, compress=compress), torch.device("cpu"), 1000)
