@@ -70,7 +70,8 @@ def draw_patch_order(
     images_B = hash_words(hash_counters(seed, _STREAM, step), sample_ids_B)
     places_VN = np.arange(2 * patches, dtype=np.uint64).reshape(2, 1, patches)
     words_VBN = hash_words(0, images_B[None, :, None] + places_VN)
-    return torch.from_numpy(np.argsort(words_VBN, axis=2, kind="stable"))
+    # the hash is one-to-one, so no two words of an image are equal and any kind of sort agrees
+    return torch.from_numpy(np.argsort(words_VBN, axis=2))
 
 
 def keep_first(order_VBN: Tensor, kept: int) -> Tensor | None:
@@ -80,4 +81,6 @@ def keep_first(order_VBN: Tensor, kept: int) -> Tensor | None:
         order_VBN: as `draw_patch_order` gave it.
         kept: number of patches to keep.
     """
-    return None if kept == order_VBN.shape[2] else order_VBN[:, :, :kept].sort(dim=2).values
+    if kept == order_VBN.shape[2]:
+        return None
+    return torch.from_numpy(np.sort(order_VBN[:, :, :kept].numpy(), axis=2))

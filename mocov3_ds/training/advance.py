@@ -207,18 +207,37 @@ def draw_step(run: Run, sample_ids_B: Tensor) -> Draws:
     length = length_of_step(run.config, facts, *schedule_position(run))
     if length is None:
         return draws
-    order_VBN = draw_patch_order(
-        length.patches, sample_ids_B.numpy(), seed=run.config.seed, step=run.step
-    )
-    queries_VBK = keep_first(order_VBN, length.query_patches)
-    keys_VBK = keep_first(order_VBN, length.key_patches)
+    queries_VBK, keys_VBK = draw_patches(run, sample_ids_B, length)
     return replace(
         draws,
-        query_patches_VBK=None if queries_VBK is None else queries_VBK.to(run.device),
-        key_patches_VBK=None if keys_VBK is None else keys_VBK.to(run.device),
+        query_patches_VBK=queries_VBK,
+        key_patches_VBK=keys_VBK,
         patch_scale=length.patch_scale,
         chunks=shorter_chunks(run.model.chunks, len(sample_ids_B), length.share_of(facts.patches)),
         length=length,
+    )
+
+
+def draw_patches(
+    run: Run, sample_ids_B: Tensor, length: StepLength
+) -> tuple[Tensor | None, Tensor | None]:
+    """Patches that queries and keys keep in the coming step (V, B, K), each None where it is all.
+
+    Args:
+        run: the run before that step.
+        sample_ids_B: numbers of this rank's samples in the manifest.
+        length: how many patches take part.
+    """
+    counts = (length.query_patches, length.key_patches)
+    if min(counts) == length.patches:
+        return None, None
+    order_VBN = draw_patch_order(
+        length.patches, sample_ids_B.numpy(), seed=run.config.seed, step=run.step
+    )
+    queries, keys = (keep_first(order_VBN, count) for count in counts)
+    return (
+        None if queries is None else queries.to(run.device),
+        None if keys is None else keys.to(run.device),
     )
 
 

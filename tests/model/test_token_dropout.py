@@ -6,6 +6,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from mocov3_ds.data.splitmix import hash_counters, hash_words
+from mocov3_ds.model import token_dropout
 from mocov3_ds.model.backbones import build_backbone, describe_backbone
 from mocov3_ds.model.base_encoder import BaseEncoder
 from mocov3_ds.model.chunking import Chunks
@@ -38,6 +40,17 @@ def test_draws_belong_to_seed_step_sample_and_view() -> None:
         order_VBN.flip(1),
     ):
         assert not torch.equal(other, order_VBN)
+
+
+def test_a_fast_sort_draws_what_a_stable_one_does() -> None:
+    ids = np.arange(300)
+    images_B = hash_words(hash_counters(3, token_dropout._STREAM, 8), ids)
+    places_VN = np.arange(2 * 196, dtype=np.uint64).reshape(2, 1, 196)
+    words_VBN = hash_words(0, images_B[None, :, None] + places_VN)
+    order_VBN = draw_patch_order(196, ids, seed=3, step=8)
+    assert np.array_equal(order_VBN, np.argsort(words_VBN, axis=2, kind="stable"))
+    kept_VBK = keep_first(order_VBN, 24)
+    assert kept_VBK is not None and torch.equal(kept_VBK, order_VBN[:, :, :24].sort(dim=2).values)
 
 
 def test_all_patches_are_kept_equally_often_and_independently() -> None:

@@ -12,8 +12,9 @@ from mocov3_ds.config.run_config import Config
 from mocov3_ds.model.backbones import BackboneFacts
 from mocov3_ds.model.chunking import Chunks, choose_chunks, shorter_chunks
 from mocov3_ds.recipes import parse
+from mocov3_ds.training import advance
 from mocov3_ds.training.advance import draw_step
-from mocov3_ds.training.compression import check_compression, check_last_step, length_of_step
+from mocov3_ds.training.compression import check_compression, length_of_step
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL, digests_of, rows_of
@@ -28,21 +29,25 @@ def config_of(*flags: str) -> Config:
     return parse(["--recipe", "tiny", "--views.image_size", "32", *flags]).config
 
 
+def draw(
+    step: int,
+    ids: list[int],
+    chunks: Chunks = Chunks(),  # noqa: B008
+    schedule: str = SCHEDULE,
+) -> Any:
+    run: Any = SimpleNamespace(
+        config=config_of("--compress", schedule),
+        step=step,
+        total_steps=100,
+        start=SimpleNamespace(schedule_begins=lambda _config: 0),
+        base=SimpleNamespace(backbone=torch.nn.Identity(), facts=FACTS),
+        model=SimpleNamespace(chunks=chunks),
+        device=torch.device("cpu"),
+    )
+    return draw_step(run, torch.tensor(ids))
+
+
 def test_a_step_draws_by_seed_step_and_sample_what_its_length_asks_for() -> None:
-    config = config_of("--compress", SCHEDULE)
-
-    def draw(step: int, ids: list[int], chunks: Chunks = Chunks()) -> Any:  # noqa: B008
-        run: Any = SimpleNamespace(
-            config=config,
-            step=step,
-            total_steps=100,
-            start=SimpleNamespace(schedule_begins=lambda _config: 0),
-            base=SimpleNamespace(backbone=torch.nn.Identity(), facts=FACTS),
-            model=SimpleNamespace(chunks=chunks),
-            device=torch.device("cpu"),
-        )
-        return draw_step(run, torch.tensor(ids))
-
     first = draw(0, [*range(20)])
     assert (first.query_patches_VBK.shape, first.key_patches_VBK.shape) == ((2, 20, 2), (2, 20, 1))
     assert (first.patch_scale, int(first.query_patches_VBK.max())) == (2.0, 3)
@@ -55,6 +60,14 @@ def test_a_step_draws_by_seed_step_and_sample_what_its_length_asks_for() -> None
     whole = draw(80, [*range(20)], Chunks(size=4, keep=1))
     assert (whole.query_patches_VBK, whole.key_patches_VBK) == (None, None)
     assert (whole.patch_scale, whole.chunks) == (1.0, Chunks(size=4, keep=1))
+
+
+def test_a_step_that_drops_no_patch_draws_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advance, "draw_patch_order", lambda *_args, **_kwargs: pytest.fail("drawn"))
+    for step in (0, 99):
+        drawn = draw(step, [3, 8], schedule="0:p2 0.9:p1")
+        assert (drawn.query_patches_VBK, drawn.key_patches_VBK) == (None, None)
+        assert drawn.patch_scale == (1.0 if step else 2.0)
 
 
 def test_without_compression_nothing_is_drawn_or_told() -> None:
@@ -76,9 +89,6 @@ def test_chunks_grow_as_images_need_less() -> None:
 def test_runs_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="does not end at full length"):
         config_of("--compress", "0:0.5")
-    with pytest.raises(ValueError, match="come to full length in the 5 steps"):
-        check_last_step(config_of("--compress", "0:0.5 0.85:0.5 0.95:1"), 5)
-    check_last_step(config_of("--compress", "4x"), 84)
     convnet = BackboneFacts(width=8, groups=("conv1",), rows_know_each_other=True)
     with pytest.raises(ValueError, match="has none that can be left out"):
         check_compression(config_of("--compress", "2x"), convnet)
