@@ -124,23 +124,37 @@ def choose_chunks(images: int, batch: int, busy: int = LARGEST_CHUNK) -> Chunks:
     if images >= 2 * batch:
         return Chunks()
     largest = min(max(images // 2, 1), busy, batch)
-    # as many chunks of nearly the same size: a small last one would keep less than was planned
-    size = math.ceil(batch / math.ceil(batch / largest))
+    size = _even_size(largest, batch)
     return Chunks(size=size, keep=max(images // size - 1, 0))
+
+
+def _even_size(largest: int, batch: int) -> int:
+    """Images of as many chunks of nearly the same size: a small last one would keep less."""
+    return math.ceil(batch / math.ceil(batch / largest))
 
 
 def shorter_chunks(chunks: Chunks, batch: int, share: float) -> Chunks:
     """Chunks that take the memory of `chunks` where each image takes a share of it.
 
+    They are never smaller. Where no chunk is kept, none will be: the chunk at work gets all room.
+
     Args:
-        chunks: as `choose_chunks` gave them for whole images.
+        chunks: those for whole images, given or as `choose_chunks` chose them.
         batch: images of the rank's batch.
         share: memory of an image over that of a whole one, above 0 and up to 1.
     """
-    if not chunks.size or share >= 1:
+    if not 0 < chunks.size < batch or share >= 1:
         return chunks
     images = int(chunks.size * (chunks.keep + 1) / share)
-    return choose_chunks(images, batch, int(LARGEST_CHUNK / share))
+    busy = int(LARGEST_CHUNK / share)
+    if chunks.keep or images >= 2 * batch:
+        shorter = choose_chunks(images, batch, busy)
+    else:  # a chunk of the whole batch would keep both views
+        shorter = Chunks(size=_even_size(min(images, busy, batch - 1), batch))
+    if not shorter.size or shorter.size >= chunks.size:
+        return shorter
+    keep = max(images // chunks.size - 1, 0) if chunks.keep else 0
+    return Chunks(size=chunks.size, keep=keep)
 
 
 def choose_key_block(batch: int, global_batch: int) -> int:

@@ -143,3 +143,26 @@ def test_logits_that_are_alive_at_once(key_block: int, alive: int) -> None:
     logits = 4 * 512 * (key_block or 1024)
     assert alive <= allocator.peak / logits < alive + 0.25
     assert allocator.peak / logits < chunking.LOGITS_RESERVED
+
+
+@pytest.mark.parametrize("share", [0.99, 15 / 16, 0.75, 0.55, 0.5, 0.25, 0.06])
+def test_chunks_of_shorter_sequences_are_never_smaller(share: float) -> None:
+    for batch in (1, 2, 60, 100, 256, 1000):
+        for size in {1, 7, 60, 64, 200, batch - 1} - {0}:
+            for keep in (0, 1, 7):
+                whole = Chunks(size=size, keep=keep)
+                shorter = chunking.shorter_chunks(whole, batch, share)
+                if not shorter.size:  # both views at once
+                    assert 2 * batch * share <= size * (keep + 1)
+                    continue
+                assert shorter.size >= size
+                assert bool(shorter.keep) <= bool(keep)
+                if size < batch:
+                    assert shorter.size < batch
+                    assert shorter.size * (shorter.keep + 1) * share <= size * (keep + 1)
+
+
+def test_what_was_given_grows_in_proportion() -> None:
+    assert chunking.shorter_chunks(Chunks(size=64), 256, 0.75) == Chunks(size=64)
+    assert chunking.shorter_chunks(Chunks(size=64), 256, 0.5) == Chunks(size=128)
+    assert chunking.shorter_chunks(Chunks(size=64), 1024, 0.25) == Chunks(size=256)
