@@ -17,6 +17,9 @@ Reader = Callable[[str, Any], Any]
 
 _LARGEST = float(2**62)
 _DEEPEST = 50
+_FILLED_BY_TRANSFORMERS = ("lr", "betas", "eps", "weight_decay")
+"""params of an optimizer, all numbers, that its Trainer fills in where they are "auto"; others may
+have that value themselves"""
 
 
 def show_value(value: Any) -> str:
@@ -139,7 +142,7 @@ def read_parameter(name: str, value: Any) -> Any:
     """A value of the optimizer's params: numbers and switches that are text are read.
 
     Raises:
-        ValueError: it is "auto", or not finite.
+        ValueError: it is "auto" and the Trainer of transformers would fill it in.
     """
     if isinstance(value, list):
         return [read_parameter(f"{name}[{index}]", item) for index, item in enumerate(value)]
@@ -147,7 +150,8 @@ def read_parameter(name: str, value: Any) -> Any:
         return value
     if value.strip().lower() in ("true", "false"):
         return read_switch(name, value)
-    if value == "auto":
+    key = name.rpartition(".")[2].partition("[")[0]
+    if value == "auto" and key in _FILLED_BY_TRANSFORMERS:
         raise refuse_value(name, value, "a number")
     parsed = _parse_number(value)
     return value if parsed is None else parsed

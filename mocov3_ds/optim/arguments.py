@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import reprlib
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any
@@ -112,8 +113,14 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> f
             f"{name}.item(), and change the rate between steps with set_lr or a scheduler."
         )
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} is {value!r}; it must be a number.")
-    number = float(value)
+        raise ValueError(f"{name} is {reprlib.repr(value)}; it must be a number.")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} is a number of more than 300 digits; it must be at least {low} and below "
+            f"{high}."
+        ) from None
     if not low <= number < high:
         raise ValueError(f"{name} is {value}; it must be at least {low} and below {high}.")
     return number

@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 
-from mocov3_ds.distributed.engine_values import is_off, number, show_value, whole
+from mocov3_ds.distributed.engine_values import (
+    is_off,
+    number,
+    read_parameter,
+    show_value,
+    whole,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,3 +40,11 @@ def test_bounds_are_included() -> None:
     for value in (0, 4, 1.5, "", "1.x", "0x10"):
         with pytest.raises(ValueError, match=r"x is .* it must be a whole number 1 to 3"):
             whole(1, 3)("x", value)
+
+
+def test_auto_is_refused_where_the_value_is_a_number_alone() -> None:
+    for key in ("ns_dtype", "backend"):
+        assert read_parameter(f"optimizer.params.{key}", "auto") == "auto"
+    for key in ("lr", "betas", "betas[0]", "eps", "weight_decay"):
+        with pytest.raises(ValueError, match="only the Trainer of transformers fills that in"):
+            read_parameter(f"optimizer.params.{key}", "auto")

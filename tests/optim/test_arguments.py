@@ -39,6 +39,10 @@ def test_the_coefficients_of_deepspeed_bound_the_ratio() -> None:
         ({"type": "Lamb", "params": {"trust_clip": [2, 1]}}, "first number must not be larger"),
         ({"type": "Lamb", "params": {"trust_clip": [0, 1], "max_coeff": 2}}, "keep one of them"),
         ({"type": "Lars", "params": {"momentum": 1.0}}, "momentum is 1.0"),
+        ({"type": "Lamb", "params": {"lr": 10**400}}, "lr is a number of more than 300 digits; it"),
+        ({"type": "Lamb", "params": {"betas": [0.9, 10**400]}}, r"betas\[1\] is a number of more"),
+        ({"type": "Muon", "params": {"ns_steps": 10**400}}, "ns_steps is a number of more than"),
+        ({"type": "Lamb", "params": {"lr": "1" * 5000}}, r"lr is '1+\.\.\.1+'; it must be a num"),
     ],
 )
 def test_impossible_values(block: dict[str, Any], message: str) -> None:
