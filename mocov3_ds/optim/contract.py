@@ -35,6 +35,8 @@ class OptimizerContract(torch.optim.Optimizer):
     """whether a tensor's step number is that of its own updates; else that of the optimizer's"""
     later_options: ClassVar[tuple[str, ...]] = ()
     """hyper-parameters that state dicts of an earlier version do not have"""
+    rule_options: ClassVar[tuple[str, ...]] = ()
+    """hyper-parameters that the constructor makes rules of: a state with others is refused"""
     accepts_update_clip: ClassVar[bool] = False
     """whether the update clip can be switched between steps; `update_clip` is a keyword then"""
 

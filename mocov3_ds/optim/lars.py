@@ -49,7 +49,7 @@ class Lars(ShardedOptimizer):
         moco_v3: Whether the ratio's denominator is |g + weight_decay w|, and all tensors of two
             dimensions or more decay and adapt, tokens and tables too, whatever the rule says.
         rule: Function of a tensor's name and full shape that gives its `Rule`. By default biases,
-            norms and tokens neither decay nor adapt.
+            norms, tokens and tables of positions neither decay nor adapt.
         backend: Which kernels do the arithmetic; see `kernels`.
         unknown: Anything else is refused, with what to use instead.
 
@@ -63,6 +63,7 @@ class Lars(ShardedOptimizer):
     }
     has_trust_ratio: ClassVar[bool] = True
     later_options: ClassVar[tuple[str, ...]] = ("moco_v3",)
+    rule_options: ClassVar[tuple[str, ...]] = ("moco_v3",)
 
     def __init__(
         self,

@@ -98,6 +98,7 @@ class Muon(ShardedOptimizer):
         "ns_coefficients": "they are the published ones; remove it",
     }
     measures_rms: ClassVar[bool] = True
+    rule_options: ClassVar[tuple[str, ...]] = ("qkv", "last_layer", "convolutions", "adamw_rate")
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ def check_state_dict(
     state_dict: Any,
     kind: str,
     options: Iterable[str],
+    fixed: Mapping[str, Any],
     keys: Sequence[Sequence[str]],
     shapes: Sequence[Any],
 ) -> None:
@@ -19,11 +20,14 @@ def check_state_dict(
         state_dict: What the user gives to load_state_dict.
         kind: Name of the optimizer that is to take it.
         options: Hyper-parameters that the group must have.
+        fixed: Those of the optimizer that loading cannot change; where the group has none, it is
+            taken as equal.
         keys: State that each tensor of the group in order must have, once it has any.
         shapes: Shape of each tensor of the group in order; empty where they are not known.
 
     Raises:
-        ValueError: It is none, or another optimizer's, or that of another model.
+        ValueError: It is none, or another optimizer's, one's with other options, or that of another
+            model.
     """
     if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= {*state_dict}):
         raise ValueError(
@@ -38,6 +42,7 @@ def check_state_dict(
                 f"{', '.join(missing)} (it has {', '.join(k for k in group if k != 'params')}). "
                 f"Start {kind} afresh on the weights."
             )
+        _check_fixed(group, kind, fixed)
     for index, state in state_dict["state"].items():
         needed = keys[index] if isinstance(index, int) and index < len(keys) else ()
         missing = [key for key in needed if key not in state] if state else []
@@ -49,6 +54,19 @@ def check_state_dict(
             )
         if state and isinstance(index, int) and index < len(shapes):
             _check_shapes({key: state[key] for key in needed}, index, shapes[index])
+
+
+def _check_fixed(group: Mapping[str, Any], kind: str, fixed: Mapping[str, Any]) -> None:
+    differing = [
+        f"{key} {group[key]!r} and not {value!r}"
+        for key, value in fixed.items()
+        if group.get(key, value) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"the state was written by a {kind} with {', '.join(differing)}, which decides how "
+            "each tensor moves; build this one with the same options."
+        )
 
 
 def _check_shapes(state: Mapping[str, Any], index: int, shape: Any) -> None:

@@ -204,12 +204,15 @@ class ShardedOptimizer(OptimizerContract):
         """Continue from what `state_dict` gave, on the same layout.
 
         Raises:
-            ValueError: It is another optimizer's state, or another model's; nothing is changed.
+            ValueError: It is the state of another optimizer, of one with other `rule_options`, or
+                of another model; nothing is changed.
         """
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         keys = [("step", *self._moments_beside(tensor)) for tensor in tensors]
         shapes = [tensor.shape for tensor in tensors] if self._whole else []
-        check_state_dict(state_dict, type(self).__name__, self._saved_options, keys, shapes)
+        options = [key for key in self.defaults if key not in self.later_options]
+        fixed = {key: self.defaults[key] for key in self.rule_options}
+        check_state_dict(state_dict, type(self).__name__, options, fixed, keys, shapes)
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -218,10 +221,6 @@ class ShardedOptimizer(OptimizerContract):
     @property
     def _whole(self) -> bool:
         return self._engine is None and not any(hasattr(t, "ds_id") for t in self._names)
-
-    @property
-    def _saved_options(self) -> list[str]:
-        return [key for key in self.defaults if key not in self.later_options]
 
     # ------------------------------------------------------------------------------ stepping
 

@@ -7,7 +7,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from mocov3_ds.optim import AdamW, Lamb, Lars
+from mocov3_ds.optim import AdamW, Lamb, Lars, Muon
 
 
 def trained(kind: Any, *, plain: bool = False, width: int = 3, **options: Any) -> Any:
@@ -67,3 +67,31 @@ def test_a_state_of_an_earlier_version() -> None:
     optimizer = trained(Lars)
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["moco_v3"] is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        (Muon, {"qkv": "thirds"}, "a Muon with qkv 'thirds' and not 'whole', which decides"),
+        (Muon, {"last_layer": "muon"}, "last_layer 'muon' and not 'adamw'"),
+        (
+            Muon,
+            {"convolutions": "muon", "adamw_rate": 0.1},
+            "convolutions 'muon' and not 'adamw', adamw_rate 0.1 and not 1.0, which",
+        ),
+        (Lars, {"moco_v3": True}, "a Lars with moco_v3 True and not False"),
+    ],
+)
+def test_options_that_made_the_rules(kind: Any, given: dict[str, Any], words: str) -> None:
+    shapes = {"patch.weight": (3, 2, 1, 1), "qkv.weight": (6, 2), "last.weight": (2, 2)}
+    writer, reader = (
+        kind([(n, nn.Parameter(torch.ones(s))) for n, s in shapes.items()], **options)
+        for options in (given, {})
+    )
+    for optimizer in (writer, reader):
+        optimizer.attach()
+    before = dict(reader.param_groups[0])
+    with pytest.raises(ValueError, match=words):
+        reader.load_state_dict(writer.state_dict())
+    assert reader.param_groups[0] == before
+    reader.load_state_dict(reader.state_dict())
