@@ -45,7 +45,7 @@ class Lamb(ShardedOptimizer):
             each flat tensor of this rank, so another algorithm on each number of ranks. It exists
             to be compared with.
         rule: Function of a tensor's name and full shape that gives its `Rule`. By default biases,
-            norms and tokens neither decay nor adapt.
+            norms, tokens and tables of positions neither decay nor adapt.
         backend: Which kernels do the arithmetic; see `kernels`.
         unknown: Anything else is refused, with what to use instead.
 

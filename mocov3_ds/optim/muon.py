@@ -80,7 +80,8 @@ class Muon(ShardedOptimizer):
         eps: Number that AdamW adds to the root of the second moment.
         adamw_rate: Learning rate of the tensors that AdamW moves, as a multiple of lr.
         rule: Function of a tensor's name and full shape that gives its `Rule`. What does not adapt
-            is moved by AdamW; by default biases, norms and tokens, which do not decay either.
+            is moved by AdamW; by default biases, norms, tokens and tables of positions, which do
+            not decay either.
         backend: Which kernels do AdamW's arithmetic; see `kernels`.
         unknown: Anything else is refused, with what to use instead.
 

@@ -6,10 +6,17 @@ by name and *full* shape, since under `deepspeed.zero.Init` each parameter looks
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-_TOKENS = ("cls_token", "pos_embed", "reg_token", "dist_token", "mask_token")
+_TOKENS = re.compile(
+    "(cls|class|reg|register|dist|mask)_token|pos_emb|(patch|pixel)_pos|(height|width)_rel"
+    "|logit_scale|temperature"
+)
+"""in the last part of a name: tokens, positions, and the factor of a head"""
+_POSITIONS = re.compile("rel_pos|relative_(position|attention)|attention_bias|cpb_mlp|position_emb")
+"""anywhere in a name: tables of relative positions, and what computes or holds one"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +42,13 @@ RuleFor = Callable[[str, tuple[int, ...]], Rule]
 
 
 def vit_rule(name: str, shape: tuple[int, ...]) -> Rule:
-    """Default: matrices decay and adapt; biases, norms, tokens and position tables do neither."""
-    matrix = len(shape) > 1 and not name.endswith(_TOKENS)
+    """Default: matrices decay and adapt; biases, norms, tokens and position tables do neither.
+
+    Position tables are those of absolute and of relative positions, by the names that timm gives
+    them, whose networks list them in `no_weight_decay`.
+    """
+    is_table = _POSITIONS.search(name) or _TOKENS.search(name.rpartition(".")[2])
+    matrix = len(shape) > 1 and not is_table
     return Rule(decay=matrix, adapt=matrix)
 
 
