@@ -247,13 +247,13 @@ class Muon(ShardedOptimizer):
             work,
             group=flat.group,
             device=device,
-            dtype=_resolve_dtype(self.param_groups[0]["ns_dtype"], device),
+            dtype=resolve_dtype(self.param_groups[0]["ns_dtype"], device),
         )
 
     def _orthogonalise(self, name: str, x_RC: Tensor) -> Tensor:
         group = self.param_groups[0]
         blocks = count_blocks(name, self._rules[name], group["qkv"])
-        x_RC = x_RC.to(_resolve_dtype(group["ns_dtype"], x_RC.device))
+        x_RC = x_RC.to(resolve_dtype(group["ns_dtype"], x_RC.device))
         return orthogonalise(x_RC, group["ns_steps"], blocks)
 
     def move_flat(self, flat: FlatStep, rate_S: Tensor, factor_S: Tensor) -> None:
@@ -357,7 +357,13 @@ def _check_qkv(
             )
 
 
-def _resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Precision of the iteration's products.
+
+    Args:
+        name: what the optimizer's `ns_dtype` says.
+        device: where they are computed.
+    """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if name == "bf16" else torch.float32

@@ -7,6 +7,7 @@ of them a ViT reaches is `reach`'s to say.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from mocov3_ds.optim.arguments import check_number
 from mocov3_ds.planning import reach
@@ -50,6 +51,11 @@ class Card:
     """operations a second of attention; 0 = as other matrix products"""
     elementwise_bandwidth: float = 0.0
     """bytes a second of norms, GELU and residuals, if measured; 0 = `reach`'s share of the above"""
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """What torch calls it."""
+        return "cpu" if self.name == "cpu" else "cuda"
 
     def peak_rate(self, precision: str) -> float:
         """Operations a second of matrix products in fp32, tf32, bf16 or fp16."""

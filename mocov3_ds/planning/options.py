@@ -158,7 +158,8 @@ def list_setups(
     for stage in stages:
         if not (stage == 0 and planned.precision == "fp16"):
             for recompute in (False, True) if has_formulas else (False,):
-                yield planned.lay_out(cluster.cards, stage, recompute_blocks=recompute)
+                setup = planned.lay_out(cluster.cards, stage, recompute_blocks=recompute)
+                yield replace(setup, device=cluster.card.device)
 
 
 def _check_run(planned: PlannedRun, cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ from mocov3_ds.model.chunking import shorter_chunks
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.hardware import Cluster
 from mocov3_ds.planning.reach import STREAM
-from mocov3_ds.planning.step_setup import StepSetup
+from mocov3_ds.planning.step_setup import Precision, StepSetup
 from mocov3_ds.planning.traffic import Collective, plan_collectives
 from mocov3_ds.planning.whole_matrices import plan_matrices
 
@@ -133,6 +133,8 @@ def _plan_step(setup: StepSetup, cluster: Cluster, length: StepLength | None = N
     recomputed = setup.passes.recomputed / setup.passes.forward
     work = architecture.step_work(shape, number_bytes, recomputed, length) * setup.images
     reachable = rate * card.reach.products
+    matrices = plan_matrices(setup)
+    matrix_rate = card.peak_rate(_product_precision(matrices.dtype, setup)) * card.reach.products
     elementwise = card.elementwise_bandwidth or card.bandwidth * card.reach.elementwise
     shard = architecture.count_trained(shape) / (setup.world_size if setup.stage else 1)
     momentum = architecture.count_momentum_weights(shape)
@@ -144,7 +146,8 @@ def _plan_step(setup: StepSetup, cluster: Cluster, length: StepLength | None = N
         for collective in plan_collectives(setup)
     )
     return Pace(
-        compute_s=(work.linear + plan_matrices(setup).operations) / reachable
+        compute_s=work.linear / reachable
+        + matrices.operations / matrix_rate
         + work.attention / (card.attention_rate or reachable),
         elementwise_s=work.moved / elementwise,
         update_s=updated / (card.bandwidth * STREAM),
@@ -153,6 +156,13 @@ def _plan_step(setup: StepSetup, cluster: Cluster, length: StepLength | None = N
         operations=architecture.model_operations(shape, length) * setup.batch,
         peak_rate=rate * setup.world_size,
     )
+
+
+def _product_precision(dtype: str, setup: StepSetup) -> Precision:
+    """Precision in which matrices of a dtype, by torch's name, are multiplied in a step."""
+    if dtype == "float32":
+        return "tf32" if setup.precision == "tf32" else "fp32"
+    return "bf16"
 
 
 def _momentum_bytes(number_bytes: int) -> int:

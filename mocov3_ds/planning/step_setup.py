@@ -60,6 +60,8 @@ class StepSetup:
     """`stage3_param_persistence_threshold`: numbers of the largest tensor that stays whole"""
     compress: str = OFF
     """schedule of the sequences' length, see `--compress`; memory is that of the longest"""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """what the ranks compute on"""
     bucket: int = REDUCE_BUCKET
     """`reduce_bucket_size`: numbers of the gradient that are reduced at once"""
 

@@ -14,7 +14,7 @@ import torch
 from mocov3_ds.distributed.segments import Segment, Shape, cut_segments, packed_offsets
 from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
 from mocov3_ds.model.shapes import VitShape
-from mocov3_ds.optim.muon import Muon, count_blocks, matrix_shape
+from mocov3_ds.optim.muon import Muon, count_blocks, matrix_shape, resolve_dtype
 from mocov3_ds.optim.owners import (
     Matrix,
     Round,
@@ -70,7 +70,8 @@ def plan_matrices(setup: StepSetup) -> MatrixWork:
     """
     if not issubclass(setup.optimizer, Muon):
         return MatrixWork()
-    return _plan_muon(setup.shape, setup.stage, setup.world_size, setup.optimizer_params)
+    cut = (setup.stage, setup.world_size)
+    return _plan_muon(setup.shape, *cut, setup.optimizer_params, setup.device)
 
 
 def count_moments(
@@ -108,11 +109,11 @@ def _describe_muon(shape: EncoderShape, params: OptimizerParams) -> tuple[Muon, 
 
 @lru_cache
 def _plan_muon(
-    shape: EncoderShape, stage: int, world_size: int, params: OptimizerParams = ()
+    shape: EncoderShape, stage: int, world_size: int, params: OptimizerParams, device: str
 ) -> MatrixWork:
     muon, shapes = _describe_muon(shape, params)
     works, options = muon.matrix_works(), muon.param_groups[0]
-    dtype = "float32" if options["ns_dtype"] == "fp32" else "bfloat16"
+    dtype = str(resolve_dtype(options["ns_dtype"], torch.device(device))).removeprefix("torch.")
     working = {
         name: _count_working(
             *matrix_shape(shapes[name]), count_blocks(name, muon.rules[name], options["qkv"])

@@ -120,6 +120,7 @@ def run_setup(run: Run) -> StepSetup:
         key_block=run.model.loss.key_block,
         optimizer=type(run.optimizer),
         optimizer_params=matrix_params(run.optimizer.param_groups[0]),
+        device="cpu" if run.device.type == "cpu" else "cuda",
         bucket=run.engine.zero_reduce_bucket_size(),
     )
 

@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 
 from mocov3_ds.model.chunking import Chunks
-from mocov3_ds.optim import Lamb
+from mocov3_ds.optim import Lamb, Muon
 from mocov3_ds.planning import architecture
 from mocov3_ds.planning.command import plan_run
 from mocov3_ds.planning.hardware import read_cluster
 from mocov3_ds.planning.options import rank_options
 from mocov3_ds.planning.pace import plan_pace
 from mocov3_ds.planning.reach import STREAM
+from mocov3_ds.planning.step_setup import Precision
+from mocov3_ds.planning.whole_matrices import plan_matrices
 
 
 def test_more_cards_are_faster_and_cost_more() -> None:
@@ -70,3 +72,26 @@ def test_the_parts_of_a_step_add_up() -> None:
     slower = plan_pace(setup, read_cluster("16xA100", network=25))
     assert slower.communication_s > pace.communication_s
     assert slower.compute_s == pace.compute_s
+
+
+def test_muons_iteration_takes_the_time_of_its_own_precision() -> None:
+    cluster = read_cluster("8xH100")
+    adamw = plan_run("vit_b16").lay_out(8, 1, recompute_blocks=False)
+    card = cluster.card
+
+    def seconds(precision: Precision, ns_dtype: str) -> float:
+        without = dataclasses.replace(adamw, precision=precision)
+        params = (("ns_dtype", ns_dtype),)
+        muon = dataclasses.replace(without, optimizer=Muon, optimizer_params=params)
+        return plan_pace(muon, cluster).compute_s - plan_pace(without, cluster).compute_s
+
+    operations = plan_matrices(dataclasses.replace(adamw, optimizer=Muon)).operations
+    cases: list[tuple[Precision, str, float]] = [
+        ("bf16", "auto", card.low_precision_rate),
+        ("bf16", "fp32", card.fp32_rate),
+        ("fp32", "bf16", card.low_precision_rate),
+        ("tf32", "fp32", card.tf32_rate),
+    ]
+    for precision, ns_dtype, rate in cases:
+        expected = operations / rate / card.reach.products
+        assert seconds(precision, ns_dtype) == pytest.approx(expected), (precision, ns_dtype)

@@ -12,7 +12,10 @@ from mocov3_ds.model.chunking import Chunks
 from mocov3_ds.model.shapes import PAPER_SHAPES, EncoderShape
 from mocov3_ds.optim import AdamW, Muon
 from mocov3_ds.optim.orthogonal import count_operations
+from mocov3_ds.planning.command import plan_run
+from mocov3_ds.planning.hardware import read_cluster
 from mocov3_ds.planning.memory import plan_memory
+from mocov3_ds.planning.options import list_setups
 from mocov3_ds.planning.step_setup import StepSetup
 from mocov3_ds.planning.traffic import plan_collectives
 from mocov3_ds.planning.whole_matrices import (
@@ -128,6 +131,15 @@ def test_memory_of_the_work_is_an_item() -> None:
     assert items["whole matrices at work"].alive == ("update",)
     others = {item.name: item for item in plan_memory(replace(SETUP, optimizer=AdamW)).items}
     assert others["whole matrices at work"].bytes == 0
+
+
+def test_what_auto_means_depends_on_the_device() -> None:
+    on_cpu, on_card = plan_matrices(replace(SETUP, device="cpu")), plan_matrices(SETUP)
+    assert (on_cpu.dtype, on_card.dtype) == ("float32", "bfloat16")
+    assert on_cpu.memory_bytes == 2 * on_card.memory_bytes
+    planned = plan_run("vit_s16", overrides=("optimizer.type=Muon", "bf16.enabled=false"))
+    for gpus, device in (("1xcpu", "cpu"), ("1xA100", "cuda")):
+        assert {s.device for s in list_setups(planned, read_cluster(gpus), (1,))} == {device}
 
 
 def test_whole_matrices_have_one_moment() -> None:
