@@ -27,7 +27,7 @@ import tyro
 from torch import Tensor
 
 from mocov3_ds.checkpoints.checkpoint import Checkpoint, find_newest
-from mocov3_ds.config.compression import SequenceLength, StepLength, count_length
+from mocov3_ds.config.compression import SequenceLength, StepLength
 from mocov3_ds.config.run_config import Config, encoder_shape
 from mocov3_ds.distributed.engine import full_tensors
 from mocov3_ds.encoders.load import read_run_config
@@ -109,27 +109,28 @@ def run_bench(options: CompressionOptions) -> None:
         for scale in options.scales
         for share in (*((1.0,) if scale != 1 else ()), *options.shares)
     ]
-    lengths = [count_length(each, patches.count_at(each.patch_scale)) for each in sequences]
+    lengths = [patches.length_of(each) for each in sequences]
     networks = load_networks(config, saved)
-    batch, *others = read_batches(config, saved, options.batch, 1 + options.draws)
+    batch, *other_batches = read_batches(config, saved, options.batch, 1 + options.draws)
     whole_W = gradient(networks, batch, Draws())
     step = saved.step if saved is not None else 0
     print(f"{options.run} after step {step}, {options.batch} images, {options.draws} draws\n")
     print("| patches kept | patch scale | operations, % | bias, % | noise, % | error, % | cosine |")
     print("|---|---|---|---|---|---|---|")
-    other_DW = torch.stack([gradient(networks, other, Draws()) for other in others])
+    other_DW = torch.stack([gradient(networks, other, Draws()) for other in other_batches])
     error = measure_error(other_DW, whole_W)
-    kept = f"all {patches.count}, another batch"
+    patches_text = f"all {patches.count}, another batch"
     print(
-        f"| {kept} | 1 | 100 | | {describe(error.noise, error.error, error.cosine)} |", flush=True
+        f"| {patches_text} | 1 | 100 | | {describe(error.noise, error.error, error.cosine)} |",
+        flush=True,
     )
     for length in lengths:
         draws = [draw(length, batch, seed) for seed in range(options.draws)]
         drawn_DW = torch.stack([gradient(networks, batch, drawn) for drawn in draws])
         operations = model_operations(shape, length) / model_operations(shape)
-        kept = f"{length.query_patches} of {length.patches}"
+        patches_text = f"{length.query_patches} of {length.patches}"
         errors = describe(operations, *measure_error(drawn_DW, whole_W))
-        print(f"| {kept} | {length.patch_scale:g} | {errors} |", flush=True)
+        print(f"| {patches_text} | {length.patch_scale:g} | {errors} |", flush=True)
 
 
 def describe(*fractions: float) -> str:

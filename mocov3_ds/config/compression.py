@@ -10,11 +10,13 @@ progress are a jump.
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 
-from mocov3_ds.model.shapes import scaled_grid
+from mocov3_ds.model.shapes import LARGEST_SCALE, scaled_grid, snap_scale, write_size
 from mocov3_ds.settings.spelling import did_you_mean
 
 OFF = "off"
@@ -84,17 +86,28 @@ def read_schedule(text: str) -> tuple[Point, ...]:
             f"--compress {text!r} does not end at full length: its last point must have all tokens "
             f"and the patch scale 1 at a progress of {_LATEST_FULL} or before, e.g. 0.9:1,p1."
         )
-    if text != OFF and not any(_is_shorter(point.length) for point in points):
+    if text != OFF and all(length.is_whole for length in _corners(tuple(points))):
         raise ValueError(
-            f"--compress {text!r} has no effect: no point has fewer patches, shares being rounded "
+            f"--compress {text!r} has no effect: no step has fewer patches, shares being rounded "
             f"to multiples of 1/{LEVELS}; leave it out."
         )
     return tuple(points)
 
 
-def _is_shorter(length: SequenceLength) -> bool:
-    share = min(length.query_share, length.key_share)
-    return length.patch_scale > 1 or round(share * LEVELS) < LEVELS
+def _corners(points: tuple[Point, ...]) -> Iterator[SequenceLength]:
+    """Lengths at both ends of each part of a schedule that lasts; those between are no shorter."""
+    for start, end in pairwise(points):
+        if end.progress > start.progress:
+            for corner in (start, end):
+                yield SequenceLength(
+                    query_share=_round_share(corner.length.query_share),
+                    key_share=_round_share(corner.length.key_share),
+                    patch_scale=start.length.patch_scale,
+                )
+
+
+def _round_share(share: float) -> float:
+    return max(round(share * LEVELS), 1) / LEVELS
 
 
 def _read_point(text: str, entry: str, before: Point) -> Point:
@@ -122,7 +135,7 @@ def _read_point(text: str, entry: str, before: Point) -> Point:
             )
         kinds.add(kind)
         if kind == "p":
-            scale = _read_number(text, value[1:], 1.0, 64.0)
+            scale = _read_number(text, value[1:], 1.0, LARGEST_SCALE)
             length = replace(length, patch_scale=scale)
             continue
         share = _read_number(text, value.removeprefix(kind), 0.5 / LEVELS, 1.0)
@@ -159,7 +172,7 @@ def length_at(points: tuple[Point, ...], progress: float) -> SequenceLength:
     fraction = (progress - start_point.progress) / way if way else 0.0
 
     def share(start: float, end: float) -> float:
-        return max(round((start + fraction * (end - start)) * LEVELS), 1) / LEVELS
+        return _round_share(start + fraction * (end - start))
 
     return SequenceLength(
         query_share=share(start_point.length.query_share, end_point.length.query_share),
@@ -218,6 +231,15 @@ class Patches:
         """
         return prod(scaled_grid(self.image_size, self.side, scale)) if scale != 1 else self.count
 
+    def length_of(self, length: SequenceLength) -> StepLength:
+        """Patches that take part in a step of this length, the scale that of whole pixels.
+
+        Raises:
+            ValueError: larger patches do not divide the image.
+        """
+        scale = snap_scale(self.side, length.patch_scale) if self.side else length.patch_scale
+        return count_length(replace(length, patch_scale=scale), self.count_at(scale))
+
 
 def check_patches(text: str, patches: Patches) -> None:
     """Refuse to compress the sequences of a network that cannot do it.
@@ -227,7 +249,8 @@ def check_patches(text: str, patches: Patches) -> None:
         patches: what is known of the network.
 
     Raises:
-        ValueError: it has no patches to leave out, or cannot have larger ones as the schedule asks.
+        ValueError: it has no patches to leave out, cannot have larger ones as the schedule asks, or
+            so few that none is left out.
     """
     points = read_schedule(text)
     if text == OFF:
@@ -243,7 +266,42 @@ def check_patches(text: str, patches: Patches) -> None:
                 f"--compress {text}: {patches.network} cannot have patches {scale:g} times as "
                 "large, as no single projection makes its tokens; leave the patch scale out."
             )
+        if any(side % patches.side for side in patches.image_size):
+            raise ValueError(
+                f"--compress {text}: the patches of {patches.network}, of {patches.side} pixels, "
+                f"do not divide an image of {write_size(patches.image_size)}, so there can be no "
+                "larger ones; choose --views.image_size that they divide, or leave the patch scale "
+                "out."
+            )
         patches.count_at(scale)
+    if all(_is_whole(patches.length_of(length)) for length in _corners(points)):
+        raise ValueError(
+            f"--compress {text} has no effect on {patches.network}: of its {patches.count} patches "
+            "none would be left out; leave it out."
+        )
+
+
+def _is_whole(length: StepLength) -> bool:
+    counts = {length.patches, length.query_patches, length.key_patches}
+    return len(counts) == 1 and length.patch_scale == 1
+
+
+def check_last_step(text: str, total_steps: int) -> None:
+    """Refuse a run so short that its last step would not be at full length.
+
+    Args:
+        text: value of `--compress`, a name in `READY` or points.
+        total_steps: steps of the schedule.
+
+    Raises:
+        ValueError: it is.
+    """
+    points = read_schedule(text)
+    if total_steps > 0 and not length_at(points, (total_steps - 1) / total_steps).is_whole:
+        raise ValueError(
+            f"--compress {text} does not come to full length in the {total_steps} steps of this "
+            "run; train longer, or give a schedule that ends sooner."
+        )
 
 
 def step_length(text: str, progress: float, patches: Patches) -> StepLength | None:
@@ -256,8 +314,7 @@ def step_length(text: str, progress: float, patches: Patches) -> StepLength | No
     """
     if text == OFF:
         return None
-    length = length_at(read_schedule(text), progress)
-    return count_length(length, patches.count_at(length.patch_scale))
+    return patches.length_of(length_at(read_schedule(text), progress))
 
 
 def count_lengths(text: str, patches: Patches) -> dict[StepLength, float]:

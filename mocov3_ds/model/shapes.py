@@ -11,6 +11,12 @@ Positions = Literal["sincos", "none"]
 
 LARGEST_SIDE = 16384
 """Longest side of an image, pixels."""
+LARGEST_SCALE = 64.0
+"""longest side of a patch over that of a stored one"""
+
+_SNAP_PIXELS, _SNAP_SHARE = 1e-3, 6e-6
+"""how far the side of a larger patch may be from whole pixels: in pixels, and as a share of it, as
+six digits of a scale leave it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +71,47 @@ def parse_size(size: int | str) -> tuple[int, int]:
     return height, width
 
 
+def snap_scale(patch_size: int, scale: float) -> float:
+    """The patch scale that makes patches of whole pixels, where a written one is as good as that.
+
+    Scales such as 8 / 7 are written with few digits.
+
+    Args:
+        patch_size: side of a stored patch, pixels.
+        scale: side of a patch over that of a stored one, as it was written.
+    """
+    return _whole_side(patch_size, scale) / patch_size or scale
+
+
+def _whole_side(patch_size: int, scale: float) -> int:
+    """Side of a larger patch, pixels; 0 where that is no whole number of them."""
+    side = round(patch_size * scale)
+    return side if abs(patch_size * scale - side) <= max(_SNAP_PIXELS, _SNAP_SHARE * side) else 0
+
+
 def scaled_grid(size: tuple[int, int], patch_size: int, scale: float = 1.0) -> tuple[int, int]:
     """Rows and columns of patches whose side is `scale` times as long as the stored ones'.
 
     Args:
         size: height and width of an image, pixels.
         patch_size: side of a stored patch, pixels.
-        scale: side of a patch over that of a stored one, 1 or more.
+        scale: side of a patch over that of a stored one, 1 or more; see `snap_scale`.
 
     Raises:
         ValueError: such patches have no whole pixels, or do not fill the image.
     """
-    side = round(patch_size * scale)
-    if side != patch_size * scale or any(length % side for length in size):
+    side = _whole_side(patch_size, scale)
+    if not side or any(length % side for length in size):
+        longest = min(*size, int(patch_size * LARGEST_SCALE))
         possible = [
             f"{larger / patch_size:g}"
-            for larger in range(patch_size, min(size) + 1)
+            for larger in range(patch_size, longest + 1)
             if not any(length % larger for length in size)
         ]
         raise ValueError(
             f"the patch scale {scale:g} makes patches of {patch_size * scale:g} pixels, which do "
-            f"not divide an image of {write_size(size)}; possible scales are {', '.join(possible)}."
+            f"not divide an image of {write_size(size)}; possible scales are "
+            f"{', '.join(possible) or 'none'}."
         )
     return size[0] // side, size[1] // side
 

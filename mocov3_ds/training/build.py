@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mocov3_ds.checkpoints.checkpoint import Checkpoint
+from mocov3_ds.config.compression import check_last_step
 from mocov3_ds.config.run_config import Config, Settings
 from mocov3_ds.data.manifest import Manifest
 from mocov3_ds.distributed import devices, ranks
@@ -29,7 +30,6 @@ from mocov3_ds.monitoring.signal_recorder import SignalRecorder
 from mocov3_ds.optim.build import base_rate, build_optimizer
 from mocov3_ds.optim.gradient_clip import refuse_two_clips
 from mocov3_ds.training import chunk_size, trained_state
-from mocov3_ds.training.compression import check_last_step
 from mocov3_ds.training.instruments import Instruments, check_instruments
 from mocov3_ds.training.planned import check_length
 from mocov3_ds.training.resume import build_saver, claim_run, merge_bad_samples
@@ -69,7 +69,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     refuse_two_clips(optimizer.clipper, engine_json["gradient_clipping"])
     check_instruments(config.signals, model.base.facts)
     start = _begin_with(model, find_start(settings, train, model))
-    check_last_step(config, total_steps - start.schedule_begins(config))
+    check_last_step(config.compress, total_steps - start.schedule_begins(config))
     # the last thing that can be refused is the folder itself
     saved = claim_run(settings, train.digest, start.ancestry)
     if saved is not None:

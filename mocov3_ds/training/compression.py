@@ -3,15 +3,7 @@
 import math
 from functools import lru_cache
 
-from mocov3_ds.config.compression import (
-    OFF,
-    Patches,
-    StepLength,
-    check_patches,
-    length_at,
-    read_schedule,
-    step_length,
-)
+from mocov3_ds.config.compression import OFF, Patches, StepLength, check_patches, step_length
 from mocov3_ds.config.run_config import Config
 from mocov3_ds.model.backbones import BackboneFacts, shape_name
 from mocov3_ds.model.shapes import EncoderShape
@@ -29,24 +21,6 @@ def check_compression(config: Config, facts: BackboneFacts) -> None:
         ValueError: it has no patches to leave out, or cannot have larger ones as the schedule asks.
     """
     check_patches(config.compress, _patches(config, facts))
-
-
-def check_last_step(config: Config, total_steps: int) -> None:
-    """Refuse a run so short that its last step would not be at full length.
-
-    Args:
-        config: settings of the run.
-        total_steps: steps of the schedule.
-
-    Raises:
-        ValueError: it is.
-    """
-    points = read_schedule(config.compress)
-    if total_steps > 0 and not length_at(points, (total_steps - 1) / total_steps).is_whole:
-        raise ValueError(
-            f"--compress {config.compress} does not come to full length in the {total_steps} steps "
-            "of this run; train longer, or give a schedule that ends sooner."
-        )
 
 
 def length_of_step(

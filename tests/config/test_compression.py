@@ -1,15 +1,23 @@
 """Schedules of compression: what is read, what is refused, and what each step sees."""
 
+from dataclasses import replace
+
 import pytest
 
 from mocov3_ds.config.compression import (
     LEVELS,
     READY,
+    Patches,
     SequenceLength,
+    check_last_step,
+    check_patches,
     count_length,
     length_at,
     read_schedule,
+    step_length,
 )
+
+PATCHES = Patches(network="net", image_size=(224, 224), count=196, side=16)
 
 
 def shares(text: str, progress: float) -> tuple[float, float, float]:
@@ -62,8 +70,11 @@ def test_patches_are_counted_and_never_none() -> None:
         ("0:0.5 0.99:1", "does not end at full length"),
         ("0:0.5,p2 0.9:1", "does not end at full length"),
         ("0:q0.5 0.9:q0.75", "does not end at full length"),
-        ("0:1", "has no effect: no point has fewer patches"),
-        ("0:0.97,k1 0.9:1", "has no effect: no point has fewer patches"),
+        ("0:1", "has no effect: no step has fewer patches"),
+        ("0:0.97,k1 0.9:1", "has no effect: no step has fewer patches"),
+        ("0:0.25 0:1", "has no effect: no step has fewer patches"),
+        ("0:0.25 0:1 0.9:1", "has no effect: no step has fewer patches"),
+        ("0:p2 0:p1", "has no effect: no step has fewer patches"),
         ("0:0.5,0.25 0.9:1", "says twice how much is kept or how large patches are: '0:0.5,0.25'"),
         ("0:q0.5,1 0.9:1", "says twice"),
         ("0:0.5,p2,p1 0.9:1,p1", "says twice"),
@@ -80,3 +91,41 @@ def test_schedules_that_cannot_be_are_refused(text: str, says: str) -> None:
     with pytest.raises(ValueError, match="--compress") as error:
         read_schedule(text)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["0:1 0.5:0.5 0.5:1", "0:p2 0.0001:p1", "0:0.25 0.5:1"])
+def test_what_shortens_any_step_is_read(text: str) -> None:
+    assert read_schedule(text)
+    check_patches(text, PATCHES)
+
+
+def test_a_scale_of_six_digits_is_that_of_whole_pixels() -> None:
+    length = step_length("0:p1.14286 0.9:p1", 0.0, replace(PATCHES, side=14, count=256))
+    assert length is not None
+    assert (length.patches, length.patch_scale) == (196, 16 / 14)
+
+
+@pytest.mark.parametrize(
+    ("text", "patches", "says"),
+    [
+        ("2x", replace(PATCHES, count=1, side=224), "has no effect on net: of its 1 patches none"),
+        ("0:0.9 0.9:1", replace(PATCHES, count=4, side=112), "has no effect on net: of its 4"),
+        ("0:p1.00001 0.9:p1", PATCHES, "has no effect on net: of its 196 patches none"),
+        (
+            "0:p1.25 0.5:p1",
+            replace(PATCHES, image_size=(40, 40), count=4),
+            "of 16 pixels, do not divide an image of 40, so there can be no larger ones",
+        ),
+        ("0:p2 0.2:p3 0.5:p1", PATCHES, "possible scales are 1, 1.75, 2, 3.5"),
+    ],
+)
+def test_what_a_network_cannot_do_is_refused(text: str, patches: Patches, says: str) -> None:
+    with pytest.raises(ValueError, match="patches") as error:
+        check_patches(text, patches)
+    assert says in str(error.value)
+
+
+def test_a_run_that_ends_before_full_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="come to full length in the 5 steps"):
+        check_last_step("0:0.5 0.85:0.5 0.95:1", 5)
+    check_last_step("4x", 84)
