@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from mocov3_ds.config.checks import check_batch
-from mocov3_ds.config.compression import OFF, check_patches, read_schedule
+from mocov3_ds.config.compression import OFF, check_last_step, check_patches, read_schedule
 from mocov3_ds.config.run_config import encoder_shape
 from mocov3_ds.distributed.engine_config import engine_config
 from mocov3_ds.distributed.engine_keys import read_settings
@@ -30,6 +30,7 @@ from mocov3_ds.planning.pace import IMAGENET
 from mocov3_ds.planning.plan_picture import draw_plan
 from mocov3_ds.planning.plan_text import Plan
 from mocov3_ds.planning.remedies import fitting_options
+from mocov3_ds.planning.run_time import count_steps
 from mocov3_ds.recipes import find_recipe, read_json, with_overrides
 
 _TABLE_RECIPES = ("vit_b16", "vit_l16", "vit_h14")
@@ -105,6 +106,8 @@ def _print_plan(options: PlanOptions) -> None:
         tf32=options.tf32,
         compress=options.compress,
     )
+    images = options.images or IMAGENET
+    check_last_step(planned.compress, count_steps(planned, planned.epochs, images))
     cluster = _read_cluster(options)
     stages = _choose_stages(planned, cluster, options)
     check_number("--price_per_gpu_hour", options.price_per_gpu_hour, 0)
@@ -121,7 +124,7 @@ def _print_plan(options: PlanOptions) -> None:
         cluster=cluster,
         options=ways,
         price=options.price_per_gpu_hour,
-        images=options.images or IMAGENET,
+        images=images,
         cores=options.cores,
         launch=launch,
     )

@@ -89,14 +89,19 @@ class Pace:
         return self.operations / self.step_s / self.peak_rate
 
     @property
+    def shortest_step_s(self) -> float:
+        """Seconds of a step while the sequences are shortest; of this one where they are not."""
+        return min((phase.step_s for phase in self.phases), default=self.step_s)
+
+    @property
     def read_mb_per_s(self) -> float:
-        """Bytes of JPEG that all ranks read, 10^6 a second."""
-        return self.images_per_s * IMAGE_BYTES / 1e6
+        """Bytes of JPEG that all ranks read in the shortest steps, 10^6 a second."""
+        return self.batch / self.shortest_step_s * IMAGE_BYTES / 1e6
 
     @property
     def loader_cores(self) -> float:
-        """CPU cores that decode and read, of all machines together."""
-        return self.images_per_s * (DECODE_CPU_S + STORAGE_CPU_S)
+        """CPU cores that decode and read in the shortest steps, of all machines together."""
+        return self.batch / self.shortest_step_s * (DECODE_CPU_S + STORAGE_CPU_S)
 
 
 def plan_pace(setup: StepSetup, cluster: Cluster) -> Pace:

@@ -180,11 +180,12 @@ def compression_lines(planned: PlannedRun, pace: Pace) -> str:
 
 
 def data_line(pace: Pace, cluster: Cluster) -> str:
-    """What the loaders of all machines must give."""
+    """What the loaders of all machines must give, so that no step waits for them."""
+    while_short = " while the sequences are shortest" * bool(pace.phases)
     a_node = f" ({pace.loader_cores / cluster.nodes:.1f} a machine)" * (cluster.nodes > 1)
     return (
         f"{pace.read_mb_per_s:.0f} MB/s of JPEG ({IMAGE_BYTES / 1e3:.0f} kB an image) and "
-        f"{pace.loader_cores:.1f} CPU cores{a_node} to read and decode "
+        f"{pace.loader_cores:.1f} CPU cores{a_node} to read and decode{while_short} "
         f"({(DECODE_CPU_S + STORAGE_CPU_S) * 1e3:.2f} ms of CPU an image, BENCHMARKS.md)"
     )
 
@@ -208,7 +209,7 @@ def hours_lines(plan: Plan, pace: Pace) -> str:
         f"The range is what to expect of {plan.cluster.card.name}: {plan.cluster.card.reach}."
     )
     if time.loader_bound:
-        needed = pace.loader_cores * pace.step_s / time.shortest_step_s / plan.cluster.nodes
+        needed = pace.loader_cores / plan.cluster.nodes
         lines.append(
             f"The cards wait for the loader: {plan.cores} cores a machine read and decode a batch "
             f"in {time.loader_s:.3g} s, a step takes {time.shortest_step_s:.3g} s; {needed:.0f} "

@@ -86,13 +86,8 @@ def plan_run_time(
     Raises:
         ValueError: the set is smaller than a batch, so that an epoch has no step.
     """
-    if images < planned.batch:
-        raise ValueError(
-            f"--images {images} are fewer than the global batch {planned.batch}: an epoch has no "
-            "step; choose a smaller --batch."
-        )
     config = find_recipe(planned.recipe).config
-    steps = int(epochs * (images // planned.batch))
+    steps = count_steps(planned, epochs, images)
     loader_s = planned.batch * (DECODE_CPU_S + STORAGE_CPU_S)
     return RunTime(
         steps=steps,
@@ -103,6 +98,25 @@ def plan_run_time(
         save_s=steps // config.save.every_steps * _copied_bytes(planned, cluster) / _HOST_COPY,
         spread=cluster.card.reach.spread,
     )
+
+
+def count_steps(planned: PlannedRun, epochs: float, images: int) -> int:
+    """Steps of a run, as training counts them.
+
+    Args:
+        planned: what is to be trained.
+        epochs: length of the run.
+        images: images of an epoch.
+
+    Raises:
+        ValueError: the set is smaller than a batch, so that an epoch has no step.
+    """
+    if images < planned.batch:
+        raise ValueError(
+            f"--images {images} are fewer than the global batch {planned.batch}: an epoch has no "
+            "step; choose a smaller --batch."
+        )
+    return max(1, round(epochs * (images // planned.batch)))
 
 
 def _evaluations(config: Config, steps: int) -> int:

@@ -1,12 +1,17 @@
 """Runs whose sequences are shorter at first: their operations, hours and cost."""
 
+from dataclasses import replace
+
 import pytest
 
 from mocov3_ds.config.compression import READY, StepLength
 from mocov3_ds.planning import architecture
-from mocov3_ds.planning.command import launch_command, plan_run
+from mocov3_ds.planning.command import launch_command, plan_run, run_plan
+from mocov3_ds.planning.flags import PlanOptions
 from mocov3_ds.planning.hardware import read_cluster
 from mocov3_ds.planning.options import rank_options
+from mocov3_ds.planning.pace import DECODE_CPU_S, IMAGE_BYTES, STORAGE_CPU_S
+from mocov3_ds.planning.plan_text import data_line
 from mocov3_ds.planning.run_time import plan_run_time
 
 CLUSTER = read_cluster("8xA100-80GB")
@@ -103,3 +108,19 @@ def test_a_counted_backbone_is_counted_at_each_length() -> None:
     # linear layers by tokens (50 of 197) and attention by their square, beside the stem
     assert 0.22 < (quarter - stem) / (whole - stem) < 0.27
     assert list(READY) == ["off", "2x", "4x"]
+
+
+def test_the_loader_is_that_of_the_shortest_steps() -> None:
+    pace = rank_options(plan_run("vit_s16", compress="4x"), CLUSTER, (1,))[0].pace
+    assert pace is not None
+    shortest = min(phase.step_s for phase in pace.phases)
+    assert pace.read_mb_per_s == pytest.approx(4096 / shortest * IMAGE_BYTES / 1e6)
+    assert pace.loader_cores > 5 * 4096 / pace.step_s * (DECODE_CPU_S + STORAGE_CPU_S)
+    assert "to read and decode while the sequences are shortest (" in data_line(pace, CLUSTER)
+    assert "to read and decode (" in data_line(replace(pace, phases=()), CLUSTER)
+
+
+def test_a_run_that_is_too_short_is_refused_as_training_does() -> None:
+    short = PlanOptions(recipe="tiny", gpus="1x24GB", compress="2x", images=40, batch=32, epochs=1)
+    with pytest.raises(ValueError, match="2x does not come to full length in the 1 steps of this"):
+        run_plan(short)
