@@ -109,9 +109,10 @@ class Config:
     LAMB, and for Adam where batches are huge); none = the base rate itself"""
     compress: str = "off"
     """train on a part of each image's patches at first, and on all of them at the end (arXiv
-    2410.22364): off, 2x, 4x (that much less compute), or a schedule of your own by the run's
-    progress, e.g. "0:0.25 0.5:0.25 0.9:1" = a quarter for half of the run, growing to all at 90 %;
-    a point may be q0.5,k1,p2 = half for queries, all for keys, patches of twice the side"""
+    2410.22364): off, 2x, 4x (that much less compute for the paper's ViTs at 224, less for others:
+    mocov3 plan counts it), or a schedule of your own by the run's progress, e.g.
+    "0:0.25 0.5:0.25 0.9:1" = a quarter for half of the run, growing to all at 90 %; a point may be
+    q0.5,k1,p2 = half for queries, all for keys, patches of twice the side"""
     stop_after_steps: Count = 0
     """end early after this many steps, with a checkpoint; 0 = run to the end of the schedule"""
     hang_timeout: NonNegative = 0.0
@@ -126,8 +127,8 @@ class Config:
     """exit status after a signal ended the run early, with a checkpoint; choose one that is not 0
     for a manager that restarts only what failed (Kubernetes)"""
     log: tuple[Logger, ...] = ("tensorboard",)
-    """where the numbers of metrics.jsonl go as well, one or several: --log wandb csv; none after
-    --log = nowhere (monitoring/README.md)"""
+    """where the numbers of metrics.jsonl go as well, one or several: --log wandb csv; --log with no
+    name behind it = nowhere (monitoring/README.md)"""
     profile: Annotated[int, Bounds(0, 1000)] = 0
     """steps to profile, after two others; RUN/profile gets a table of where the time goes and a
     trace of each rank; 0 = none"""
