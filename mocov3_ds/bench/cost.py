@@ -179,7 +179,10 @@ def _describe_share(pairs: Sequence[tuple[float, float]]) -> str:
 
 
 def draw_costs(costs: Costs) -> Figure:
-    """k-NN accuracy on the way against CPU seconds: bold the mean of an arm's seeds, thin each."""
+    """k-NN accuracy on the way against CPU seconds: bold the mean of an arm's seeds, thin each.
+
+    Diamonds are the ends, by a bank of the network's own features, which is the better one.
+    """
     colours = drawing.assign_colours(costs)
     with matplotlib.rc_context(drawing.STYLE):
         figure = Figure((drawing.WIDTH, 3.2), layout="constrained")
@@ -196,7 +199,9 @@ def draw_costs(costs: Costs) -> Figure:
                 )
                 name = drawing.plain_text(label, 48)
                 axes.plot(cpu_s_K, knn_K, "o-", ms=2.5, color=colours[label], lw=1.4, label=name)
-        axes.set_xlabel("CPU seconds of steps")
+            end = [np.mean([getattr(r, at) for r in runs.values()]) for at in ("cpu_s", "accuracy")]
+            axes.plot(*end, "D", ms=6, color=colours[label], markeredgecolor="white")
+        axes.set_xlabel("CPU seconds of steps; diamonds: after the last one")
         axes.set_ylabel("k-NN accuracy, %")
         drawing.legend_below(figure, axes)
     return figure
