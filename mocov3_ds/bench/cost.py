@@ -199,8 +199,9 @@ def draw_costs(costs: Costs) -> Figure:
                 )
                 name = drawing.plain_text(label, 48)
                 axes.plot(cpu_s_K, knn_K, "o-", ms=2.5, color=colours[label], lw=1.4, label=name)
-            end = [np.mean([getattr(r, at) for r in runs.values()]) for at in ("cpu_s", "accuracy")]
-            axes.plot(*end, "D", ms=6, color=colours[label], markeredgecolor="white")
+            cpu_s = np.mean([run.cpu_s for run in runs.values()])
+            accuracy = np.mean([run.accuracy for run in runs.values()])
+            axes.plot(cpu_s, accuracy, "D", ms=6, color=colours[label], markeredgecolor="white")
         axes.set_xlabel("CPU seconds of steps; diamonds: after the last one")
         axes.set_ylabel("k-NN accuracy, %")
         drawing.legend_below(figure, axes)

@@ -173,12 +173,13 @@ def smallest_dip(knn_K: Array, noise: Noise, width: int = 3) -> float:
     from those to its own, at half of all places.
     """
     count = len(knn_K)
-    before = evaluations_before(width, count)
-    at = np.arange(before, count - width + 1)
-    if count < FEWEST or not len(at):
+    level_count = evaluations_before(width, count)
+    places = np.arange(level_count, count - width + 1)
+    if count < FEWEST or not len(places):
         return math.nan
     sums = _sums(knn_K, noise)
-    rises = (sums[at + width] - sums[at]) / width - (sums[at] - sums[at - before]) / before
+    levels = (sums[places] - sums[places - level_count]) / level_count
+    rises = (sums[places + width] - sums[places]) / width - levels
     return smallest_drop(count, noise, width) + max(float(np.median(rises)), 0.0)
 
 

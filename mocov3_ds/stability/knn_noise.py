@@ -140,7 +140,7 @@ def _quiet_side(noise: Noise, knn_K: Array, binomial: float) -> Noise:
     those before them; noise, however heavy its tails or long its memory, is not often both.
 
     Args:
-        noise: noise by differences.
+        noise: what differences of the curve tell of it.
         knn_K: accuracies in percent, (K,).
         binomial: error of the probes in points; 0 if unknown.
     """
@@ -150,12 +150,12 @@ def _quiet_side(noise: Noise, knn_K: Array, binomial: float) -> Noise:
     above_K = knn_K - np.quantile(around, _UPPER, axis=1)
     spread = float(np.median(above_K[above_K > 0])) / _MEDIAN_ABOVE if (above_K > 0).any() else 0.0
     spread = max(spread, binomial, SMALLEST)
-    before = np.lib.stride_tricks.sliding_window_view(knn_K[:-1], AROUND)
-    fallen = np.quantile(before, _UPPER, axis=1) - knn_K[AROUND:] > FAR_BELOW * spread
+    earlier = np.lib.stride_tricks.sliding_window_view(knn_K[:-1], AROUND)
+    fallen = np.quantile(earlier, _UPPER, axis=1) - knn_K[AROUND:] > FAR_BELOW * spread
     is_wide = 0 < OVER_BINOMIAL * binomial < noise.deviation
-    least, share = FAR_BELOW_OFTEN_KNOWN if is_wide else FAR_BELOW_OFTEN
+    fewest, share = FAR_BELOW_OFTEN_KNOWN if is_wide else FAR_BELOW_OFTEN
     quiet = QUIET_LONG if len(knn_K) >= LONG else QUIET
-    if spread > quiet * noise.deviation or np.sum(fallen) < max(least, share * len(knn_K)):
+    if spread > quiet * noise.deviation or np.sum(fallen) < max(fewest, share * len(knn_K)):
         return noise
     scale = spread / noise.deviation
     return Noise(scale * noise.white, scale * noise.slow, noise.memory)

@@ -75,8 +75,8 @@ def short_names(labels: Sequence[str]) -> list[str]:
     """
     parts = [label.split(", ") for label in labels]
     shared = set.intersection(*(set(settings[1:]) for settings in parts))
-    kept = [[s.replace(" ", _NO_BREAK) for s in rest if s not in shared] for _, *rest in parts]
-    return [", ".join([name, *settings]) for (name, *_), settings in zip(parts, kept, strict=True)]
+    own = [[s.replace(" ", _NO_BREAK) for s in part[1:] if s not in shared] for part in parts]
+    return [", ".join([part[0], *settings]) for part, settings in zip(parts, own, strict=True)]
 
 
 def _in_lines(text: str, letters: int) -> str:

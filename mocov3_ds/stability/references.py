@@ -63,15 +63,15 @@ def _explain_flat(series: Series, noise: Noise, final: float, final_loss: float)
     first = float(np.mean(series.knn_K[:_AVERAGED]))
     if final >= first + bar:
         return ""
-    words = f"the k-NN accuracy ends at {final:.1f} % as it began ({first:.1f} %)"
+    sentence = f"the k-NN accuracy ends at {final:.1f} % as it began ({first:.1f} %)"
     if final_loss > AS_UNTRAINED * series.chance_loss:
         share = 100 * final_loss / series.chance_loss
-        return f"{words}, and the loss at {share:.0f} % of its chance level"
+        return f"{sentence}, and the loss at {share:.0f} % of its chance level"
     tenths = np.array_split(series.knn_K, min(10, len(series.knn_K) // _AVERAGED))
     highest = max(float(np.mean(tenth)) for tenth in tenths)
     is_from_start = series.knn_steps_K[0] <= AT_START * series.total_steps
     if series.random_knn is None and is_from_start and highest < first + bar:
-        return f"{words}, and was never higher"
+        return f"{sentence}, and was never higher"
     return ""
 
 

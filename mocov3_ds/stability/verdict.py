@@ -272,8 +272,8 @@ def _list_not_looked(series: Series) -> list[str]:
 
 def _explain_divergence(series: Series) -> str:
     """Why the run counts as diverged; empty if it does not."""
-    if series.has_loss and (words := _explain_diverged_loss(series)):
-        return words
+    if series.has_loss and (sentence := _explain_diverged_loss(series)):
+        return sentence
     if series.non_finite_end:
         return series.non_finite_end
     best, final = knn_curve.best_and_final_accuracy(series)
@@ -332,10 +332,10 @@ def _list_notes(series: Series, curve: CurveFindings, repeated: int) -> list[str
     if repeated:
         notes.append(f"{count_noun(repeated, 'row')} of steps logged again later did not count")
     if FEWEST <= len(series.knn_K) < _FEW_EVALUATIONS:
-        least = smallest_dip(series.knn_K, curve.noise)
+        shallowest = smallest_dip(series.knn_K, curve.noise)
         notes.append(
             f"{len(series.knn_K)} k-NN evaluations are few: dips that last shorter than three of "
-            f"them, or are below {least:.1f} points, are not seen"
+            f"them, or are below {shallowest:.1f} points, are not seen"
         )
     if not series.trained_groups():
         notes.append("no gradients were logged, so no gradient events, leads and alarms")

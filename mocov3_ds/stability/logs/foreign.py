@@ -208,8 +208,8 @@ def _take_accuracies(knn: _Curve, name: str) -> tuple[_Curve, list[str]]:
 def _without_gaps(loss: _Curve, evaluated: Steps) -> tuple[_Curve, int]:
     """The losses that were logged, and the count of those that are none."""
     is_gap = flag_gaps(loss.steps_M, loss.values_M, evaluated)
-    kept = _Curve(loss.steps_M[~is_gap], loss.values_M[~is_gap], loss.repeated)
-    return kept, int(is_gap.sum())
+    logged = _Curve(loss.steps_M[~is_gap], loss.values_M[~is_gap], loss.repeated)
+    return logged, int(is_gap.sum())
 
 
 def _begins_random(knn: _Curve, loss: _Curve) -> bool:

@@ -35,7 +35,7 @@ def flag_gaps(steps_M: Steps, values_M: Array, evaluated: Steps) -> Flags:
 
     Args:
         steps_M: steps of the column, ascending.
-        values_M: its values.
+        values_M: what was logged at each of them.
         evaluated: steps of the evaluations.
     """
     is_nan = np.isnan(values_M)
@@ -45,11 +45,11 @@ def flag_gaps(steps_M: Steps, values_M: Array, evaluated: Steps) -> Flags:
     end = _last_finite(values_M) + 1
     if len(values_M) - end <= LONGER * _longest_gap(values_M):  # the pace of the column
         end = len(values_M)
-    inside = is_nan & (np.arange(len(values_M)) < end)
-    often = np.mean(inside[:end]) > OFTEN
-    at_evaluations = inside.sum() >= 2 and bool(np.isin(steps_M[inside], evaluated).all())
-    share = np.mean(np.isin(evaluated, steps_M[inside])) if len(evaluated) else 0.0
-    return inside if often or (at_evaluations and share > OF_EVALUATIONS) else nothing
+    gap_M = is_nan & (np.arange(len(values_M)) < end)
+    is_frequent = np.mean(gap_M[:end]) > OFTEN
+    at_evaluations = gap_M.sum() >= 2 and bool(np.isin(steps_M[gap_M], evaluated).all())
+    share = np.mean(np.isin(evaluated, steps_M[gap_M])) if len(evaluated) else 0.0
+    return gap_M if is_frequent or (at_evaluations and share > OF_EVALUATIONS) else nothing
 
 
 def ends_at(values_M: Array) -> int | None:
