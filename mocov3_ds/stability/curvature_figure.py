@@ -5,6 +5,7 @@ Measured with `--signals.sharpness_every` and `--signals.noise_every`.
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,7 +14,7 @@ from mocov3_ds.stability import drawing
 from mocov3_ds.stability.study import Arms
 
 QUANTITIES = {
-    "sharpness": "Sharpness of the loss, preconditioned; dashed: limit of Adam",
+    "sharpness": "Preconditioned sharpness; dashed: limit of Adam",
     "curvature": "Curvature along the step; dashed: limit",
     "noise_scale": "Gradient noise scale, images",
 }
@@ -34,11 +35,15 @@ def draw_curvature(arms: Arms) -> Figure | None:
         return None
     colours = drawing.assign_colours(arms)
     figure, panels = drawing.stack_panels(len(names), "", height=_HEIGHT)
-    for axes, name in zip(panels, names, strict=True):
-        _draw_quantity(axes, name, tables, colours)
-        drawing.set_title(axes, QUANTITIES[name])
-        axes.set_yscale("log")
-    drawing.legend_below(figure, panels[-1])
+    with matplotlib.rc_context(drawing.STYLE):
+        for axes, name in zip(panels, names, strict=True):
+            _draw_quantity(axes, name, tables, colours)
+            drawing.set_title(axes, QUANTITIES[name])
+            axes.set_yscale("log")
+        # a quantity may be known of some arms alone
+        drawing.legend_below(
+            figure, max(panels, key=lambda axes: len(axes.get_legend_handles_labels()[0]))
+        )
     return figure
 
 
@@ -62,5 +67,5 @@ def _draw_quantity(
 
 
 def _has(table: SignalTable, name: str) -> bool:
-    """Whether a quantity was measured at a step at least."""
-    return name in table.scalars and len(table.measured(name)[0]) > 0
+    """Whether a quantity was measured often enough for a line."""
+    return name in table.scalars and len(table.measured(name)[0]) > 1

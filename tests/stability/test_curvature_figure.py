@@ -32,7 +32,7 @@ def test_each_quantity_that_was_measured_has_a_panel_and_each_seed_a_line(tmp_pa
     figure = draw_curvature(arms)
     assert figure is not None
     sharpness, noise = figure.axes
-    assert "Sharpness" in sharpness.get_title(loc="left")
+    assert "sharpness" in sharpness.get_title(loc="left")
     assert "noise scale" in noise.get_title(loc="left")
     points = [line for line in sharpness.lines if line.get_linestyle() == "-"]
     assert [np.asarray(line.get_ydata()).tolist() for line in points] == [[20.0, 40.0, 60.0]] * 3
