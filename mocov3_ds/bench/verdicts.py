@@ -8,7 +8,7 @@ Quiet runs rise as training does, saturating or in a straight line, with the bin
 probes and, beside it, what was measured on CIFAR-10: 0.56 points, white, heavy-tailed (t3) or
 remembering its past (AR 0.5). The detectors were set on flat curves without any of this.
 
-Shape suffix: K = k-NN evaluations.
+Shape suffixes: K = k-NN evaluations, S = falls.
 """
 
 import json
@@ -80,22 +80,18 @@ def measured(series: Series, noise: str, random: np.random.Generator) -> Series:
     return replace(series, knn_K=100 * hits_K / series.probes + excess_K)
 
 
-def dip(depth: float) -> _FALL:
-    """A sudden fall at 60 % of the run that heals over 5 % of it."""
-    return lambda u_K: depth * np.where(u_K >= 0.6, np.clip(1 - (u_K - 0.6) / 0.05, 0, 1), 0.0)
-
-
-def eight_dips(depth: float) -> _FALL:
-    """Sudden falls at 20, 30, ... 90 % of the run, each of which heals over 5 % of it."""
-    starts = np.arange(0.2, 0.95, 0.1)[:, None]
+def dip(depth: float, starts: Sequence[float] | Array = (0.6,), healing: float = 0.05) -> _FALL:
+    """Sudden falls at shares of the run, each of which heals over a share of it."""
+    starts_S1 = np.array(starts)[:, None]
     return lambda u_K: np.sum(
-        depth * np.where(u_K >= starts, np.clip(1 - (u_K - starts) / 0.05, 0, 1), 0.0), axis=0
+        depth * np.where(u_K >= starts_S1, np.clip(1 - (u_K - starts_S1) / healing, 0, 1), 0.0),
+        axis=0,
     )
 
 
 def restart(depth: float) -> _FALL:
     """A sudden fall at 60 % of the run that heals over 10 % of it."""
-    return lambda u_K: depth * np.where(u_K >= 0.6, np.clip(1 - (u_K - 0.6) / 0.1, 0, 1), 0.0)
+    return dip(depth, healing=0.1)
 
 
 def decline(depth: float) -> _FALL:
@@ -107,7 +103,7 @@ PLANTED: Sequence[tuple[str, _FALL, Callable[[CurveFindings], bool]]] = (
     ("dip of 2", dip(2), lambda curve: bool(curve.dips)),
     ("dip of 5", dip(5), lambda curve: bool(curve.dips)),
     ("dip of 10", dip(10), lambda curve: bool(curve.dips)),
-    ("8 dips of 5", eight_dips(5), lambda curve: bool(curve.dips)),
+    ("8 dips of 5", dip(5, np.arange(0.2, 0.95, 0.1)), lambda curve: bool(curve.dips)),
     ("restart of 30 %", restart(18), lambda curve: any(one.restart for one in curve.dips)),
     ("decline of 3", decline(3), lambda curve: bool(curve.declines)),
     ("decline of 10", decline(10), lambda curve: bool(curve.declines)),

@@ -59,8 +59,7 @@ def _explain_flat(series: Series, noise: Noise, final: float, final_loss: float)
     """Why a curve counts as that of a network that never learnt, by its own beginning alone."""
     if len(series.knn_K) < FEWEST:
         return ""
-    bar = ERRORS * math.sqrt(2) * _error_of_final(series, noise, final)
-    first = float(np.mean(series.knn_K[:_AVERAGED]))
+    first, bar = _beginning(series, noise, final)
     if final >= first + bar:
         return ""
     sentence = f"the k-NN accuracy ends at {final:.1f} % as it began ({first:.1f} %)"
@@ -85,14 +84,19 @@ def explain_unknown_learning(series: Series, noise: Noise, final: float) -> str:
     """
     if series.random_knn is not None or series.knn_chance > 0 or len(series.knn_K) < FEWEST:
         return ""
-    bar = ERRORS * math.sqrt(2) * _error_of_final(series, noise, final)
-    first = float(np.mean(series.knn_K[:_AVERAGED]))
+    first, bar = _beginning(series, noise, final)
     if abs(final - first) >= bar:
         return ""
     return (
         f"whether it learns was not: the k-NN accuracy ends at {final:.1f} % as it began "
         f"({first:.1f} %), and neither an evaluation at step 0 nor guessing (knn_chance) is logged"
     )
+
+
+def _beginning(series: Series, noise: Noise, final: float) -> tuple[float, float]:
+    """Mean of the first evaluations, and how far from it the final accuracy may be by chance."""
+    bar = ERRORS * math.sqrt(2) * _error_of_final(series, noise, final)
+    return float(np.mean(series.knn_K[:_AVERAGED])), bar
 
 
 def explain_behind(series: Series, noise: Noise, final: float) -> str:

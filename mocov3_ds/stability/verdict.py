@@ -100,6 +100,7 @@ def judge(series: Series) -> Judgement:
     spikes = _count_spikes(series, jumps)
     final_loss = _final_loss(series.loss_T)
     best, final = knn_curve.best_and_final_accuracy(series)
+    shallowest = smallest_dip(series.knn_K, curve.noise)
     not_looked = _list_not_looked(series)
     if unknown := explain_unknown_learning(series, curve.noise, final):
         not_looked.append(unknown)
@@ -130,10 +131,10 @@ def judge(series: Series) -> Judgement:
         declines=curve.declines,
         lead=measure_lead(series, bursts, window),
         alarms=() if layer is None else judge_alarms(series, layer, onsets),
-        notes=tuple(_list_notes(series, curve, repeated)),
+        notes=tuple(_list_notes(series, shallowest, repeated)),
         not_looked=tuple(not_looked),
         knn_noise=curve.noise.deviation if len(series.knn_K) else math.nan,
-        smallest_dip=smallest_dip(series.knn_K, curve.noise),
+        smallest_dip=shallowest,
     )
 
 
@@ -323,7 +324,7 @@ def _gradient_steps(series: Series) -> Steps:
     return series.steps_T[is_measured(*series.grad_linf_GT)]
 
 
-def _list_notes(series: Series, curve: CurveFindings, repeated: int) -> list[str]:
+def _list_notes(series: Series, shallowest: float, repeated: int) -> list[str]:
     """What could not be judged, or only in part, one sentence each."""
     notes = _list_not_looked(series)
     last = int(series.steps_T[-1]) if len(series.steps_T) else 0
@@ -332,7 +333,6 @@ def _list_notes(series: Series, curve: CurveFindings, repeated: int) -> list[str
     if repeated:
         notes.append(f"{count_noun(repeated, 'row')} of steps logged again later did not count")
     if FEWEST <= len(series.knn_K) < _FEW_EVALUATIONS:
-        shallowest = smallest_dip(series.knn_K, curve.noise)
         notes.append(
             f"{len(series.knn_K)} k-NN evaluations are few: dips that last shorter than three of "
             f"them, or are below {shallowest:.1f} points, are not seen"
