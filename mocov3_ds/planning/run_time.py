@@ -21,6 +21,8 @@ class RunTime:
     steps: int
     step_s: float
     """seconds of a step over whole sequences, by the cards"""
+    shortest_step_s: float
+    """seconds of a step when the sequences are shortest"""
     phases: tuple[tuple[float, float], ...] = ()
     """share of the steps and seconds of such a step, of a run that compresses its sequences"""
     loader_s: float
@@ -36,11 +38,6 @@ class RunTime:
     def loader_bound(self) -> bool:
         """Whether the cards wait for the loader at any time."""
         return self.loader_s > self.shortest_step_s
-
-    @property
-    def shortest_step_s(self) -> float:
-        """Seconds of a step when the sequences are shortest."""
-        return min((seconds for _, seconds in self.phases), default=self.step_s)
 
     @property
     def hours(self) -> float:
@@ -92,6 +89,7 @@ def plan_run_time(
     return RunTime(
         steps=steps,
         step_s=pace.step_s,
+        shortest_step_s=pace.shortest_step_s,
         phases=tuple((phase.share, phase.step_s) for phase in pace.phases),
         loader_s=loader_s / (cores * cluster.nodes) if cores else 0.0,
         knn_s=_evaluations(config, steps) * _evaluation_s(config, planned, cluster),
