@@ -44,8 +44,8 @@ INSTRUMENTS: dict[str, str] = {
     "steps are unstable; of Adam alone",
     "curvature": "at the same steps: that along the gradient's step P^-1 g",
     "curvature_limit": "at the same steps: 2 / lr, above which such a step makes the loss rise",
-    "noise_trace": "every --signals.noise_every, of the batch before its step: trace of the "
-    "covariance of one image's gradient of the backbone",
+    "noise_trace": "every --signals.noise_every, of the two halves of the batch before its step: "
+    "trace of the covariance of one image's gradient",
     "gradient_square": "at the same steps: squared norm of the true gradient, unbiased (below 0 "
     "where the noise hides it)",
     "noise_scale": "at the same steps: noise_trace / gradient_square, images; averages over steps "

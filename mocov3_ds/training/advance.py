@@ -1,12 +1,13 @@
 """One step of a run, from the next batch to the moved weights; `train` logs it.
 
 Shape suffixes: V = the two views, B = rank batch, C H W = image, M = branches with stochastic
-depth, N = patches, K = patches that are kept.
+depth, N = patches, K = patches that are kept, H = rows of this rank that are looked at.
 """
 
 import math
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,17 +136,24 @@ def measure_instruments(
     if not run.instruments.are_due(run.step + 1):
         return {}
     heartbeat.enter_stage(run.step + 1, "look")  # it has no limit
+    run.instruments.prepare(run.model, _chunk_of_copy(run))
+    fix = partial(_fix_batch, run, views, replace(draws, chunks=None))
+    values = run.instruments.measure(run.step + 1, lr, run.optimizer, batch.sample_ids_B, fix)
+    heartbeat.enter_stage(run.step + 1, "step")
+    return values
+
+
+def _fix_batch(
+    run: Run, views: tuple[Tensor, Tensor], draws: Draws, rows_H: Tensor | None
+) -> FixedBatch:
+    """Some rows of each rank as a batch of their own, with the keys that they would get alone."""
+    if rows_H is not None:
+        views, draws = (views[0][rows_H], views[1][rows_H]), draws.of_rows(rows_H)
     encoder = run.momentum_encoder
     with random_numbers_kept(run.device), buffers_kept(encoder):
         seed_drawing(run)
         keys = make_both_keys(encoder, *views, run.model.chunks.size, draws)
-    draws_unchunked = replace(draws, chunks=None)
-    views_fp32 = (views[0].float(), views[1].float())
-    fixed = FixedBatch(views_fp32, keys, draws_unchunked, step_seed(run))
-    run.instruments.prepare(run.model, _chunk_of_copy(run))
-    values = run.instruments.measure(run.step + 1, lr, run.optimizer, fixed, batch.sample_ids_B)
-    heartbeat.enter_stage(run.step + 1, "step")
-    return values
+    return FixedBatch((views[0].float(), views[1].float()), keys, draws, step_seed(run))
 
 
 def _chunk_of_copy(run: Run) -> int:

@@ -1,7 +1,7 @@
 """What is measured of a run's loss every so many steps, before the step: curvature, noise scale.
 
     instruments = Instruments(signals, model, device, dtype)   before the engine takes the model
-    values = instruments.measure(step, lr, optimizer, batch, sample_ids_B)
+    values = instruments.measure(step, lr, optimizer, sample_ids_B, fix_batch)
 
     sharpness          largest eigenvalue of P^-1 H, see `curvature` and `optim.preconditioner`
     sharpness_limit    where it makes steps unstable: 38 / lr
@@ -12,20 +12,17 @@
 H is of the exact loss of the coming global batch at the present weights, keys fixed. The numbers
 are those of the global batch: the same on any number of ranks up to rounding.
 
-Shape suffixes: W = all trained weights in one row, N = pieces, G = images of the global batch,
-B = those of this rank.
+Shape suffixes: W = all trained weights in one row, B = images of this rank, H = of its half.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mocov3_ds.config.parts import SignalConfig
 from mocov3_ds.distributed import ranks
-from mocov3_ds.model.backbones import BackboneFacts
 from mocov3_ds.optim.preconditioner import (
     has_preconditioner,
     inverse_preconditioner,
@@ -34,7 +31,7 @@ from mocov3_ds.optim.preconditioner import (
 from mocov3_ds.optim.sharded import ShardedOptimizer
 from mocov3_ds.training.curvature import directional_curvature, largest_eigenvalue
 from mocov3_ds.training.measured_copy import FixedBatch, MeasuredCopy
-from mocov3_ds.training.noise_scale import NoiseScale, draw_pieces, noise_of_pieces
+from mocov3_ds.training.noise_scale import NoiseScale, draw_halves, noise_of_halves
 from mocov3_ds.training.step import QueriesToLoss
 
 _STEP = 1e-4
@@ -43,8 +40,9 @@ _FIRST_ITERATIONS, _LATER_ITERATIONS = 30, 8
 """products at most: from random numbers, and from the last measurement's direction"""
 _TOLERANCE = 0.01
 """growth of the eigenvalue in an iteration at which it is taken as found"""
-_PIECES = 8
-"""pieces of a batch, over which the noise scale is measured"""
+
+FixBatch = Callable[[Tensor | None], FixedBatch]
+"""of rows of this rank the batch that they are by themselves, with keys of their own; None = all"""
 
 
 class Instruments:
@@ -82,8 +80,8 @@ class Instruments:
         step: int,
         lr: float,
         optimizer: ShardedOptimizer,
-        batch: FixedBatch,
         sample_ids_B: Tensor,
+        fix_batch: FixBatch,
     ) -> dict[str, float]:
         """Measure what is due before a step; all ranks must call.
 
@@ -91,8 +89,8 @@ class Instruments:
             step: number of the step, from 1.
             lr: learning rate of that step.
             optimizer: the run's optimizer, for weights and second moments.
-            batch: this rank's part of the step's batch.
             sample_ids_B: numbers of this rank's samples in the manifest.
+            fix_batch: makes a batch of all images of the step, or of some rows of each rank.
 
         Returns:
             Name -> value. Nothing of the curvature before an optimizer with second moments has
@@ -101,16 +99,15 @@ class Instruments:
         assert self._copy is not None, "nothing is due without a copy"
         values: dict[str, float] = {}
         can_divide = optimizer.step_count > 0 or not has_preconditioner(optimizer)
-        with random_numbers_kept(batch.views[0].device):
+        with random_numbers_kept(sample_ids_B.device):
             weights_W = self._copy.join(_states(optimizer, "weight"))
             if _is_due(step, self.signals.sharpness_every) and can_divide:
                 scale_W = self._copy.join(inverse_preconditioner(optimizer))
-                values |= self._measure_curvature(self._copy, batch, weights_W, scale_W)
+                values |= self._measure_curvature(self._copy, fix_batch(None), weights_W, scale_W)
                 values["sharpness_limit"] = sharpness_limit(optimizer, lr)
                 values["curvature_limit"] = 2 / lr if lr else float("inf")
             if _is_due(step, self.signals.noise_every):
-                sample_ids_B = sample_ids_B.to(weights_W.device)
-                noise = measure_noise(self._copy, batch, weights_W, sample_ids_B)
+                noise = measure_noise(self._copy, fix_batch, weights_W, sample_ids_B)
                 values["noise_trace"] = noise.trace
                 values["gradient_square"] = noise.gradient_square
                 values["noise_scale"] = noise.batch
@@ -153,47 +150,43 @@ class Instruments:
             self._direction_W = self._copy.join(tensors.items())
 
 
-def check_instruments(signals: SignalConfig, facts: BackboneFacts) -> None:
-    """Refuse an instrument that a backbone cannot have.
+def check_instruments(signals: SignalConfig, images: int, world_size: int) -> None:
+    """Refuse an instrument that a batch is too small for.
+
+    Args:
+        signals: how often what is measured.
+        images: of a step on each rank.
+        world_size: number of ranks.
 
     Raises:
-        ValueError: the noise scale needs what each image gives on its own.
+        ValueError: the noise scale needs two halves, of two images or more.
     """
-    if signals.noise_every and facts.rows_know_each_other:
+    if signals.noise_every and (images % 2 or images * world_size < 4):
         raise ValueError(
-            f"--signals.noise_every {signals.noise_every} needs a backbone whose features of an "
-            "image depend on that image alone, and this one has batch norm; leave it out."
+            f"--signals.noise_every {signals.noise_every} compares the gradients of two halves of "
+            f"a batch, so each rank needs an even number of images and all together 4 or more; "
+            f"there are {images} on each of {world_size}. Change --batch, or leave it out."
         )
 
 
 def measure_noise(
-    network: MeasuredCopy, batch: FixedBatch, weights_W: Tensor, sample_ids_B: Tensor
+    network: MeasuredCopy, fix_batch: FixBatch, weights_W: Tensor, sample_ids_B: Tensor
 ) -> NoiseScale:
-    """Noise scale of the backbone's gradient on one global batch; all ranks must call.
+    """Noise scale of the gradient of all trained weights on one global batch; all ranks must call.
 
     Args:
         network: the copy of the trained module.
-        batch: this rank's part of it.
+        fix_batch: makes a batch of some rows of each rank.
         weights_W: weights at which its gradient is taken.
         sample_ids_B: numbers of this rank's samples in the manifest.
     """
-    sample_ids_G = ranks.all_gather_cat(sample_ids_B).cpu().numpy()
-    images, first = len(sample_ids_G), ranks.rank() * len(sample_ids_B)
-    pieces_G = draw_pieces(sample_ids_G, min(_PIECES, images))
-    pieces_B = torch.from_numpy(pieces_G[first : first + len(sample_ids_B)])
-    sizes_N = np.bincount(pieces_G)
     network.set_weights(weights_W)
-    first_BD, second_BD, *_ = network.differentiate_heads(batch).gradients
-    shares = (first_BD.detach(), second_BD.detach())
-    squares, total_W = [], torch.zeros_like(weights_W[: network.backbone_numbers])
-    for piece, size in enumerate(sizes_N):
-        rows_R = (pieces_B == piece).nonzero().flatten().to(weights_W.device)
-        sum_W = ranks.all_reduce_sum(network.pull_back(batch, shares, rows_R))
-        sum_W *= images / ranks.world_size()
-        squares.append(float(sum_W.double().square().sum()) / int(size) ** 2)
-        total_W += sum_W
-    mean_square = float(total_W.double().square().sum()) / images**2
-    return noise_of_pieces(np.array(squares), sizes_N, mean_square)
+    gradients_W = []
+    for rows_H in draw_halves(sample_ids_B.cpu().numpy()):
+        half = fix_batch(torch.from_numpy(rows_H).to(weights_W.device))
+        gradients_W.append(network.gradient(half, network.differentiate_heads(half)))
+    images = len(sample_ids_B) // 2 * ranks.world_size()
+    return noise_of_halves(gradients_W[0], gradients_W[1], images)
 
 
 @contextmanager

@@ -16,12 +16,12 @@ So the kinks of the heads' ReLUs, which no difference of gradients can tell from
 count, as in published Hessians; and nothing but features exists for more than a chunk of images.
 
 Shape suffixes: W = all trained weights in one row, D = backbone features, B = rank batch,
-C H W = image, V = the two views, R = rows of this rank that are looked at.
+C H W = image, V = the two views.
 """
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -131,26 +131,19 @@ class MeasuredCopy:
             gradients = torch.autograd.grad(loss, all_leaves, create_graph=True)
         return Heads(all_leaves, gradients)
 
-    def pull_back(self, batch: FixedBatch, shares: Views, rows_R: Tensor | None = None) -> Tensor:
+    def pull_back(self, batch: FixedBatch, shares: Views) -> Tensor:
         """The backbone's derivative, transposed, times numbers beside its features; this rank's.
 
         Args:
             batch: this rank's part of the batch.
             shares: numbers (B, D) beside the features of both views.
-            rows_R: the rows that are looked at; None = all.
 
         Returns:
             A row of the backbone's weights.
         """
-        views, draws = batch.views, batch.draws
-        if rows_R is not None:
-            if not len(rows_R):
-                return shares[0].new_zeros(self.backbone_numbers)
-            views = (views[0][rows_R], views[1][rows_R])
-            shares, draws = (shares[0][rows_R], shares[1][rows_R]), _rows_of(draws, rows_R)
         torch.manual_seed(batch.seed)
         with torch.enable_grad():
-            features = self._model.features(*views, draws)
+            features = self._model.features(*batch.views, batch.draws)
         return _join(torch.autograd.grad(features, self._backbone, shares))
 
     def gradient(self, batch: FixedBatch, heads: Heads) -> Tensor:
@@ -216,17 +209,3 @@ def _join(tensors: Iterable[Tensor]) -> Tensor:
 
 def _mean_over_ranks(row_W: Tensor) -> Tensor:
     return ranks.all_reduce_sum(row_W).div_(ranks.world_size())
-
-
-def _rows_of(draws: Draws, rows_R: Tensor) -> Draws:
-    """The draws of some images."""
-
-    def rows(both_VB: Tensor | None) -> Tensor | None:
-        return None if both_VB is None else both_VB[:, rows_R]
-
-    return replace(
-        draws,
-        factors_VBM=rows(draws.factors_VBM),
-        query_patches_VBK=rows(draws.query_patches_VBK),
-        key_patches_VBK=rows(draws.key_patches_VBK),
-    )

@@ -2,32 +2,36 @@
 
 McCandlish et al. (arXiv 1812.06162): with S the trace of the covariance of one image's gradient and
 G the true gradient, a batch of B images gives a gradient with noise S / B; batches far above the
-noise scale S / |G|^2 buy little. Both come from one batch that is cut into pieces: the spread
-between the pieces is S over a piece's size.
+noise scale S / |G|^2 buy little.
 
-What an image's gradient is. The contrastive loss of a batch is no sum over images. Here it is what
-an image gives to the gradient of the backbone through its own features, both views together, with
-keys, negatives and batch-norm statistics those of the whole batch as they are. So S counts the
-choice of the images that are trained on and their views, not the noise of who else is in the batch,
-and weights of the heads are left out. S and |G|^2 are unbiased but for that; their ratio is not, so
-averages over steps are to be taken of each, before dividing.
+Both come from the two halves of a batch, each a batch of its own: its own keys, negatives and
+batch-norm statistics. Their gradients a and b are then independent draws, so that on average
 
-Shape suffixes: G = images of the global batch, N = pieces, B = images of this rank.
+    a . b     = |G|^2                 and           |a - b|^2 = 2 S / (B / 2)
+
+Pieces of one batch that share these would not do. Batch norm takes the mean of all pieces away,
+so they pull against each other, and |G|^2 comes out below 0. What is measured is the loss at half
+the run's batch, with half its negatives; a contrastive loss has no gradient of one image, and S is
+B / 2 times what such a half deviates by. Averages over steps are to be taken of S and of |G|^2,
+before dividing: the ratio of one step is noise itself.
+
+Shape suffixes: B = images of this rank, H = of its half, P = pairs of neighbours, W = weights.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mocov3_ds.data.splitmix import hash_words
 
 _STREAM = 0x6E6F6973652B0A11
-"""sets the draw of the pieces apart from those of views and order"""
+"""sets the draw of the halves apart from those of views and order"""
 
 
 class NoiseScale(NamedTuple):
-    """What the pieces of one batch say; see the module's text."""
+    """What the halves of one batch say; see the module's text."""
 
     trace: float
     """S, the squared deviation of an image's gradient from the mean, all weights together"""
@@ -40,35 +44,30 @@ class NoiseScale(NamedTuple):
         return self.trace / self.gradient_square if self.gradient_square > 0 else float("nan")
 
 
-def draw_pieces(sample_ids_G: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Piece of each image of a global batch, (G,): a function of the samples alone.
+def draw_halves(sample_ids_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of a rank's two halves, (H,) each: of every two neighbours one, as their numbers say.
 
-    Sizes differ by one image at most. Neighbours in a shard may be alike, so pieces are drawn.
-
-    Args:
-        sample_ids_G: number of each image in the manifest.
-        count: pieces, at most G.
-    """
-    order_G = np.argsort(hash_words(_STREAM, sample_ids_G), kind="stable")
-    pieces_G = np.empty(len(sample_ids_G), np.int64)
-    pieces_G[order_G] = np.arange(len(sample_ids_G)) * count // len(sample_ids_G)
-    return pieces_G
-
-
-def noise_of_pieces(
-    squares_N: NDArray[np.float64], sizes_N: NDArray[np.int64], mean_square: float
-) -> NoiseScale:
-    """Noise and signal of a gradient whose batch is cut into pieces.
-
-    The pieces' spread N_i |p_i - p|^2, summed and divided by their number less one, is S on
-    average, whatever their sizes; |p|^2 is too large by S / G.
+    So each rank has as many of either half, and the halves of the global batch are the same on any
+    number of ranks.
 
     Args:
-        squares_N: |p_i|^2 of the mean p_i over a piece of what each image gives, (N,), N >= 2.
-        sizes_N: images of each piece.
-        mean_square: |p|^2 of the mean over all images.
+        sample_ids_B: number of each image in the manifest, an even number of images.
     """
-    images = int(sizes_N.sum())
-    spread = float((sizes_N * squares_N).sum() - images * mean_square)
-    trace = max(spread, 0.0) / (len(sizes_N) - 1)
-    return NoiseScale(trace, mean_square - trace / images)
+    assert len(sample_ids_B) % 2 == 0, "every image has a neighbour"
+    words_P2 = hash_words(_STREAM, sample_ids_B).reshape(-1, 2)
+    second_P = (words_P2[:, 0] > words_P2[:, 1]).astype(np.int64)
+    first_of_pair_P = np.arange(0, len(sample_ids_B), 2)
+    return first_of_pair_P + second_P, first_of_pair_P + 1 - second_P
+
+
+def noise_of_halves(first_W: Tensor, second_W: Tensor, images: int) -> NoiseScale:
+    """Noise and signal of a gradient, from those of two independent batches.
+
+    Args:
+        first_W: gradient of the mean loss of one of them.
+        second_W: of the other.
+        images: of each of them.
+    """
+    first_W, second_W = first_W.double(), second_W.double()
+    trace = images / 2 * float((first_W - second_W).square().sum())
+    return NoiseScale(trace, float(first_W @ second_W))

@@ -9,11 +9,11 @@ forward, one backward, one gradient reduction.
 
 Shape suffixes: V = the two views, B = rank batch, b = images of a chunk, G = global batch,
 C H W = image, D = backbone features, P = head output, M = branches with stochastic depth,
-K = patches that are kept.
+K = patches that are kept, R = some rows of this rank.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -66,6 +66,19 @@ class Draws:
     """numbers of these patches, where the run compresses its sequences"""
     chunks: Chunks | None = None
     """how the rank's batch goes through the backbone in this step; None = as in any other"""
+
+    def of_rows(self, rows_R: Tensor) -> "Draws":
+        """What is drawn for some images of this rank."""
+
+        def rows(both_VB: Tensor | None) -> Tensor | None:
+            return None if both_VB is None else both_VB[:, rows_R]
+
+        return replace(
+            self,
+            factors_VBM=rows(self.factors_VBM),
+            query_patches_VBK=rows(self.query_patches_VBK),
+            key_patches_VBK=rows(self.key_patches_VBK),
+        )
 
 
 NOTHING_DRAWN = Draws()

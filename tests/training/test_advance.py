@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mocov3_ds.model.base_encoder import BaseEncoder
+from mocov3_ds.model.momentum_encoder import ViewKeys
 from mocov3_ds.model.shapes import EncoderShape, VitShape
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.advance import (
@@ -21,7 +23,8 @@ from mocov3_ds.training.advance import (
     seed_drawing,
 )
 from mocov3_ds.training.build import build_run
-from mocov3_ds.training.step import StepResult
+from mocov3_ds.training.noise_scale import draw_halves
+from mocov3_ds.training.step import Draws, StepResult
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
 from tests.test_train import SMALL
@@ -111,3 +114,42 @@ def test_steps_are_counted_unless_they_were_dropped(tmp_path: Path) -> None:
     assert out["dropped"] == (False, 1, 1)
     assert out["reason"].startswith("the gradient's norm")
     assert out["unmoved"]
+
+
+def noise_of_a_run(folder: Path, keys_of_all: bool) -> list[tuple[float, float]]:
+    """Noise of the second step as measured, and from each half sent through copies alone."""
+    make_set(str(folder / "train"), [20, 7, 23])
+    flags = [*SMALL, "--data.shards", str(folder / "train"), "--knn.probes", "0", "--batch", "12"]
+    flags += ["--runs", str(folder / "runs"), "--model.drop_path", "0.5", "--chunk", "4"]
+    run = build_run(parse([*flags, "--signals.noise_every", "2"]), torch.device("cpu"))
+    advance_run(run)
+    network, encoder = deepcopy(run.model).train(), deepcopy(run.momentum_encoder)
+    step = advance_run(run)
+    views, ids_B = (step.x1_BCHW, step.x2_BCHW), step.batch.sample_ids_B
+    run.step -= 1  # stochastic depth is drawn by step and sample
+    found = [(step.measured["noise_trace"], step.measured["gradient_square"])]
+    gradients = []
+    for rows in map(torch.from_numpy, draw_halves(ids_B.numpy())):
+        x1, x2 = views[0][rows], views[1][rows]
+        all_keys = [encoder.make_keys(x) for x in views]
+        keys = [ViewKeys(k.keys_BP[rows], k.features_BD[rows]) for k in all_keys]
+        if not keys_of_all:
+            keys = [encoder.make_keys(x) for x in (x1, x2)]
+        draws = Draws(factors_VBM=draw_depth(run, ids_B[rows]))
+        loss = network(x1, x2, lambda keys=keys: keys, draws).loss
+        trained = [p for p in network.parameters() if p.requires_grad]
+        parts = torch.autograd.grad(loss, trained)
+        gradients.append(torch.cat([part.reshape(-1) for part in parts]).double())
+    run.close()
+    first, second = gradients
+    spread = (first - second).square().sum() * 6 / 2  # a half has 6 images
+    return [*found, (float(spread), float(first @ second))]
+
+
+@pytest.mark.parametrize("keys_of_all", [False, True])
+def test_each_half_of_a_measured_batch_is_a_batch_of_its_own(
+    tmp_path: Path, keys_of_all: bool
+) -> None:
+    [(measured, alone)] = run_ranks(1, noise_of_a_run, tmp_path, keys_of_all)
+    # fp32, chunks of four against whole halves; with keys of the whole batch it is another number
+    assert (measured == pytest.approx(alone, rel=1e-4)) is not keys_of_all

@@ -11,8 +11,6 @@ import pytest
 from mocov3_ds import train
 from mocov3_ds.checkpoints import checkpoint
 from mocov3_ds.config.parts import SignalConfig
-from mocov3_ds.model.base_encoder import BaseEncoder, EncoderShape
-from mocov3_ds.model.shapes import TimmShape
 from mocov3_ds.monitoring.signal_file import INSTRUMENTS, read_signals
 from mocov3_ds.recipes import parse
 from mocov3_ds.training.instruments import check_instruments
@@ -105,10 +103,9 @@ def test_two_ranks_at_any_stage_measure_the_same(runs: Path, name: str) -> None:
         assert value == pytest.approx(expected_value, rel=1e-3)
 
 
-def test_a_backbone_whose_rows_know_each_other_has_no_noise_scale() -> None:
-    facts = BaseEncoder(
-        EncoderShape(backbone=TimmShape(name="resnet18", size=(32, 32)), hidden=8, out=4)
-    ).facts
-    with pytest.raises(ValueError, match=r"--signals.noise_every 5 needs a backbone whose"):
-        check_instruments(SignalConfig(noise_every=5), facts)
-    check_instruments(SignalConfig(sharpness_every=5), facts)
+def test_a_batch_that_has_no_halves() -> None:
+    check_instruments(SignalConfig(noise_every=5), 2, 2)
+    check_instruments(SignalConfig(sharpness_every=5), 3, 1)
+    for images, world_size in ((3, 2), (2, 1)):
+        with pytest.raises(ValueError, match=rf"there are {images} on each of {world_size}"):
+            check_instruments(SignalConfig(noise_every=5), images, world_size)

@@ -1,9 +1,8 @@
-"""Gradient, Hessian and pieces of the copy against the loss written out; N ranks against one."""
+"""Gradient, Hessian and noise of the copy against the loss written out; N ranks against one."""
 
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,14 @@ from mocov3_ds.model.vit import VitShape, build_vit
 from mocov3_ds.training.curvature import largest_eigenvalue
 from mocov3_ds.training.instruments import measure_noise
 from mocov3_ds.training.measured_copy import FixedBatch, MeasuredCopy
-from mocov3_ds.training.noise_scale import draw_pieces
+from mocov3_ds.training.noise_scale import draw_halves
 from mocov3_ds.training.step import Draws, QueriesToLoss
 from tests.ranks_pool import run_ranks
 
 VIT = VitShape(image_size=8, patch_size=4, dim=8, depth=1, heads=2)
 SHAPE = EncoderShape(backbone=VIT, hidden=6, out=4)
-BATCH, TEMPERATURE, CPU = 10, 0.2, torch.device("cpu")
+BATCH, TEMPERATURE, CPU = 12, 0.2, torch.device("cpu")
+IDS = torch.arange(50, 50 + BATCH)
 
 
 def setting(dtype: torch.dtype) -> tuple[MeasuredCopy, Tensor, list[Tensor], list[Tensor]]:
@@ -43,7 +43,9 @@ def setting(dtype: torch.dtype) -> tuple[MeasuredCopy, Tensor, list[Tensor], lis
     return copy, weights, views, [drawn(BATCH, 4) for _ in range(2)]
 
 
-def fixed(views: list[Tensor], keys: list[Tensor], rows: slice = slice(None)) -> FixedBatch:
+def fixed(
+    views: list[Tensor], keys: list[Tensor], rows: slice | Tensor = slice(None)
+) -> FixedBatch:
     view_keys = [ViewKeys(k[rows], k[rows]) for k in keys]
     return FixedBatch(
         (views[0][rows], views[1][rows]), (view_keys[0], view_keys[1]), Draws(), seed=0
@@ -146,7 +148,13 @@ def part_of_rank(whole: int) -> tuple[Tensor, Tensor, Any]:
     heads = copy.differentiate_heads(batch)
     u = torch.randn(len(weights), generator=torch.Generator().manual_seed(2)).double()
     product = copy.hessian_product(batch, heads, weights, u, 1e-5)
-    noise = measure_noise(copy, batch, weights, torch.arange(50, 50 + whole)[rows])
+    of_rank = [tensor[rows] for tensor in (*views, *keys)]
+
+    def fix_batch(rows_H: Tensor | None) -> FixedBatch:
+        assert rows_H is not None
+        return fixed(of_rank[:2], of_rank[2:], rows_H)
+
+    noise = measure_noise(copy, fix_batch, weights, IDS[rows])
     return copy.gradient(batch, heads), product, noise
 
 
@@ -160,24 +168,13 @@ def test_two_ranks_are_one(truth: tuple[Tensor, Tensor]) -> None:
 
 
 def noise_written_out() -> tuple[float, float]:
-    """Trace and gradient square from what each image gives through its own features."""
+    """Trace and gradient square from the loss of each half written out, heads and all."""
     copy, weights, views, keys = setting(torch.float64)
-    copy.set_weights(weights)
-    base = copy._model.base
-    backbone = [p for p in base.backbone.parameters() if p.requires_grad]
-    f = [base.backbone(x) for x in views]
-    heads = copy.differentiate_heads(fixed(views, keys))
-    shares = [gradient.detach() for gradient in heads.gradients[:2]]
-    gives = []
-    for image in range(BATCH):
-        through = sum((f[v][image] * shares[v][image]).sum() for v in range(2))
-        parts = torch.autograd.grad(through, backbone, retain_graph=True)
-        gives.append(BATCH * torch.cat([part.reshape(-1) for part in parts]))
-    gives_GW = torch.stack(gives).numpy()
-    pieces = draw_pieces(np.arange(50, 50 + BATCH), 8)
-    between = [
-        (pieces == n).sum() * ((gives_GW[pieces == n].mean(0) - gives_GW.mean(0)) ** 2).sum()
-        for n in range(8)
-    ]
-    trace = float(sum(between) / 7)
-    return trace, float((gives_GW.mean(0) ** 2).sum()) - trace / BATCH
+    gradients = []
+    for rows in draw_halves(IDS.numpy()):
+        loss = written_out(copy, [x[rows] for x in views], [k[rows] for k in keys])
+        gradients.append(torch.func.grad(loss)(weights).numpy())
+    mean = (gradients[0] + gradients[1]) / 2
+    # the variance of a half is the sum over both of their distance to the mean, and S that times H
+    trace = BATCH / 2 * sum(((gradient - mean) ** 2).sum() for gradient in gradients)
+    return float(trace), float((gradients[0] * gradients[1]).sum())

@@ -1,48 +1,48 @@
-"""The noise scale of known noise, and the draw of the pieces."""
+"""The noise scale of known noise, and the draw of the halves."""
 
 import math
 
 import numpy as np
 import pytest
+import torch
 
-from mocov3_ds.training.noise_scale import draw_pieces, noise_of_pieces
+from mocov3_ds.training.noise_scale import draw_halves, noise_of_halves
 
-SIZES = np.array([3, 3, 2, 4, 3, 3, 2, 4])
-
-
-def estimate(gradients_GW: np.ndarray) -> tuple[float, float]:
-    """Trace and gradient square of one batch of per-image gradients, pieces one after another."""
-    ends = np.cumsum(SIZES)
-    means = [part.mean(axis=0) for part in np.split(gradients_GW, ends[:-1])]
-    squares = np.array([float((mean**2).sum()) for mean in means])
-    whole = float((gradients_GW.mean(axis=0) ** 2).sum())
-    return noise_of_pieces(squares, SIZES, whole)
+IMAGES = 12
 
 
 def test_known_noise_is_found_on_average() -> None:
     random = np.random.default_rng(0)
     true_W, deviation_W = random.normal(size=40), random.uniform(0.5, 3.0, size=40)
-    noise = random.normal(size=(1000, SIZES.sum(), 40)) * deviation_W
-    found = np.array([estimate(true_W + batch) for batch in noise])
+    noise = random.normal(size=(4000, 2, IMAGES, 40)) * deviation_W
+    means = torch.from_numpy((true_W + noise).mean(axis=2))
+    found = np.array([noise_of_halves(first, second, IMAGES) for first, second in means])
     trace, square = (deviation_W**2).sum(), (true_W**2).sum()
     error = found.std(axis=0) / math.sqrt(len(found))  # 4 of them: one test in 16,000 fails
     assert np.all(np.abs(found.mean(axis=0) - [trace, square]) < 4 * error)
-    assert error[0] / trace < 0.02
+    assert error[0] / trace < 0.02 and error[1] / square < 0.02
 
 
 def test_no_noise_and_nothing_but_noise() -> None:
-    alike = noise_of_pieces(np.full(8, 2.5), SIZES, 2.5)
-    assert (alike.trace, alike.gradient_square, alike.batch) == (0.0, 2.5, 0.0)
-    hidden = noise_of_pieces(np.full(8, 2.0), SIZES, 0.01)
-    assert hidden.gradient_square < 0 and math.isnan(hidden.batch)
-    batch = noise_of_pieces(np.full(8, 2.0), SIZES, 1.0)
-    assert batch.batch == pytest.approx(batch.trace / batch.gradient_square)
+    row = torch.tensor([1.0, -0.5, 0.5])
+    alike = noise_of_halves(row, row, IMAGES)
+    assert (alike.trace, alike.gradient_square, alike.batch) == (0.0, 1.5, 0.0)
+    hidden = noise_of_halves(row, -row, IMAGES)
+    assert hidden.trace == IMAGES / 2 * 6 and hidden.gradient_square == -1.5
+    assert math.isnan(hidden.batch)
+    batch = noise_of_halves(row, 2 * row, IMAGES)
+    assert batch.batch == pytest.approx(batch.trace / batch.gradient_square) == 3.0
 
 
-def test_pieces_belong_to_the_samples() -> None:
-    ids = np.arange(100, 150)
-    pieces = draw_pieces(ids, 8)
-    assert sorted(np.bincount(pieces).tolist()) == [6] * 6 + [7] * 2
-    order = np.random.default_rng(0).permutation(50)
-    np.testing.assert_array_equal(draw_pieces(ids[order], 8), pieces[order])
-    assert not np.array_equal(np.sort(pieces), pieces)  # neighbours are spread
+def test_halves_belong_to_the_samples_on_any_number_of_ranks() -> None:
+    ids = np.arange(100, 148)
+    first, second = draw_halves(ids)
+    assert sorted([*first, *second]) == [*range(48)]
+    assert (first // 2).tolist() == (second // 2).tolist() == [*range(24)]
+    assert 4 < int((first % 2).sum()) < 20  # of two neighbours not always the same
+    for ranks in (2, 3):
+        parts = [draw_halves(part) for part in np.split(ids, ranks)]
+        size = len(ids) // ranks
+        rows = [part[0] + size * rank for rank, part in enumerate(parts)]
+        np.testing.assert_array_equal(np.concatenate(rows), first)
+    np.testing.assert_array_equal(draw_halves(ids[::-1])[0][::-1], 47 - first)
