@@ -7,7 +7,6 @@ import torch
 
 from mocov3_ds import train
 from mocov3_ds.checkpoints.checkpoint import Checkpoint, list_checkpoints
-from mocov3_ds.planning.critical_batch import find_noise_scale
 from mocov3_ds.recipes import parse
 from tests.data.sets import make_set
 from tests.ranks_pool import run_ranks
@@ -51,5 +50,3 @@ def test_a_run_with_cures_is_resumed_bit_for_bit(tmp_path: Path) -> None:
         tensor, start = base[f"backbone.blocks.0.{name}"], starts[name.split(".")[-1]]
         assert 0 < float((tensor - start).abs().max()) < 0.1, name
     assert rows[1]["noise_trace"] > 0
-    with pytest.raises(ValueError, match="too few steps were measured for a gradient so weak"):
-        find_noise_scale(str(whole))  # nothing is learned in nine steps
