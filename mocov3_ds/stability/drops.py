@@ -2,12 +2,13 @@
 
 At each place the mean of the evaluations before is compared with the mean of those after, for
 widths from two evaluations to a third of the curve, in standard errors that the curve's own noise
-gives. A healthy curve rises, so a flat one is the worst that a quiet run can be: the threshold is
-set by simulating flat curves (`calibrate`) with Gaussian noise, heavy tails and memories, such that
-one in fifty of any kind has a drop anywhere, and of runs that rise fewer. Narrow widths have more
-places to be wrong in; the term sqrt(2 ln(K / width)) allows for that. Single evaluations count for
-no more than is as seldom in Gaussian noise (`curve_tails`), and narrow drops of a heavy-tailed
-curve for nothing where bumps are as high: such noise goes as far up as down.
+gives; where it is larger than in the rest of the curve, the noise around counts. A healthy curve
+rises, so a flat one is the worst that a quiet run can be: the threshold is set by simulating flat
+curves (`calibrate`) with Gaussian noise, heavy tails and memories, such that one in fifty of any
+kind has a drop anywhere, and of runs that rise fewer. Narrow widths have more places to be wrong
+in; the term sqrt(2 ln(K / width)) allows for that. Single evaluations count for no more than is as
+seldom in Gaussian noise (`curve_tails`), and narrow drops of a heavy-tailed curve for nothing where
+bumps are as high: such noise goes as far up as down.
 
 Shape suffixes: K = k-NN evaluations, W = widths.
 """
@@ -20,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mocov3_ds.stability.curve_tails import as_gaussian
+from mocov3_ds.stability.curve_tails import FEWEST_FOR_TAILS, as_gaussian
 from mocov3_ds.stability.findings import Array
-from mocov3_ds.stability.knn_noise import Noise
+from mocov3_ds.stability.knn_noise import Noise, local_scale
 
 TABLE = Path(__file__).parent / "drop_thresholds.json"
 """thresholds by number of evaluations, made by `python -m mocov3_ds.bench verdicts --calibrate`"""
@@ -34,10 +35,13 @@ CLIP = 4.0
 """deviations from its neighbours' median beyond which one evaluation counts no more"""
 SINGLE_DEVIATIONS, SINGLE_SHARE = 6.0, 0.15
 """a drop of one evaluation: so many deviations, and such a share of the level"""
-OVER_HIGHEST, OVER_HIGHEST_COUNT = (3.0, 6.0), 40
-"""and so many times as far down as the highest one is up: from 3 to 6, the number of evaluations
+OVER_HIGHEST, OVER_HIGHEST_COUNT = (4.0, 6.0), 40
+"""and so many times as far down as the highest one is up: from 4 to 6, the number of evaluations
 over 40. With tails of a Student's t with 3 degrees, c times happens in 1 / (1 + c^3) of the curves;
 a long curve also has more places for it, and less for a dip that heals between two evaluations"""
+LIGHT, LIGHT_DEVIATIONS, LIGHT_SHARE, LIGHT_OVER = 8.0, 8.0, 0.03, 2.5
+"""the same three where there are enough evaluations to tell that tails are no heavier than those of
+a Student's t of so many degrees"""
 OVER_HIGHEST_BUMP, HEAVY = 2.0, 8.0
 """a narrow drop is so many times as deep as the highest bump of its width is high, where tails are
 as heavy as those of a t of so many degrees: between two dips of another curve is a bump, too"""
@@ -92,7 +96,8 @@ def clip_singles(knn_K: Array, noise: Noise) -> Array:
     padded = np.pad(knn_K, 2, mode="reflect")
     median_K = np.median(np.lib.stride_tricks.sliding_window_view(padded, 5), axis=1)
     apart_K = as_gaussian(knn_K - median_K, noise.degrees)
-    clipped: Array = np.clip(apart_K, -CLIP * noise.deviation, CLIP * noise.deviation)
+    limit_K = CLIP * noise.deviation * local_scale(knn_K)
+    clipped: Array = np.clip(apart_K, -limit_K, limit_K)
     return median_K + clipped
 
 
@@ -103,6 +108,7 @@ def scan(knn_K: Array, noise: Noise) -> list[tuple[int, int, Array, Array]]:
     """
     count = len(knn_K)
     sums = _sums(knn_K, noise)
+    squares = np.concatenate([[0.0], np.cumsum(local_scale(knn_K) ** 2)])
     scanned = []
     for width in widths(count):
         before = evaluations_before(width, count)
@@ -110,10 +116,13 @@ def scan(knn_K: Array, noise: Noise) -> list[tuple[int, int, Array, Array]]:
         if len(at):
             level = (sums[at] - sums[at - before]) / before
             depths = level - (sums[at + width] - sums[at]) / width
-            allowance = math.sqrt(2 * math.log(count / width))
-            scanned.append(
-                (width, before, depths, depths / noise.of_step(before, width) - allowance)
+            noisier = np.maximum(
+                (squares[at] - squares[at - before]) / before,
+                (squares[at + width] - squares[at]) / width,
             )
+            errors = noise.of_step(before, width) * np.sqrt(noisier)
+            allowance = math.sqrt(2 * math.log(count / width))
+            scanned.append((width, before, depths, depths / errors - allowance))
     return scanned
 
 
@@ -209,25 +218,30 @@ def find_drops(knn_K: Array, noise: Noise, widest: int | None = None) -> list[Dr
 
 
 def find_single_drops(knn_K: Array, noise: Noise) -> list[Drop]:
-    """Drops of one evaluation below the medians of the four before it and of the four after.
+    """Drops of one evaluation below all but one of the four before it, and of the four after.
 
-    The beginning of a dip that takes its time to heal is none: those after it are low, too. Heavy
-    tails are told by the other side: a noise that never goes far up goes never far down.
+    A place in a dip that takes its time to heal is none: those around it are low, too. Heavy tails
+    are told by the other side: a noise that never goes far up goes never far down.
     """
     if len(knn_K) < FEWEST:
         return []
-    medians = np.median(np.lib.stride_tricks.sliding_window_view(knn_K, SIDE), axis=1)
-    before_K = np.concatenate([np.full(SIDE, -np.inf), medians[: len(knn_K) - SIDE]])
-    after_K = np.concatenate([medians[1:], np.full(SIDE, np.inf)])
+    sides = np.sort(np.lib.stride_tricks.sliding_window_view(knn_K, SIDE), axis=1)
+    second_lowest, second_highest = sides[:, 1], sides[:, -2]
+    without_one = np.full(SIDE, np.inf)  # evaluations near the ends have no four on a side
+    before_K = np.concatenate([-without_one, second_lowest[: len(knn_K) - SIDE]])
+    after_K = np.concatenate([second_lowest[1:], without_one])
     level_K = np.minimum(before_K, after_K)
     depth_K = level_K - knn_K
-    above_K = knn_K - np.maximum(before_K, np.where(after_K < np.inf, after_K, -np.inf))
-    highest = max(float(np.max(above_K[SIDE:])), 0.0)
-    over = min(max(len(knn_K) / OVER_HIGHEST_COUNT, OVER_HIGHEST[0]), OVER_HIGHEST[1])
-    limit_K = np.maximum(
-        max(SINGLE_DEVIATIONS * noise.deviation, over * highest),
-        SINGLE_SHARE * level_K,
-    )
+    higher_K = np.concatenate([second_highest[1:], -without_one])
+    above_K = knn_K[SIDE:] - np.maximum(second_highest[: len(knn_K) - SIDE], higher_K[SIDE:])
+    highest = max(float(np.max(above_K)), 0.0)
+    if len(knn_K) >= FEWEST_FOR_TAILS and noise.degrees > LIGHT:
+        deviations, share, over = LIGHT_DEVIATIONS, LIGHT_SHARE, LIGHT_OVER
+    else:
+        deviations, share = SINGLE_DEVIATIONS, SINGLE_SHARE
+        over = min(max(len(knn_K) / OVER_HIGHEST_COUNT, OVER_HIGHEST[0]), OVER_HIGHEST[1])
+    far_K = deviations * noise.deviation * local_scale(knn_K)
+    limit_K = np.maximum(np.maximum(far_K, over * highest), share * level_K)
     is_back = after_K - knn_K > BACK * (before_K - knn_K)
     return [
         Drop(int(index), SIDE, 1, float(depth_K[index]), 0.0)

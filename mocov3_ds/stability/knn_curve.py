@@ -4,7 +4,7 @@ What falls by more than the curve's own noise (`drops`) is followed from where t
 where the accuracy is back. Sudden falls are dips, slow and long ones declines. A fall from the
 level of the random network, in the warm-up, is neither.
 
-Accuracies and depths are in percent points. Shape suffix: K = k-NN evaluations.
+Accuracies and depths are in percent points. Shape suffixes: K = k-NN evaluations, F = falls.
 """
 
 import math
@@ -22,7 +22,10 @@ SMALLEST_FALL = 1.0
 SUDDEN = 0.03
 """a fall within this share of the run (or three evaluations) is sudden"""
 RESTART_DEPTH = 0.20
-"""a restart, the paper's big dip, loses this share of the accuracy at once"""
+"""a restart, the paper's big dip, loses this share of the accuracy at once, by more than noise adds
+to the lowest of some evaluations"""
+LOWEST_ERRORS = 2.0
+"""standard errors that the lowest of some evaluations is too low"""
 RESTART_FOR = 0.02
 """and is not made good for this share of the run"""
 DECLINE_FOR = 0.05
@@ -54,6 +57,7 @@ class Fall:
         depth: points lost.
         closed: whether the accuracy came back.
         sudden: whether it fell within a few evaluations.
+        error: standard error in points of its lowest level.
     """
 
     first: int
@@ -64,6 +68,7 @@ class Fall:
     depth: float
     closed: bool
     sudden: bool
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,7 @@ def _follow(drop: Drop, left: Steps, knn_K: Array, series: Series, noise: Noise)
         depth=depth,
         closed=last < len(left),
         sudden=sudden,
+        error=noise.of_mean(smoothing),
     )
 
 
@@ -256,16 +262,19 @@ def _duration(series: Series, fall: Fall) -> int:
     return int(series.knn_steps_K[fall.last] - series.knn_steps_K[max(fall.first - 1, 0)])
 
 
-def _lost_area(series: Series, fall: Fall) -> float:
-    """Point-steps below the level."""
+def _lost_areas(series: Series, fall: Fall) -> Array:
+    """Point-steps below the level at each evaluation of a fall, (K,); 0 at the others."""
+    areas_K = np.zeros(len(series.knn_K))
     span = slice(fall.first, fall.last + (not fall.closed))
     dt_K = np.diff(series.knn_steps_K, prepend=0)
-    return max(float(np.sum((fall.level - series.knn_K[span]) * dt_K[span])), 0.0)
+    areas_K[span] = (fall.level - series.knn_K[span]) * dt_K[span]
+    return areas_K
 
 
 def _as_dip(series: Series, fall: Fall) -> Dip:
     steps_K = series.knn_steps_K
     relative = fall.depth / fall.level if fall.level > 0 else 0.0
+    surely = fall.depth - LOWEST_ERRORS * fall.error > RESTART_DEPTH * fall.level
     long = _duration(series, fall) > RESTART_FOR * series.total_steps
     return Dip(
         first=int(steps_K[fall.first]),
@@ -273,16 +282,25 @@ def _as_dip(series: Series, fall: Fall) -> Dip:
         lowest=int(steps_K[fall.lowest]),
         depth=fall.depth,
         relative_depth=relative,
-        area=_lost_area(series, fall),
+        area=max(float(_lost_areas(series, fall).sum()), 0.0),
         closed=fall.closed,
         sudden=fall.sudden,
-        restart=fall.sudden and relative > RESTART_DEPTH and long,
+        restart=fall.sudden and surely and long,
     )
 
 
 def _as_decline(series: Series, fall: Fall) -> Decline:
     steps_K = series.knn_steps_K
     return Decline(int(steps_K[fall.first]), int(steps_K[fall.lowest]), fall.depth)
+
+
+def _lost_once(series: Series, falls: Sequence[Fall]) -> float:
+    """Point-steps that falls cost together: where they overlap, the deeper one counts."""
+    if not falls:
+        return 0.0
+    areas_FK = np.stack([_lost_areas(series, fall) for fall in falls])
+    deepest_K = areas_FK[np.argmax(np.abs(areas_FK), axis=0), np.arange(areas_FK.shape[1])]
+    return max(float(deepest_K.sum()), 0.0)
 
 
 def _lost_share(series: Series, falls: Sequence[Fall]) -> float:
@@ -295,7 +313,7 @@ def _lost_share(series: Series, falls: Sequence[Fall]) -> float:
     if len(knn_K) == 0:
         return math.nan
     kept_area = float(np.sum(knn_K * np.diff(steps_K, prepend=0)))
-    lost_area = sum(_lost_area(series, fall) for fall in falls)
+    lost_area = _lost_once(series, falls)
     if series.stopped_non_finite and series.total_steps > steps_K[-1]:
         steps_left = float(series.total_steps - steps_K[-1])
         best = float(np.max(smooth_curve(knn_K)))

@@ -21,6 +21,8 @@ from functools import cache
 
 import numpy as np
 from scipy import special
+from scipy.ndimage import maximum_filter1d
+from scipy.optimize import isotonic_regression
 
 from mocov3_ds.stability.curve_tails import curve_degrees
 from mocov3_ds.stability.findings import Array
@@ -47,9 +49,19 @@ FAR_BELOW_OFTEN, FAR_BELOW_OFTEN_KNOWN = (5, 0.03), (4, 0.02)
 """evaluations so far below those before them, and share of all, that make dips; fewer where the
 noise would be `OVER_BINOMIAL` times that of the probes"""
 OVER_BINOMIAL = 4.0
+AS_FAR_UP, FAR_ABOVE, RISE_AROUND = 0.1, 2.5, 0.05
+"""share of the evaluations `FAR_BELOW` the curve's rise that are so many deviations above it, from
+which its noise wanders to both sides, and is no row of dips; the rise is that of the third quartile
+of this share of the curve to either side"""
 QUIET, QUIET_LONG, LONG = 0.6, 0.75, 250
 """share of the noise by differences below which that of the upper side counts in its stead: in a
 short curve, and in one of so many evaluations, which makes a memory's excursions fewer"""
+
+PARTS, FEWEST_OF_PART, UNLIKE = (4, 16), 25, 1.5
+"""windows of a curve, and evaluations of one, whose noise is told apart from that of the whole
+where it is so many of its standard errors larger"""
+OF_A_DIP = 6
+"""second differences that the two edges of a dip enlarge: so many of a window do not count"""
 
 _QUANTILE = 0.4  # of absolute differences: below the median, as dips make the larger ones
 _GAUSSIAN_QUANTILE = float(special.ndtri((1 + _QUANTILE) / 2))
@@ -136,8 +148,8 @@ def _quiet_side(noise: Noise, knn_K: Array, binomial: float) -> Noise:
     """The noise of the upper side, of a curve whose dips are too many for its differences.
 
     Dips leave the highest quarter around each evaluation alone, so its spread tells the noise. It
-    counts where it is much smaller than that by differences, and many evaluations are far below
-    those before them; noise, however heavy its tails or long its memory, is not often both.
+    counts where it is much smaller than that by differences, many evaluations are far below those
+    before them, and few as far above the curve's rise: noise with a memory goes to both sides.
 
     Args:
         noise: what differences of the curve tell of it.
@@ -157,8 +169,52 @@ def _quiet_side(noise: Noise, knn_K: Array, binomial: float) -> Noise:
     quiet = QUIET_LONG if len(knn_K) >= LONG else QUIET
     if spread > quiet * noise.deviation or np.sum(fallen) < max(fewest, share * len(knn_K)):
         return noise
+    if _wanders_up(knn_K, spread):
+        return noise
     scale = spread / noise.deviation
     return Noise(scale * noise.white, scale * noise.slow, noise.memory)
+
+
+def local_scale(knn_K: Array) -> Array:
+    """How much larger the noise around each evaluation is than that of the whole curve, (K,).
+
+    Noise may follow the rate or the accuracy, and what falls where it is large is told by that
+    noise. At least 1: where it is smaller than elsewhere nothing is the easier to tell.
+    """
+    apart = np.abs(knn_K[:-2] - 2 * knn_K[1:-1] + knn_K[2:])
+    scale_K = np.ones(len(knn_K))
+    for parts in PARTS:
+        width = max(len(knn_K) // parts, FEWEST_OF_PART)
+        whole = float(np.quantile(apart, _QUANTILE)) if len(apart) >= 2 * width else 0.0
+        if whole == 0:
+            continue
+        hop = max(width // 8, 1)
+        windows = np.lib.stride_tricks.sliding_window_view(apart, width)[::hop]
+        share = _QUANTILE * (1 - OF_A_DIP / width)
+        scale = np.quantile(windows, share, axis=1) / whole
+        scale[scale < 1 + UNLIKE * _quantile_error(width)] = 1.0
+        middles = hop * np.arange(len(scale)) + (width + 1) / 2
+        around_K = np.interp(np.arange(len(knn_K)), middles, scale)
+        # a window that begins to be noisy is noisy from its middle on at the latest
+        scale_K = np.maximum(scale_K, maximum_filter1d(around_K, width // 2))
+    return scale_K
+
+
+def _quantile_error(count: int) -> float:
+    """Relative standard error of the quantile of so many second differences of white noise."""
+    density = 2 * math.exp(-(_GAUSSIAN_QUANTILE**2) / 2) / math.sqrt(2 * math.pi)
+    independent = count / 2  # neighbours share two of three evaluations
+    return math.sqrt(_QUANTILE * (1 - _QUANTILE) / independent) / density / _GAUSSIAN_QUANTILE
+
+
+def _wanders_up(knn_K: Array, spread: float) -> bool:
+    """Whether a curve goes far above its rise as well as below it, as noise with a memory does."""
+    half = max(AROUND // 2, round(RISE_AROUND * len(knn_K)))
+    padded = np.pad(knn_K, half, mode="reflect", reflect_type="odd")
+    around = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    rise_K = isotonic_regression(np.quantile(around, _UPPER, axis=1), increasing=True).x
+    below = np.sum(knn_K - rise_K < -FAR_BELOW * spread)
+    return bool(np.sum(knn_K - rise_K > FAR_ABOVE * spread) > AS_FAR_UP * below)
 
 
 def _binomial(knn_K: Array, probes: int) -> float:

@@ -100,3 +100,22 @@ def test_the_beginning_of_a_restart_is_no_single_evaluation() -> None:
     restart[29:34] -= [17, 14.3, 11, 7.3, 3.7]
     assert [drop.at for drop in find_single_drops(single, Noise(0.4))] == [29]
     assert find_single_drops(restart, Noise(0.4)) == []
+
+
+def test_a_place_in_a_dip_that_heals_is_no_drop_of_its_own() -> None:
+    knn = 55 + 0.5 * np.random.default_rng(0).standard_normal(200)
+    knn[100:108] -= np.linspace(25, 2, 8)
+    assert find_single_drops(knn, estimate_noise(knn)) == []
+
+
+def test_one_low_evaluation_of_many_with_light_tails() -> None:
+    """A tenth of the level is told where tails can be read, and none of them below 200."""
+    found = dict.fromkeys((100, 400, 1560), 0)
+    for count in found:
+        for seed in range(10):
+            knn = 60 + 0.4 * np.random.default_rng(seed).standard_normal(count)
+            knn[count // 2] -= 6
+            found[count] += bool(find_single_drops(knn, estimate_noise(knn)))
+    assert found[100] == 0 and found[400] >= 6 and found[1560] >= 8
+    heavy = Noise(0.4, degrees=3.0)
+    assert find_single_drops(knn, heavy) == []

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from mocov3_ds.stability.findings import Series
-from mocov3_ds.stability.knn_curve import best_and_final_accuracy, examine_curve, smooth_curve
+from mocov3_ds.stability.knn_curve import (
+    _lost_once,
+    best_and_final_accuracy,
+    examine_curve,
+    find_falls,
+    smooth_curve,
+)
+from mocov3_ds.stability.knn_noise import Noise
 from mocov3_ds.stability.verdict import judge
 from tests.stability import synthetic
 
@@ -102,3 +109,39 @@ def test_a_fall_of_a_trained_network_in_the_first_evaluations_is_a_dip() -> None
     assert examine_curve(replace(run, knn_K=rises + noise, knn_at_start=None)).dips == ()
     lost = np.where(np.arange(200) < 8, 28.0, 10.0) + noise  # and never comes back
     assert examine_curve(replace(run, knn_K=lost, knn_at_start=28.0)).dips != ()
+
+
+def noisy(changes: tuple[int, np.ndarray], noise: float = 0.5, seed: int = 0) -> Series:
+    """55 % with noise in 200 evaluations, lower by some values from one of them on."""
+    series = synthetic.healthy(0).series
+    knn_K = 55 + noise * np.random.default_rng(seed).standard_normal(200)
+    at, lost = changes
+    knn_K[at : at + len(lost)] -= lost
+    return replace(series, knn_K=knn_K, probes=10_000)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_restart_that_heals_step_by_step_is_one_fall_of_its_depth(seed: int) -> None:
+    curve = examine_curve(noisy((100, np.linspace(25, 2, 8)), seed=seed))
+    [dip] = curve.dips
+    assert dip.depth == pytest.approx(25, abs=1.5) and dip.restart
+    assert curve.declines == ()
+
+
+def test_the_lowest_of_noisy_evaluations_makes_no_restart() -> None:
+    """A sixth of the level is lost; the lowest of fifteen evaluations seems a fifth."""
+    dips = [examine_curve(noisy((100, np.full(15, 9.2)), 1.5, seed)).dips for seed in range(12)]
+    assert all(dips) and max(dip.relative_depth for [dip, *_] in dips) > 0.2
+    assert not any(dip.restart for of_run in dips for dip in of_run)
+    deep = examine_curve(noisy((100, np.full(15, 16.0)), 1.5))
+    assert deep.dips[0].restart
+
+
+def test_what_two_falls_cost_where_they_overlap_counts_once() -> None:
+    series = with_curve((slice(100, 140), 30.0))
+    [fall] = find_falls(series, Noise(0.1))
+    wider = replace(fall, first=90, last=150, level=41.0)
+    assert _lost_once(series, [fall]) == 4000
+    # ten evaluations on either side are a point below the second's level
+    assert _lost_once(series, [fall, wider]) == 40 * 11 * 10 + 2 * 10 * 10
+    assert _lost_once(series, []) == 0
