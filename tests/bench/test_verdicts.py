@@ -6,8 +6,10 @@ import pytest
 from mocov3_ds.bench import verdicts
 from mocov3_ds.bench.verdicts import (
     EXCESS,
+    GROWING,
     NOISES,
     PLANTED,
+    QUIET_NOISES,
     STEPS,
     VerdictOptions,
     decline,
@@ -42,7 +44,8 @@ def test_noise_of_a_run_is_the_binomial_one_and_the_measured_one(noise: str) -> 
 
 def test_quiet_runs_are_quiet_and_deep_falls_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     alarms, score = study_null(150, 5000, 4)
-    assert {*alarms} == {*NOISES} and sum(alarms.values()) <= 1  # of 12, one in a hundred
+    assert {*alarms} == {*NOISES, GROWING} and sum(alarms.values()) <= 1  # of 16
+    assert {*study_null(624, 5000, 1)[0]} == {*QUIET_NOISES}  # AR 0.9 needs 570 evaluations
     assert 0 <= score < 1
     monkeypatch.setattr(verdicts, "PLANTED", (verdicts.PLANTED[2], verdicts.PLANTED[4]))
     assert study_power(150, 5000, 2) == {
@@ -69,3 +72,14 @@ def test_a_run_is_drawn_from_its_source_alone() -> None:
         quiet_run(50, 1000, "AR 0.5", np.random.default_rng(seed)).knn_K for seed in (1, 1, 2)
     )
     assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
+def test_growing_noise_is_five_times_as_large_at_the_end() -> None:
+    series = planted_run(20_000, 50_000, lambda u_K: 0 * u_K, GROWING, np.random.default_rng(5))
+    ends = [
+        float(np.diff(part).std()) / np.sqrt(2)
+        for part in (series.knn_K[4000:5000], series.knn_K[-1000:])
+    ]
+    binomial = 100 * np.sqrt(0.6 * 0.4 / 50_000)
+    expected = [np.hypot(binomial, 0.3 + 1.2 * share) for share in (0.225, 0.975)]
+    assert ends == pytest.approx(expected, rel=0.08)
