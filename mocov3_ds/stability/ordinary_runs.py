@@ -16,12 +16,14 @@ from mocov3_ds.monitoring.run_facts import flatten_facts
 from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.logs.find import (
+    RunPlace,
     find_runs,
     read_filled_logs,
     read_settings,
     unique_name,
 )
 from mocov3_ds.stability.logs.foreign import read_foreign_run
+from mocov3_ds.stability.logs.table import NothingLoggedError
 from mocov3_ds.stability.named_seeds import read_named_seeds
 from mocov3_ds.stability.run_commands import repeat_line
 from mocov3_ds.stability.run_lengths import RunLength, settle_lengths
@@ -91,26 +93,14 @@ def read_ordinary_runs(
             "--columns and --probes are for logs of other programs; these runs are mocov3's own."
         )
     runs, unseen = _read_own([run_place.path for run_place in places.values() if run_place.is_own])
-    tables, left_out = read_filled_logs(foreign)
-    for table in tables:
-        read = read_foreign_run(table, columns, probes)
-        name = unique_name(table.name, table.source, [run.name for run in runs])
-        runs.append(
-            FoundRun(
-                name,
-                LoggedRun(read.series),
-                _flatten(table.facts),
-                read.understood,
-                unit=read.unit,
-                is_planned=read.is_planned,
-            )
-        )
+    of_others, left_out = _read_foreign(foreign, columns, probes, [run.name for run in runs])
+    runs += of_others
     if not runs:
         raise ValueError(
             f"no run of {', '.join(map(str, sources))} has logged a step yet"
             f"{''.join(f'; {one}' for one in left_out[:1])}."
         )
-    runs, of_lengths = _settle_lengths(runs) if tables else (runs, [])
+    runs, of_lengths = _settle_lengths(runs) if of_others else (runs, [])
     cells, notes = group_runs({run.name: run.facts for run in runs})
     judged = judge_cells(cells, {run.name: run.logged for run in runs})
     title = ", ".join(source.resolve().name for source in sources[:3])
@@ -141,6 +131,36 @@ def _read_own(folders: Sequence[Path]) -> tuple[list[FoundRun], list[str]]:
         settings = {key: value for key, value in facts.items() if not _NO_SETTING.fullmatch(key)}
         runs.append(FoundRun(name, logged, settings, command=repeat_line(tree)))
     return runs, unseen
+
+
+def _read_foreign(
+    places: Sequence[RunPlace], columns: Sequence[str], probes: int, taken: Sequence[str]
+) -> tuple[list[FoundRun], list[str]]:
+    """Other programs' runs by names that are not taken, and a clause about each that has no rows.
+
+    Raises:
+        ValueError: a log cannot be understood.
+    """
+    tables, left_out = read_filled_logs(places)
+    runs: list[FoundRun] = []
+    for table in tables:
+        try:
+            read = read_foreign_run(table, columns, probes)
+        except NothingLoggedError as error:
+            left_out.append(str(error).removesuffix("."))
+            continue
+        name = unique_name(table.name, table.source, [*taken, *(run.name for run in runs)])
+        runs.append(
+            FoundRun(
+                name,
+                LoggedRun(read.series),
+                _flatten(table.facts),
+                read.understood,
+                unit=read.unit,
+                is_planned=read.is_planned,
+            )
+        )
+    return runs, left_out
 
 
 def _settle_lengths(runs: Sequence[FoundRun]) -> tuple[list[FoundRun], list[str]]:

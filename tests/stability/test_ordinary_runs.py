@@ -158,9 +158,11 @@ def test_a_config_beside_a_log_tells_that_it_has_ended(tmp_path: Path) -> None:
 def test_a_log_that_has_not_begun_is_listed(tmp_path: Path) -> None:
     write_csv(tmp_path / "a_seed0.csv", 100)
     (tmp_path / "b_seed0.csv").write_text("step,loss,knn\n")
+    (tmp_path / "c_seed0.csv").write_text("step,loss,knn\n0,,\n")
     study = read_ordinary_runs([tmp_path])
     assert list(study.arms) == ["a"]
     assert any(re.match(r"left out: .*b_seed0.csv has no rows yet", one) for one in study.unseen)
+    assert any("columns loss, knn hold no number" in one for one in study.unseen)
     (tmp_path / "a_seed0.csv").unlink()
     with pytest.raises(ValueError, match=r"has logged a step yet; .*b_seed0.csv has no rows yet"):
         read_ordinary_runs([tmp_path])

@@ -109,7 +109,12 @@ def short_run(study_folder: Path, tmp_path: Path) -> Path:
 def put_rows(run: Path, steps: Iterable[int], **values: object) -> None:
     lines = []
     for step in steps:
-        row = {"step": step, "epoch": step / 100, "loss": 3 - step / 500, "lr": 0.1}
+        row: dict[str, object] = {
+            "step": step,
+            "epoch": step / 100,
+            "loss": 3 - step / 500,
+            "lr": 0.1,
+        }
         row |= {"chance_loss": 4.0, "images_per_s": 64.0} | values
         lines.append(json.dumps(row) + "\n")
     with (run / "metrics.jsonl").open("a") as file:

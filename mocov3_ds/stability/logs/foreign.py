@@ -20,7 +20,7 @@ from mocov3_ds.stability.logs.columns import (
 from mocov3_ds.stability.logs.gaps import ends_at, flag_gaps, flag_held_over, flag_replaced_gaps
 from mocov3_ds.stability.logs.lengths import find_length, is_below_its_end, total_of
 from mocov3_ds.stability.logs.scalar_files import is_scalar
-from mocov3_ds.stability.logs.table import Column, LoggedTable, count_words
+from mocov3_ds.stability.logs.table import Column, LoggedTable, NothingLoggedError, count_words
 
 WHOLE = "whole network"
 """layer group of a log that has the norm of the whole gradient alone"""
@@ -63,7 +63,7 @@ def read_foreign_run(table: LoggedTable, given: Sequence[str] = (), probes: int 
 
     Raises:
         ValueError: the columns are ambiguous, there is neither loss nor accuracy, or steps are no
-            whole numbers.
+            whole numbers; `NothingLoggedError` where these columns hold no number yet.
     """
     try:
         roles = find_columns(table.columns, given)
@@ -76,7 +76,7 @@ def read_foreign_run(table: LoggedTable, given: Sequence[str] = (), probes: int 
         if role not in ("step", "epoch")
     }
     if not {"loss", "knn"} & {role for role, curve in curves.items() if len(curve.steps_M)}:
-        raise ValueError(f"{table.source}, run {table.name}: {_explain_nothing(table, roles)}")
+        raise _nothing_to_judge(table, roles)
     try:
         series, clauses = _build_series(table, roles, curves, clock.steps_R, probes)
     except ValueError as error:
@@ -87,21 +87,27 @@ def read_foreign_run(table: LoggedTable, given: Sequence[str] = (), probes: int 
     return ForeignRun(series, understood, clock.unit, is_planned)
 
 
-def _explain_nothing(table: LoggedTable, roles: dict[str, str]) -> str:
+def _nothing_to_judge(table: LoggedTable, roles: dict[str, str]) -> ValueError:
     """Why a table gives neither a loss nor an accuracy."""
+    begins = f"{table.source}, run {table.name}: "
     unusable = [
         f"{role} = {roles[role]} has no value at a step that counts (a whole number from 0 on)"
         for role in ("loss", "knn")
         if role in roles
     ]
-    unusable += [
-        f"column {name} holds no number"
-        for name in table.empty
-        if {"loss", "knn"} & find_columns([name]).keys()
-    ]
     if unusable:
-        return f"{'; '.join(unusable)}, so there is nothing to judge."
-    names = list(table.columns)
+        return ValueError(f"{begins}{'; '.join(unusable)}, so there is nothing to judge.")
+    empty = [name for name in table.empty if {"loss", "knn"} & find_columns([name]).keys()]
+    if empty:
+        noun, verb = ("column", "holds") if len(empty) == 1 else ("columns", "hold")
+        return NothingLoggedError(
+            f"{begins}{noun} {list_names(empty)} {verb} no number, so there is nothing to judge."
+        )
+    return ValueError(begins + _name_candidates(list(table.columns)))
+
+
+def _name_candidates(names: list[str]) -> str:
+    """What is there, where neither a loss nor an accuracy is known by its name."""
     if is_scalar(names):
         return (
             f"{names[-1]} is one scalar as TensorBoard's page gives it, and the name of the file "

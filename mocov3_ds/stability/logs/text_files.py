@@ -61,7 +61,7 @@ def read_csv(path: Path) -> list[LoggedTable]:
         notes.append("its numbers have decimal commas")
     columns = build_columns(dict(zip(names, zip(*body, strict=True), strict=True))) if body else {}
     if not columns:
-        if not body:
+        if len(lines) == 2 and len(lines[1]) < len(names):
             raise NothingLoggedError(f"{path} has no rows yet: its only line is not whole.")
         raise ValueError(f"{path} holds no numbers.")
     empty = [name for name in names if name not in columns]
