@@ -1,6 +1,7 @@
 """What is wrong with a run, from the rows of its log: said when it happens, and at the end.
 
     bad and skipped steps      a step was dropped: not finite, a spike, or the fp16 loss scale
+    loss not finite            in a row that tells no such reason
     early alarms               a rule of `alarms` struck
     loss at its chance level   it never left it, or came back: the network tells no keys apart
     collapse                   the queries lie close together on the sphere
@@ -45,6 +46,7 @@ class RunReview:
         self._total_steps = total_steps
         self._steps = 0
         self._skipped, self._bad, self._alarms = 0, 0, 0
+        self._not_finite: list[int] = []
         self._quiet_until = 0
         self._loss = _LossReview(total_steps)
         self._collapsed_since: int | None = None
@@ -75,6 +77,11 @@ class RunReview:
             lines.append(f"fp16: {count_noun(self._skipped, 'step')} skipped by an overflow")
         if self._bad:
             lines.append(f"{count_noun(self._bad, 'bad step')} dropped, see trouble/")
+        if self._not_finite:
+            lines.append(
+                f"the loss of {count_noun(len(self._not_finite), 'step')} was not finite, the last "
+                f"is step {self._not_finite[-1]}"
+            )
         if self._alarms:
             lines.append(f"early alarms in {count_noun(self._alarms, 'step')}, see alarms/")
         return lines
@@ -91,6 +98,8 @@ class RunReview:
                     f"step {self._steps}: the fp16 gradient overflowed, the step is skipped "
                     f"({self._skipped} of {self._steps} so far{scale_text})"
                 )
+        elif {"loss", "lr"} & row.keys() and not math.isfinite(_number(row, "loss")):
+            self._not_finite.append(self._steps)
 
     def _look_at_alarms(self, row: Row) -> Iterator[str]:
         alarms = row.get("alarms")

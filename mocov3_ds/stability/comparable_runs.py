@@ -13,7 +13,7 @@ from statistics import median
 
 from mocov3_ds.stability.comparisons import has_no_network, list_pairs
 from mocov3_ds.stability.knn_curve import best_and_final_accuracy
-from mocov3_ds.stability.same_step import cut_series, has_ended, share_done
+from mocov3_ds.stability.same_step import cut_series, has_ended, last_step, share_done
 from mocov3_ds.stability.study import Arms, JudgedRun
 from mocov3_ds.stability.verdict import judge
 
@@ -86,8 +86,7 @@ def _shared_seeds(arms: Arms, pair: tuple[str, str]) -> set[int]:
 
 
 def _name_with_step(run: JudgedRun) -> str:
-    last = int(run.series.steps_T[-1])
-    return f"{run.cell.name} (step {last} of {run.series.total_steps})"
+    return f"{run.cell.name} (step {last_step(run.series)} of {run.series.total_steps})"
 
 
 def _where(runs: Sequence[JudgedRun], share: float) -> str:

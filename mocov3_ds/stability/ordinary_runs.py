@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from mocov3_ds.monitoring.run_facts import flatten_facts
+from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability.grid import Cell
-from mocov3_ds.stability.logs.find import find_runs, read_logs, read_settings, unique_name
+from mocov3_ds.stability.logs.find import (
+    RunPlace,
+    find_runs,
+    read_filled_logs,
+    read_settings,
+    unique_name,
+)
 from mocov3_ds.stability.logs.foreign import read_foreign_run
+from mocov3_ds.stability.logs.table import NothingLoggedError
+from mocov3_ds.stability.named_seeds import read_named_seeds
 from mocov3_ds.stability.run_commands import repeat_line
+from mocov3_ds.stability.run_lengths import RunLength, settle_lengths
 from mocov3_ds.stability.study import LoggedRun, Study, gather_arms, judge_cells, read_logged
 
 Facts = Mapping[str, Any]
@@ -41,7 +51,6 @@ _WORDS = {
     "batch": "batch",
 }
 """settings of this program -> words of a grid that figures and twins know"""
-_SEED = re.compile(r"[-_. ]*seed[-_=. ]*(\d{1,9})(?!\d)|[-_]s(\d{1,9})\Z", re.IGNORECASE)
 _MOST_IN_LABEL = 4
 
 
@@ -56,6 +65,10 @@ class FoundRun:
     """how another program's log was read"""
     command: str = ""
     """what trains it again, where that is known"""
+    unit: str = "step"
+    """what its steps count: "step", "epoch" or "row" """
+    is_planned: bool = True
+    """whether it is known how long it was to be"""
 
 
 def read_ordinary_runs(
@@ -80,12 +93,14 @@ def read_ordinary_runs(
             "--columns and --probes are for logs of other programs; these runs are mocov3's own."
         )
     runs, unseen = _read_own([run_place.path for run_place in places.values() if run_place.is_own])
-    for table in read_logs(foreign):
-        read = read_foreign_run(table, columns, probes)
-        name = unique_name(table.name, table.source, [run.name for run in runs])
-        runs.append(FoundRun(name, LoggedRun(read.series), _flatten(table.facts), read.understood))
+    of_others, left_out = _read_foreign(foreign, columns, probes, [run.name for run in runs])
+    runs += of_others
     if not runs:
-        raise ValueError(f"no run of {', '.join(map(str, sources))} has logged a step yet.")
+        raise ValueError(
+            f"no run of {', '.join(map(str, sources))} has logged a step yet"
+            f"{''.join(f'; {one}' for one in left_out[:1])}."
+        )
+    runs, of_lengths = _settle_lengths(runs) if of_others else (runs, [])
     cells, notes = group_runs({run.name: run.facts for run in runs})
     judged = judge_cells(cells, {run.name: run.logged for run in runs})
     title = ", ".join(source.resolve().name for source in sources[:3])
@@ -95,7 +110,7 @@ def read_ordinary_runs(
         scale="",
         command="",
         arms=gather_arms(cells, judged),
-        unseen=(*unseen, *notes),
+        unseen=(*unseen, *(f"left out: {one}" for one in left_out), *of_lengths, *notes),
         understood=tuple(run.understood for run in runs if run.understood),
         run_commands=[(run.name, run.command) for run in runs if run.command],
     )
@@ -118,6 +133,46 @@ def _read_own(folders: Sequence[Path]) -> tuple[list[FoundRun], list[str]]:
     return runs, unseen
 
 
+def _read_foreign(
+    places: Sequence[RunPlace], columns: Sequence[str], probes: int, taken: Sequence[str]
+) -> tuple[list[FoundRun], list[str]]:
+    """Other programs' runs by names that are not taken, and a clause about each that has no rows.
+
+    Raises:
+        ValueError: a log cannot be understood.
+    """
+    tables, left_out = read_filled_logs(places)
+    runs: list[FoundRun] = []
+    for table in tables:
+        try:
+            read = read_foreign_run(table, columns, probes)
+        except NothingLoggedError as error:
+            left_out.append(str(error).removesuffix("."))
+            continue
+        name = unique_name(table.name, table.source, [*taken, *(run.name for run in runs)])
+        runs.append(
+            FoundRun(
+                name,
+                LoggedRun(read.series),
+                _flatten(table.facts),
+                read.understood,
+                unit=read.unit,
+                is_planned=read.is_planned,
+            )
+        )
+    return runs, left_out
+
+
+def _settle_lengths(runs: Sequence[FoundRun]) -> tuple[list[FoundRun], list[str]]:
+    """The runs, those of other programs that were cut short as unfinished, and what is said."""
+    settled, notes = settle_lengths(
+        [RunLength(run.name, run.logged.series, run.unit, run.is_planned) for run in runs]
+    )
+    return [
+        replace(run, logged=replace(run.logged, series=settled[run.name])) for run in runs
+    ], notes
+
+
 def _flatten(tree: Facts) -> dict[str, Any]:
     """Settings beside another program's log that may set arms apart."""
     facts = {key: value for key, value in flatten_facts({"config": tree}).items() if value != ""}
@@ -133,24 +188,29 @@ def group_runs(facts: Mapping[str, Facts]) -> tuple[list[Cell], list[str]]:
     Returns:
         A cell for each run, and sentences about what is not known.
     """
-    seeds = {name: _find_seed(name, run) for name, run in facts.items()}
+    named = read_named_seeds(facts)
+    of_settings = {name: _seed_of_settings(run) for name, run in facts.items()}
+    seeds = {
+        name: named.seeds.get(name) if seed is None else seed for name, seed in of_settings.items()
+    }
     settings = {name: {k: v for k, v in run.items() if k != "seed"} for name, run in facts.items()}
     varied = _list_varied(list(settings.values()))
     labels = {
         name: _label_settings({key: run.get(key) for key in varied}) or "all runs"
         for name, run in settings.items()
     }
-    notes = []
+    notes = named.describe_guesses(name for name, seed in of_settings.items() if seed is None)
     is_known = varied or (any(settings.values()) and None not in seeds.values())
     if not is_known or len(varied) > _MOST_IN_LABEL or _have_doubles(labels, seeds):
-        labels = {name: _SEED.sub("", name) or name for name in facts}
+        labels = dict(named.stems)
     if _have_doubles(labels, seeds):
         labels = {name: name for name in facts}
     unknown = [name for name, seed in seeds.items() if seed is None]
-    if unknown and len({*labels.values()}) < len(labels):
+    if unknown and len(facts) > 1:
         notes.append(
-            f"{len(unknown)} runs name no seed, so nothing is paired by them: "
-            f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
+            f"{count_noun(len(unknown), 'run')} {'names' if len(unknown) == 1 else 'name'} no seed,"
+            f" so nothing is paired by them: {', '.join(unknown[:5])}"
+            f"{' ...' if len(unknown) > 5 else ''}"
         )
     first_free = 1 + max((seed for seed in seeds.values() if seed is not None), default=-1)
     numbers = {name: first_free + index for index, name in enumerate(unknown)}
@@ -166,13 +226,12 @@ def group_runs(facts: Mapping[str, Facts]) -> tuple[list[Cell], list[str]]:
     return [_link_twin(cell, cells, settings) for cell in cells], notes
 
 
-def _find_seed(name: str, facts: Facts) -> int | None:
-    """The seed that the settings tell, else the name; None where neither does."""
+def _seed_of_settings(facts: Facts) -> int | None:
+    """The seed that the settings tell; None where they do not."""
     seed = facts.get("seed")
     if isinstance(seed, int | float) and not isinstance(seed, bool) and seed == seed // 1:
         return int(seed)
-    match = _SEED.search(name)
-    return int(match[1] or match[2]) if match else None
+    return None
 
 
 def _list_varied(settings: Sequence[Facts]) -> list[str]:

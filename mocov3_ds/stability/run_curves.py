@@ -6,7 +6,7 @@ G = layer groups.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,9 @@ class RunCurves:
 
 
 def read_curves(run: Path) -> tuple[RunCurves, Sequence[Row]]:
-    """Read the log of a run, finished or not; also its rows as they are.
+    """Read the log of a run, finished or not; also its rows, in the order of steps.
+
+    Of a step that was logged again, as after a resume, the last row counts.
 
     Args:
         run: run folder, with `metrics.jsonl`.
@@ -72,7 +74,7 @@ def read_curves(run: Path) -> tuple[RunCurves, Sequence[Row]]:
     Raises:
         ValueError: nothing is logged yet.
     """
-    rows = sorted(read_rows(run / "metrics.jsonl"), key=lambda row: row["step"])
+    rows = _keep_last_rows(read_rows(run / "metrics.jsonl"))
     if not any("loss" in row for row in rows):
         raise ValueError(f"{run} has not logged a step yet.")
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
@@ -89,6 +91,15 @@ def read_curves(run: Path) -> tuple[RunCurves, Sequence[Row]]:
     return curves, rows
 
 
+def _keep_last_rows(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each step, in the order of steps.
+
+    What the run began with stands in a row of its own, which no step replaces.
+    """
+    last_rows = {(row["step"], "loss" in row or "lr" in row): row for row in rows}
+    return [last_rows[key] for key in sorted(last_rows)]
+
+
 def _as_number(value: Any) -> float:
     try:
         return float(value) if isinstance(value, int | float) else math.nan
@@ -100,7 +111,13 @@ def _read_signals(run: Path) -> SignalTable | None:
     if not (run / "signals.json").exists():
         return None
     table = read_signals(run)
-    return table if len(table.steps) else None
+    if not len(table.steps):
+        return None
+    if np.all(np.diff(table.steps) > 0):
+        return table
+    _, from_the_end = np.unique(table.steps[::-1], return_index=True)
+    last_rows = len(table.steps) - 1 - from_the_end
+    return replace(table, values_TC=table.values_TC[last_rows])
 
 
 def shorten_curve(

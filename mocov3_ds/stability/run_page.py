@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import shlex
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -26,6 +27,7 @@ from mocov3_ds.stability.page import build_document, bullet_list, embed_picture,
 from mocov3_ds.stability.pictures import Picture, PictureKind
 from mocov3_ds.stability.run_commands import list_commands
 from mocov3_ds.stability.run_curves import RunCurves, read_curves
+from mocov3_ds.stability.run_verdict import RunVerdict, describe_bad_stop, judge_run
 
 PAGE = "report.html"
 """name of the page in the run folder"""
@@ -137,7 +139,8 @@ def write_run_page(run: Path, path: Path) -> dict[str, bytes]:
     curves, rows = read_curves(run)
     pictures = {kind.name: kind.make(curves) for kind in _PICTURES}
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(path, build_run_page(run, tree, curves, rows, list(pictures.values())))
+    page = build_run_page(run, tree, curves, rows, list(pictures.values()), judge_run(run))
+    atomic.write_text(path, page)
     return {name: picture.data for name, picture in pictures.items() if picture.data is not None}
 
 
@@ -150,13 +153,23 @@ def _read_settings(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     try:
         tree = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{run} holds no run: there is no {path.name} in it.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        if not run.exists():
+            raise ValueError(f"{run} does not exist.") from None
+        what = "is no run folder" if run.is_file() else f"holds no run: there is no {path.name}"
+        raise ValueError(f"{run} {what}. {_point_to_logs(run)}") from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is not valid JSON.") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("config"), dict):
-        raise ValueError(f"{path} holds no settings of a run.")
+        raise ValueError(f"{path} holds no settings of a run. {_point_to_logs(run)}")
     return tree
+
+
+def _point_to_logs(run: Path) -> str:
+    return (
+        "Of the log of another program, a page is made by mocov3 stability report "
+        f"{shlex.quote(str(run))}."
+    )
 
 
 def build_run_page(
@@ -165,6 +178,7 @@ def build_run_page(
     curves: RunCurves,
     rows: Sequence[Row],
     pictures: Sequence[Picture],
+    verdict: RunVerdict,
 ) -> str:
     """The whole page as HTML.
 
@@ -174,14 +188,18 @@ def build_run_page(
         curves: its log as arrays.
         rows: its log as it is.
         pictures: pictures of it; those without data are left out.
+        verdict: what `mocov3 stability report` says of it.
     """
     name = escape(run.resolve().name)
-    troubles, commands = _find_troubles(tree, rows), list_commands(run, tree)
+    troubles, commands = _find_troubles(run, tree, rows), list_commands(run, tree)
     plan, ancestors = _read_plan(run), _list_ancestors(tree)
     sections = [
         f"<h1>Run {name}</h1>",
         f'<p class="soft">{escape(_describe(run, tree))}</p>',
         f'<div class="tiles">{"".join(_tiles(tree, curves))}</div>',
+        "<h2>Verdict</h2>",
+        f"<p>{f'<b>{escape(verdict.word)}</b>: ' * bool(verdict.word)}{escape(verdict.why)}.</p>",
+        bullet_list(verdict.notes) * bool(verdict.notes),
         "<h2>What is wrong with it</h2>",
         bullet_list(troubles)
         if troubles
@@ -208,15 +226,15 @@ def _describe(run: Path, tree: Mapping[str, Any]) -> str:
     return f"recipe {tree['config'].get('recipe', '?')}{version}; {state}"
 
 
-def _find_troubles(tree: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
-    """What a run says of itself at its end."""
+def _find_troubles(run: Path, tree: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    """What a run says of itself at its end, and where it stopped if that was a bad step."""
     last = rows[-1]
     epochs, steps = tree["config"].get("epochs"), last["step"]
     is_known = epochs and last.get("epoch")
     review = RunReview(max(1, round(epochs * steps / last["epoch"])) if is_known else steps)
     for row in rows:
         review.push(row)
-    return review.summarise()
+    return [*review.summarise(), *describe_bad_stop(run, steps)]
 
 
 def _tiles(tree: Mapping[str, Any], curves: RunCurves) -> Iterator[str]:
@@ -229,13 +247,13 @@ def _tiles(tree: Mapping[str, Any], curves: RunCurves) -> Iterator[str]:
         levels = (("start", curves.first("knn_full")), ("chance", curves.first("knn_chance")))
         level_words = [f"{name} {value:.1f} %" for name, value in levels if math.isfinite(value)]
         yield _tile("k-NN accuracy", f"{final:.2f} %", ", ".join(level_words))
-    chance = f"chance level {curves.last('chance_loss'):.4g}"
-    yield _tile("loss", f"{curves.last('loss'):.4g}", chance)
+    yield _loss_tile(curves)
     speed, wait_s = curves.median("images_per_s"), curves.median("data_wait_s")
     if speed > 0:
         batch = float(config.get("batch") or math.nan)
-        waiting = f"{100 * wait_s * speed / batch:.1f} % of a step waits for data"
-        yield _tile("images/s", f"{speed:,.4g}", waiting if math.isfinite(wait_s * batch) else "")
+        share = wait_s * speed / batch  # above 1 where the first batch is waited for before a step
+        waiting = f"{100 * share:.1f} % of a step waits for data" if 0 <= share <= 1 else ""
+        yield _tile("images/s", f"{speed:,.4g}", waiting)
         seconds = float((batch / curves.curve("images_per_s")[1]).sum())
         yield _tile("time in steps", format_duration(seconds), "k-NN and checkpoints not counted")
     if math.isfinite(curves.last("memory_gib")):
@@ -243,6 +261,18 @@ def _tiles(tree: Mapping[str, Any], curves: RunCurves) -> Iterator[str]:
     dropped = int((curves.curve("applied")[1] == 0).sum())
     stand_ins = f"{curves.total('stand_ins'):.0f} unreadable samples replaced"
     yield _tile("updates dropped", f"{dropped}", stand_ins)
+
+
+def _loss_tile(curves: RunCurves) -> str:
+    """The last loss; where that is not finite, the last one that is stands below."""
+    chance = f"chance level {curves.last('chance_loss'):.4g}"
+    number = f"{curves.last('loss'):.4g}"
+    steps_M, _ = curves.curve("lr")
+    finite_M, _ = curves.curve("loss")
+    if len(steps_M) and (not len(finite_M) or finite_M[-1] < steps_M[-1]):
+        ended = f"{number} at step {finite_M[-1]:,}, " if len(finite_M) else ""
+        return _tile("loss", "not finite", f"{ended}{chance}")
+    return _tile("loss", number, chance)
 
 
 def _tile(title: str, number: str, more: str) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from mocov3_ds.stability.findings import Series
+from mocov3_ds.stability.repeated_rows import keep_last_rows
 
 
 def has_ended(series: Series) -> bool:
@@ -14,11 +15,24 @@ def has_ended(series: Series) -> bool:
 
 def share_done(series: Series) -> float:
     """Share of the planned steps that a run has logged."""
-    return float(series.steps_T[-1]) / series.total_steps if len(series.steps_T) else 0.0
+    return last_step(series) / series.total_steps
+
+
+def last_step(series: Series) -> int:
+    """Step of the last row of anything, a loss or an evaluation; 0 without any."""
+    return max(
+        (int(steps[-1]) for steps in (series.steps_T, series.knn_steps_K) if len(steps)), default=0
+    )
 
 
 def cut_series(series: Series, step: int) -> Series:
-    """The series as it was after a step; what only the end or other runs tell is left out."""
+    """The series as it was after a step; what only the end or other runs tell is left out.
+
+    A run that has ended by then stays as it is.
+    """
+    series, _ = keep_last_rows(series)
+    if step >= series.total_steps:  # the last evaluation may follow the last loss
+        return series
     rows = int(np.searchsorted(series.steps_T, step, side="right"))
     evaluations = int(np.searchsorted(series.knn_steps_K, step, side="right"))
     if rows == len(series.steps_T) and evaluations == len(series.knn_steps_K):

@@ -99,3 +99,14 @@ def test_rows_of_strangers(value: Any) -> None:
     for name in names:
         for odd in (value, 10**400):
             review([{"step": 0, name: odd}, *(row(step, **{name: odd}) for step in range(1, 40))])
+
+
+def test_losses_that_are_not_finite_are_counted_where_no_reason_is_told() -> None:
+    rows = [row(step) for step in range(1, 20)]
+    rows[4] |= {"loss": float("nan"), "trouble": "the loss is nan"}
+    rows[6] |= {"loss": float("nan"), "applied": False}
+    for bad in rows[9:12]:
+        bad["loss"] = None
+    live, end = review([{"step": 0, "knn_full": 20.0}, *rows])
+    assert not any("finite" in line for line in live)
+    assert "the loss of 3 steps was not finite, the last is step 12" in end

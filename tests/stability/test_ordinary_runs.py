@@ -1,6 +1,7 @@
 """Runs that no grid made: arms by what differs, seeds as pairs, doubt said."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mocov3_ds.stability.comparable_runs import line_up
+from mocov3_ds.stability.comparisons import compare_arms
 from mocov3_ds.stability.ordinary_runs import group_runs, read_ordinary_runs
 from tests.stability.written_study import write_run
 
@@ -62,6 +65,9 @@ def test_runs_without_a_seed_are_no_pairs() -> None:
     seeds = [cell.seed for cell in cells]
     assert len({*seeds}) == 4 and seeds[3] == 0
     assert notes == ["3 runs name no seed, so nothing is paired by them: u, v, w"]
+    _, notes = group_runs({"a": {}, "b": {}})
+    assert notes == ["2 runs name no seed, so nothing is paired by them: a, b"]
+    assert group_runs({"a": {}})[1] == []
 
 
 def test_two_runs_of_one_seed_and_one_setting_are_told_apart_by_name() -> None:
@@ -106,3 +112,57 @@ def test_hostile_names_and_settings(tmp_path: Path) -> None:
     (tmp_path / name / "args.json").write_text("[" * 100_000)
     study = read_ordinary_runs([tmp_path])
     assert list(study.arms) == [name]
+
+
+def write_csv(path: Path, steps: int, final: float = 60.0) -> None:
+    """A log of a loss, and an accuracy every ten steps that ends at `final` after 1,000."""
+    random = np.random.default_rng(len(path.name))
+    lines = [
+        f"{s},{3 + 5 * np.exp(-s / 200) * (1 + 0.01 * random.standard_normal())},"
+        + (f"{final - 40 * np.exp(-s / 250) + random.normal()}" if s % 10 == 0 else "")
+        for s in range(1, steps + 1)
+    ]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("step,loss,knn\n" + "\n".join(lines) + "\n")
+
+
+def test_a_log_that_was_cut_short_is_unfinished(tmp_path: Path) -> None:
+    """Half of a run is not worse than a whole one: it has had half of the steps."""
+    for seed in range(3):
+        write_csv(tmp_path / f"base_seed{seed}.csv", 1000)
+        write_csv(tmp_path / f"cut_seed{seed}.csv", 500)
+    study = read_ordinary_runs([tmp_path])
+    lined_up = line_up(study.arms)
+    [one] = [one for one in compare_arms(lined_up.arms) if one.metric == "knn_final"]
+    assert abs(one.difference) < 2
+    assert "after step 500, the last that all of them have reached" in lined_up.notes[0]
+    [note] = [note for note in study.unseen if "longest run" in note]
+    assert "cut_seed0 (500 steps)" in note and "base_seed0 (1,000 steps), tells" in note
+    assert not any(run.judgement.verdict == "BELOW ITS TWIN" for run in study.arms["cut"])
+
+
+def test_a_config_beside_a_log_tells_that_it_has_ended(tmp_path: Path) -> None:
+    for name, steps in (("long", 1000), ("short", 500)):
+        write_csv(tmp_path / f"{name}_seed0/metrics.csv", steps)
+        config = {"total_steps": steps}
+        (tmp_path / f"{name}_seed0/config.json").write_text(json.dumps(config))
+    study = read_ordinary_runs([tmp_path])
+    assert line_up(study.arms).notes == ()
+    [note] = [note for note in study.unseen if "ended" in note]
+    assert note == (
+        "Runs of different lengths that have ended are compared at their ends: long_seed0 (1,000 "
+        "steps), short_seed0 (500 steps)."
+    )
+
+
+def test_a_log_that_has_not_begun_is_listed(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a_seed0.csv", 100)
+    (tmp_path / "b_seed0.csv").write_text("step,loss,knn\n")
+    (tmp_path / "c_seed0.csv").write_text("step,loss,knn\n0,,\n")
+    study = read_ordinary_runs([tmp_path])
+    assert list(study.arms) == ["a"]
+    assert any(re.match(r"left out: .*b_seed0.csv has no rows yet", one) for one in study.unseen)
+    assert any("columns loss, knn hold no number" in one for one in study.unseen)
+    (tmp_path / "a_seed0.csv").unlink()
+    with pytest.raises(ValueError, match=r"has logged a step yet; .*b_seed0.csv has no rows yet"):
+        read_ordinary_runs([tmp_path])

@@ -1,15 +1,18 @@
 """The page of one run: everything that was logged, nothing from outside, names as text."""
 
 import json
+import math
 import re
 import shutil
 import threading
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from mocov3_ds.stability import run_page
+from mocov3_ds.stability import run_page, run_verdict
+from mocov3_ds.stability.run_curves import read_curves
 from mocov3_ds.stability.run_page import format_duration, report, write_in_time, write_run_page
 
 RUN = "cells/adamw_lr-0.001_seed-0"
@@ -87,9 +90,99 @@ def test_a_run_in_work_has_a_page(run: Path, capsys: pytest.CaptureFixture[str])
     assert "open it in a browser" in capsys.readouterr().out
 
 
+def text_of(run: Path, page: Path) -> str:
+    write_run_page(run, page)
+    reader = Reader()
+    reader.feed(page.read_text())
+    return reader.text
+
+
+@pytest.fixture
+def short_run(study_folder: Path, tmp_path: Path) -> Path:
+    """A folder with the settings of a run, for a log of one's own."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(study_folder / RUN / "config.json", folder)
+    return folder
+
+
+def put_rows(run: Path, steps: Iterable[int], **values: object) -> None:
+    lines = []
+    for step in steps:
+        row: dict[str, object] = {
+            "step": step,
+            "epoch": step / 100,
+            "loss": 3 - step / 500,
+            "lr": 0.1,
+        }
+        row |= {"chance_loss": 4.0, "images_per_s": 64.0} | values
+        lines.append(json.dumps(row) + "\n")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(lines)
+
+
+def test_a_run_that_stopped_at_a_bad_step_says_so(short_run: Path, tmp_path: Path) -> None:
+    put_rows(short_run, range(1, 90))
+    assert "Verdict" in text_of(short_run, tmp_path / "page.html")
+    assert "DIVERGED" not in text_of(short_run, tmp_path / "page.html")
+    (short_run / "trouble").mkdir()
+    (short_run / "trouble/step-90.json").write_text('{"reason": "the loss is <nan>"}')
+    text = text_of(short_run, tmp_path / "page.html")
+    assert "DIVERGED: a value was not finite after step 89." in text
+    assert "stopped at the bad step 90: the loss is <nan>, see trouble/step-90.json" in text
+
+
+def test_losses_that_end_in_nan_are_said(short_run: Path, tmp_path: Path) -> None:
+    put_rows(short_run, range(1, 61))
+    put_rows(short_run, range(61, 81), loss=math.nan)
+    text = text_of(short_run, tmp_path / "page.html")
+    assert "DIVERGED: a value was not finite after step 80." in text
+    assert "lossnot finite2.88 at step 60, chance level 4" in text
+    assert "the loss of 20 steps was not finite, the last is step 80" in text
+
+
+def test_rows_of_a_resume_are_not_drawn_twice(short_run: Path, tmp_path: Path) -> None:
+    put_rows(short_run, range(1, 61), alarms=["rms_rise"])
+    put_rows(short_run, range(41, 101), loss=2.5)
+    curves, rows = read_curves(short_run)
+    assert curves.steps_T.tolist() == list(range(1, 101)) and len(rows) == 100
+    assert (curves.values["loss"][40:] == 2.5).all() and len(curves.alarms["rms_rise"]) == 40
+    assert "20 rows of steps logged again later did not count" in text_of(
+        short_run, tmp_path / "page.html"
+    )
+
+
+def test_the_wait_for_the_first_batch_is_no_share_of_a_step(
+    short_run: Path, tmp_path: Path
+) -> None:
+    put_rows(short_run, [1], data_wait_s=9.0)
+    assert "of a step waits" not in text_of(short_run, tmp_path / "page.html")
+    put_rows(short_run, range(2, 9), data_wait_s=0.001)
+    assert "of a step waits for data" in text_of(short_run, tmp_path / "page.html")
+
+
+def test_a_page_does_not_fail_for_its_verdict(
+    short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_rows(short_run, range(1, 9))
+
+    def fail(_: Path) -> None:
+        raise ZeroDivisionError("none <b>")
+
+    monkeypatch.setattr(run_verdict, "read_series", fail)
+    text = text_of(short_run, tmp_path / "page.html")
+    assert "it cannot be judged: ZeroDivisionError: none <b>." in text
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match=r"holds no run.*mocov3 stability report"):
         report(tmp_path)
+    log = tmp_path / "x.csv"
+    with pytest.raises(ValueError, match=r"x\.csv does not exist\."):
+        report(log)
+    log.write_text("step,loss\n1,2\n")
+    with pytest.raises(ValueError, match=r"is no run folder\. .*mocov3 stability report .*x\.csv"):
+        report(log)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="holds no settings of a run"):
         report(tmp_path)

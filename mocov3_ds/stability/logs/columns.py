@@ -37,7 +37,7 @@ _FORMS: Mapping[str, tuple[str, ...]] = {
     "knn": (
         "knn", f"knn_{_ACCURACY}|{_HELD_OUT}_knn|{_HELD_OUT}_knn_{_ACCURACY}|knn_{_HELD_OUT}",
         r"(?:.*_)?k_?nn(?:_.*)?", f"{_HELD_OUT}_{_ACCURACY}|{_ACCURACY}_{_HELD_OUT}",
-        f"(?:linear_|probe_|linear_probe_)?{_ACCURACY}",
+        f"(?:linear_|probe_|linear_probe_){_ACCURACY}",
     ),
     "grad_norm": (
         "grad_norm", f"(?:{_TRAIN}_)?(?:global_|total_)?(?:grad|gradient)_norm(?:_total)?",
@@ -51,6 +51,8 @@ _OTHERS: Mapping[str, str] = {
     "knn": r".*(?:loss|chance|probes|momentum|ema|teacher|full|time|seconds|_k)$|.*loss.*",
 }
 """names of the widest forms that mean something else"""
+_BARE = (_ACCURACY,)
+"""forms of an accuracy that does not say of which images: of a training batch, mostly"""
 _NAMED = 12
 
 
@@ -72,7 +74,38 @@ def find_columns(names: Iterable[str], given: Sequence[str] = ()) -> dict[str, s
     for role, forms in _FORMS.items():
         if role not in columns:
             columns[role] = _find_role(role, forms, column_names)
+    if not columns["knn"] and not columns["loss"] and not _is_said("knn", given):
+        columns["knn"] = _find_role("knn", _BARE, column_names)
     return {role: name for role, name in columns.items() if name}
+
+
+def describe_bare_accuracy(
+    names: Iterable[str], given: Sequence[str], roles: Mapping[str, str]
+) -> list[str]:
+    """A clause about accuracies that do not say of which images they are.
+
+    Beside a loss it is that of the training batches, mostly, which is no accuracy of the features.
+
+    Args:
+        names: names of the columns.
+        given: the user's words, as `find_columns` takes them.
+        roles: what that function understood of them.
+    """
+    if _is_said("knn", given):
+        return []
+    bare = [name for name in names if re.fullmatch(_ACCURACY, _plain(name))]
+    if roles.get("knn") in bare:
+        return [f"{roles['knn']} counts as that of held-out images, as no loss stands beside it"]
+    if not bare or "knn" in roles:
+        return []
+    return [
+        f"{list_names(bare)} may be of training batches and is left out; if it is of held-out "
+        f"images, --columns knn={bare[0]} takes it"
+    ]
+
+
+def _is_said(role: str, given: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == role for word in given)
 
 
 def _read_given(names: Sequence[str], given: Sequence[str]) -> dict[str, str]:

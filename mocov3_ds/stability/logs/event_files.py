@@ -5,7 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mocov3_ds.stability.logs.table import Column, LoggedTable, build_columns, count_words
+from mocov3_ds.stability.logs.table import (
+    Column,
+    LoggedTable,
+    NothingLoggedError,
+    build_columns,
+    count_words,
+)
 
 PATTERN = "*tfevents*"
 STEP = "step"
@@ -21,7 +27,7 @@ def read_events(folder: Path, files: Sequence[Path]) -> LoggedTable:
         files: the files; a sitting of the run wrote each.
 
     Raises:
-        ValueError: there is no scalar in them.
+        NothingLoggedError: there is no scalar in them.
     """
     scalars: list[tuple[int, str, float]] = []
     damaged = 0
@@ -30,7 +36,7 @@ def read_events(folder: Path, files: Sequence[Path]) -> LoggedTable:
         scalars += file_scalars
         damaged += not is_whole
     if not scalars:
-        raise ValueError(f"{folder} has event files without a scalar.")
+        raise NothingLoggedError(f"{folder} has no rows yet: its event files are without a scalar.")
     steps, tags, values = zip(*scalars, strict=True)
     columns = build_columns({STEP: steps})
     values_M = np.array(values, np.float64)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mocov3_ds.stability.logs.event_files import PATTERN, read_events
-from mocov3_ds.stability.logs.table import Column, LoggedTable
+from mocov3_ds.stability.logs.scalar_files import is_scalar_file
+from mocov3_ds.stability.logs.table import Column, LoggedTable, NothingLoggedError
 from mocov3_ds.stability.logs.text_files import read_csv, read_json
 
 _READERS: dict[str, Callable[[Path], list[LoggedTable]]] = {
@@ -119,7 +120,24 @@ def _list_logs(folder: Path) -> list[RunPlace]:
 
 
 def read_logs(places: Sequence[RunPlace]) -> list[LoggedTable]:
-    """Read the logs of other programs; runs of one name in several charts of W&B become one.
+    """Read the logs of other programs; runs of one name in several charts become one.
+
+    The scalars that TensorBoard's page gives as files of one folder are charts of their run.
+
+    Args:
+        places: runs that this program did not train.
+
+    Raises:
+        ValueError: a log cannot be read, or has no rows yet.
+    """
+    tables, left_out = read_filled_logs(places)
+    if left_out:
+        raise NothingLoggedError(f"{left_out[0]}.")
+    return tables
+
+
+def read_filled_logs(places: Sequence[RunPlace]) -> tuple[list[LoggedTable], list[str]]:
+    """Read the logs that have rows, as `read_logs` does; and a clause about each one without.
 
     Args:
         places: runs that this program did not train.
@@ -128,15 +146,25 @@ def read_logs(places: Sequence[RunPlace]) -> list[LoggedTable]:
         ValueError: a log cannot be read.
     """
     tables: dict[str, LoggedTable] = {}
+    charts: dict[tuple[str, Path | None], str] = {}  # which run it is of -> what that is called
+    left_out = []
     for log_place in places:
-        for table in _read_log(log_place.path):
-            earlier = tables.get(table.name)
-            if earlier is not None and earlier.is_chart and table.is_chart:
-                tables[table.name] = _join_charts(earlier, table)
-            else:
-                name = unique_name(table.name, _named_path(table.source), tables)
-                tables[name] = replace(table, name=name)
-    return list(tables.values())
+        try:
+            log_tables = _read_log(log_place.path)
+        except NothingLoggedError as error:
+            left_out.append(str(error).removesuffix("."))
+            continue
+        for table in log_tables:
+            source = table.source
+            key = (table.name, source.parent if is_scalar_file(source) else None)
+            if table.is_chart and key in charts:
+                tables[charts[key]] = _join_charts(tables[charts[key]], table)
+                continue
+            name = unique_name(table.name, _named_path(source), tables)
+            tables[name] = replace(table, name=name)
+            if table.is_chart:
+                charts[key] = name
+    return list(tables.values()), left_out
 
 
 def unique_name(name: str, path: Path, taken: Collection[str]) -> str:

@@ -5,19 +5,26 @@ Shape suffixes: T = steps, M = values of a column, K = k-NN evaluations, G = lay
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mocov3_ds.stability.findings import Array, Series, Steps
-from mocov3_ds.stability.logs.columns import GRADIENT, find_columns, list_names
+from mocov3_ds.stability.logs.clock import find_clock, spread
+from mocov3_ds.stability.logs.columns import (
+    GRADIENT,
+    describe_bare_accuracy,
+    find_columns,
+    list_names,
+)
 from mocov3_ds.stability.logs.gaps import ends_at, flag_gaps, flag_held_over, flag_replaced_gaps
-from mocov3_ds.stability.logs.table import Column, LoggedTable, count_words
+from mocov3_ds.stability.logs.lengths import find_length, is_below_its_end, total_of
+from mocov3_ds.stability.logs.scalar_files import is_scalar
+from mocov3_ds.stability.logs.table import Column, LoggedTable, NothingLoggedError, count_words
 
 WHOLE = "whole network"
 """layer group of a log that has the norm of the whole gradient alone"""
 _UNORDERED = 0.05  # share of rows that go back, from which on a file has no order
-_LARGEST_STEP = 1 << 53
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +34,10 @@ class ForeignRun:
     series: Series
     understood: str
     """a sentence: which column means what, what was left out"""
+    unit: str = "step"
+    """what its steps count: "step", "epoch" or "row" """
+    is_planned: bool = False
+    """whether the settings beside the log tell its length; else the log's end counts as its end"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,55 +63,80 @@ def read_foreign_run(table: LoggedTable, given: Sequence[str] = (), probes: int 
 
     Raises:
         ValueError: the columns are ambiguous, there is neither loss nor accuracy, or steps are no
-            whole numbers.
+            whole numbers; `NothingLoggedError` where these columns hold no number yet.
     """
     try:
         roles = find_columns(table.columns, given)
-        clock, clock_words = _find_clock(table, roles)
+        clock = find_clock(table, roles)
     except ValueError as error:
         raise ValueError(f"{table.source}, run {table.name}: {error}") from None
     curves = {
-        role: _align(table.columns[name], clock)
+        role: _align(table.columns[name], clock.steps_R)
         for role, name in roles.items()
         if role not in ("step", "epoch")
     }
     if not {"loss", "knn"} & {role for role, curve in curves.items() if len(curve.steps_M)}:
-        raise ValueError(
-            f"{table.source}, run {table.name}: neither a loss nor an accuracy is known by its "
-            f"name; there are {list_names(list(table.columns))}. Say which with --columns "
-            "loss=COLUMN or knn=COLUMN."
+        raise _nothing_to_judge(table, roles)
+    try:
+        series, clauses = _build_series(table, roles, curves, clock.steps_R, probes)
+    except ValueError as error:
+        raise ValueError(f"{table.source}, run {table.name}: {error}") from None
+    series, is_planned, of_length = _plan_length(series, table, clock.unit, roles)
+    clauses += [*of_length, *describe_bare_accuracy(table.columns, given, roles)]
+    understood = _describe(table, roles, curves, [*clock.clauses, *clauses])
+    return ForeignRun(series, understood, clock.unit, is_planned)
+
+
+def _nothing_to_judge(table: LoggedTable, roles: dict[str, str]) -> ValueError:
+    """Why a table gives neither a loss nor an accuracy."""
+    begins = f"{table.source}, run {table.name}: "
+    unusable = [
+        f"{role} = {roles[role]} has no value at a step that counts (a whole number from 0 on)"
+        for role in ("loss", "knn")
+        if role in roles
+    ]
+    if unusable:
+        return ValueError(f"{begins}{'; '.join(unusable)}, so there is nothing to judge.")
+    empty = [name for name in table.empty if {"loss", "knn"} & find_columns([name]).keys()]
+    if empty:
+        noun, verb = ("column", "holds") if len(empty) == 1 else ("columns", "hold")
+        return NothingLoggedError(
+            f"{begins}{noun} {list_names(empty)} {verb} no number, so there is nothing to judge."
         )
-    series, unit = _build_series(table, roles, curves, clock, probes)
-    return ForeignRun(series, _describe(table, roles, curves, clock_words + unit))
+    return ValueError(begins + _name_candidates(list(table.columns)))
 
 
-def _find_clock(table: LoggedTable, roles: dict[str, str]) -> tuple[Array, list[str]]:
-    """Step of each row, NaN where it has none, and how it was found."""
-    rows = table.rows
-    if "step" in roles:
-        clock = _spread(table.columns[roles["step"]], rows)
-        finite_clock = clock[np.isfinite(clock)]
-        if np.any(finite_clock != np.round(finite_clock)) or np.any(
-            np.abs(finite_clock) >= _LARGEST_STEP
-        ):
-            raise ValueError(f"column {roles['step']} holds steps that are no whole numbers.")
-        clock[clock < 0] = np.nan
-        missing = int(np.sum(np.isnan(clock)))
-        return clock, count_words(
-            missing, "row without a step left out", "rows without a step left out"
+def _name_candidates(names: list[str]) -> str:
+    """What is there, where neither a loss nor an accuracy is known by its name."""
+    if is_scalar(names):
+        return (
+            f"{names[-1]} is one scalar as TensorBoard's page gives it, and the name of the file "
+            "does not say which. Call it RUN-tag-SCALAR.csv, as the download does, or say "
+            f"--columns loss={names[-1]} or knn={names[-1]}."
         )
-    if "epoch" in roles:
-        clock = _spread(table.columns[roles["epoch"]], rows)
-        finite_clock = clock[np.isfinite(clock)]
-        if np.all(finite_clock == np.round(finite_clock)) and np.all(finite_clock >= 0):
-            return clock, [f"no step, so steps are those of {roles['epoch']}"]
-    return np.arange(1.0, rows + 1), ["no step, so rows are numbered"]
+    return (
+        "neither a loss nor an accuracy is known by its name; there are "
+        f"{list_names(names)}. Say which with --columns loss=COLUMN or knn=COLUMN."
+    )
 
 
-def _spread(column: Column, rows: int) -> Array:
-    spread = np.full(rows, np.nan)
-    spread[column.rows_M] = column.values_M
-    return spread
+def _plan_length(
+    series: Series, table: LoggedTable, unit: str, roles: dict[str, str]
+) -> tuple[Series, bool, Sequence[str]]:
+    """The series with its length, whether the settings tell it, and a clause about that.
+
+    A column of whole epochs does not tell how many steps the last one has, so it tells no length.
+    """
+    epochs_M = table.columns[roles["epoch"]].values_M if "epoch" in roles else np.empty(0)
+    is_exact = bool(np.any(epochs_M != np.round(epochs_M)))
+    per_step = series.epochs_per_step if is_exact else math.nan
+    planned, setting = find_length(table.facts, unit, per_step)
+    clauses = [f"its length is that of its {setting}, {planned:,} {unit}s"] if planned else []
+    if planned and is_below_its_end(series, planned):
+        clauses = [f"its {setting} ({planned:,} {unit}s) is below its last step and does not count"]
+        planned = 0
+    total, _ = total_of(series, planned)
+    return replace(series, total_steps=total), planned > 0, clauses
 
 
 def _align(column: Column, clock: Array) -> _Curve:
@@ -164,7 +200,7 @@ def _build_series(
         knn_K=knn.values_M,
         probes=probes or int(_last(curves.get("probes", nothing), 0.0)),
         knn_chance=_last(curves.get("knn_chance", nothing), 0.0),
-        total_steps=max(1, *(int(c.steps_M[-1]) for c in (loss, knn) if len(c.steps_M))),
+        total_steps=1,  # until its length is known
         epochs_per_step=_epochs_per_step(table, roles, clock),
         begins_random=_begins_random(knn, loss),
         has_loss=has_loss,
@@ -250,10 +286,13 @@ def _as_percent(knn_K: Array, name: str) -> tuple[Array, list[str]]:
 
 
 def _epochs_per_step(table: LoggedTable, roles: dict[str, str], clock: Array) -> float:
-    """Epochs that a step goes on, by the first and the last row that say both; NaN if unknown."""
+    """Epochs that a step goes on, by the first and the last row that say both; NaN if unknown.
+
+    Of whole epochs the last one is not over, so the first row of it counts.
+    """
     if "epoch" not in roles:
         return math.nan
-    epochs = _spread(table.columns[roles["epoch"]], table.rows)
+    epochs = spread(table.columns[roles["epoch"]], table.rows)
     is_known = np.isfinite(epochs) & np.isfinite(clock)
     if not is_known.any():
         return math.nan
@@ -261,6 +300,8 @@ def _epochs_per_step(table: LoggedTable, roles: dict[str, str], clock: Array) ->
         np.argmin(np.where(is_known, clock, np.inf)),
         np.argmax(np.where(is_known, clock, -1.0)),
     )
+    if np.all(epochs[is_known] == np.round(epochs[is_known])):
+        last = np.argmin(np.where(is_known & (epochs == epochs[last]), clock, np.inf))
     steps = clock[last] - clock[first]
     return float((epochs[last] - epochs[first]) / steps) if steps > 0 else math.nan
 

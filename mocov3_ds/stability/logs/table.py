@@ -19,6 +19,10 @@ _DEPTH = 4  # objects within objects whose values become columns
 _MOST_COLUMNS = 10_000
 
 
+class NothingLoggedError(ValueError):
+    """A log has no rows yet, as that of a run that has just begun."""
+
+
 @dataclass(frozen=True, eq=False)
 class Column:
     """The numbers of one column, in the order in which they were written."""
@@ -44,6 +48,8 @@ class LoggedTable:
     """settings of the run by name, where they lie beside the log"""
     notes: Sequence[str] = ()
     """what was left out, clauses"""
+    empty: Sequence[str] = ()
+    """names of columns without a number in any row"""
     is_chart: bool = False
     """whether it is one curve of the run, as a chart of W&B is, which others may complete"""
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import orjson
 
+from mocov3_ds.stability.logs.scalar_files import name_scalar
 from mocov3_ds.stability.logs.table import (
     Column,
     LoggedTable,
+    NothingLoggedError,
     build_columns,
     count_words,
     read_bytes,
@@ -30,13 +32,15 @@ csv.field_size_limit(_LARGEST_CELL)
 
 
 def read_csv(path: Path) -> list[LoggedTable]:
-    """Read a CSV file with names in its first line; a chart exported from W&B gives several runs.
+    """Read a CSV file with names in its first line; a chart of W&B gives several runs.
+
+    A file of TensorBoard's page gives one scalar of the run that its name tells.
 
     Args:
         path: the file; its delimiter is a comma, semicolon, tab or bar.
 
     Raises:
-        ValueError: it holds no table of numbers.
+        ValueError: it holds no table of numbers; `NothingLoggedError`: no rows yet.
     """
     text = read_bytes(path).decode("utf-8-sig", "replace")
     first = text.split("\n", 1)[0]
@@ -47,7 +51,7 @@ def read_csv(path: Path) -> list[LoggedTable]:
         raise ValueError(f"{path} is no CSV: {error}.") from None
     lines = [line for line in lines if line]
     if len(lines) < 2:
-        raise ValueError(f"{path} has no line below its names.")
+        raise NothingLoggedError(f"{path} has no rows yet: it has no line below its names.")
     names = _name_columns(path, lines[0])
     body = [line for line in lines[1:] if len(line) == len(names)]
     cut = len(lines) - 1 - len(body)
@@ -57,9 +61,12 @@ def read_csv(path: Path) -> list[LoggedTable]:
         notes.append("its numbers have decimal commas")
     columns = build_columns(dict(zip(names, zip(*body, strict=True), strict=True))) if body else {}
     if not columns:
+        if len(lines) == 2 and len(lines[1]) < len(names):
+            raise NothingLoggedError(f"{path} has no rows yet: its only line is not whole.")
         raise ValueError(f"{path} holds no numbers.")
-    table = LoggedTable(path.stem, path, columns, len(body), notes=notes)
-    return _split_chart(table) or [table]
+    empty = [name for name in names if name not in columns]
+    table = LoggedTable(path.stem, path, columns, len(body), notes=notes, empty=empty)
+    return _split_chart(table) or [name_scalar(table)]
 
 
 def _has_decimal_commas(body: Sequence[Sequence[str]]) -> bool:
@@ -123,9 +130,11 @@ def read_json(path: Path) -> list[LoggedTable]:
         path: the file; its last line or row may be cut short.
 
     Raises:
-        ValueError: it holds no rows.
+        ValueError: it holds no rows; `NothingLoggedError`: it is empty.
     """
     data = read_bytes(path)
+    if not data.strip():
+        raise NothingLoggedError(f"{path} has no rows yet: it is empty.")
     rows, unreadable = _parse_lines(data)
     if not rows or (unreadable and data.lstrip()[:1] == b"[") or _is_one_object(rows, data):
         rows, unreadable = _parse_whole(path, data), 0

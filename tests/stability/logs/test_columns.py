@@ -2,7 +2,7 @@
 
 import pytest
 
-from mocov3_ds.stability.logs.columns import find_columns
+from mocov3_ds.stability.logs.columns import describe_bare_accuracy, find_columns
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,9 @@ from mocov3_ds.stability.logs.columns import find_columns
             "epoch train_loss eval_loss eval_top1 eval_top5 lr",
             "epoch loss=train_loss knn=eval_top1 lr",
         ),
-        ("Step Loss Acc@1", "step=Step loss=Loss knn=Acc@1"),
+        ("Step Loss Acc@1", "step=Step loss=Loss"),
+        ("Step Acc@1", "step=Step knn=Acc@1"),
+        ("step loss linear_acc", "step loss knn=linear_acc"),
         ("_step contrastive_loss", "step=_step loss=contrastive_loss"),
         ("iter val_loss train_acc", "step=iter"),
     ],
@@ -71,3 +73,21 @@ def test_a_layers_gradient_is_named_by_hand() -> None:
 def test_wrong_words(word: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         find_columns(["step", "loss"], [word])
+
+
+def test_an_accuracy_of_unknown_images_is_not_taken_beside_a_loss() -> None:
+    """MoCo's `acc@1` beside its loss is how often a query finds its key in the training batch."""
+    names = ["step", "loss", "acc@1", "acc@5"]
+    found = find_columns(names)
+    assert "knn" not in found
+    assert describe_bare_accuracy(names, (), found) == [
+        "acc@1 may be of training batches and is left out; if it is of held-out images, --columns "
+        "knn=acc@1 takes it"
+    ]
+    given = ["knn=acc@1"]
+    assert find_columns(names, given)["knn"] == "acc@1"
+    assert describe_bare_accuracy(names, given, find_columns(names, given)) == []
+    assert describe_bare_accuracy([*names, "val_acc"], (), {"knn": "val_acc"}) == []
+    alone = find_columns(["step", "acc"])
+    [words] = describe_bare_accuracy(["step", "acc"], (), alone)
+    assert words == "acc counts as that of held-out images, as no loss stands beside it"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mocov3_ds.stability.logs.find import find_runs, read_logs
+from mocov3_ds.stability.logs.find import find_runs, read_filled_logs, read_logs
 
 LINES = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
 
@@ -91,3 +91,17 @@ def test_two_charts_of_wandb_are_one_run(tmp_path: Path) -> None:
         "Step": 4, "loss": 2, "val/acc": 2,
     }  # fmt: skip
     assert table.rows == 4 and table.notes == ["charts acc.csv and loss.csv"]
+
+
+def test_a_run_that_has_just_begun_is_left_out(tmp_path: Path) -> None:
+    put(tmp_path / "a.csv", "step,loss\n1,2\n")
+    for name, text in (("b.csv", ""), ("c.csv", "step,loss\n"), ("d.csv", "step,loss\n1")):
+        put(tmp_path / name, text)
+    tables, left_out = read_filled_logs(find_runs(tmp_path))
+    assert [table.name for table in tables] == ["a"]
+    assert len(left_out) == 3 and all(" has no rows yet: " in one for one in left_out)
+    with pytest.raises(ValueError, match=r"b\.csv has no rows yet"):
+        read_logs(find_runs(tmp_path))
+    put(tmp_path / "e.csv", "step,loss\na,b\n")
+    with pytest.raises(ValueError, match="holds no numbers"):
+        read_filled_logs(find_runs(tmp_path))

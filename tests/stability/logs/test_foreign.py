@@ -1,6 +1,7 @@
 """Series of another program's log: which step a value belongs to, and which of several counts."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from mocov3_ds.stability.logs.foreign import last_of_each_step, read_foreign_run
 from mocov3_ds.stability.logs.table import LoggedTable, rows_as_columns
+from mocov3_ds.stability.same_step import cut_series, has_ended
 from mocov3_ds.stability.verdict import judge
 
 
@@ -70,6 +72,7 @@ def test_accuracy_alone_and_rows_without_a_step() -> None:
     run = read_foreign_run(make_table(*rows, {"acc": 99}))
     assert run.series.knn_K.tolist() == [20, 30] and run.series.steps_T.tolist() == [10, 20]
     assert "1 row without a step left out" in run.understood
+    assert "acc counts as that of held-out images" in run.understood
 
 
 def test_layers_named_by_hand() -> None:
@@ -87,6 +90,8 @@ def test_layers_named_by_hand() -> None:
         ([{"step": 1e300, "loss": 1}], "column step holds steps that are no whole numbers"),
         ([{"step": 1, "speed": 1}], "neither a loss nor an accuracy .* there are step, speed"),
         ([{"step": 1, "a/loss": 1, "b/loss": 1}], "mine.csv, run mine: 2 columns may be the tr"),
+        ([{"step": -1, "loss": 1}], "run mine: loss = loss has no value at a step that counts"),
+        ([{"Wall time": 9, "Step": 1, "Value": 1}], "run mine: Value is one scalar .*RUN-tag-SCAL"),
     ],
 )
 def test_what_cannot_be_understood(rows: list[dict[str, Any]], sentence: str) -> None:
@@ -176,5 +181,51 @@ def test_held_negative_and_impossible_accuracies() -> None:
     none = read_foreign_run(make_table({"step": 0, "knn": -1}, *quiet_rows()))
     assert len(none.series.knn_K) == 30
     assert "1 value of knn below 0 is left out as no evaluation" in none.understood
-    with pytest.raises(ValueError, match="knn reaches 150, which is no accuracy in percent"):
+    with pytest.raises(ValueError, match=r"mine.csv, run mine: knn reaches 150, which is no acc"):
         read_foreign_run(make_table({"step": 0, "knn": 150.0}, *quiet_rows()))
+
+
+def test_a_column_without_a_number_is_named() -> None:
+    table = replace(make_table({"step": 1}, {"step": 2}), empty=["note", "train/loss"])
+    with pytest.raises(ValueError, match=r"run mine: column train/loss holds no number, so there"):
+        read_foreign_run(table)
+
+
+@pytest.mark.parametrize(
+    ("rows", "last_loss"),
+    [
+        ([{"step": s, "loss": 5 - s / 100} for s in range(7, 401, 7)], 399),
+        ([{"step": s, "loss": 5 - s / 100} for s in range(400) if (s + 1) % 10], 398),
+    ],
+)
+def test_a_log_whose_last_row_is_an_evaluation_has_ended(
+    rows: list[dict[str, Any]], last_loss: int
+) -> None:
+    """A loss every 7 steps and an evaluation every 10; Lightning's rows, each of one of them."""
+    shift = 0 if last_loss == 399 else 1
+    evaluated: list[dict[str, Any]] = [
+        {"step": s - shift, "knn": 10 + s / 10} for s in range(10, 401, 10)
+    ]
+    table = make_table(*sorted(rows + evaluated, key=lambda row: row["step"]))
+    series = read_foreign_run(table).series
+    assert has_ended(series) and series.steps_T[-1] == last_loss
+    assert series.knn_K[-1] == 50 and cut_series(series, series.total_steps) is series
+    assert not any(note.startswith("judged after") for note in judge(series).notes)
+
+
+@pytest.mark.parametrize(
+    ("facts", "ended", "words"),
+    [
+        ({"total_steps": 1000}, False, "its length is that of its total_steps, 1,000 steps"),
+        ({"train": {"max_steps": 60}}, True, "its length is that of its max_steps, 60 steps"),
+        ({"steps": 61}, True, "its length is that of its steps, 61 steps"),  # counted from 0
+        ({"steps": 5}, True, "its steps (5 steps) is below its last step and does not count"),
+        ({"max_steps": -1, "a": {"steps": 70}, "b": {"steps": 90}}, True, "60 rows"),
+        ({"epochs": 30}, False, "its length is that of its epochs, 120 steps"),
+    ],
+)
+def test_settings_tell_a_length(facts: dict[str, Any], ended: bool, words: str) -> None:
+    rows = [{**row, "epoch": row["step"] / 4} for row in quiet_rows()]
+    run = read_foreign_run(replace(make_table(*rows), facts=facts))
+    assert has_ended(run.series) == ended and words in run.understood
+    assert run.is_planned == ("its length" in run.understood)
