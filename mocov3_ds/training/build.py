@@ -67,8 +67,7 @@ def build_run(settings: Settings, device: torch.device, loss: PairLoss | None = 
     optimizer = build_optimizer(block, trained, tensor_rules(config))
     check_response(config.alarm, optimizer)
     refuse_two_clips(optimizer.clipper, engine_json["gradient_clipping"])
-    world_size = ranks.world_size()
-    check_instruments(config.signals, config.batch // world_size, world_size)
+    check_instruments(config.signals, config.batch, ranks.world_size())
     start = _begin_with(model, find_start(settings, train, model))
     check_last_step(config.compress, total_steps - start.schedule_begins(config))
     # the last thing that can be refused is the folder itself

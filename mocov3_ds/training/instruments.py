@@ -150,18 +150,19 @@ class Instruments:
             self._direction_W = self._copy.join(tensors.items())
 
 
-def check_instruments(signals: SignalConfig, images: int, world_size: int) -> None:
+def check_instruments(signals: SignalConfig, batch: int, world_size: int) -> None:
     """Refuse an instrument that a batch is too small for.
 
     Args:
         signals: how often what is measured.
-        images: of a step on each rank.
-        world_size: number of ranks.
+        batch: images of a step, all ranks together.
+        world_size: number of ranks that share them.
 
     Raises:
         ValueError: the noise scale needs two halves, of two images or more.
     """
-    if signals.noise_every and (images % 2 or images * world_size < 4):
+    images = batch // world_size
+    if signals.noise_every and (images % 2 or batch < 4):
         raise ValueError(
             f"--signals.noise_every {signals.noise_every} compares the gradients of two halves of "
             f"a batch, so each rank needs an even number of images and all together 4 or more; "

@@ -65,8 +65,8 @@ def noise_of_halves(first_W: Tensor, second_W: Tensor, images: int) -> NoiseScal
 
     Args:
         first_W: gradient of the mean loss of one of them.
-        second_W: of the other.
-        images: of each of them.
+        second_W: that of the other one's.
+        images: number of images in each of them.
     """
     first_W, second_W = first_W.double(), second_W.double()
     trace = images / 2 * float((first_W - second_W).square().sum())

@@ -104,8 +104,8 @@ def test_two_ranks_at_any_stage_measure_the_same(runs: Path, name: str) -> None:
 
 
 def test_a_batch_that_has_no_halves() -> None:
-    check_instruments(SignalConfig(noise_every=5), 2, 2)
+    check_instruments(SignalConfig(noise_every=5), 4, 2)
     check_instruments(SignalConfig(sharpness_every=5), 3, 1)
-    for images, world_size in ((3, 2), (2, 1)):
-        with pytest.raises(ValueError, match=rf"there are {images} on each of {world_size}"):
-            check_instruments(SignalConfig(noise_every=5), images, world_size)
+    for batch, world_size in ((6, 2), (2, 1)):
+        with pytest.raises(ValueError, match=rf"there are {batch // world_size} on each of"):
+            check_instruments(SignalConfig(noise_every=5), batch, world_size)
