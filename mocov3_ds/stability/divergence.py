@@ -77,7 +77,11 @@ def explain_lasting_rise(series: Series, jumps: Sequence[Excursion]) -> str:
         is_late = len(loss_T) - first < max(BROKEN_FOR * len(loss_T), AT_LEAST)
         if first < BEGINNING * len(loss_T) or is_late:
             continue
-        before = median_of(loss_T[max(first - LOSS_WINDOW, 0) : first])
+        # what was low for a moment alone is no level to come back to
+        before = max(
+            median_of(loss_T[max(first - reach, 0) : first])
+            for reach in (LOSS_WINDOW, max(round(BEGINNING * len(loss_T)), 1))
+        )
         after = float(np.min(_medians_of_blocks(loss_T[first:], levels.rows)))
         if after - before > RISEN * levels.size_of(before):
             return (
@@ -156,7 +160,7 @@ class _Levels:
 
     Attributes:
         start: highest level of its beginning.
-        best: lowest level after that.
+        best: lowest level after that, of a tenth of the run.
         final: level of its last tenth.
         margin: how far two levels may differ by noise, or by little.
         extent: from the lowest to the highest level.
@@ -174,16 +178,16 @@ class _Levels:
     def of(cls, loss_T: Array) -> "_Levels | None":
         """The levels of finite losses, (T,); None of too few."""
         rows = max(len(loss_T) // BLOCKS, FEWEST_IN_BLOCK)
-        level_B = _medians_of_blocks(loss_T, rows)
-        if len(level_B) < FEWEST_BLOCKS:
+        if len(loss_T) < FEWEST_BLOCKS * rows:
             return None
+        level_B = _medians_of_blocks(loss_T, rows)
         begin = max(round(BEGINNING * len(level_B)), 1)
         extent = float(np.ptp(level_B))
         noise = MAD_TO_DEVIATION * median_of(np.abs(np.diff(level_B, 2))) / math.sqrt(6)
         size = max(abs(median_of(level_B)), NEAR_ZERO * extent)
         return cls(
             start=max(float(np.max(level_B[:begin])), median_of(loss_T[:FEWEST_IN_BLOCK])),
-            best=float(np.min(level_B[begin:])),
+            best=float(np.min(_medians_along(level_B[begin:], begin))),
             final=median_of(level_B[-begin:]),
             margin=max(ABOVE_START * size, BLOCK_NOISES * noise),
             extent=extent,
@@ -193,6 +197,11 @@ class _Levels:
     def size_of(self, level: float) -> float:
         """What a share of a level is a share of."""
         return max(abs(level), NEAR_ZERO * self.extent)
+
+
+def _medians_along(level_B: Array, width: int) -> Array:
+    """Medians of all stretches of so many levels."""
+    return medians_of_windows(np.lib.stride_tricks.sliding_window_view(level_B, width))
 
 
 def _medians_of_blocks(loss_T: Array, rows: int) -> Array:

@@ -58,11 +58,13 @@ SPIKE_Z, PAPER_Z = 7.0, 3.2
 """deviations above that mean: 7 (OLMo 2), 3.2 (arXiv 2304.13013)"""
 SCORED_FROM = 100
 """steps of the first fall of the loss, in which no plain jump is counted"""
-ROWS_PER_DEGREE = 50
+ROWS_PER_DEGREE = 75
 """the noise of a loss counts as having tails of no more degrees than that many times in its rows:
 few rows do not tell light tails from heavy ones"""
 JUST_BEFORE, SUDDEN = 5, 0.5
 """a loss jump is above the median of so many rows before it, by so much of its excess at least"""
+LONG_BEFORE = 5
+"""and above that of a part of the run before it, one of so many, as far as its trend goes"""
 _ALONE, _TOGETHER = (SINGLE_RATIO, BURST_RATIO), (TOGETHER_RATIO, TOGETHER_RATIO)
 
 
@@ -183,31 +185,40 @@ def flag_losses(loss_T: Array) -> tuple[Steps, Flags, Array]:
     finite_T = loss_T[rows]
     unit = _range_around_zero(finite_T)
     values_T = finite_T / unit if unit else np.log(finite_T)
+    left_T = values_T - smooth_trend(values_T)
     flags_T, excess_T = stand_out(
-        values_T - smooth_trend(values_T),
+        left_T,
         Past(LOSS_WINDOW, LOSS_SPREAD_WINDOW, HISTORY, LOSS_EXCESS / 10),
         np.full(LONGEST_RUN, math.log1p(LOSS_EXCESS)),
         degrees=max(HEAVY, len(rows) / ROWS_PER_DEGREE),
     )
-    flags_T = _keep_sudden(values_T, flags_T, excess_T)
+    flags_T = _keep_sudden((values_T, JUST_BEFORE), flags_T, excess_T)
+    flags_T = _keep_sudden((left_T, len(rows) // LONG_BEFORE), flags_T, excess_T)
     if unit:
         level_T = np.maximum(np.abs(values_T - excess_T), SMALLEST_LEVEL)
         return rows, flags_T, excess_T / level_T
     return rows, flags_T, np.expm1(np.minimum(excess_T, 700.0))
 
 
-def _keep_sudden(values_T: Array, flags_T: Flags, excess_T: Array) -> Flags:
-    """Flagged rows but for those that are hardly above the few before them, (T,).
+def _keep_sudden(before: tuple[Array, int], flags_T: Flags, excess_T: Array) -> Flags:
+    """Flagged rows but for those that are hardly above what was before them, (T,).
 
-    A smooth curve leads a sudden fall, which is no event: the rows before it are above the curve.
+    A smooth curve leads a sudden fall, and the rows before that are above the curve. Rows that come
+    back to the curve, after some that were far below, are above these.
+
+    Args:
+        before: a series, (T,), and how many of its rows before an event tell what was.
+        flags_T: what stands out, (T,).
+        excess_T: by how much, (T,).
     """
+    values_T, reach = before
     kept_T = flags_T.copy()
     flagged = np.flatnonzero(flags_T)
     for rows in np.split(flagged, np.flatnonzero(np.diff(flagged) > JUST_BEFORE) + 1):
         if len(rows):
             peak = rows[np.argmax(excess_T[rows])]
-            before = median_of(values_T[max(rows[0] - JUST_BEFORE, 0) : rows[0]])
-            kept_T[rows] = values_T[peak] - before >= SUDDEN * excess_T[peak]
+            usual = median_of(values_T[max(rows[0] - max(reach, JUST_BEFORE), 0) : rows[0]])
+            kept_T[rows] = values_T[peak] - usual >= SUDDEN * excess_T[peak]
     return kept_T
 
 

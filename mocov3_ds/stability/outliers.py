@@ -43,7 +43,7 @@ _DEGREES = np.array([2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0])
 _SHARES = (0.995, 0.98, 0.95)
 _FEWEST_BEYOND = 5  # values farther out than the farthest quantile of the lower tail
 _FEWEST_TO_COMPARE = 2  # and of the upper one, which is but compared
-_PASSES = 20  # each finds a further part of a long burst; most series need one or two
+_PASSES = 10  # each finds 15 rows more of a long burst; most series need one or two
 
 
 def limits(deviations_T: Array, series: int = 1, degrees: float = math.inf) -> Array:

@@ -82,6 +82,7 @@ HEALTHY: dict[str, Callable[[], Array]] = {
     ),
     "minus a cosine": lambda: -0.9 + 0.85 * np.exp(-u / 0.05),
     "flat": lambda: np.full(STEPS, 5.0),
+    "logged as 0 for a while": lambda: FALL * ((u < 0.6) | (u > 0.65)),
 }
 
 
@@ -89,7 +90,10 @@ HEALTHY: dict[str, Callable[[], Array]] = {
 @pytest.mark.parametrize("noise", [0.003, 0.03])
 def test_a_healthy_loss_may_rise_early_or_a_little(name: str, noise: float) -> None:
     judgements = [judge(with_loss(HEALTHY[name](), seed, noise)) for seed in range(4)]
-    assert [j.verdict for j in judgements].count("STABLE") >= 4, [j.why for j in judgements]
+    if name == "logged as 0 for a while":
+        assert {j.verdict for j in judgements} <= {"STABLE", "TWITCHY"}
+        return
+    assert {j.verdict for j in judgements} == {"STABLE"}, [j.why for j in judgements]
 
 
 def test_a_jump_at_the_end_is_not_yet_for_good() -> None:
