@@ -3,6 +3,7 @@
 A series is compared with its own past, so no detector knows a model's scale; how far a value must
 stand out, and for how many rows, follows from the tails of its noise (`outliers`). Flagged values
 stay out of the past, up to a longest burst: after that many the new level counts as the usual one.
+Of a loss it is what a smooth trend of the whole run leaves that is compared (`loss_trend`).
 
 Steps ascend and need not be consecutive; NaN means not measured and never fires.
 

@@ -11,8 +11,9 @@
                     2 % of the run: the partial restart of arXiv 2104.02057, Sec. 4.1
     DEGRADING       accuracy falls slowly for 5 % of the run or more: LAMB's failure (Fig. 3)
     UNSTABLE        another dip; losses 7 deviations out, or not finite, in more than 0.1 % of the
-                    steps; one event of the loss of 0.5 % of the steps (20 at least; 100 where that
-                    is fewer); or a loss that rose by a fifth and never came back
+                    steps (and in two); one event of the loss of 0.5 % of the steps (20 at least;
+                    100 where that is fewer); or a loss that rose by a fifth for good, at once or
+                    by half of what it had gained
     BELOW ITS TWIN  no event, but the frozen twin, or another arm at the same seed, ends higher by
                     more than the noise of such a difference
     TWITCHY         gradient or loss events without a dip, or a loss that was not finite
@@ -22,7 +23,8 @@
                     so
 
 What is a dip, a decline or an event follows from the noise of the series itself, such that one
-quiet run in a hundred has one, whatever its length (`drops`, `outliers`).
+quiet run in a hundred has one, whatever its length (`drops`, `outliers`). No event of the loss or
+of gradients is looked for in the first 16 logged steps.
 
 The instability score I is the share of accuracy-time lost to dips and declines, in percent,
 
