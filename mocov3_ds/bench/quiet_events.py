@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mocov3_ds.stability.calibrate import autoregressive
-from mocov3_ds.stability.events import WINDOW, gradient_bursts, loss_jumps
+from mocov3_ds.stability.events import HISTORY, WINDOW, gradient_bursts, loss_jumps
 from mocov3_ds.stability.findings import Array
 from mocov3_ds.stability.trailing import window_length
 
@@ -25,8 +25,10 @@ LOSS_NOISE = 0.003
 GRADIENT_NOISE, LITTLE_NOISE = 0.25, 0.1
 """standard deviations of the logarithm of a gradient"""
 LENGTHS = (1000, 10_000, 100_000)
+LOSS_LENGTHS = (64, 121, 400, *LENGTHS)
+"""steps of runs, also of those in miniature, which are short"""
 LAYERS = (4, 26)
-RISES = (1.01, 1.05, 1.2)
+RISES = (1.05, 1.2, 2.0)
 """what the loss of one step is multiplied with"""
 FACTORS = (2.0, 5.0, 10.0)
 """what the gradient of one layer is multiplied with in one step"""
@@ -93,7 +95,7 @@ def loss_power(steps: int, noise: str, rise: float, runs: int) -> float:
     at_T, found = np.arange(1, steps + 1), 0
     for _ in range(runs):
         loss_T = quiet_loss(steps, noise, random)
-        step = int(random.integers(steps // 10, steps))
+        step = int(random.integers(max(steps // 10, HISTORY + 1), steps))
         loss_T[step - 1] *= rise
         found += any(jump.first <= step <= jump.last for jump in loss_jumps(at_T, loss_T))
     return found / runs
@@ -128,7 +130,7 @@ def print_events(runs: int) -> None:
     """
     percent = [f"+{100 * rise - 100:.0f} %" for rise in RISES]
     print_header(["steps", "noise of the loss", "quiet runs with an event", *percent])
-    for steps in LENGTHS:
+    for steps in LOSS_LENGTHS:
         quiet, planted = runs_of(runs, steps)
         for noise in LOSS_NOISES:
             alarms = f"{loss_alarms(steps, noise, quiet)} of {quiet}"

@@ -3,6 +3,7 @@
 A series is compared with its own past, so no detector knows a model's scale; how far a value must
 stand out, and for how many rows, follows from the tails of its noise (`outliers`). Flagged values
 stay out of the past, up to a longest burst: after that many the new level counts as the usual one.
+Of a loss it is what a smooth trend of the whole run leaves that is compared (`loss_trend`).
 
 Steps ascend and need not be consecutive; NaN means not measured and never fires.
 
@@ -17,9 +18,10 @@ from functools import partial
 
 import numpy as np
 
-from mocov3_ds.monitoring.medians import medians_of_windows
+from mocov3_ds.monitoring.medians import median_of, medians_of_windows
 from mocov3_ds.stability.findings import Array, Flags, LossEvent, Series, Steps
-from mocov3_ds.stability.outliers import LONGEST_RUN, Past, common_tails, stand_out
+from mocov3_ds.stability.loss_trend import smooth_trend
+from mocov3_ds.stability.outliers import HEAVY, LONGEST_RUN, Past, common_tails, stand_out
 from mocov3_ds.stability.trailing import (
     is_measured,
     log_of,
@@ -30,10 +32,9 @@ from mocov3_ds.stability.trailing import (
 WINDOW = 200
 """values of the past that a gradient is compared with (1 % of the run where that is more)"""
 LOSS_WINDOW = 30
-"""values of the past that a loss is compared with: it falls, so its past must be near"""
+"""values of the past that a loss is compared with: no more, as some of its fall is left"""
 LOSS_SPREAD_WINDOW = 100
-"""values of the past that tell the noise of a loss: further back it fell faster, and its lag behind
-its median would pass for noise"""
+"""values of the past that tell the noise of a loss: it shrinks as the loss falls"""
 HISTORY = 16
 """measured values of the past below which nothing fires"""
 BURST_RATIO = 3.0
@@ -45,7 +46,11 @@ SHORT = 3000
 MERGE = 20
 """bursts no more than this many steps (or two measured ones) apart are one event"""
 LOSS_EXCESS = 0.01
-"""a loss jump is this share above the trailing median"""
+"""a loss jump is this share above its level; of the range, where losses are not above 0"""
+SMALLEST_LEVEL = 0.1
+"""share of the range of losses that are not all above 0 as which a level nearer to 0 counts"""
+TOGETHER_RATIO = 2.0
+"""a burst of all groups together is so many times the median, in the median over them"""
 SMALLEST_SPREAD = 0.01
 """least spread of log |g|: keeps a noiseless past from making each ripple an event"""
 SPIKE_WINDOW, SPIKE_HISTORY = 1000, 100
@@ -54,6 +59,14 @@ SPIKE_Z, PAPER_Z = 7.0, 3.2
 """deviations above that mean: 7 (OLMo 2), 3.2 (arXiv 2304.13013)"""
 SCORED_FROM = 100
 """steps of the first fall of the loss, in which no plain jump is counted"""
+ROWS_PER_DEGREE = 75
+"""the noise of a loss counts as having tails of no more degrees than that many times in its rows:
+few rows do not tell light tails from heavy ones"""
+JUST_BEFORE, SUDDEN = 5, 0.5
+"""a loss jump is above the median of so many rows before it, by so much of its excess at least"""
+LONG_BEFORE = 5
+"""and above that of a part of the run before it, one of so many, as far as its trend goes"""
+_ALONE, _TOGETHER = (SINGLE_RATIO, BURST_RATIO), (TOGETHER_RATIO, TOGETHER_RATIO)
 
 
 @dataclass(frozen=True)
@@ -64,13 +77,16 @@ class Excursion:
         first: first flagged step.
         last: last flagged step.
         peak: step that stands out most.
-        size: how far it does: over the trailing median for a gradient; that minus 1 for a loss.
+        size: how far it does: over the trailing median for a gradient; for a loss the excess as a
+            share of its level.
+        rows: number of flagged rows.
     """
 
     first: int
     last: int
     peak: int
     size: float
+    rows: int = 0
 
 
 def merge_distance(steps_T: Steps) -> int:
@@ -82,7 +98,8 @@ def gradient_bursts(steps_T: Steps, grad_GT: Array, window: int = WINDOW) -> lis
     """Events of each group's gradient; `size` is the largest gradient over the trailing median.
 
     What stands out in the median over the groups alone, a spike of a single step in all layers for
-    example, is an event of each group that is `BURST_RATIO` times its own median there.
+    example, is an event of each group that is `TOGETHER_RATIO` times its own median there; near an
+    event of one group, `BURST_RATIO` times, so that each group's events begin when it moves.
 
     Args:
         steps_T: logged steps, (T,), ascending.
@@ -96,19 +113,21 @@ def gradient_bursts(steps_T: Steps, grad_GT: Array, window: int = WINDOW) -> lis
     tails = math.inf
     if max(np.sum(finite_GT[trained], axis=1), default=0) < SHORT:
         tails = common_tails([log_GT[row, finite_GT[row]] for row in trained], past)
-    look = partial(_flag_gradient, past=past, series=len(trained) + 1, degrees=tails)
+    look = partial(_flag_gradient, past=past, series=len(trained) + 1)
     flags_GT, excess_GT = np.zeros(grad_GT.shape, bool), np.full(grad_GT.shape, np.nan)
     for row in trained:
         rows = np.flatnonzero(is_measured(grad_GT[row]))  # rows in a row are measured ones
-        flags_GT[row, rows], excess_GT[row, rows] = look(log_GT[row, rows])
+        flags_GT[row, rows], excess_GT[row, rows] = look(log_GT[row, rows], degrees=tails)
+    distance = merge_distance(steps_T[is_measured(*grad_GT)] if len(grad_GT) else steps_T)
     if len(trained) > 2:
         excess_TG = excess_GT[trained].T
         rows = np.flatnonzero(np.isfinite(excess_TG).all(axis=1))
-        together_T, _ = look(medians_of_windows(excess_TG[rows]), degrees=math.inf)
+        together_T, _ = look(medians_of_windows(excess_TG[rows]), ratios=_TOGETHER)
         rows = rows[together_T]
+        alone = steps_T[flags_GT.any(axis=0)]
+        ratio_T = np.where(_is_near(steps_T[rows], alone, distance), BURST_RATIO, TOGETHER_RATIO)
         with np.errstate(invalid="ignore"):
-            flags_GT[:, rows] |= excess_GT[:, rows] > math.log(BURST_RATIO)
-    distance = merge_distance(steps_T[is_measured(*grad_GT)] if len(grad_GT) else steps_T)
+            flags_GT[:, rows] |= excess_GT[:, rows] > np.log(ratio_T)
     bursts = []
     for flags_T, excess_T in zip(flags_GT, excess_GT, strict=True):
         flagged = np.flatnonzero(flags_T)
@@ -117,11 +136,27 @@ def gradient_bursts(steps_T: Steps, grad_GT: Array, window: int = WINDOW) -> lis
     return bursts
 
 
-def _flag_gradient(log_T: Array, *, past: Past, series: int, degrees: float) -> tuple[Flags, Array]:
-    """Rows in which a log gradient stands out, (T,), and how far each is above its level, (T,)."""
+def _is_near(steps_T: Steps, others: Steps, distance: int) -> Flags:
+    """Which steps are at most so far from one of some others, which ascend, (T,)."""
+    begin_T = np.searchsorted(others, steps_T - distance, "left")
+    return begin_T < np.searchsorted(others, steps_T + distance, "right")
+
+
+def _flag_gradient(
+    log_T: Array,
+    *,
+    past: Past,
+    series: int,
+    degrees: float = math.inf,
+    ratios: tuple[float, float] = _ALONE,
+) -> tuple[Flags, Array]:
+    """Rows in which a log gradient stands out, (T,), and how far each is above its level, (T,).
+
+    `ratios` are how many times as large as its level one row must be, and each of several.
+    """
     finite_T = np.isfinite(log_T)
     flags_T, excess_T = log_T == math.inf, np.full(len(log_T), np.nan)
-    smallest = np.array([math.log(SINGLE_RATIO)] + [math.log(BURST_RATIO)] * (LONGEST_RUN - 1))
+    smallest = np.log([ratios[0]] + [ratios[1]] * (LONGEST_RUN - 1))
     flags_T[finite_T], excess_T[finite_T] = stand_out(
         log_T[finite_T], past, smallest, series=series, degrees=degrees
     )
@@ -130,27 +165,70 @@ def _flag_gradient(log_T: Array, *, past: Past, series: int, degrees: float) -> 
 
 
 def loss_jumps(steps_T: Steps, loss_T: Array) -> list[Excursion]:
-    """Events of the loss; `size` is the largest excess over the trailing median, as a share.
+    """Events of the loss; `size` is the largest excess over its level, as a share of that.
 
     Args:
         steps_T: logged steps, (T,), ascending.
         loss_T: loss of each step, (T,); not finite where it was not.
     """
-    rows, flags_T, excess_T = flag_losses(loss_T)
+    rows, flags_T, size_T = flag_losses(loss_T)
     flagged = np.flatnonzero(flags_T)
-    sizes = np.exp(np.nan_to_num(excess_T[flagged], nan=0.0)) - 1
-    return _group_flags(steps_T[rows], flagged, sizes, merge_distance(steps_T))
+    return _group_flags(steps_T[rows], flagged, size_T[flagged], merge_distance(steps_T))
 
 
 def flag_losses(loss_T: Array) -> tuple[Steps, Flags, Array]:
-    """Rows with a positive finite loss, whether each stands out, and by how much its log does."""
-    rows = np.flatnonzero(np.isfinite(loss_T) & (loss_T > 0))
+    """Rows with a finite loss, whether each stands out, and by which share of its level.
+
+    What is looked at is the logarithm of the loss, or, where losses at or below 0 are among them,
+    the loss itself over its range; of either, what a smooth curve through all of it leaves.
+    """
+    rows = np.flatnonzero(np.isfinite(loss_T))
+    finite_T = loss_T[rows]
+    unit = _range_around_zero(finite_T)
+    values_T = finite_T / unit if unit else np.log(finite_T)
+    left_T = values_T - smooth_trend(values_T)
     flags_T, excess_T = stand_out(
-        np.log(loss_T[rows]),
+        left_T,
         Past(LOSS_WINDOW, LOSS_SPREAD_WINDOW, HISTORY, LOSS_EXCESS / 10),
         np.full(LONGEST_RUN, math.log1p(LOSS_EXCESS)),
+        degrees=max(HEAVY, len(rows) / ROWS_PER_DEGREE),
     )
-    return rows, flags_T, excess_T
+    flags_T = _keep_sudden((values_T, JUST_BEFORE), flags_T, excess_T)
+    flags_T = _keep_sudden((left_T, len(rows) // LONG_BEFORE), flags_T, excess_T)
+    if unit:
+        level_T = np.maximum(np.abs(values_T - excess_T), SMALLEST_LEVEL)
+        return rows, flags_T, excess_T / level_T
+    return rows, flags_T, np.expm1(np.minimum(excess_T, 700.0))
+
+
+def _keep_sudden(before: tuple[Array, int], flags_T: Flags, excess_T: Array) -> Flags:
+    """Flagged rows but for those that are hardly above what was before them, (T,).
+
+    A smooth curve leads a sudden fall, and the rows before that are above the curve. Rows that come
+    back to the curve, after some that were far below, are above these.
+
+    Args:
+        before: a series, (T,), and how many of its rows before an event tell what was.
+        flags_T: what stands out, (T,).
+        excess_T: by how much, (T,).
+    """
+    values_T, reach = before
+    kept_T = flags_T.copy()
+    flagged = np.flatnonzero(flags_T)
+    for rows in np.split(flagged, np.flatnonzero(np.diff(flagged) > JUST_BEFORE) + 1):
+        if len(rows):
+            peak = rows[np.argmax(excess_T[rows])]
+            usual = median_of(values_T[max(rows[0] - max(reach, JUST_BEFORE), 0) : rows[0]])
+            kept_T[rows] = values_T[peak] - usual >= SUDDEN * excess_T[peak]
+    return kept_T
+
+
+def _range_around_zero(finite_T: Array) -> float:
+    """Range of losses, but for a hundredth at either end, if some are at or below 0; else 0."""
+    if len(finite_T) == 0 or np.min(finite_T) > 0:
+        return 0.0
+    low, high = np.quantile(finite_T, (0.01, 0.99))
+    return float(high - low) or float(np.ptp(finite_T)) or 1.0
 
 
 def _group_flags(steps_T: Steps, flagged: Steps, sizes: Array, distance: int) -> list[Excursion]:
@@ -161,8 +239,8 @@ def _group_flags(steps_T: Steps, flagged: Steps, sizes: Array, distance: int) ->
     for first, end in itertools.pairwise([0, *cuts.tolist(), len(steps)]):
         if end > first:
             peak = first + int(np.argmax(sizes[first:end]))
-            size = float(sizes[peak])
-            events.append(Excursion(int(steps[first]), int(steps[end - 1]), int(steps[peak]), size))
+            span = int(steps[first]), int(steps[end - 1]), int(steps[peak])
+            events.append(Excursion(*span, float(sizes[peak]), end - first))
     return events
 
 
@@ -173,7 +251,8 @@ def merge_excursions(events: Sequence[Excursion], distance: int = MERGE) -> list
         if merged and event.first - merged[-1].last <= distance:
             top = max(merged[-1], event, key=lambda one: one.size)
             last = max(merged[-1].last, event.last)
-            merged[-1] = Excursion(merged[-1].first, last, top.peak, top.size)
+            rows = merged[-1].rows + event.rows
+            merged[-1] = Excursion(merged[-1].first, last, top.peak, top.size, rows)
         else:
             merged.append(event)
     return merged
@@ -198,8 +277,12 @@ def flag_spikes(values_T: Array, deviations: float) -> Flags:
 
 
 def loss_ratio(series: Series) -> Array:
-    """Loss over the median of the 30 logged steps before, (T,); NaN for the first ones."""
-    return trailing_ratio(series.loss_T, LOSS_WINDOW)
+    """Loss over the median of the 30 logged steps before, (T,); NaN for the first ones.
+
+    Where losses are not all above 0: 1 and the excess over that median, as a share of its size.
+    """
+    least = SMALLEST_LEVEL * _range_around_zero(series.loss_T[np.isfinite(series.loss_T)])
+    return trailing_ratio(series.loss_T, LOSS_WINDOW, least)
 
 
 def plain_jumps(series: Series, ratio_T: Array | None = None) -> list[LossEvent]:

@@ -129,13 +129,14 @@ class GradientEvent:
 
 @dataclass(frozen=True)
 class LossEvent:
-    """A jump of the loss above its trailing median.
+    """A jump of the loss above its level.
 
     Attributes:
         first: its onset, the first step above the threshold.
         last: last step above it.
-        peak: step of the largest loss.
-        excess: largest loss over the trailing median, minus 1.
+        peak: step of the largest excess.
+        excess: how far the loss was above its level there, as a share of that level's absolute
+            value: the trailing median, for an event of a verdict along the smooth trend.
     """
 
     first: int

@@ -21,7 +21,7 @@ from scipy import special
 
 from mocov3_ds.monitoring.medians import at_ranks, median_of
 from mocov3_ds.stability.findings import Array, Flags
-from mocov3_ds.stability.trailing import TrailingLevel, TrailingNoise
+from mocov3_ds.stability.trailing import MAD_TO_DEVIATION, TrailingLevel, TrailingNoise
 
 FALSE_ALARMS = 0.01
 """false alarms of a detector per quiet run"""
@@ -43,7 +43,7 @@ _DEGREES = np.array([2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0])
 _SHARES = (0.995, 0.98, 0.95)
 _FEWEST_BEYOND = 5  # values farther out than the farthest quantile of the lower tail
 _FEWEST_TO_COMPARE = 2  # and of the upper one, which is but compared
-_PASSES = 3
+_PASSES = 10  # each finds 15 rows more of a long burst; most series need one or two
 
 
 def limits(deviations_T: Array, series: int = 1, degrees: float = math.inf) -> Array:
@@ -81,8 +81,12 @@ def correlation_with_next(deviations_T: Array) -> float:
 
 
 def without_bursts(deviations_T: Array) -> Array:
-    """The values without those of several rows in a row beyond `CLUSTER`, (at most T,)."""
-    return deviations_T[~in_a_row(deviations_T > CLUSTER, 2)]
+    """The values without those of several rows in a row beyond `CLUSTER`, (at most T,).
+
+    Rows far below their level in a row are a new level that the past does not know yet.
+    """
+    burst_T = in_a_row(deviations_T > CLUSTER, 2)
+    return deviations_T[~(burst_T | in_a_row(deviations_T < -CLUSTER, LONGEST_RUN))]
 
 
 def tail_degrees(deviations_T: Array) -> float:
@@ -210,12 +214,12 @@ class Comparison:
         self._levels = TrailingLevel(past.window, past.at_least)
         self._noise = TrailingNoise(past.spread_window, past.at_least)
 
-    def take(self, values_T: Array, usual_T: Array) -> tuple[Array, Array]:
-        """Level of the past of each row, (T,), and the row's deviations from it, (T,).
+    def take(self, values_T: Array, usual_T: Array) -> tuple[Array, Array, Array]:
+        """Level of the past of each row, its deviations from that, and one deviation, (T,) each.
 
         Args:
             values_T: finite values of one series, (T,).
-            usual_T: the same where they are usual, their level elsewhere, (T,): what counts as
+            usual_T: the same where they are usual, what is usual elsewhere, (T,): what counts as
                 past.
         """
         past = self._past
@@ -229,7 +233,8 @@ class Comparison:
             spread_T[begin : begin + past.at_least] = first[0]
         # a level lags behind a falling series, and no row stands out or in for that
         lag_T = np.minimum(np.nan_to_num(offset_T), 0.0)
-        return level_T, (values_T - level_T - lag_T) / np.maximum(spread_T, past.smallest_spread)
+        deviation_T = np.maximum(spread_T, past.smallest_spread)
+        return level_T, (values_T - level_T - lag_T) / deviation_T, deviation_T
 
 
 def common_tails(values: Sequence[Array], past: Past) -> float:
@@ -256,8 +261,9 @@ def stand_out(
     usual_T = values_T
     flags_T = np.zeros(len(values_T), bool)
     comparison = Comparison(past)
+    half_T = np.where(np.arange(len(values_T)) % 2, 1, -1) / MAD_TO_DEVIATION
     for _ in range(_PASSES):
-        level_T, deviations_T = comparison.take(values_T, usual_T)
+        level_T, deviations_T, deviation_T = comparison.take(values_T, usual_T)
         excess_T = values_T - level_T
         found_T = np.zeros(len(values_T), bool)
         limit = limits(deviations_T, series, degrees)
@@ -268,7 +274,9 @@ def stand_out(
         if np.array_equal(found_T, flags_T):
             break
         flags_T = found_T
-        usual_T = np.where(_at_most(flags_T, LONGEST_BURST), level_T, values_T)
+        # in their stead counts what leaves the level and the noise of later rows as they are
+        burst_T = _at_most(flags_T, LONGEST_BURST)
+        usual_T = np.where(burst_T, level_T + half_T * deviation_T, values_T)
     return flags_T, excess_T
 
 

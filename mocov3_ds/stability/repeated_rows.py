@@ -1,4 +1,6 @@
-"""A log that was written to twice: a killed run that went on from a checkpoint repeats steps.
+"""Which rows of a log count? Not those of steps that were repeated, nor accuracies that are none.
+
+A killed run that went on from a checkpoint repeats steps.
 
 Shape suffixes: T = rows, K = k-NN evaluations.
 """
@@ -8,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from mocov3_ds.stability.findings import Series, Steps
+from mocov3_ds.stability.logs.gaps import ends_at
 
 
 def keep_last_rows(series: Series) -> tuple[Series, int]:
@@ -31,6 +34,24 @@ def keep_last_rows(series: Series) -> tuple[Series, int]:
         ),
         left_out,
     )
+
+
+def drop_bad_accuracies(series: Series) -> tuple[Series, int]:
+    """The series without evaluations that are not finite; and how many these were.
+
+    Where they go on to the end, for longer than anywhere before, `non_finite_end` says so.
+    """
+    is_finite_K = np.isfinite(series.knn_K)
+    left_out = int(np.sum(~is_finite_K))
+    if left_out == 0:
+        return series, 0
+    end = series.non_finite_end
+    first = ends_at(series.knn_K)
+    if not end and first is not None:
+        step = int(series.knn_steps_K[first])
+        end = f"the k-NN accuracy was not finite from step {step} to the end"
+    steps_K, knn_K = series.knn_steps_K[is_finite_K], series.knn_K[is_finite_K]
+    return replace(series, knn_steps_K=steps_K, knn_K=knn_K, non_finite_end=end), left_out
 
 
 def _last_of_each(steps: Steps) -> Steps:

@@ -113,13 +113,21 @@ def window_length(rows: int, at_least: int) -> int:
     return max(at_least, rows // 100)
 
 
-def trailing_ratio(values_T: Array, window: int) -> Array:
-    """Each value over the median of the `window` values before it; NaN where there are fewer."""
+def trailing_ratio(values_T: Array, window: int, least: float = 0.0) -> Array:
+    """Each value over the median of the `window` values before it; NaN where there are fewer.
+
+    Over a median that is not above `least` it is 1 and the excess over the median, as a share of
+    its absolute value or of `least`: more than 1 is above it, whatever the sign.
+    """
     ratio_T = np.full(len(values_T), np.nan)
     if len(values_T) > window:
         earlier = np.lib.stride_tricks.sliding_window_view(values_T[:-1], window)
+        level_T, later_T = medians_of_windows(earlier), values_T[window:]
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio_T[window:] = values_T[window:] / medians_of_windows(earlier)
+            ratio_T[window:] = later_T / level_T
+            low = np.flatnonzero(level_T <= least)
+            size = np.maximum(np.abs(level_T[low]), least)
+            ratio_T[window + low] = 1 + (later_T[low] - level_T[low]) / size
     return ratio_T
 
 

@@ -3,23 +3,28 @@
     judgement = judge(series)
     judgement.verdict      one word, the first that applies, from the worst
 
-    DIVERGED        a value was not finite, the loss sits at its chance level, or the k-NN accuracy
-                    ends below half of its best
+    DIVERGED        a value was not finite at the end, in five steps in a row or in 1 % of them, the
+                    loss sits at its chance level or ends above where it began after having been
+                    well below, or the k-NN accuracy ends below half of its best
     NOT LEARNING    it ends no better than the random network, or than guessing
     RESTARTED       a sudden dip of more than a fifth of the accuracy that is not made good for
                     2 % of the run: the partial restart of arXiv 2104.02057, Sec. 4.1
     DEGRADING       accuracy falls slowly for 5 % of the run or more: LAMB's failure (Fig. 3)
-    UNSTABLE        another dip, or loss spikes on more than 0.1 % of the steps
+    UNSTABLE        another dip; losses 7 deviations out, or not finite, in more than 0.1 % of the
+                    steps (and in two); one event of the loss of 0.5 % of the steps (20 at least;
+                    100 where that is fewer); or a loss that rose by a fifth for good, at once or
+                    by half of what it had gained
     BELOW ITS TWIN  no event, but the frozen twin, or another arm at the same seed, ends higher by
                     more than the noise of such a difference
-    TWITCHY         gradient or loss events without a dip
+    TWITCHY         gradient or loss events without a dip, or a loss that was not finite
     NOT LOOKED      nothing was found, and too little is logged to look for dips, or for events of
                     the loss
     STABLE          all were looked for, and none was found; where no gradients are logged it says
                     so
 
 What is a dip, a decline or an event follows from the noise of the series itself, such that one
-quiet run in a hundred has one, whatever its length (`drops`, `outliers`).
+quiet run in a hundred has one, whatever its length (`drops`, `outliers`). No event of the loss or
+of gradients is looked for in the first 16 logged steps.
 
 The instability score I is the share of accuracy-time lost to dips and declines, in percent,
 
@@ -39,8 +44,14 @@ import numpy as np
 
 from mocov3_ds.monitoring.alarms import RMS_HIGH
 from mocov3_ds.settings.wording import count_noun
-from mocov3_ds.stability import events, knn_curve
+from mocov3_ds.stability import events, knn_curve, outliers
 from mocov3_ds.stability.alarm_quality import judge_alarms
+from mocov3_ds.stability.divergence import (
+    count_bad_losses,
+    describe_bad_losses,
+    explain_divergence,
+    explain_lasting_rise,
+)
 from mocov3_ds.stability.drops import FEWEST, smallest_dip
 from mocov3_ds.stability.findings import (
     Array,
@@ -58,24 +69,17 @@ from mocov3_ds.stability.references import (
     explain_no_learning,
     explain_unknown_learning,
 )
-from mocov3_ds.stability.repeated_rows import keep_last_rows
-from mocov3_ds.stability.trailing import is_measured, longest_run, row_spacing, window_length
+from mocov3_ds.stability.repeated_rows import drop_bad_accuracies, keep_last_rows
+from mocov3_ds.stability.trailing import is_measured, row_spacing, window_length
 
-LOST = 0.5
-"""DIVERGED: the accuracy ends below this share of its best"""
-AT_CHANCE = 0.98
-"""DIVERGED: the loss comes back above this share of its chance level"""
-AT_CHANCE_FOR = 0.01
-"""for this share of the run, or is not finite in so many of its steps"""
-AT_LEAST = 5
-"""steps, in a run so short that the share is fewer: one skipped step is no divergence"""
-LEFT_CHANCE = 0.95
-"""share of the chance level below which a run counts as started"""
 SPIKE_SHARE = 0.001
-"""UNSTABLE: share of steps whose loss is 7 deviations out (and at least two steps)"""
+"""UNSTABLE: share of steps whose loss is 7 deviations out or not finite (and at least two steps)"""
+LONG_SPIKE, LONG_ROWS = 0.005, 20
+"""UNSTABLE: share of the rows that one event of the loss lasts, and how many these are at least"""
 FEWEST_STEPS = 2 * events.HISTORY
 """logged steps below which no gradient or loss event can be told from noise"""
 _FEW_EVALUATIONS = 50
+_SHORT_BEGINNING = 0.01  # share of the rows below which those that are no past yet are not named
 
 
 def judge(series: Series) -> Judgement:
@@ -88,6 +92,7 @@ def judge(series: Series) -> Judgement:
     """
     _check_arrays(series)
     series, repeated = keep_last_rows(series)
+    series, bad_accuracies = drop_bad_accuracies(series)
     window = window_length(series.total_steps, events.WINDOW)
     bursts_of_groups = events.gradient_bursts(series.steps_T, series.grad_linf_GT, window)
     bursts = dict(zip(series.groups, bursts_of_groups, strict=True))
@@ -131,7 +136,7 @@ def judge(series: Series) -> Judgement:
         declines=curve.declines,
         lead=measure_lead(series, bursts, window),
         alarms=() if layer is None else judge_alarms(series, layer, onsets),
-        notes=tuple(_list_notes(series, shallowest, repeated)),
+        notes=tuple(_list_notes(series, shallowest, (repeated, bad_accuracies))),
         not_looked=tuple(not_looked),
         knn_noise=curve.noise.deviation if len(series.knn_K) else math.nan,
         smallest_dip=shallowest,
@@ -178,7 +183,7 @@ def _explain_failure(
     series: Series, curve: CurveFindings, final: float, final_loss: float
 ) -> Named | None:
     """The run led nowhere."""
-    if divergence := _explain_divergence(series):
+    if divergence := explain_divergence(series):
         return "DIVERGED", divergence
     if nothing := explain_no_learning(series, curve.noise, final, final_loss):
         return "NOT LEARNING", nothing
@@ -221,15 +226,12 @@ def _explain_events(
     `found` are gradient events, loss events, and the count of steps with spikes of the loss.
     """
     bursts, jumps, spikes = found
-    share = spikes / max(len(series.steps_T), 1)
-    if len(jumps) >= 2 and spikes >= 2 and share > SPIKE_SHARE:
-        return "UNSTABLE", (
-            f"the loss of {spikes} steps ({100 * share:.2f} %) is 7 deviations above its rolling "
-            "mean"
-        )
+    if unstable := _explain_unstable_loss(series, jumps, spikes):
+        return "UNSTABLE", unstable
     if behind := explain_behind(series, curve.noise, final):
         return "BELOW ITS TWIN", behind
-    if bursts or jumps:
+    bad = count_bad_losses(series)
+    if bursts or jumps or bad:
         fell = (
             "no dip of the k-NN accuracy"
             if len(series.knn_K) >= FEWEST
@@ -237,10 +239,34 @@ def _explain_events(
         )
         of_gradients = f"{count_noun(len(bursts), 'gradient event')} and "
         return "TWITCHY", (
+            f"{describe_bad_losses(bad) + '; ' if bad else ''}"
             f"{of_gradients if series.trained_groups() else ''}"
             f"{count_noun(len(jumps), 'loss event')}, {fell}"
         )
     return None
+
+
+def _explain_unstable_loss(series: Series, jumps: Sequence[events.Excursion], spikes: int) -> str:
+    """Why the loss alone makes the run unstable; empty if it does not."""
+    if rise := explain_lasting_rise(series, jumps):
+        return rise
+    rows, bad = max(len(series.steps_T), 1), count_bad_losses(series)
+    if bad >= 2 and bad > SPIKE_SHARE * rows:
+        return f"{describe_bad_losses(bad)} ({100 * bad / rows:.2f} %)"
+    if len(jumps) >= 2 and spikes >= 2 and spikes > SPIKE_SHARE * rows:
+        return (
+            f"the loss of {spikes} steps ({100 * spikes / rows:.2f} %) is 7 deviations above its "
+            "rolling mean"
+        )
+    # after so many rows a new level is the usual one, and the event ends
+    enough = min(max(LONG_SPIKE * rows, LONG_ROWS), outliers.LONGEST_BURST)
+    longest = max(jumps, key=lambda jump: jump.rows, default=None)
+    if longest is not None and longest.rows >= enough:
+        return (
+            f"one event of the loss lasts {longest.rows} logged steps, from step {longest.first} "
+            f"to {longest.last}"
+        )
+    return ""
 
 
 def _explain_quiet(series: Series, not_looked: Sequence[str]) -> Named:
@@ -256,6 +282,7 @@ def _list_not_looked(series: Series) -> list[str]:
     """What could not be looked for at all, and what it would take."""
     missing = []
     evaluations, rows = len(series.knn_K), len(series.steps_T)
+    losses = int(np.sum(np.isfinite(series.loss_T)))
     if evaluations < FEWEST:
         missing.append(
             f"no dip or decline was looked for: {count_noun(evaluations, 'k-NN evaluation')}, "
@@ -268,39 +295,12 @@ def _list_not_looked(series: Series) -> list[str]:
             f"no gradient or loss event was looked for: {count_noun(rows, 'logged step')}, "
             f"{FEWEST_STEPS} are needed"
         )
+    elif losses < FEWEST_STEPS:
+        missing.append(
+            f"no loss event was looked for: the loss of {count_noun(losses, 'logged step')} is "
+            f"finite, {FEWEST_STEPS} are needed"
+        )
     return missing
-
-
-def _explain_divergence(series: Series) -> str:
-    """Why the run counts as diverged; empty if it does not."""
-    if series.has_loss and (sentence := _explain_diverged_loss(series)):
-        return sentence
-    if series.non_finite_end:
-        return series.non_finite_end
-    best, final = knn_curve.best_and_final_accuracy(series)
-    if final < LOST * best:
-        return f"the k-NN accuracy ended at {final:.1f} % after a best of {best:.1f} %"
-    return ""
-
-
-def _explain_diverged_loss(series: Series) -> str:
-    """Why the loss counts as diverged; empty if it does not."""
-    loss_T = series.loss_T
-    if series.stopped_non_finite or (len(loss_T) and not np.isfinite(loss_T[-1])):
-        step = int(series.steps_T[-1]) if len(loss_T) else 0
-        return f"a value was not finite after step {step}"
-    bad = int(np.sum(~np.isfinite(loss_T)))
-    if bad >= max(AT_CHANCE_FOR * len(loss_T), AT_LEAST):
-        return f"the loss of {bad} steps was not finite"
-    started = np.flatnonzero(loss_T < LEFT_CHANCE * series.chance_loss)
-    at_chance_T = loss_T > AT_CHANCE * series.chance_loss
-    if len(started):
-        longest = longest_run(at_chance_T[started[0] :])
-        if longest >= max(AT_CHANCE_FOR * series.total_steps, AT_LEAST):
-            return f"the loss was back at its chance level for {longest} steps"
-    elif len(loss_T) and series.steps_T[-1] >= 0.9 * series.total_steps and at_chance_T[-1]:
-        return "the loss never left its chance level"
-    return ""
 
 
 def _final_loss(loss_T: Array) -> float:
@@ -324,14 +324,25 @@ def _gradient_steps(series: Series) -> Steps:
     return series.steps_T[is_measured(*series.grad_linf_GT)]
 
 
-def _list_notes(series: Series, shallowest: float, repeated: int) -> list[str]:
-    """What could not be judged, or only in part, one sentence each."""
+def _list_notes(series: Series, shallowest: float, left_out: tuple[int, int]) -> list[str]:
+    """What could not be judged, or only in part, one sentence each.
+
+    `left_out` are rows of steps that were logged again, and evaluations that were not finite.
+    """
+    repeated, bad_accuracies = left_out
     notes = _list_not_looked(series)
     last = int(series.steps_T[-1]) if len(series.steps_T) else 0
     if last < series.total_steps:
         notes.append(f"judged after {last} of {series.total_steps} steps")
     if repeated:
         notes.append(f"{count_noun(repeated, 'row')} of steps logged again later did not count")
+    if bad_accuracies:
+        evaluations = count_noun(bad_accuracies, "k-NN evaluation")
+        notes.append(f"{evaluations} that {_was(bad_accuracies)} not finite did not count")
+    if series.has_loss and FEWEST_STEPS <= len(series.steps_T) < events.HISTORY / _SHORT_BEGINNING:
+        step = int(series.steps_T[events.HISTORY])
+        of_gradients = "gradient and " if series.trained_groups() else ""
+        notes.append(f"{of_gradients}loss events are looked for from step {step} on")
     if FEWEST <= len(series.knn_K) < _FEW_EVALUATIONS:
         notes.append(
             f"{len(series.knn_K)} k-NN evaluations are few: dips that last shorter than three of "
@@ -345,7 +356,10 @@ def _list_notes(series: Series, shallowest: float, repeated: int) -> list[str]:
             f"and those before step {events.HISTORY * every} cannot be seen, leads and alarms are "
             f"{every} steps coarse"
         )
-    bad = int(np.sum(~np.isfinite(series.loss_T)))
-    if bad and series.has_loss:
-        notes.append(f"the loss of {count_noun(bad, 'step')} was not finite")
+    if bad := count_bad_losses(series):
+        notes.append(describe_bad_losses(bad))
     return notes
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"

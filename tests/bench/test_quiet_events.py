@@ -49,9 +49,10 @@ def test_tables_have_a_line_for_each_length_and_noise(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quiet_events, "LENGTHS", (300,))
+    monkeypatch.setattr(quiet_events, "LOSS_LENGTHS", (64, 300))
     monkeypatch.setattr(quiet_events, "LAYERS", (3,))
     print_events(2)
     printed = capsys.readouterr().out
-    lines = [line for line in printed.splitlines() if line.startswith(("| 300", "| 3 |"))]
-    assert len(lines) == len(LOSS_NOISES) + len(GRADIENT_NOISES)
+    lines = [line for line in printed.splitlines() if line.startswith(("| 64", "| 300", "| 3 |"))]
+    assert len(lines) == 2 * len(LOSS_NOISES) + len(GRADIENT_NOISES)
     assert "0 of 4" in lines[0]

@@ -68,7 +68,6 @@ KINDS: Mapping[str, Kind] = {
     "quiet, resumed": Kind(label="STABLE", change=resumed),
     "quiet, each row twice": Kind(label="STABLE", change=every_row_twice),
     "quiet, evaluated rarely later": Kind(label="STABLE", change=sparse_late),
-    "quiet, three losses not finite": Kind(label="STABLE", change=few_nan),
     "quiet, measured every 5 steps": Kind(label="STABLE", change=partial(measured_every, every=5)),
     "quiet, frozen patch projection": Kind(label="STABLE", change=frozen_first),
     "quiet, no gradients logged": Kind(label="STABLE", change=no_gradients),
@@ -122,6 +121,7 @@ KINDS: Mapping[str, Kind] = {
     "burst in a run of 60 steps": Kind(
         label="TWITCHY", steps=60, evaluations=12, spikes=(Spike(at=0.6, rows=4, loss=0.3),)
     ),
+    "three losses not finite": Kind(label="TWITCHY", change=few_nan),
     # ---- dips
     "dip of 5": Kind(label="UNSTABLE", falls=(DIP,)),
     "dip of 3, paper's length": Kind(

@@ -121,6 +121,19 @@ def test_what_stands_out_is_found_and_a_new_level_is_soon_usual() -> None:
     assert 1200 in flagged and flagged[-1] < 1400
 
 
+def test_a_burst_leaves_the_noise_of_later_rows_as_it_was() -> None:
+    values = 0.01 * np.random.default_rng(1).standard_normal(3000)
+    values[1000:1080] += 0.5
+    assert np.flatnonzero(look(values)[0]).tolist() == [*range(1000, 1080)]
+
+
+def test_a_new_lower_level_is_no_heavy_tail() -> None:
+    values = np.random.default_rng(0).standard_normal(400)
+    quiet = limits(values)
+    values[200:215] -= 12
+    assert np.array_equal(limits(values), quiet)
+
+
 def test_bursts_are_no_part_of_the_tails() -> None:
     values = np.random.default_rng(0).standard_normal(400)
     quiet = limits(values)

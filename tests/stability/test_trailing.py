@@ -29,6 +29,15 @@ def test_a_ratio_to_the_past_alone() -> None:
     assert np.isnan(trailing_ratio(values_T, 40)).all()
 
 
+def test_a_ratio_is_above_1_where_a_value_is_above_its_past_whatever_the_sign() -> None:
+    values_T = np.array([-2.0, -2.0, -2.0, -2.0, -1.0, -3.0, 1.0, -2.0])
+    ratio_T = trailing_ratio(values_T, 3)
+    assert ratio_T[3:].tolist() == [1.0, 1.5, 0.5, 2.5, 0.0]
+    assert trailing_ratio(values_T, 3, least=4.0)[3:].tolist() == [1.0, 1.25, 0.75, 1.75, 0.75]
+    shifted_T = trailing_ratio(np.array([0.0, 0.0, 0.0, 1.0]), 3, least=0.5)
+    assert shifted_T[3] == 3.0
+
+
 def test_a_level_is_a_median_of_the_past_that_is_at_most_an_eighth_of_it_old() -> None:
     values_T = np.random.default_rng(0).standard_normal(200)
     level_T = TrailingLevel(16, 4).take(values_T)

@@ -183,7 +183,49 @@ def test_skipped_steps_of_a_short_run_are_no_divergence() -> None:
     loss[20:24] = np.nan
     assert judge(replace(series, loss_T=loss)).verdict != "DIVERGED"
     loss[24] = np.nan
-    assert judge(replace(series, loss_T=loss)).why == "the loss of 5 steps was not finite"
+    assert judge(replace(series, loss_T=loss)).why == (
+        "the loss of 5 steps was not finite from step 21 on"
+    )
+
+
+def test_accuracies_that_are_not_finite_are_no_evaluations() -> None:
+    series = synthetic.with_dips(0).series
+    knn_K = series.knn_K.copy()
+    knn_K[20] = np.nan
+    j = judge(replace(series, knn_K=knn_K))
+    assert (j.verdict, len(j.dips)) == ("UNSTABLE", len(judge(series).dips))
+    assert "1 k-NN evaluation that was not finite did not count" in j.notes
+    knn_K[-30:] = np.inf
+    j = judge(replace(series, knn_K=knn_K))
+    assert j.verdict == "DIVERGED"
+    assert j.why == "the k-NN accuracy was not finite from step 1710 to the end"
+    assert "31 k-NN evaluations that were not finite did not count" in j.notes
+
+
+def test_one_long_event_of_the_loss_is_unstable() -> None:
+    series = synthetic.healthy(0).series
+    for length, verdict in ((15, "TWITCHY"), (25, "UNSTABLE"), (300, "UNSTABLE")):
+        loss = series.loss_T.copy()
+        loss[1000 : 1000 + length] *= 1.3
+        j = judge(replace(series, loss_T=loss))
+        assert (j.verdict, len(j.loss_events)) == (verdict, 1)
+    assert j.why.startswith("one event of the loss lasts 1") and "from step 1001" in j.why
+
+
+def test_a_loss_of_few_finite_values_is_not_looked_at() -> None:
+    series = synthetic.healthy(0).series
+    loss = np.where(np.arange(2000) % 100 == 99, series.loss_T, np.nan)
+    notes = judge(replace(series, loss_T=loss)).notes
+    sentence = "the loss of 20 logged steps is finite, 32 are needed"
+    assert f"no loss event was looked for: {sentence}" in notes
+
+
+def test_short_runs_say_from_where_on_events_are_looked_for() -> None:
+    note = "gradient and loss events are looked for from step 17 on"
+    assert note in judge(synthetic.healthy(0, steps=400).series).notes
+    assert note not in judge(synthetic.healthy(0).series).notes
+    few = judge(synthetic.healthy(0, steps=20).series)
+    assert not any("looked for from step" in one for one in few.notes)
 
 
 def test_twin_and_scores() -> None:
