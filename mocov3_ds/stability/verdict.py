@@ -5,7 +5,7 @@
 
     DIVERGED        a value was not finite, the loss sits at its chance level, or the k-NN accuracy
                     ends below half of its best
-    NOT LEARNING    it ends no better than the random network, or than guessing
+    NOT LEARNING    it ends no better than before training, or than guessing, without a fall
     RESTARTED       a sudden dip of more than a fifth of the accuracy that is not made good for
                     2 % of the run: the partial restart of arXiv 2104.02057, Sec. 4.1
     DEGRADING       accuracy falls slowly for 5 % of the run or more: LAMB's failure (Fig. 3)
@@ -57,6 +57,7 @@ from mocov3_ds.stability.references import (
     explain_behind,
     explain_no_learning,
     explain_unknown_learning,
+    note_behind,
 )
 from mocov3_ds.stability.repeated_rows import keep_last_rows
 from mocov3_ds.stability.trailing import is_measured, longest_run, row_spacing, window_length
@@ -131,7 +132,10 @@ def judge(series: Series) -> Judgement:
         declines=curve.declines,
         lead=measure_lead(series, bursts, window),
         alarms=() if layer is None else judge_alarms(series, layer, onsets),
-        notes=tuple(_list_notes(series, shallowest, repeated)),
+        notes=(
+            *_list_notes(series, shallowest, repeated),
+            *note_behind(series, curve.noise, final),
+        ),
         not_looked=tuple(not_looked),
         knn_noise=curve.noise.deviation if len(series.knn_K) else math.nan,
         smallest_dip=shallowest,
@@ -180,7 +184,8 @@ def _explain_failure(
     """The run led nowhere."""
     if divergence := _explain_divergence(series):
         return "DIVERGED", divergence
-    if nothing := explain_no_learning(series, curve.noise, final, final_loss):
+    falls = (*curve.dips, *curve.declines)
+    if nothing := explain_no_learning(series, curve.noise, final, final_loss, falls):
         return "NOT LEARNING", nothing
     return None
 
