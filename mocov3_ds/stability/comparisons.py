@@ -223,20 +223,20 @@ def compare_planned(
         seeds: seeds that the grid plans; with fewer a question is not decided, and tells nothing.
     """
     values = measure_arms(arms)
-    found = []
+    by_question = []
     for one in planned:
         pairs = [(arm, one.reference) for arm in one.arms]
         compared = compare_values({one.metric: values[one.metric]}, pairs)
         if count_ended(one, compared) < seeds:
-            compared = [dataclasses.replace(other, is_decided=False) for other in compared]
-        found.append((one, compared))
-    return found
+            compared = [dataclasses.replace(pair, is_decided=False) for pair in compared]
+        by_question.append((one, compared))
+    return by_question
 
 
 def count_ended(one: PlannedComparison, found: Sequence[Comparison]) -> int:
     """Seeds that have ended in all arms of a question."""
-    least = min((len(other.seeds) for other in found), default=0)
-    return least if len(found) == len(one.arms) else 0
+    fewest = min((len(pair.seeds) for pair in found), default=0)
+    return fewest if len(found) == len(one.arms) else 0
 
 
 @dataclass(frozen=True)

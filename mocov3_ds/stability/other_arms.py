@@ -71,13 +71,13 @@ def _beside_siblings(
 ) -> Series:
     """The series with the best of its siblings at its seed that got as far, its twin apart."""
     accuracies = {}
-    for other in cells:
-        if other.seed != cell.seed or other.label == cell.label or other.name == cell.twin:
+    for sibling in cells:
+        if sibling.seed != cell.seed or sibling.label == cell.label or sibling.name == cell.twin:
             continue
-        if other.name in logged and are_alike(logged[other.name].series, series):
-            accuracy = _accuracy_beside(logged[other.name].series, series)
+        if sibling.name in logged and are_alike(logged[sibling.name].series, series):
+            accuracy = _accuracy_beside(logged[sibling.name].series, series)
             if accuracy is not None:
-                accuracies[other.label] = accuracy
+                accuracies[sibling.label] = accuracy
     if not accuracies:
         return series
     best = max(accuracies, key=lambda label: accuracies[label])
@@ -105,10 +105,12 @@ def _accuracy_beside(other: Series, series: Series) -> float | None:
     if not has_ended(series):
         if not has_ended(other) and share_done(other) < share_done(series):
             return None
-        other = cut_series(other, round(share_done(series) * other.total_steps))
+        compared = cut_series(other, round(share_done(series) * other.total_steps))
     elif not has_ended(other):
         return None
-    accuracy = best_and_final_accuracy(other)[1]
+    else:
+        compared = other
+    accuracy = best_and_final_accuracy(compared)[1]
     return accuracy if math.isfinite(accuracy) else None
 
 
@@ -129,10 +131,10 @@ def _weigh_differences(cells: Sequence[Cell], placed: Mapping[str, Series]) -> d
     comparisons = max(len(labels) * (len(labels) - 1) // 2, page)
     weighed = {}
     for cell in cells:
-        series, own = placed[cell.name], values_AS[labels.index(cell.label)]
+        series, values_S = placed[cell.name], values_AS[labels.index(cell.label)]
 
-        def bar(label: str, best_of: int, own: Array = own) -> float:
-            pair_S = values_AS[labels.index(label)] - own
+        def bar(label: str, best_of: int, values_S: Array = values_S) -> float:
+            pair_S = values_AS[labels.index(label)] - values_S
             pair_S = pair_S[np.isfinite(pair_S)]
             return bar_of_seeds(pair_S, spread, comparisons, len(cells) * max(best_of, 1))
 
@@ -203,5 +205,5 @@ def bar_of_seeds(pair_S: Array, spread: PairSpread, comparisons: int, alternativ
         return 0.0
     deviation = max(spread.deviation, float(test.sd_X))
     share = FALSE_ALARMS / alternatives
-    known = -float(special.stdtrit(spread.degrees, share)) * deviation
-    return min(known, one_sided_quantile(share) * max(deviation, USUAL_DEVIATION))
+    of_seeds = -float(special.stdtrit(spread.degrees, share)) * deviation
+    return min(of_seeds, one_sided_quantile(share) * max(deviation, USUAL_DEVIATION))

@@ -51,7 +51,7 @@ def explain_no_learning(
         noise: noise of its k-NN curve.
         final: its final accuracy, percent; NaN without evaluations.
         final_loss: median loss of its end.
-        falls: its dips and declines.
+        falls: its dips and its declines, in any order.
     """
     if len(series.steps_T) == 0 or series.steps_T[-1] < ENDED * series.total_steps:
         return ""
@@ -64,9 +64,9 @@ def explain_no_learning(
         error = error or _error_of_final(series, noise, final)
         if end < start + ERRORS * error:
             # what another program's run began with may be trained weights
-            whose = "step 0" if series.knn_at_start is None else "the random network"
+            origin = "step 0" if series.knn_at_start is None else "the random network"
             return (
-                f"the k-NN accuracy ends at {end:.1f} %, that of {whose} was "
+                f"the k-NN accuracy ends at {end:.1f} %, that of {origin} was "
                 f"{start:.1f} % (standard error {error:.1f})"
             )
     error = _error_of_final(series, noise, final)
@@ -93,8 +93,8 @@ def _explain_flat(series: Series, noise: Noise, final: float, final_loss: float)
     first, bar = _beginning(series, noise, final)
     if final >= first + bar:
         return ""
-    place = "as it began" if final > first - bar else "below where it began"
-    sentence = f"the k-NN accuracy ends at {final:.1f} % {place} ({first:.1f} %)"
+    position = "as it began" if final > first - bar else "below where it began"
+    sentence = f"the k-NN accuracy ends at {final:.1f} % {position} ({first:.1f} %)"
     if final_loss > AS_UNTRAINED * series.chance_loss:
         share = 100 * final_loss / series.chance_loss
         return f"{sentence}, and the loss at {share:.0f} % of its chance level"

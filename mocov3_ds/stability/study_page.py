@@ -84,7 +84,7 @@ def write_study(
         pictures=pictures,
         answers=compared.answers,
         findings=[*compared.sentences, *answer_questions(lined_up.arms)],
-        advice=advice.suggest_next(study.arms),
+        advice=advice.suggest_next(study.arms, elsewhere=_is_elsewhere(study)),
         notes=[
             *lined_up.notes,
             *compared.notes,
@@ -202,6 +202,11 @@ def _check_place(out: Path) -> None:
             f"{out} holds {', '.join(strangers)} without a page beside it, which would be "
             "overwritten; give --out another folder."
         )
+
+
+def _is_elsewhere(study: Study) -> bool:
+    """Whether other programs made all runs: each of these has a sentence of how it was read."""
+    return len(study.understood) == sum(map(len, study.arms.values()))
 
 
 def _list_notes(study: Study, drawn_arms: Arms) -> Iterator[str]:

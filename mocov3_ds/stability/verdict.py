@@ -113,7 +113,6 @@ def judge(series: Series) -> Judgement:
     )
     rows = max(len(series.steps_T), 1)
     layer = series.first_trained_layer()
-    onsets = [jump.first for jump in jumps]
     return Judgement(
         verdict=verdict,
         why=why,
@@ -131,7 +130,7 @@ def judge(series: Series) -> Judgement:
         dips=curve.dips,
         declines=curve.declines,
         lead=measure_lead(series, bursts, window),
-        alarms=() if layer is None else judge_alarms(series, layer, onsets),
+        alarms=() if layer is None else judge_alarms(series, layer, [jump.first for jump in jumps]),
         notes=(
             *_list_notes(series, shallowest, repeated),
             *note_behind(series, curve.noise, final),
