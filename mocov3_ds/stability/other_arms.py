@@ -27,7 +27,6 @@ from scipy import special
 from mocov3_ds.stability import paired
 from mocov3_ds.stability.findings import Array, Series
 from mocov3_ds.stability.grid import Cell
-from mocov3_ds.stability.knn_curve import best_and_final_accuracy
 from mocov3_ds.stability.outliers import FALSE_ALARMS
 from mocov3_ds.stability.references import ONE_SEED_BAR, one_sided_quantile
 from mocov3_ds.stability.same_step import cut_series, has_ended, share_done
@@ -110,8 +109,13 @@ def _accuracy_beside(other: Series, series: Series) -> float | None:
         return None
     else:
         compared = other
-    accuracy = best_and_final_accuracy(compared)[1]
+    accuracy = _final_accuracy(compared)
     return accuracy if math.isfinite(accuracy) else None
+
+
+def _final_accuracy(series: Series) -> float:
+    """As `knn_curve.best_and_final_accuracy`, without the best one, for all pairs of many runs."""
+    return float(np.median(series.knn_K[-3:])) if len(series.knn_K) else math.nan
 
 
 def _weigh_differences(cells: Sequence[Cell], placed: Mapping[str, Series]) -> dict[str, Series]:
@@ -123,7 +127,7 @@ def _weigh_differences(cells: Sequence[Cell], placed: Mapping[str, Series]) -> d
         series = placed[cell.name]
         if has_ended(series) and not (series.stopped_non_finite or series.non_finite_end):
             row, column = labels.index(cell.label), seeds.index(cell.seed)
-            values_AS[row, column] = best_and_final_accuracy(series)[1]
+            values_AS[row, column] = _final_accuracy(series)
     spread = measure_spread(values_AS)
     label_of = {cell.name: cell.label for cell in cells}
     twins = {frozenset((label_of[c.twin], c.label)) for c in cells if c.twin in label_of}

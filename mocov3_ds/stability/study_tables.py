@@ -36,7 +36,7 @@ PAPER: Mapping[tuple[str, float, int, bool], float] = {
 _PAPER_SETTINGS = {"recipe": "vit_b16", "epochs": 100}
 _CURES = (
     *("beta1", "beta2", "update_clip", "trust_clip", "gradient_clipping", "clip"),
-    *("qk_norm", "layer_scale", "sigma_reparam", "model.backbone"),
+    *("qk_norm", "layer_scale", "sigma_reparam", "model.backbone", "moco.momentum_batch"),
 )
 
 _SUMMARISED = (
