@@ -142,9 +142,9 @@ def _weigh_differences(cells: Sequence[Cell], placed: Mapping[str, Series]) -> d
             pair_S = pair_S[np.isfinite(pair_S)]
             return bar_of_seeds(pair_S, spread, comparisons, len(cells) * max(best_of, 1))
 
-        if series.twin_knn is not None:
+        if series.twin_knn is not None and cell.twin in label_of:
             series = dataclasses.replace(series, twin_bar=bar(label_of[cell.twin], 1))
-        if series.sibling:
+        if series.sibling in labels:
             bar_of_best = bar(series.sibling, series.siblings)
             series = dataclasses.replace(series, sibling_bar=bar_of_best)
         weighed[cell.name] = series

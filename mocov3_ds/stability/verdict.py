@@ -44,6 +44,8 @@ from mocov3_ds.stability.alarm_quality import judge_alarms
 from mocov3_ds.stability.drops import FEWEST, smallest_dip
 from mocov3_ds.stability.findings import (
     Array,
+    Decline,
+    Dip,
     GradientEvent,
     Judgement,
     LossEvent,
@@ -183,7 +185,7 @@ def _explain_failure(
     """The run led nowhere."""
     if divergence := _explain_divergence(series):
         return "DIVERGED", divergence
-    falls = (*curve.dips, *curve.declines)
+    falls: tuple[Dip | Decline, ...] = (*curve.dips, *curve.declines)
     if nothing := explain_no_learning(series, curve.noise, final, final_loss, falls):
         return "NOT LEARNING", nothing
     return None

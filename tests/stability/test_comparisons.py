@@ -101,7 +101,7 @@ def test_twins_are_compared_as_well_and_each_pair_once(study_folder: Path) -> No
 def test_one_arm_has_a_sentence_for_each_run_by_its_name() -> None:
     runs = [judged_run("all runs", seed, 40.0) for seed in (0, 1)]
     assert comparisons.list_findings({"all runs": runs}, []) == [
-        f"all runs_seed-{seed}: {JUDGEMENT.why}." for seed in (0, 1)
+        f"all runs_seed-{seed}: {JUDGEMENT.why}" for seed in (0, 1)
     ]
 
 
