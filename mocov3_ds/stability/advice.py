@@ -1,5 +1,6 @@
 """What to try next, by the verdicts and rates of a study? And which arms are worth a picture?"""
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -11,53 +12,68 @@ from mocov3_ds.stability.study import Arms
 
 _NEXT: Mapping[Verdict, str] = {
     "DIVERGED": "lower the rate or warm up longer; if the largest attention logit passed 1000, "
-    "normalise queries and keys (--model.qk_norm); train in bf16, not fp16",
-    "NOT LEARNING": "the features are no better than those of the random network: lower the rate, "
-    "warm up longer, train longer, or look whether the probes fit the images; no spike says so",
-    "RESTARTED": "freeze the patch projection (--model.patch_lr 0) or slow it (0.2), shorten the "
-    "memory of the second moment (beta2 0.95), clip updates (update_clip); mocov3 stability "
-    "replay RUN EVENT names the layer that did it",
+    "normalise queries and keys{ (--model.qk_norm)}; train in bf16, not fp16",
+    "NOT LEARNING": "the features did not get better than before training, or than guessing: lower "
+    "the rate, warm up longer, train longer, or look whether the probes fit the images; no spike "
+    "says so",
+    "RESTARTED": "freeze the patch projection{ (--model.patch_lr 0)} or train it at a fifth of the "
+    "rate, shorten the memory of the second moment (beta2 0.95), clip updates{ (update_clip); "
+    "mocov3 stability replay RUN EVENT names the layer that did it}",
     "DEGRADING": "nothing spikes, so nothing that clips will help: lower the rate, or bound the "
-    "trust ratio (trust_clip); compare with a lower rate before trusting the level",
-    "UNSTABLE": "beta2 0.95 first (it costs nothing), then update_clip, a frozen or slower patch "
-    "projection, a lower rate; mocov3 stability replay RUN EVENT names the layer that did it",
+    "trust ratio of LAMB or LARS{ (trust_clip)}; compare with a lower rate before trusting the "
+    "level",
+    "UNSTABLE": "beta2 0.95 first (it costs nothing), then clipped updates{ (update_clip)}, a "
+    "frozen or slower patch projection, a lower rate{; mocov3 stability replay RUN EVENT names the "
+    "layer that did it}",
     "BELOW ITS TWIN": "no event of its own, but another arm ends higher at the same seed: take "
     "what that arm does, or lower the rate; do not raise it",
-    "TWITCHY": "accuracy is not hurt yet; before raising rate or batch, take beta2 0.95 or "
-    "update_clip along",
+    "TWITCHY": "accuracy is not hurt yet; before raising rate or batch, take beta2 0.95 or clipped "
+    "updates{ (update_clip)} along",
     "NOT LOOKED": "too little is logged to look for everything, and each run's sentence says what "
-    "is missing: evaluate more often (--knn.every_steps), log the loss, or train longer",
-    "STABLE": "nothing was found: see how wide the range of good rates is (grid lr-sensitivity)",
+    "is missing: evaluate more often{ (--knn.every_steps)}, log the loss, or train longer",
+    "STABLE": "nothing was found: see how wide the range of good rates is{ (grid lr-sensitivity)}",
 }
+"""what stands in braces is of this program's runs alone"""
+_OF_THIS_PROGRAM = re.compile(r"\{([^}]*)\}")
 _HURT: tuple[Verdict, ...] = ("DIVERGED", "NOT LEARNING", "RESTARTED", "DEGRADING", "UNSTABLE")
 """verdicts of runs that a higher rate would hurt more"""
 _NOT_TRIED = (
     "No runs that have ended differ by their rate alone, so nothing is known of a higher or lower "
-    "one; the grid lr-sensitivity tries seven"
+    "one{; the grid lr-sensitivity tries seven}"
 )
 
 
-def suggest_next(arms: Arms) -> list[tuple[str, str]]:
+def suggest_next(arms: Arms, *, elsewhere: bool = False) -> list[tuple[str, str]]:
     """Which arms, and what to try next.
 
     By the worst verdict that at least half the seeds share, and by the rates that were tried.
+
+    Args:
+        arms: all runs of the study, ended or not.
+        elsewhere: whether another program made them, which has no flags and grids of this one.
     """
     labels: dict[Verdict, list[str]] = {}
     for label, runs in arms.items():
         verdicts = sorted((run.judgement.verdict for run in runs), key=WORST_FIRST.index)
         labels.setdefault(verdicts[(len(verdicts) - 1) // 2], []).append(label)
     by_verdict = [
-        (f"{verdict}: {', '.join(labels[verdict])}", _NEXT[verdict])
+        (f"{verdict}: {', '.join(labels[verdict])}", _write_for(_NEXT[verdict], elsewhere))
         for verdict in WORST_FIRST
         if verdict in labels
     ]
-    return [*by_verdict, *suggest_rates(arms)]
+    return [*by_verdict, *suggest_rates(arms, elsewhere=elsewhere)]
 
 
-def suggest_rates(arms: Arms) -> list[tuple[str, str]]:
+def _write_for(text: str, elsewhere: bool) -> str:
+    """A text without its braces, or without what stands in them."""
+    return _OF_THIS_PROGRAM.sub("" if elsewhere else r"\1", text)
+
+
+def suggest_rates(arms: Arms, *, elsewhere: bool = False) -> list[tuple[str, str]]:
     """Which arms, and what their runs say of higher and lower rates; by runs that have ended.
 
     A higher rate is suggested only where the highest that was tried was better, and stable.
+    `elsewhere` as in `suggest_next`.
     """
     ended = {label: [run for run in runs if has_ended(run.series)] for label, runs in arms.items()}
     advice = []
@@ -73,7 +89,7 @@ def suggest_rates(arms: Arms) -> list[tuple[str, str]]:
                 text += f" But its runs are {verdict}: a cure first, then a higher rate."
         advice.append((f"Rate: {name}", text))
     if not advice:
-        advice.append(("Rate", _NOT_TRIED))
+        advice.append(("Rate", _write_for(_NOT_TRIED, elsewhere)))
     return advice
 
 

@@ -4,6 +4,7 @@ Each arm is compared with the first one, and each frozen twin with its trained r
 `PAGE_METRICS`, seed by seed. A difference is told where Holm's p over all of these is below 5 %.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mocov3_ds.stability import paired
 from mocov3_ds.stability.planned import METRICS as NAMES
 from mocov3_ds.stability.planned import PlannedComparison
 from mocov3_ds.stability.study import Arms, JudgedRun
-from mocov3_ds.stability.study_tables import tabulate_runs
+from mocov3_ds.stability.study_tables import guessed_finals, tabulate_runs
 
 Values = Mapping[str, Mapping[str, Mapping[int, float]]]
 """metric of `METRICS` -> label of an arm -> seed -> value; NaN where a run has none"""
@@ -34,6 +35,12 @@ METRICS: Mapping[str, tuple[str, str]] = {
     ),
 }
 """column of a run -> how a higher and a lower value are told"""
+_SAME: Mapping[str, str] = {
+    "knn_final": "final k-NN accuracy",
+    "knn_full": "final accuracy",
+    "jumps": "number of loss jumps a run",
+    "worst_excess": "worst loss excess",
+}
 PAGE_METRICS = ("knn_final", "jumps", "worst_excess")
 """those of a page whose grid plans none; `knn_full` has one value a run, of the last step"""
 COLUMNS = (
@@ -44,6 +51,10 @@ PLANNED_SEEDS = (3, 5, 8, 12)
 PLANNED_NOTE = (
     "The grid's file planned the comparisons. Differences are paired by seed, intervals are "
     "Student's t of one comparison alone, and p is Holm's over the comparisons of a question."
+)
+NOTHING_PAIRED = (
+    "No arms are compared: they are compared seed by seed, and no two have a run of one seed in "
+    "common. A run that names no seed, in its settings or in its name (run-seed-1), has none."
 )
 _FEWEST_FLIPPED = 6
 """seeds from which on sign flips can pass 5 %"""
@@ -67,6 +78,7 @@ class Comparison:
         sign_flip_p: p without normality, of this comparison alone; NaN below 6 seeds.
         shown: smallest difference that so many seeds show in four of five studies, after the
             correction; infinite with one seed, NaN without a deviation.
+        is_decided: whether all seeds of its question have ended; one that is not is never told.
     """
 
     arm: str
@@ -81,23 +93,28 @@ class Comparison:
     holm_p: float
     sign_flip_p: float
     shown: float
+    is_decided: bool = True
 
     @property
     def is_told(self) -> bool:
         """Whether the seeds tell a difference."""
-        return self.holm_p < paired.ALPHA
+        return self.is_decided and self.holm_p < paired.ALPHA
 
     def describe_size(self) -> str:
         """A clause without its doubt: `is 2.7 points below frozen`."""
+        size = f"{abs(self.difference):.1f}"
+        if float(size) == 0:
+            return f"has the same {_SAME[self.metric]} as {self.reference}, to a decimal"
         clause = METRICS[self.metric][self.difference < 0]
-        return clause.format(size=f"{abs(self.difference):.1f}", reference=self.reference)
+        return clause.format(size=size, reference=self.reference)
 
     def describe(self) -> str:
         """A clause: `is 2.7 points below frozen (95 % interval 0.2 to 5.1, 4 seeds, ...)`."""
         sign, text = -1 if self.difference < 0 else 1, self.describe_size()
         if len(self.seeds) < 2:
             return f"{text} (one seed: cannot be told)"
-        low, high = sorted(sign * end for end in self.interval)
+        # adding 0 makes a positive zero of what is rounded to a negative one
+        low, high = (round(end, 1) + 0.0 for end in sorted(sign * end for end in self.interval))
         count = count_noun(len(self.seeds), "seed")
         doubt = "" if self.is_told else f": cannot be told at {count}"
         return (
@@ -177,17 +194,16 @@ def measure_arms(arms: Arms) -> Values:
     values: dict[str, dict[str, dict[int, float]]] = {metric: {} for metric in METRICS}
     runs = {run.cell.name: run for of_arm in arms.values() for run in of_arm}
     for row in tabulate_runs(arms):
+        row |= guessed_finals(runs[row["run"]])
         for metric, of_arms in values.items():
             value = row[metric]
-            if metric in ("knn_final", "knn_full") and has_no_network(runs[row["run"]]):
-                value = runs[row["run"]].series.knn_chance
             of_arms.setdefault(row["arm"], {})[row["seed"]] = math.nan if value is None else value
     return values
 
 
 def has_no_network(run: JudgedRun) -> bool:
-    """Whether a run that was evaluated stopped at a value that was not finite."""
-    return run.series.stopped_non_finite and len(run.series.knn_K) > 0
+    """Whether a run stopped at a value that was not finite, evaluated by then or not."""
+    return run.has_no_network
 
 
 def compare_arms(arms: Arms) -> list[Comparison]:
@@ -197,24 +213,30 @@ def compare_arms(arms: Arms) -> list[Comparison]:
 
 
 def compare_planned(
-    arms: Arms, planned: Sequence[PlannedComparison]
+    arms: Arms, planned: Sequence[PlannedComparison], seeds: int = 0
 ) -> list[tuple[PlannedComparison, list[Comparison]]]:
     """The comparisons of each question, corrected by Holm within it.
 
     Args:
         arms: runs that got equally far (`comparable_runs.line_up`).
         planned: questions; an arm without runs has no comparison.
+        seeds: seeds that the grid plans; with fewer a question is not decided, and tells nothing.
     """
     values = measure_arms(arms)
-    return [
-        (
-            one,
-            compare_values(
-                {one.metric: values[one.metric]}, [(arm, one.reference) for arm in one.arms]
-            ),
-        )
-        for one in planned
-    ]
+    by_question = []
+    for one in planned:
+        pairs = [(arm, one.reference) for arm in one.arms]
+        compared = compare_values({one.metric: values[one.metric]}, pairs)
+        if count_ended(one, compared) < seeds:
+            compared = [dataclasses.replace(pair, is_decided=False) for pair in compared]
+        by_question.append((one, compared))
+    return by_question
+
+
+def count_ended(one: PlannedComparison, found: Sequence[Comparison]) -> int:
+    """Seeds that have ended in all arms of a question."""
+    fewest = min((len(pair.seeds) for pair in found), default=0)
+    return fewest if len(found) == len(one.arms) else 0
 
 
 @dataclass(frozen=True)
@@ -247,11 +269,10 @@ def list_answers(
 
 
 def _answer(one: PlannedComparison, found: Sequence[Comparison], seeds: int) -> Answer:
-    have = min((len(other.seeds) for other in found), default=0)
-    if len(found) < len(one.arms) or have < seeds:
-        least = have if len(found) == len(one.arms) else 0
+    ended = count_ended(one, found)
+    if not found or ended < seeds:
         waiting = (
-            f"Not decided yet: {least} of {count_noun(seeds, 'seed')} have ended in all of its "
+            f"Not decided yet: {ended} of {count_noun(seeds, 'seed')} have ended in all of its "
             "arms."
         )
         return Answer(one.question, "", waiting, ())
@@ -268,9 +289,14 @@ def _answer(one: PlannedComparison, found: Sequence[Comparison], seeds: int) -> 
 
 
 def list_findings(arms: Arms, comparisons: Sequence[Comparison]) -> list[str]:
-    """A sentence for each pair of arms; in a study of one arm one for each run instead."""
+    """A sentence for each pair of arms; in a study of one arm one for each run instead.
+
+    Where arms have no seed in common, a sentence says so.
+    """
     if len(arms) < 2:
-        return [f"{a}: {run.judgement.why}" for a, runs in arms.items() for run in runs]
+        return [f"{run.cell.name}: {run.judgement.why}" for runs in arms.values() for run in runs]
+    if not comparisons:
+        return [NOTHING_PAIRED]
     clauses: dict[tuple[str, str], list[str]] = {}
     for one in comparisons:
         clauses.setdefault((one.arm, one.reference), []).append(one.describe())

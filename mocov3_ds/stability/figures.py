@@ -5,6 +5,7 @@ E = events.
 """
 
 import itertools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -22,13 +23,19 @@ from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.layer_order import describe_lead, pool_leads
 from mocov3_ds.stability.run_curves import heat_of_gradients, shorten_curve
 from mocov3_ds.stability.study import Arms, JudgedRun
-from mocov3_ds.stability.trailing import is_measured, trailing_ratio, window_length
+from mocov3_ds.stability.trailing import (
+    is_measured,
+    row_spacing,
+    trailing_ratio,
+    window_length,
+)
 
 PANELS = 8
 """most panels of a picture"""
 ALARM = "rms_rise"
 """the rule whose alarms are drawn: the one that predicted every event it was tried on"""
-_BEFORE, _AFTER = 40, 20  # steps around an event
+_BEFORE, _AFTER = 40, 20  # rows around an event, at least
+_ASIDE = 10  # rows beyond the longest lead
 _LEAST_SPAN = 1.0  # points of an accuracy axis
 _LONGEST_NAME, _LONGEST_LABEL = 26, 60  # letters of a layer's name, and of a curve's
 _SHORT_NAME = 20  # letters of a name, of which two fit side by side into a panel
@@ -136,8 +143,9 @@ def _gradient_heat(series: Series) -> tuple[Sequence[str], Array]:
 def draw_events(arms: Arms) -> Figure | None:
     """Gradients of first and last group around the events; step 0 is where one begins."""
     traces: dict[str, list[tuple[Array, Array]]] = {}
+    span = _span_of_leads([run for runs in arms.values() for run in runs])
     for label, runs in arms.items():
-        arm_traces = [trace for run in runs for trace in _traces_of_events(run)]
+        arm_traces = [trace for run in runs for trace in _traces_of_events(run, span)]
         if arm_traces:
             traces[label] = arm_traces
     if not traces:
@@ -150,7 +158,9 @@ def draw_events(arms: Arms) -> Figure | None:
         for name, colour, trace_EW in zip(
             names, drawing.COLOURS, map(np.stack, zip(*arm_traces, strict=True)), strict=False
         ):
-            _draw_quartiles(axes, trace_EW, drawing.plain_text(name, _LONGEST_NAME), colour)
+            steps_W = np.arange(-span[0], span[1] + 1)
+            name = drawing.plain_text(name, _LONGEST_NAME)
+            _draw_quartiles(axes, steps_W, trace_EW, name, colour)
         axes.axvline(0, color=drawing.FAINT, lw=0.8)
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -160,9 +170,22 @@ def draw_events(arms: Arms) -> Figure | None:
     return figure
 
 
-def _draw_quartiles(axes: Axes, traces_EW: Array, name: str, colour: str) -> None:
+def _span_of_leads(runs: Sequence[JudgedRun]) -> tuple[int, int]:
+    """Rows before and after the start of an event that hold every lead that was measured."""
+    rows = [
+        lag / max(row_spacing(run.series.steps_T), 1)
+        for run in runs
+        if run.judgement.lead is not None
+        for lag in run.judgement.lead.per_event
+    ]
+    if not rows:
+        return _BEFORE, _AFTER
+    earliest, latest = math.floor(min(rows)), math.ceil(max(rows))
+    return max(_BEFORE, _ASIDE - earliest), max(_AFTER, latest + _ASIDE)
+
+
+def _draw_quartiles(axes: Axes, steps_W: Steps, traces_EW: Array, name: str, colour: str) -> None:
     """Median and quartiles over events at each step around them."""
-    steps_W = np.arange(-_BEFORE, _AFTER + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column without a value
         low_W, middle_W, high_W = np.nanpercentile(traces_EW, [25, 50, 75], axis=0)
@@ -175,8 +198,11 @@ def _describe_order(runs: Sequence[JudgedRun]) -> str:
     return describe_lead(pool_leads([run.judgement.lead for run in runs]))
 
 
-def _traces_of_events(run: JudgedRun) -> list[tuple[Array, Array]]:
-    """Ratios of first and last group around each gradient event of the first."""
+def _traces_of_events(run: JudgedRun, span: tuple[int, int]) -> list[tuple[Array, Array]]:
+    """Ratios of first and last group around each gradient event of the first.
+
+    `span` are rows before and after.
+    """
     lead, series = run.judgement.lead, run.series
     if lead is None:
         return []
@@ -185,22 +211,23 @@ def _traces_of_events(run: JudgedRun) -> list[tuple[Array, Array]]:
     traces = []
     for onset in onsets:
         row = int(np.searchsorted(series.steps_T, onset))
-        traces.append((_ratio_around(gradients[0], row), _ratio_around(gradients[1], row)))
+        first, last = (_ratio_around(grad_T, row, span) for grad_T in gradients)
+        traces.append((first, last))
     return traces
 
 
-def _ratio_around(grad_T: Array, row: int) -> Array:
+def _ratio_around(grad_T: Array, row: int, span: tuple[int, int]) -> Array:
     """Gradient over its trailing median around a row, (W,), of the rows that this takes alone."""
     window = window_length(len(grad_T), LOSS_WINDOW)
-    first = max(row - _BEFORE - window, 0)
-    return _cut_around(trailing_ratio(grad_T[first : row + _AFTER + 1], window), row - first)
+    first = max(row - span[0] - window, 0)
+    return _cut_around(trailing_ratio(grad_T[first : row + span[1] + 1], window), row - first, span)
 
 
-def _cut_around(values_T: Array, row: int) -> Array:
+def _cut_around(values_T: Array, row: int, span: tuple[int, int]) -> Array:
     """Values around a row, (W,); NaN beyond the ends of the series."""
-    cut_W = np.full(_BEFORE + _AFTER + 1, np.nan)
-    low, high = max(row - _BEFORE, 0), min(row + _AFTER + 1, len(values_T))
-    cut_W[low - row + _BEFORE : high - row + _BEFORE] = values_T[low:high]
+    cut_W = np.full(span[0] + span[1] + 1, np.nan)
+    low, high = max(row - span[0], 0), min(row + span[1] + 1, len(values_T))
+    cut_W[low - row + span[0] : high - row + span[0]] = values_T[low:high]
     return cut_W
 
 

@@ -53,7 +53,11 @@ class Series:
         sibling: name of the best other arm at the same seed, if any.
         sibling_knn: its final accuracy in percent.
         siblings: number of arms that it is the best of.
-        begins_random: whether the first evaluation is that of the random network.
+        twin_bar: points by which the twin must end higher for the study's seeds to tell it
+            (`other_arms`); NaN where one seed of each is all there is.
+        sibling_bar: the same of the best other arm.
+        begins_random: whether the first evaluation is of before training: of the random network, or
+            of what a run went on from.
         has_loss: whether a loss was logged; where not, `loss_T` is NaN.
         non_finite_end: which logged gradient or accuracy was not finite from where to the end, a
             clause; empty where none was.
@@ -79,13 +83,15 @@ class Series:
     sibling: str = ""
     sibling_knn: float | None = None
     siblings: int = 0
+    twin_bar: float = math.nan
+    sibling_bar: float = math.nan
     begins_random: bool = False
     has_loss: bool = True
     non_finite_end: str = ""
 
     @property
     def random_knn(self) -> float | None:
-        """Accuracy in percent of the random network; None if unknown."""
+        """Accuracy in percent before training, mostly the random network's; None if unknown."""
         if self.knn_at_start is None and self.begins_random and len(self.knn_K):
             return float(self.knn_K[0])
         return self.knn_at_start

@@ -102,6 +102,9 @@ def _widen_interval(lost: SeedSpread) -> SeedSpread:
     return dataclasses.replace(lost, mean_interval=(lost.mean - reach, lost.mean + reach))
 
 
+_ROUNDING = 1e-9  # points by which equal means may differ
+
+
 @dataclass(frozen=True)
 class Neighbour:
     """A rate beside the best one.
@@ -119,8 +122,15 @@ class Neighbour:
     interval: tuple[float, float]
     is_told: bool
 
+    @property
+    def is_equal(self) -> bool:
+        """Whether both have the same mean, but for rounding."""
+        return abs(self.lead) < _ROUNDING
+
     def describe(self, unit: str) -> str:
         """A clause: `2.1 points above 3e-3 (95 % interval 0.4 to 3.8: cannot be told)`."""
+        if self.is_equal:
+            return f"as good as {self.rate:g}"
         doubt = "" if self.is_told else ": cannot be told"
         if math.isnan(self.interval[0]):
             return f"{self.lead:.2g} {unit} better than {self.rate:g} (one seed{doubt})"
@@ -162,15 +172,18 @@ class RateChoice:
         if math.isnan(self.best):
             return f"{tried} None has learned anything: try lower rates, or a longer warm-up."
         leads = " and ".join(one.describe(unit) for one in self.neighbours)
+        if all(one.is_equal for one in self.neighbours):
+            return f"{tried} {self.best:g} is {leads}: none is to be tried next."
         best = f"{tried} {self.best:g} is best on average, {leads}."
         if self.rates[0] < self.best < self.rates[-1]:
             return f"{best} A lower and a higher rate were tried and were not better."
         end = "highest" if self.best == self.rates[-1] else "lowest"
         if self.next_rate is not None:
             return f"{best} It is the {end} that was tried: try {self.next_rate:.2g} as well."
+        beyond = "higher" if end == "highest" else "lower"
         return (
             f"{best} It is the {end} that was tried, but nothing tells it from "
-            f"{self.neighbours[0].rate:g}: more seeds before a higher rate."
+            f"{self.neighbours[0].rate:g}: more seeds before a {beyond} rate."
         )
 
 
@@ -204,7 +217,7 @@ def choose_rate(
         )
     )
     next_rate = None
-    if best == 0 or (best == count - 1 and neighbours[0].is_told):
+    if (best == 0 and not neighbours[0].is_equal) or (best == count - 1 and neighbours[0].is_told):
         next_rate = tried[best] ** 2 / neighbours[0].rate  # as far again
     return RateChoice(tried, seeds, tried[best], neighbours, next_rate)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +14,8 @@ from mocov3_ds.stability.cells import list_cells, read_grid_json, read_outcome
 from mocov3_ds.stability.events import loss_excess, loss_ratio, plain_jumps
 from mocov3_ds.stability.findings import Array, Judgement, LossEvent, Series
 from mocov3_ds.stability.grid import Cell
-from mocov3_ds.stability.knn_curve import best_and_final_accuracy
+from mocov3_ds.stability.other_arms import place_beside_others
 from mocov3_ds.stability.planned import PlannedComparison, read_planned
-from mocov3_ds.stability.same_step import cut_series, has_ended, share_done
 from mocov3_ds.stability.series import read_series
 from mocov3_ds.stability.verdict import judge
 
@@ -39,6 +37,15 @@ class JudgedRun:
         """Whether the run's optimizer scales each tensor's step by a trust ratio."""
         optimizer = find_optimizer(self.optimizer)
         return optimizer is not None and optimizer.has_trust_ratio
+
+    @property
+    def has_no_network(self) -> bool:
+        """Whether it stopped at a value that was not finite, so that its network guesses.
+
+        Before its first evaluation as well, where it is known what guessing gives.
+        """
+        is_evaluated = len(self.series.knn_K) > 0 or self.series.knn_chance > 0
+        return self.series.stopped_non_finite and is_evaluated
 
     @cached_property
     def loss_excess(self) -> Array:
@@ -148,42 +155,18 @@ def judge_cells(cells: Sequence[Cell], logged: Mapping[str, LoggedRun]) -> dict[
         cells: what is known of each run.
         logged: name of a cell -> its run; cells without one are left out.
     """
-    runs: dict[str, JudgedRun] = {}
-    for cell in sorted(cells, key=lambda cell: bool(cell.twin)):  # the twins first
-        if cell.name not in logged:
-            continue
-        run, twin = logged[cell.name], runs.get(cell.twin)
-        series = run.series
-        if twin is not None:
-            series = dataclasses.replace(series, twin_knn=_twin_accuracy(twin.series, series))
-        series = _beside_siblings(series, cell, cells, logged)
-        runs[cell.name] = JudgedRun(cell, series, judge(series), run.signals, run.optimizer)
-    return runs
-
-
-def _beside_siblings(
-    series: Series, cell: Cell, cells: Sequence[Cell], logged: Mapping[str, LoggedRun]
-) -> Series:
-    """The series with the best of all other arms at its seed that got as far, its twin apart.
-
-    Arms that were measured on other probes, or on other classes, do not compare.
-    """
-    accuracies = {}
-    for other in cells:
-        if other.seed != cell.seed or other.label == cell.label or other.name == cell.twin:
-            continue
-        if other.name in logged:
-            measured = logged[other.name].series
-            alike = (measured.probes, measured.knn_chance) == (series.probes, series.knn_chance)
-            accuracy = _twin_accuracy(measured, series) if alike else None
-            if accuracy is not None:
-                accuracies[other.label] = accuracy
-    if not accuracies:
-        return series
-    best = max(accuracies, key=lambda label: accuracies[label])
-    return dataclasses.replace(
-        series, sibling=best, sibling_knn=accuracies[best], siblings=len(accuracies)
-    )
+    placed = place_beside_others(cells, logged)
+    return {
+        cell.name: JudgedRun(
+            cell,
+            placed[cell.name],
+            judge(placed[cell.name]),
+            logged[cell.name].signals,
+            logged[cell.name].optimizer,
+        )
+        for cell in cells
+        if cell.name in placed
+    }
 
 
 def gather_arms(cells: Sequence[Cell], runs: Mapping[str, JudgedRun]) -> Arms:
@@ -213,21 +196,6 @@ def has_loss(metrics: Path) -> bool:
         return False
     with metrics.open("rb") as file:
         return any(b'"loss"' in line for line in file)
-
-
-def _twin_accuracy(twin: Series, series: Series) -> float | None:
-    """Final accuracy of a twin or sibling, that at the same step where the run is unfinished.
-
-    None where the other one is not there yet, or was not evaluated.
-    """
-    if not has_ended(series):
-        if not has_ended(twin) and share_done(twin) < share_done(series):
-            return None
-        twin = cut_series(twin, round(share_done(series) * twin.total_steps))
-    elif not has_ended(twin):
-        return None
-    accuracy = best_and_final_accuracy(twin)[1]
-    return accuracy if math.isfinite(accuracy) else None
 
 
 def _read_optimizer(run: Path) -> str:

@@ -29,6 +29,7 @@ from mocov3_ds.stability.study import Arms, Study, read_study
 from mocov3_ds.stability.study_pictures import PICTURES, write_pictures
 
 _TABLES = ("runs", "arms", "events", "comparisons")
+_MOST_NAMED = 3  # runs before a note that is of some of them
 _HEAD = 400  # letters in which a page says what made it
 
 
@@ -83,7 +84,7 @@ def write_study(
         pictures=pictures,
         answers=compared.answers,
         findings=[*compared.sentences, *answer_questions(lined_up.arms)],
-        advice=advice.suggest_next(study.arms),
+        advice=advice.suggest_next(study.arms, elsewhere=_is_elsewhere(study)),
         notes=[
             *lined_up.notes,
             *compared.notes,
@@ -122,7 +123,7 @@ def compare_study(study: Study, arms: Arms) -> Compared:
         arms: its runs, which got equally far (`comparable_runs.line_up`).
     """
     if study.planned:
-        by_question = comparisons.compare_planned(arms, study.planned)
+        by_question = comparisons.compare_planned(arms, study.planned, study.seeds)
         found = [one for _, of_question in by_question for one in of_question]
         answers = comparisons.list_answers(by_question, study.seeds)
         return Compared(found, [comparisons.PLANNED_NOTE], by_question=by_question, answers=answers)
@@ -203,8 +204,13 @@ def _check_place(out: Path) -> None:
         )
 
 
+def _is_elsewhere(study: Study) -> bool:
+    """Whether other programs made all runs: each of these has a sentence of how it was read."""
+    return len(study.understood) == sum(map(len, study.arms.values()))
+
+
 def _list_notes(study: Study, drawn_arms: Arms) -> Iterator[str]:
-    """What tables and pictures do not show, and what could not be judged, each once."""
+    """What tables and pictures do not show, and what could not be judged of which runs."""
     yield from study.understood
     yield from study.unseen
     if len(drawn_arms) < len(study.arms):
@@ -213,5 +219,14 @@ def _list_notes(study: Study, drawn_arms: Arms) -> Iterator[str]:
             f"{'of the clearest answers' if study.planned else 'with the most trouble'}; the "
             "tables have all."
         )
-    runs = (run for runs in study.arms.values() for run in runs)
-    yield from dict.fromkeys(note for run in runs for note in run.judgement.notes)
+    runs = [run for runs in study.arms.values() for run in runs]
+    named: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run.judgement.notes:
+            named.setdefault(note, []).append(run.cell.name)
+    for note, names in named.items():
+        if len(names) == len(runs):
+            yield note
+            continue
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+        yield f"{', '.join(names[:_MOST_NAMED])}{more}: {note}"

@@ -40,13 +40,14 @@ PICTURES: tuple[PictureKind[Arms], ...] = (
         "after_spikes",
         "What follows a spike",
         "Accuracy around all gradient spikes, as points from its running median. Grey: where the "
-        "same spikes would lie if moved along the run; a dip that spikes make leaves it downwards.",
+        "same spikes would lie if moved by whole windows; a dip that spikes make leaves it "
+        "downwards.",
         curve_figures.draw_average_after_spikes,
     ),
     PictureKind(
         "knn",
         "k-NN accuracy, arm by arm",
-        "Lines are seeds; dips beyond the probes' error are shaded.",
+        "Lines are seeds; dips beyond the curve's own noise are shaded.",
         figures.draw_knn,
     ),
     PictureKind(

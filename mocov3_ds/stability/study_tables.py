@@ -36,7 +36,7 @@ PAPER: Mapping[tuple[str, float, int, bool], float] = {
 _PAPER_SETTINGS = {"recipe": "vit_b16", "epochs": 100}
 _CURES = (
     *("beta1", "beta2", "update_clip", "trust_clip", "gradient_clipping", "clip"),
-    *("qk_norm", "layer_scale", "sigma_reparam", "model.backbone"),
+    *("qk_norm", "layer_scale", "sigma_reparam", "model.backbone", "moco.momentum_batch"),
 )
 
 _SUMMARISED = (
@@ -44,6 +44,8 @@ _SUMMARISED = (
     *("knn_best", "knn_final", "knn_full", "loss_final"),
 )
 """columns of a run that are summarised in the row of its arm"""
+FINALS = ("knn_final", "knn_full")
+"""columns that tell how good the network is in the end"""
 EVENT_COLUMNS = ("run", "kind", "group", "first", "last", "peak", "size")
 
 
@@ -106,7 +108,8 @@ def tabulate_arms(arms: Arms, compared: Arms | None = None) -> list[dict[str, An
     """One row an arm: verdicts of all its runs, then the numbers of those that can be compared.
 
     Each number has its mean with 95 % interval, least, largest, and standard deviation between
-    seeds with 95 % interval (`paired.spread_over_seeds`).
+    seeds with 95 % interval (`paired.spread_over_seeds`). The final accuracy of a run that stopped
+    at a value that was not finite counts as guessing, as in comparisons.
 
     Args:
         arms: all runs, ended or not.
@@ -115,7 +118,7 @@ def tabulate_arms(arms: Arms, compared: Arms | None = None) -> list[dict[str, An
     rows = []
     for label, runs in arms.items():
         comparable = runs if compared is None else compared.get(label, ())
-        run_rows = [_run_row(label, run) for run in comparable]
+        run_rows = [{**_run_row(label, run), **guessed_finals(run)} for run in comparable]
         verdicts = [run.judgement.verdict for run in runs]
         counts = [f"{name} x{verdicts.count(name)}" for name in WORST_FIRST if name in verdicts]
         row: dict[str, Any] = {
@@ -129,6 +132,11 @@ def tabulate_arms(arms: Arms, compared: Arms | None = None) -> list[dict[str, An
         lead = pool_leads([run.judgement.lead for run in comparable])
         rows.append({**row, **_lead_columns(lead), "paper": paper_accuracy(runs[0].cell)})
     return rows
+
+
+def guessed_finals(run: JudgedRun) -> Mapping[str, float]:
+    """Columns of the final accuracy of a run that has no network any more; empty for others."""
+    return dict.fromkeys(FINALS, run.series.knn_chance) if run.has_no_network else {}
 
 
 def _summarise_column(name: str, values: Sequence[float | None]) -> dict[str, float | None]:

@@ -6,7 +6,7 @@
     DIVERGED        a value was not finite at the end, in five steps in a row or in 1 % of them, the
                     loss sits at its chance level or ends above where it began after having been
                     well below, or the k-NN accuracy ends below half of its best
-    NOT LEARNING    it ends no better than the random network, or than guessing
+    NOT LEARNING    it ends no better than before training, or than guessing, without a fall
     RESTARTED       a sudden dip of more than a fifth of the accuracy that is not made good for
                     2 % of the run: the partial restart of arXiv 2104.02057, Sec. 4.1
     DEGRADING       accuracy falls slowly for 5 % of the run or more: LAMB's failure (Fig. 3)
@@ -55,6 +55,8 @@ from mocov3_ds.stability.divergence import (
 from mocov3_ds.stability.drops import FEWEST, smallest_dip
 from mocov3_ds.stability.findings import (
     Array,
+    Decline,
+    Dip,
     GradientEvent,
     Judgement,
     LossEvent,
@@ -68,6 +70,7 @@ from mocov3_ds.stability.references import (
     explain_behind,
     explain_no_learning,
     explain_unknown_learning,
+    note_behind,
 )
 from mocov3_ds.stability.repeated_rows import drop_bad_accuracies, keep_last_rows
 from mocov3_ds.stability.trailing import is_measured, row_spacing, window_length
@@ -117,7 +120,6 @@ def judge(series: Series) -> Judgement:
     )
     rows = max(len(series.steps_T), 1)
     layer = series.first_trained_layer()
-    onsets = [jump.first for jump in jumps]
     return Judgement(
         verdict=verdict,
         why=why,
@@ -135,8 +137,11 @@ def judge(series: Series) -> Judgement:
         dips=curve.dips,
         declines=curve.declines,
         lead=measure_lead(series, bursts, window),
-        alarms=() if layer is None else judge_alarms(series, layer, onsets),
-        notes=tuple(_list_notes(series, shallowest, (repeated, bad_accuracies))),
+        alarms=() if layer is None else judge_alarms(series, layer, [jump.first for jump in jumps]),
+        notes=(
+            *_list_notes(series, shallowest, (repeated, bad_accuracies)),
+            *note_behind(series, curve.noise, final),
+        ),
         not_looked=tuple(not_looked),
         knn_noise=curve.noise.deviation if len(series.knn_K) else math.nan,
         smallest_dip=shallowest,
@@ -185,7 +190,8 @@ def _explain_failure(
     """The run led nowhere."""
     if divergence := explain_divergence(series):
         return "DIVERGED", divergence
-    if nothing := explain_no_learning(series, curve.noise, final, final_loss):
+    falls: tuple[Dip | Decline, ...] = (*curve.dips, *curve.declines)
+    if nothing := explain_no_learning(series, curve.noise, final, final_loss, falls):
         return "NOT LEARNING", nothing
     return None
 

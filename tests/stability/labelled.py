@@ -89,6 +89,12 @@ KINDS: Mapping[str, Kind] = {
     "best of ten arms, by chance": Kind(
         label="STABLE", change=partial(knows, sibling="b", sibling_knn=60.2, siblings=10)
     ),
+    "four below the best of six arms of one seed": Kind(
+        label="STABLE", change=partial(knows, sibling="b", sibling_knn=63.5, siblings=6)
+    ),
+    "four below its twin, as seeds differ": Kind(
+        label="STABLE", change=partial(knows, twin_knn=63.5, twin_bar=6.0)
+    ),
     "ends far above the random network": Kind(
         label="STABLE", change=partial(knows, knn_at_start=20.0, knn_at_end=59.0)
     ),
@@ -257,8 +263,9 @@ KINDS: Mapping[str, Kind] = {
     "five below its frozen twin": Kind(
         label="BELOW ITS TWIN", change=partial(knows, twin_knn=65.0)
     ),
-    "four below another arm": Kind(
-        label="BELOW ITS TWIN", change=partial(knows, sibling="b", sibling_knn=63.5, siblings=6)
+    "four below another arm, as seeds tell": Kind(
+        label="BELOW ITS TWIN",
+        change=partial(knows, sibling="b", sibling_knn=63.5, siblings=6, sibling_bar=2.5),
     ),
     # ---- not looked
     "four evaluations, 24 steps": Kind(label="NOT LOOKED", steps=24, evaluations=4),

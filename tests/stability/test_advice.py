@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mocov3_ds.stability.advice import choose_worst_arms, suggest_next, suggest_rates
-from mocov3_ds.stability.findings import LossEvent, Verdict
+from mocov3_ds.stability.findings import WORST_FIRST, LossEvent, Verdict
 from mocov3_ds.stability.grid import Cell
 from mocov3_ds.stability.same_step import cut_series
 from mocov3_ds.stability.study import Arms, JudgedRun
@@ -33,6 +33,23 @@ def test_advice_follows_the_verdict_of_half_the_seeds() -> None:
     assert titles == ["DIVERGED: wild, wild, too", "STABLE: calm", "Rate"]
     assert "lower the rate" in advice[0][1]
     assert advice[-1][1].startswith("No runs that have ended differ by their rate alone")
+
+
+def test_runs_of_other_programs_are_not_told_to_use_flags_of_this_one() -> None:
+    ours, others = (
+        " ".join(
+            text
+            for verdict in WORST_FIRST
+            for _, text in suggest_next({"a": [judged(verdict)]}, elsewhere=elsewhere)
+        )
+        for elsewhere in (False, True)
+    )
+    for flag in ("--model.qk_norm", "mocov3 stability replay", "--knn.every_steps", "grid lr-"):
+        assert flag in ours and flag not in others
+    for text in (ours, others):
+        assert "{" not in text and "  " not in text and " ;" not in text
+        # not known of runs that went on from trained weights
+        assert "random network" not in text
 
 
 def at_rate(rate: float, seed: int, knn: float, verdict: Verdict = "STABLE") -> JudgedRun:

@@ -1,5 +1,6 @@
 """Sentences about arms claim no more than their seeds tell after Holm over the page."""
 
+import dataclasses
 import math
 from pathlib import Path
 from statistics import median
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 
 from mocov3_ds.stability import comparisons, paired
+from mocov3_ds.stability.comparable_runs import line_up
+from mocov3_ds.stability.planned import PlannedComparison
 from mocov3_ds.stability.study import read_study
+from mocov3_ds.stability.study_tables import tabulate_arms
 from tests.stability.judged_runs import JUDGEMENT, judged_run
 
 PILOT = {
@@ -94,10 +98,66 @@ def test_twins_are_compared_as_well_and_each_pair_once(study_folder: Path) -> No
     assert [tuple(row) for row in comparisons.tabulate_comparisons([])] == [comparisons.COLUMNS]
 
 
-def test_one_arm_has_a_sentence_for_each_run() -> None:
-    assert comparisons.list_findings({"a": [judged_run("a", 0, 40.0)]}, []) == [
-        f"a: {JUDGEMENT.why}"
+def test_one_arm_has_a_sentence_for_each_run_by_its_name() -> None:
+    runs = [judged_run("all runs", seed, 40.0) for seed in (0, 1)]
+    assert comparisons.list_findings({"all runs": runs}, []) == [
+        f"all runs_seed-{seed}: {JUDGEMENT.why}" for seed in (0, 1)
     ]
+
+
+def test_arms_without_a_seed_in_common_are_not_compared_and_it_is_said() -> None:
+    arms = {"a": [judged_run("a", 0, 40.0)], "b": [judged_run("b", 1, 50.0)]}
+    [sentence] = comparisons.list_findings(arms, comparisons.compare_arms(arms))
+    assert "no two have a run of one seed in common" in sentence
+
+
+def test_equal_numbers_are_neither_more_nor_fewer() -> None:
+    values = {"jumps": {"a": {0: 3.0, 1: 5.0, 2: 4.0}, "b": {0: 3.02, 1: 4.98, 2: 4.01}}}
+    [same] = comparisons.compare_values(values, [("b", "a")])
+    text = same.describe()
+    assert text.startswith("has the same number of loss jumps a run as a, to a decimal (95 %")
+    assert "-0.0" not in text and "more" not in text
+    worst = {"knn_final": {"a": {0: 3.0, 1: 3.0}, "b": {0: 3.2, 1: 3.3}}}
+    [above] = comparisons.compare_values(worst, [("b", "a")])
+    narrow = dataclasses.replace(above, interval=(-0.03, 0.4))
+    assert "interval 0.0 to 0.4" in narrow.describe()
+
+
+def test_a_run_that_diverged_before_its_first_evaluation_guesses_and_decides() -> None:
+    lost = judged_run("wild", 1, 40.0, upto=12, stopped=True)
+    none = np.empty(0, np.int64)
+    lost = dataclasses.replace(
+        lost,
+        series=dataclasses.replace(lost.series, knn_steps_K=none, knn_K=none.astype(float)),
+        judgement=dataclasses.replace(lost.judgement, final_knn=math.nan),
+    )
+    arms = {
+        "calm": [judged_run("calm", seed, 40.0) for seed in (0, 1)],
+        "wild": [judged_run("wild", 0, 40.0), lost],
+    }
+    assert comparisons.measure_arms(arms)["knn_final"]["wild"] == {0: 40.0, 1: 10.0}
+    [_, row] = tabulate_arms(arms)
+    assert (row["knn_final"], row["knn_final_min"]) == (25.0, 10.0)
+    assert "counts as guessing (10.0 %)" in line_up(arms).notes[0]
+    asked = PlannedComparison("Is it as good?", "knn_final", "calm", ("wild",))
+    [answer] = comparisons.list_answers(comparisons.compare_planned(arms, [asked], 2), 2)
+    assert "Not decided" not in answer.summary
+    unknown = dataclasses.replace(
+        lost, series=dataclasses.replace(lost.series, knn_chance=0.0)
+    )  # what guessing gives is not known
+    assert not unknown.has_no_network
+
+
+def test_a_question_that_is_not_decided_tells_nothing_in_the_table() -> None:
+    arms = {
+        arm: [judged_run(arm, s, at + s) for s in range(3)] for arm, at in (("a", 30), ("b", 50))
+    }
+    asked = PlannedComparison("Is b better?", "knn_final", "a", ("b",))
+    for seeds, told in ((3, True), (4, False)):
+        found = comparisons.compare_planned(arms, [asked], seeds)
+        [answer] = comparisons.list_answers(found, seeds)
+        [row] = comparisons.tabulate_comparisons(found[0][1])
+        assert row["told"] is told and ("Not decided yet" in answer.summary) is not told
 
 
 def test_a_run_that_lost_its_network_counts_as_guessing() -> None:

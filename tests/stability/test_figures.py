@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from mocov3_ds.stability import figures
+from mocov3_ds.stability.findings import GradientEvent
 from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.layer_order import summarise_leads
 from mocov3_ds.stability.study import Arms, JudgedRun, read_study
 from mocov3_ds.stability.verdict import judge
 from tests.stability import synthetic
+from tests.stability.judged_runs import judged_run
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,21 @@ def test_events_are_aligned_at_their_start(arms: Arms) -> None:
         values = np.asarray(median.get_ydata())
         assert (steps[0], steps[-1]) == (-40, 20)
         assert values[steps < -10].max() < 2 < values[(steps >= 0) & (steps < 5)].max()
+
+
+def test_the_span_around_events_holds_the_lead() -> None:
+    def with_lead(*leads: int) -> JudgedRun:
+        run = judged_run("a", 0, 40.0)
+        lead = summarise_leads("patch_embed", "block_2", leads)
+        event = GradientEvent("patch_embed", 120, 121, 120, 9.0)
+        judgement = replace(run.judgement, lead=lead, gradient_events=(event,))
+        return replace(run, judgement=judgement)
+
+    for leads, ends in (((5,), (-40, 20)), ((77, 3), (-40, 87)), ((-60,), (-70, 20))):
+        figure = figures.draw_events({"a": [with_lead(*leads)]})
+        assert figure is not None
+        steps = np.asarray(figure.axes[0].lines[0].get_xdata())
+        assert (steps[0], steps[-1]) == ends
 
 
 def test_ticks_are_the_starts_of_alarms(arms: Arms) -> None:

@@ -155,3 +155,18 @@ def test_a_ready_grid_can_tell_on_a_cpu_or_says_that_it_cannot(name: str) -> Non
     assert outlook.lengths[0].evaluations >= 8
     assert outlook.lengths[0].steps >= 32
     assert outlook.can_tell != ("cannot tell" in grid.about)
+
+
+def test_cures_at_scale_tiny_has_cures_of_each_kind_in_an_hour() -> None:
+    tiny, paper = load_grid("cures", "tiny"), load_grid("cures", "imagenet")
+    labels = {cell.label for cell in tiny.cells}
+    new = {"ZClip", "LayerScale", "sigma-reparametrisation", "stem of convolutions", "Muon"}
+    assert {*new, "Muon and frozen"} <= labels
+    # 18 CPU seconds of a cell, 0.31 of an evaluation and 0.35 of a step (BENCHMARKS.md)
+    (length,) = foresee(tiny).lengths
+    seconds = 18 + 0.31 * length.evaluations + 0.35 * length.steps
+    assert len(tiny.cells) * seconds < 3600 and foresee(tiny).can_tell
+    scaled = [cell for cell in paper.cells if cell.label == "momentum scaled with the batch"]
+    flags = scaled[0].flags()
+    assert flags[flags.index("--moco.momentum_batch") + 1] == "1024"
+    assert parse(flags).config.moco.momentum_batch == 1024

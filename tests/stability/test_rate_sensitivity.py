@@ -121,6 +121,14 @@ def test_a_lower_rate_is_no_risk() -> None:
     assert "It is the lowest that was tried: try 0.33 as well." in choice.describe()
 
 
+def test_of_equal_rates_none_is_best() -> None:
+    choice = choice_of([40, 40])
+    assert choice.next_rate is None and "is best" not in choice.describe()
+    assert "1 is as good as 3: none is to be tried next" in choice.describe()
+    partly = choice_of([30, 40, 40])
+    assert "and as good as 9" in partly.describe()
+
+
 def test_losses_and_runs_that_learned_nothing() -> None:
     losses = choice_of([3, 2, 1], spread=0.1, nothing_learned=4.0, higher_is_better=False)
     assert losses.next_rate == 27

@@ -1,12 +1,13 @@
 """Spikes that make dips are told from spikes beside dips; false claims and power by simulation."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mocov3_ds.stability.findings import Dip, GradientEvent
+from mocov3_ds.stability.findings import Dip, GradientEvent, Lead
 from mocov3_ds.stability.spike_dips import (
     AFTER,
     BEFORE,
@@ -50,11 +51,13 @@ def drawn_run(
     return SpikesAndDips(spikes_E, steps_K[is_dip_K], steps_K, knn_K)
 
 
-def share_told(seed: int, *, cause: float = 0.0, in_a_phase: bool = False) -> float:
-    """Share of studies of three runs that claim that spikes make dips."""
+def share_told(
+    seed: int, *, cause: float = 0.0, in_a_phase: bool = False, of_runs: int = 3
+) -> float:
+    """Share of studies of so many runs that claim that spikes make dips."""
     random = np.random.default_rng(seed)
     studies = [
-        [drawn_run(random, cause=cause, in_a_phase=in_a_phase) for _ in range(3)]
+        [drawn_run(random, cause=cause, in_a_phase=in_a_phase) for _ in range(of_runs)]
         for _ in range(STUDIES)
     ]
     return float(np.mean([compare_with_shifts(runs).p < 0.05 for runs in studies]))
@@ -71,6 +74,44 @@ def test_a_phase_in_which_both_are_frequent_is_no_cause() -> None:
 
 def test_spikes_of_which_half_make_dips_are_told() -> None:
     assert share_told(2, cause=0.5) >= 0.9
+
+
+def test_one_run_with_enough_spikes_can_tell() -> None:
+    steps_K = EVERY * np.arange(1, EVALUATIONS + 1)
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        # at most one in two windows, each a dip at the next evaluation
+        spikes_E = 20 + 64 * np.arange(31) if seed == 0 else 32 * random.permutation(62)[:31] + 11
+        spikes_E = np.sort(spikes_E)
+        dips_E = -(-(spikes_E + 1) // EVERY) * EVERY
+        run = SpikesAndDips(spikes_E, dips_E, steps_K, 50 + random.normal(0, 0.6, EVALUATIONS))
+        found = compare_with_shifts([run])
+        assert (found.followed, found.spikes) == (31, 31)
+        assert found.p < 0.01 and "cannot be told" not in found.describe()
+    assert share_told(4, cause=0.9, of_runs=1) >= 0.7
+    assert share_told(5, of_runs=1) <= 0.10
+
+
+def test_spikes_and_dips_in_clusters_claim_nothing() -> None:
+    """Both in clusters of their own, 15 and 20 evaluations long, one run a study."""
+    random, told = np.random.default_rng(6), 0
+    steps_K = EVERY * np.arange(1, EVALUATIONS + 1)
+
+    def clusters(count: int, width: int, least: int) -> list[int]:
+        starts = random.integers(0, EVERY * EVALUATIONS - width, count)
+        places = np.sort(np.concatenate([s + random.integers(1, width, 5) for s in starts]))
+        apart: list[int] = []
+        for place in places.tolist():
+            if not apart or place > apart[-1] + least:
+                apart.append(place)
+        return apart
+
+    for _ in range(STUDIES):
+        spikes_E = np.array(clusters(5, 150, 30))
+        dips_E = np.unique(-(-np.array(clusters(3, 200, 30)) // EVERY) * EVERY)
+        run = SpikesAndDips(spikes_E, dips_E, steps_K, 50 + random.normal(0, 0.6, EVALUATIONS))
+        told += compare_with_shifts([run]).p < 0.05
+    assert told <= 0.10 * STUDIES
 
 
 def test_followed_spikes_by_hand() -> None:
@@ -107,15 +148,42 @@ def test_without_spikes_nothing_follows() -> None:
         assert "No gradient spike" in found.describe()
 
 
-def test_events_of_all_layers_at_once_are_one_spike() -> None:
-    run = judged_run("a", 0, 40.0)
-    spans = [("patch_embed", 50, 54), ("block_0", 52, 60), ("norm", 58, 59), ("norm", 90, 91)]
+def with_events(spans: Sequence[tuple[str, int, int]], lead: Lead | None = None) -> SpikesAndDips:
+    """What the test takes of a run with these gradient events (group, first, last) and a dip."""
+    run = judged_run("a", 0, 40.0)  # evaluated every 10 steps
     events = tuple(GradientEvent(group, first, last, last, 9.0) for group, first, last in spans)
     dip = Dip(60, 80, 70, 3.0, 0.1, 30.0, True, True, False)
-    judgement = replace(run.judgement, gradient_events=events, dips=(dip,))
-    found = collect_events(run.series, judgement)
-    assert (found.spikes_E.tolist(), found.dips_E.tolist()) == ([50, 90], [60])
-    assert found.steps_K is run.series.knn_steps_K
+    judgement = replace(run.judgement, gradient_events=events, dips=(dip,), lead=lead)
+    return collect_events(run.series, judgement)
+
+
+def test_events_of_all_layers_at_once_are_one_spike() -> None:
+    spans = [("patch_embed", 50, 54), ("block_0", 52, 60), ("norm", 58, 59), ("norm", 91, 91)]
+    found = with_events(spans)
+    assert (found.spikes_E.tolist(), found.dips_E.tolist()) == ([50, 91], [60])
+    assert found.delays_E is not None and found.delays_E.tolist() == [8, 0]
+    assert len(found.steps_K) == 20
+
+
+def test_a_spike_counts_once_however_many_layers_it_moves() -> None:
+    # 18 spikes, each in four layers that come 10 steps apart, two steps long
+    spans = [
+        (f"block_{layer}", 100 * spike + 10 * layer, 100 * spike + 10 * layer + 1)
+        for spike in range(18)
+        for layer in range(4)
+    ]
+    found = with_events(spans)
+    assert found.spikes_E.tolist() == [100 * spike for spike in range(18)]
+    assert found.delays_E is not None and found.delays_E.tolist() == [30] * 18
+    # the last block 50 steps behind the first layer, as the lead says
+    far = [
+        (name, 200 * spike + late, 200 * spike + late)
+        for spike in range(5)
+        for name, late in (("patch_embed", 0), ("block_2", 50))
+    ]
+    assert len(with_events(far).spikes_E) == 10
+    lead = Lead("patch_embed", "block_2", (50,) * 5, 50.0, (math.nan, math.nan), False)
+    assert len(with_events(far, lead).spikes_E) == 5
 
 
 def test_a_residual_has_neither_trend_nor_gaps() -> None:
