@@ -1,6 +1,7 @@
 """How far has a run got, and what was it like at an earlier step? Pure functions of a series."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -48,8 +49,10 @@ def cut_series(series: Series, step: int) -> Series:
         knn_K=series.knn_K[:evaluations],
         stopped_non_finite=False,
         twin_knn=None,
+        twin_bar=math.nan,
         knn_at_end=None,
         sibling="",
         sibling_knn=None,
+        sibling_bar=math.nan,
         siblings=0,
     )
