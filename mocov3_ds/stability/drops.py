@@ -40,8 +40,8 @@ OVER_HIGHEST, OVER_HIGHEST_COUNT = (4.0, 6.0), 40
 over 40. With tails of a Student's t with 3 degrees, c times happens in 1 / (1 + c^3) of the curves;
 a long curve also has more places for it, and less for a dip that heals between two evaluations"""
 LIGHT, LIGHT_DEVIATIONS, LIGHT_SHARE = 8.0, 8.0, 0.03
-"""the first two where there are enough evaluations to tell that tails are no heavier than those of a
-Student's t of so many degrees"""
+"""the first two where there are enough evaluations to tell that tails are no heavier than those of
+a Student's t of so many degrees"""
 OVER_HIGHEST_BUMP, HEAVY = 2.0, 8.0
 """a narrow drop is so many times as deep as the highest bump of its width is high, where tails are
 as heavy as those of a t of so many degrees: between two dips of another curve is a bump, too"""
