@@ -64,7 +64,7 @@ def explain_lasting_rise(series: Series, jumps: Sequence[Excursion]) -> str:
     """Why the loss counts as one that rose and did not come back; empty if it does not.
 
     Args:
-        series: the run.
+        series: the run that is judged.
         jumps: events of its loss.
     """
     rows = np.flatnonzero(np.isfinite(series.loss_T))
@@ -78,15 +78,15 @@ def explain_lasting_rise(series: Series, jumps: Sequence[Excursion]) -> str:
         if first < BEGINNING * len(loss_T) or is_late:
             continue
         # what was low for a moment alone is no level to come back to
-        before = max(
+        level_before = max(
             median_of(loss_T[max(first - reach, 0) : first])
             for reach in (LOSS_WINDOW, max(round(BEGINNING * len(loss_T)), 1))
         )
-        after = float(np.min(_medians_of_blocks(loss_T[first:], levels.rows)))
-        if after - before > RISEN * levels.size_of(before):
+        lowest_after = float(np.min(_medians_of_blocks(loss_T[first:], levels.rows)))
+        if lowest_after - level_before > RISEN * levels.size_of(level_before):
             return (
-                f"the loss rose from {before:.3g} at step {jump.first} and never came back below "
-                f"{after:.3g}"
+                f"the loss rose from {level_before:.3g} at step {jump.first} and never came back "
+                f"below {lowest_after:.3g}"
             )
     gain, loss = levels.start - levels.best, levels.final - levels.best
     is_far = loss > RISEN * levels.size_of(levels.best)

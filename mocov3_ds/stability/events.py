@@ -281,8 +281,8 @@ def loss_ratio(series: Series) -> Array:
 
     Where losses are not all above 0: 1 and the excess over that median, as a share of its size.
     """
-    least = SMALLEST_LEVEL * _range_around_zero(series.loss_T[np.isfinite(series.loss_T)])
-    return trailing_ratio(series.loss_T, LOSS_WINDOW, least)
+    least_level = SMALLEST_LEVEL * _range_around_zero(series.loss_T[np.isfinite(series.loss_T)])
+    return trailing_ratio(series.loss_T, LOSS_WINDOW, least_level)
 
 
 def plain_jumps(series: Series, ratio_T: Array | None = None) -> list[LossEvent]:
@@ -291,7 +291,7 @@ def plain_jumps(series: Series, ratio_T: Array | None = None) -> list[LossEvent]
     A plainer test than the verdict's, which also asks how far the loss wanders otherwise.
 
     Args:
-        series: the run.
+        series: the run that is looked at.
         ratio_T: its `loss_ratio`, (T,), where that is known.
     """
     size_T = (loss_ratio(series) if ratio_T is None else ratio_T) - 1

@@ -36,7 +36,7 @@ def smooth_trend(values_T: Array) -> Array:
     """A smooth curve through a series, (T,).
 
     Args:
-        values_T: finite values, (T,).
+        values_T: values of one series, finite, (T,).
     """
     rows = len(values_T)
     if rows < FIRST_ROWS:

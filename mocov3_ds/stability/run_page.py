@@ -156,8 +156,8 @@ def _read_settings(run: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         if not run.exists():
             raise ValueError(f"{run} does not exist.") from None
-        what = "is no run folder" if run.is_file() else f"holds no run: there is no {path.name}"
-        raise ValueError(f"{run} {what}. {_point_to_logs(run)}") from None
+        problem = "is no run folder" if run.is_file() else f"holds no run: there is no {path.name}"
+        raise ValueError(f"{run} {problem}. {_point_to_logs(run)}") from None
     except (ValueError, RecursionError):
         raise ValueError(f"{path} is not valid JSON.") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("config"), dict):

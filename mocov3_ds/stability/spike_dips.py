@@ -117,8 +117,8 @@ def collect_events(series: Series, judgement: Judgement) -> SpikesAndDips:
     """
     window = WINDOW_EVALUATIONS * _spacing(series.knn_steps_K)
     lead = judgement.lead
-    behind = abs(lead.median) if lead is not None and math.isfinite(lead.median) else 0.0
-    distance = max(window, merge_distance(series.steps_T) + behind)
+    lead_steps = abs(lead.median) if lead is not None and math.isfinite(lead.median) else 0.0
+    distance = max(window, merge_distance(series.steps_T) + lead_steps)
     onsets: list[tuple[int, int]] = []  # first and last beginning of each spike
     end = -math.inf
     for event in judgement.gradient_events:  # by first step

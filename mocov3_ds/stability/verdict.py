@@ -109,9 +109,8 @@ def judge(series: Series) -> Judgement:
     final_loss = _final_loss(series.loss_T)
     best, final = knn_curve.best_and_final_accuracy(series)
     shallowest = smallest_dip(series.knn_K, curve.noise)
-    not_looked = _list_not_looked(series)
-    if unknown := explain_unknown_learning(series, curve.noise, final):
-        not_looked.append(unknown)
+    unknown_learning = explain_unknown_learning(series, curve.noise, final)
+    not_looked = [*_list_not_looked(series), *([unknown_learning] if unknown_learning else [])]
     verdict, why = (
         _explain_failure(series, curve, final, final_loss)
         or _explain_falls(curve)
@@ -265,9 +264,9 @@ def _explain_unstable_loss(series: Series, jumps: Sequence[events.Excursion], sp
             "rolling mean"
         )
     # after so many rows a new level is the usual one, and the event ends
-    enough = min(max(LONG_SPIKE * rows, LONG_ROWS), outliers.LONGEST_BURST)
+    fewest_rows = min(max(LONG_SPIKE * rows, LONG_ROWS), outliers.LONGEST_BURST)
     longest = max(jumps, key=lambda jump: jump.rows, default=None)
-    if longest is not None and longest.rows >= enough:
+    if longest is not None and longest.rows >= fewest_rows:
         return (
             f"one event of the loss lasts {longest.rows} logged steps, from step {longest.first} "
             f"to {longest.last}"

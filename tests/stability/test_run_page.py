@@ -136,7 +136,7 @@ def test_losses_that_end_in_nan_are_said(short_run: Path, tmp_path: Path) -> Non
     put_rows(short_run, range(1, 61))
     put_rows(short_run, range(61, 81), loss=math.nan)
     text = text_of(short_run, tmp_path / "page.html")
-    assert "DIVERGED: a value was not finite after step 80." in text
+    assert "DIVERGED: the loss was not finite from step 61 to the end." in text
     assert "lossnot finite2.88 at step 60, chance level 4" in text
     assert "the loss of 20 steps was not finite, the last is step 80" in text
 
