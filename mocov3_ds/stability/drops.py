@@ -39,9 +39,9 @@ OVER_HIGHEST, OVER_HIGHEST_COUNT = (4.0, 6.0), 40
 """and so many times as far down as the highest one is up: from 4 to 6, the number of evaluations
 over 40. With tails of a Student's t with 3 degrees, c times happens in 1 / (1 + c^3) of the curves;
 a long curve also has more places for it, and less for a dip that heals between two evaluations"""
-LIGHT, LIGHT_DEVIATIONS, LIGHT_SHARE = 8.0, 8.0, 0.03
-"""the first two where there are enough evaluations to tell that tails are no heavier than those of
-a Student's t of so many degrees"""
+LIGHT, LIGHT_DEVIATIONS, LIGHT_SHARE, LIGHT_OVER = 8.0, 8.0, 0.03, 5.0
+"""the three where there are enough evaluations to tell that tails are no heavier than those of a
+Student's t of so many degrees"""
 OVER_HIGHEST_BUMP, HEAVY = 2.0, 8.0
 """a narrow drop is so many times as deep as the highest bump of its width is high, where tails are
 as heavy as those of a t of so many degrees: between two dips of another curve is a bump, too"""
@@ -236,9 +236,9 @@ def find_single_drops(knn_K: Array, noise: Noise) -> list[Drop]:
     above_K = knn_K[SIDE:] - np.maximum(second_highest[: len(knn_K) - SIDE], higher_K[SIDE:])
     highest = max(float(np.max(above_K)), 0.0)
     deviations, share = SINGLE_DEVIATIONS, SINGLE_SHARE
-    if len(knn_K) >= FEWEST_FOR_TAILS and noise.degrees > LIGHT:
-        deviations, share = LIGHT_DEVIATIONS, LIGHT_SHARE
     over = min(max(len(knn_K) / OVER_HIGHEST_COUNT, OVER_HIGHEST[0]), OVER_HIGHEST[1])
+    if len(knn_K) >= FEWEST_FOR_TAILS and noise.degrees > LIGHT:
+        deviations, share, over = LIGHT_DEVIATIONS, LIGHT_SHARE, min(over, LIGHT_OVER)
     far_K = deviations * noise.deviation * local_scale(knn_K)
     limit_K = np.maximum(np.maximum(far_K, over * highest), share * level_K)
     is_back = after_K - knn_K > BACK * (before_K - knn_K)
