@@ -122,7 +122,7 @@ def test_one_seed_of_each_is_a_note_unless_far_behind() -> None:
     six = replace(RUN, twin_knn=50.0)
     assert "one seed alone cannot tell what the setting does" in explain_behind(six, noise, 44.0)
     assert note_behind(six, noise, 44.0) == []
-    best_of_ten = replace(RUN, sibling="b", sibling_knn=50.0, siblings=10)
+    best_of_ten = replace(RUN, sibling="b", sibling_knn=49.0, siblings=10)
     assert explain_behind(best_of_ten, noise, 44.0) == ""
     assert len(note_behind(best_of_ten, noise, 44.0)) == 1
     judged = judge(three)
