@@ -247,7 +247,7 @@ class SignalConfig:
     as ten to sixty gradients and an fp32 copy of the weights; 0 = none"""
     noise_every: Count = 0
     """steps between gradient noise scales (the batch above which more images help little); each
-    takes about as long as two steps and an fp32 copy of the weights; 0 = none"""
+    takes about as long as a step, and an fp32 copy of the weights; 0 = none"""
 
 
 @dataclass(frozen=True, kw_only=True)
