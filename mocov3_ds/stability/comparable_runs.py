@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from mocov3_ds.stability.comparisons import has_no_network, list_pairs
-from mocov3_ds.stability.knn_curve import best_and_final_accuracy
+from mocov3_ds.stability.knn_curve import final_accuracy
 from mocov3_ds.stability.same_step import cut_series, has_ended, last_step, share_done
 from mocov3_ds.stability.study import Arms, JudgedRun
 from mocov3_ds.stability.verdict import judge
@@ -103,7 +103,7 @@ def _cut_arms(arms: Arms, share: float) -> Arms:
         for runs in arms.values()
         for run in runs
     }
-    final = {name: best_and_final_accuracy(series)[1] for name, series in cut.items()}
+    final = {name: final_accuracy(series.knn_K) for name, series in cut.items()}
     judged: dict[str, list[JudgedRun]] = {}
     for label, runs in arms.items():
         for run in runs:

@@ -101,7 +101,12 @@ def best_and_final_accuracy(series: Series) -> tuple[float, float]:
     """Best 3-point median, and median of the last three evaluations; NaN without evaluations."""
     if len(series.knn_K) == 0:
         return math.nan, math.nan
-    return float(np.max(smooth_curve(series.knn_K))), float(np.median(series.knn_K[-3:]))
+    return float(np.max(smooth_curve(series.knn_K))), final_accuracy(series.knn_K)
+
+
+def final_accuracy(knn_K: Array) -> float:
+    """Median of the last three evaluations; NaN without evaluations."""
+    return float(np.median(knn_K[-3:])) if len(knn_K) else math.nan
 
 
 def examine_curve(series: Series) -> CurveFindings:

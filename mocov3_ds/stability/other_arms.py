@@ -27,6 +27,7 @@ from scipy import special
 from mocov3_ds.stability import paired
 from mocov3_ds.stability.findings import Array, Series
 from mocov3_ds.stability.grid import Cell
+from mocov3_ds.stability.knn_curve import final_accuracy
 from mocov3_ds.stability.outliers import FALSE_ALARMS
 from mocov3_ds.stability.references import one_sided_quantile
 from mocov3_ds.stability.same_step import cut_series, has_ended, share_done
@@ -110,13 +111,8 @@ def _accuracy_beside(other: Series, series: Series) -> float | None:
         return None
     else:
         compared = other
-    accuracy = _final_accuracy(compared)
+    accuracy = final_accuracy(compared.knn_K)
     return accuracy if math.isfinite(accuracy) else None
-
-
-def _final_accuracy(series: Series) -> float:
-    """As `knn_curve.best_and_final_accuracy`, without the best one, for all pairs of many runs."""
-    return float(np.median(series.knn_K[-3:])) if len(series.knn_K) else math.nan
 
 
 def _weigh_differences(cells: Sequence[Cell], placed: Mapping[str, Series]) -> dict[str, Series]:
@@ -128,7 +124,7 @@ def _weigh_differences(cells: Sequence[Cell], placed: Mapping[str, Series]) -> d
         series = placed[cell.name]
         if has_ended(series) and not (series.stopped_non_finite or series.non_finite_end):
             row, column = labels.index(cell.label), seeds.index(cell.seed)
-            values_AS[row, column] = _final_accuracy(series)
+            values_AS[row, column] = final_accuracy(series.knn_K)
     spread = measure_spread(values_AS)
     label_of = {cell.name: cell.label for cell in cells}
     twins = {frozenset((label_of[c.twin], c.label)) for c in cells if c.twin in label_of}

@@ -101,5 +101,5 @@ def _list_lengths(runs: Sequence[RunLength]) -> str:
 
 
 def _list_names(names: Sequence[str]) -> str:
-    ending = f" and {len(names) - _NAMED} ending" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + ending
+    beyond = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + beyond

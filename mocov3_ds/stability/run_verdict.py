@@ -2,12 +2,11 @@
 
 import json
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mocov3_ds.stability.series import read_series
+from mocov3_ds.stability.series import list_bad_stops, read_series
 from mocov3_ds.stability.verdict import judge
 
 _log = logging.getLogger("mocov3_ds")
@@ -44,14 +43,11 @@ def describe_bad_stop(run: Path, last: int) -> list[str]:
         last: step of the last row.
     """
     lines = []
-    for path in sorted((run / "trouble").glob("step-*.json")):
-        match = re.fullmatch(r"step-(\d+)", path.stem)
-        if match is not None and int(match[1]) > last:
-            reason = _read_reason(path)
-            lines.append(
-                f"stopped at the bad step {int(match[1])}{reason and f': {reason}'}, see "
-                f"trouble/{path.name}"
-            )
+    for step, path in list_bad_stops(run, last):
+        reason = _read_reason(path)
+        lines.append(
+            f"stopped at the bad step {step}{reason and f': {reason}'}, see trouble/{path.name}"
+        )
     return lines
 
 

@@ -59,7 +59,7 @@ def read_series(run: Path, *, twin_knn: float | None = None) -> Series:
         knn_chance=float(begin.get("knn_chance", 0.0)),
         total_steps=max(1, round(config.epochs / epochs_per_step)),
         epochs_per_step=epochs_per_step,
-        stopped_non_finite=_stopped_at_bad_step(run, int(columns.steps_T[-1])),
+        stopped_non_finite=bool(list_bad_stops(run, int(columns.steps_T[-1]))),
         twin_knn=twin_knn,
         knn_at_start=at_start,
         knn_at_end=at_end,
@@ -133,10 +133,16 @@ def _take_signals(
     return table.groups, arrays[0], arrays[1]
 
 
-def _stopped_at_bad_step(run: Path, last: int) -> bool:
-    """Whether the run ended at a step that was dropped: one reported after the last logged row."""
-    for path in (run / "trouble").glob("step-*.json"):
+def list_bad_stops(run: Path, last: int) -> list[tuple[int, Path]]:
+    """Steps that were dropped after the last logged row, at which the run ended, and their reports.
+
+    Args:
+        run: run folder, with `trouble/` where there was one.
+        last: step of the last row.
+    """
+    stops = []
+    for path in sorted((run / "trouble").glob("step-*.json")):
         match = re.fullmatch(r"step-(\d+)", path.stem)
         if match is not None and int(match[1]) > last:
-            return True
-    return False
+            stops.append((int(match[1]), path))
+    return stops

@@ -24,6 +24,7 @@ from mocov3_ds.settings.wording import count_noun
 from mocov3_ds.stability.events import merge_distance
 from mocov3_ds.stability.findings import Array, Judgement, Series, Steps
 from mocov3_ds.stability.paired import ALPHA
+from mocov3_ds.stability.trailing import row_spacing
 
 WINDOW_EVALUATIONS = 3
 """a dip that opens within so many evaluations after a spike is one that it made"""
@@ -115,7 +116,7 @@ def collect_events(series: Series, judgement: Judgement) -> SpikesAndDips:
     end, or than bursts are merged and the first layer leads the last one: it moves one layer after
     the other, and counts once.
     """
-    window = WINDOW_EVALUATIONS * _spacing(series.knn_steps_K)
+    window = WINDOW_EVALUATIONS * row_spacing(series.knn_steps_K)
     lead = judgement.lead
     lead_steps = abs(lead.median) if lead is not None and math.isfinite(lead.median) else 0.0
     distance = max(window, merge_distance(series.steps_T) + lead_steps)
@@ -134,11 +135,6 @@ def collect_events(series: Series, judgement: Judgement) -> SpikesAndDips:
         knn_K=series.knn_K,
         delays_E=first_E2[:, 1] - first_E2[:, 0],
     )
-
-
-def _spacing(steps_K: Steps) -> int:
-    """Steps between evaluations, 1 at least."""
-    return max(1, round(float(np.median(np.diff(steps_K))))) if len(steps_K) > 1 else 1
 
 
 def compare_with_shifts(runs: Sequence[SpikesAndDips], seed: int = 0) -> SpikeDipTest:
@@ -211,7 +207,7 @@ def _prepare_run(run: SpikesAndDips) -> _ShiftedRun | None:
     if not len(spikes_E):
         return None
     delays_E = np.zeros_like(spikes_E) if run.delays_E is None else run.delays_E[inside]
-    every = _spacing(run.steps_K)
+    every = row_spacing(run.steps_K)
     window = WINDOW_EVALUATIONS * every
     windows = max((last - first) // window, 1)
     stretches = max(windows // STRETCH, 1)
